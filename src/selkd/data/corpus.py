@@ -1,0 +1,114 @@
+"""Where the text comes from: the demo's, local files, or a Hugging Face dataset."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from selkd.data.demo_text import demo_digest, demo_documents
+from selkd.data.hub_datasets import HubDataset
+from selkd.data.text_files import SUFFIXES, content_digest, file_documents
+from selkd.errors import InputError
+from selkd.recipe import DataOptions
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order, and what identifies them.
+
+    Args:
+        path: ``data.path``, for messages.
+        fingerprint: changes whenever the content may have changed.
+        read: starts reading from the first document.
+    """
+
+    path: str
+    fingerprint: str
+    read: Callable[[], Iterator[str]]
+
+    def documents(self) -> Iterator[str]:
+        """The documents, less those without a visible character; InputError at the end if none was left."""
+        empty = True
+        for text in self.read():
+            if text.strip():
+                empty = False
+                yield text
+        if empty:
+            raise InputError(f"data.path: {self.path} holds no text.")
+
+
+def open_corpus(options: DataOptions) -> Corpus:
+    """Find the text that ``data.path`` names. A local path comes before a hub id of the same name,
+    ``demo`` before both.
+
+    A folder with .txt, .jsonl or .parquet files directly inside is read file by file, in the order of their names;
+    one with a dataset card (a README.md with a YAML header) or with such files only further down is loaded as a
+    Hugging Face dataset, whose splits and configurations ``data.split`` and ``data.name`` choose.
+
+    Raises:
+        InputError: there is nothing there, it is of an unknown kind, or ``data.name`` or ``data.split`` is given for
+            text that has neither.
+    """
+    if options.path == "demo":
+        _refuse_name_and_split(options, "the demo text")
+        return Corpus(options.path, f"demo {demo_digest()}", demo_documents)
+    path = Path(options.path).expanduser()
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise InputError(f"data.path: expected a file that ends in {', '.join(SUFFIXES)}, got {options.path}.")
+        return _files_corpus(options, [path])
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in SUFFIXES)
+        if files and not _has_dataset_card(path):
+            return _files_corpus(options, files)
+        return _hub_corpus(options, str(path))
+    if path.suffix in SUFFIXES or not _HUB_ID.fullmatch(options.path):
+        raise InputError(
+            f"data.path: there is no file or folder {options.path!r}. Expected 'demo', a .txt, .jsonl or .parquet "
+            f"file, a folder of them, or a hub dataset's id."
+        )
+    return _hub_corpus(options, options.path)
+
+
+def documents(options: DataOptions) -> Iterator[str]:
+    """The documents of ``data.path``, one after another; those without a visible character are left out.
+
+    Raises:
+        InputError: as ``open_corpus``; malformed data; no field ``data.text_field``; or no text at all.
+        RunError: the connection broke off while reading.
+    """
+    return open_corpus(options).documents()
+
+
+def _files_corpus(options: DataOptions, files: list[Path]) -> Corpus:
+    _refuse_name_and_split(options, options.path)
+
+    def read() -> Iterator[str]:
+        for file in files:
+            yield from file_documents(file, options.text_field)
+
+    digest = content_digest((file.suffix.encode(), file) for file in files)  # the names play no part, the order does
+    return Corpus(options.path, f"files {digest}", read)
+
+
+def _hub_corpus(options: DataOptions, path: str) -> Corpus:
+    streaming = options.tokens is not None if options.streaming is None else options.streaming
+    dataset = HubDataset(path, options.name, options.split, options.text_field, streaming)
+    return Corpus(options.path, dataset.fingerprint, dataset.documents)
+
+
+def _has_dataset_card(folder: Path) -> bool:
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    with card.open("rb") as file:
+        return file.read(3) == b"---"
+
+
+def _refuse_name_and_split(options: DataOptions, what: str) -> None:
+    if options.name is not None:
+        raise InputError(f"data.name: {what} has no configurations, got {options.name!r}; leave it out.")
+    if options.split != "train":
+        raise InputError(f"data.split: {what} has no splits, got {options.split!r}; leave it out.")

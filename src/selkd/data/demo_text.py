@@ -1,0 +1,66 @@
+"""The text that every Python carries: the language's manual, then the standard library's docstrings."""
+
+import ast
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import xxhash
+
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
+
+
+def demo_documents() -> Iterator[str]:
+    """The manual's topics in the order of their names, then each module that has docstrings, one document a module.
+
+    The text differs a little from one Python version to another. Nothing is imported: modules are read with ``ast``.
+    """
+    for name in sorted(topics):
+        yield topics[name]
+    for module, path in _stdlib_modules():
+        text = _docstrings(module, path.read_bytes())
+        if text:
+            yield text
+
+
+def demo_digest() -> str:
+    """xxh3_128 (hex) of all that ``demo_documents`` reads."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(topics):
+        digest.update(topics[name].encode() + b"\0")
+    for module, path in _stdlib_modules():
+        digest.update(module.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _stdlib_modules() -> Iterator[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for name in sorted(sys.stdlib_module_names):
+        for path in [root / f"{name}.py", *sorted((root / name).rglob("*.py"))]:
+            parts = path.relative_to(root).with_suffix("").parts
+            if path.is_file() and not _TEST_FOLDERS.intersection(parts):
+                yield ".".join(parts).removesuffix(".__init__"), path
+
+
+def _docstrings(module: str, source: bytes) -> str:
+    """The module's docstring and those of its classes and functions, each under its name, in the source's order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # some old modules hold invalid escapes; not ours to mend
+        warnings.simplefilter("ignore", DeprecationWarning)
+        tree = ast.parse(source)
+    return "\n\n".join(f"{name}\n\n{docstring}" for name, docstring in _named_docstrings(module, tree))
+
+
+def _named_docstrings(name: str, node: ast.AST) -> Iterator[tuple[str, str]]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        docstring = ast.get_docstring(node)
+        if docstring:
+            yield name, docstring
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _named_docstrings(f"{name}.{child.name}", child)
+        else:
+            yield from _named_docstrings(name, child)

@@ -1,0 +1,167 @@
+"""A sample: one training sequence of tokens, its documents' borders, and an id made from nothing else.
+
+Legend: L tokens of a sample, n documents in it, N samples.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from datasets import Dataset, Features, List, Value
+from torch.utils.data import Dataset as TorchDataset
+
+from selkd.errors import InputError
+
+ID_TAG = b"selkd sample 1"
+ID_BYTES = 16
+FEATURES = Features({"id": Value("binary"), "token_ids": List(Value("int32")), "document_starts": List(Value("int32"))})
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One training sequence. The arrays are kept as int32; compare two samples by ``id``.
+
+    Args:
+        token_ids: [L] integers, L >= 1, each in 0 ... 2^31 - 1.
+        document_starts: [n] integers, ascending, the first 0, all below L: where each document begins. A document
+            does not see the others, and no target crosses a border.
+
+    Raises:
+        InputError: the arrays are not as above.
+    """
+
+    token_ids: np.ndarray
+    document_starts: np.ndarray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", _int32("token_ids", self.token_ids))
+        object.__setattr__(self, "document_starts", _int32("document_starts", self.document_starts))
+        starts = self.document_starts
+        if starts[0] != 0 or starts[-1] >= len(self.token_ids) or (np.diff(starts) <= 0).any():
+            raise InputError(
+                f"Sample.document_starts: expected ascending positions from 0 to below {len(self.token_ids)} "
+                f"(the number of tokens), got {starts[:8].tolist()}."
+            )
+
+    @cached_property
+    def id(self) -> bytes:
+        """16 bytes: xxh3_128 of tag, L, token ids and document starts (little-endian uint32).
+
+        It depends on the content alone: not on the row, the batch, the padding or the machine.
+        """
+        digest = xxhash.xxh3_128(ID_TAG)
+        digest.update(np.uint32(len(self.token_ids)).astype("<u4").tobytes())
+        digest.update(self.token_ids.astype("<u4").tobytes())
+        digest.update(self.document_starts.astype("<u4").tobytes())
+        return digest.digest()
+
+    @property
+    def position_ids(self) -> np.ndarray:
+        """int32 [L], from 0 in each document."""
+        lengths = np.diff(self.document_starts, append=np.int32(len(self.token_ids)))
+        return np.arange(len(self.token_ids), dtype=np.int32) - np.repeat(self.document_starts, lengths)
+
+    @property
+    def valid_mask(self) -> np.ndarray:
+        """bool [L]: position t is valid where token t+1 exists and belongs to the same document."""
+        valid = np.ones(len(self.token_ids), dtype=bool)
+        valid[self.document_starts - 1] = False  # the token before each start; for the first one -1, the last token
+        return valid
+
+    @property
+    def n_valid(self) -> int:
+        """How many positions are valid: every token but the last of each document."""
+        return len(self.token_ids) - len(self.document_starts)
+
+
+def _int32(name: str, values: np.ndarray) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(
+            f"Sample.{name}: expected a 1-D array of at least one integer, got {array.dtype} {array.shape}."
+        )
+    if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
+        raise InputError(f"Sample.{name}: expected 0 to 2^31 - 1, got {array.min()} to {array.max()}.")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+EMPTY_SAMPLE = Sample(np.zeros(1, np.int32), np.zeros(1, np.int32))
+"""One token and no valid position: fills the last batch of an epoch under DDP without counting in any loss."""
+
+
+def record_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
+    """The samples as Arrow rows of ``FEATURES``."""
+    columns = {
+        "id": [sample.id for sample in samples],
+        "token_ids": [sample.token_ids for sample in samples],
+        "document_starts": [sample.document_starts for sample in samples],
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=FEATURES.arrow_schema)
+
+
+class SampleDataset(TorchDataset[Sample]):
+    """N samples, read one at a time from a memory-mapped ``datasets.Dataset`` with the columns of ``FEATURES``.
+
+    A map-style dataset for ``torch.utils.data.DataLoader``. The same content twice is two rows with one id.
+
+    Raises:
+        InputError: the dataset has other columns.
+    """
+
+    def __init__(self, rows: Dataset) -> None:
+        if rows.features != FEATURES:
+            raise InputError(f"SampleDataset: expected the columns {FEATURES}, got {rows.features}.")
+        self._rows = rows.with_format("arrow")
+
+    @classmethod
+    def from_samples(cls, samples: Sequence[Sample]) -> "SampleDataset":
+        """A dataset of these samples, in memory."""
+        table = pa.Table.from_batches([record_batch(samples)])
+        return cls(Dataset.from_dict({name: table[name] for name in table.column_names}, features=FEATURES))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index``; IndexError where there is none."""
+        row = self._rows[int(index)]
+        return Sample(row["token_ids"][0].values.to_numpy(), row["document_starts"][0].values.to_numpy())
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "SampleDataset":
+        """The samples at these indices, in this order. The text is not copied."""
+        return SampleDataset(self._rows.select([int(index) for index in indices]))
+
+    @cached_property
+    def ids(self) -> list[bytes]:
+        """The N ids, 16 bytes each, in row order."""
+        return [sample_id for table in self._tables("id") for sample_id in table["id"].to_pylist()]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: tokens of each sample."""
+        return self._lengths("token_ids")
+
+    @cached_property
+    def n_valid(self) -> np.ndarray:
+        """int64 [N]: valid positions of each sample."""
+        return self.lengths - self._lengths("document_starts")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples together."""
+        return int(self.lengths.sum())
+
+    def _lengths(self, column: str) -> np.ndarray:
+        parts = [pc.list_value_length(table[column]).to_numpy() for table in self._tables(column)]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def _tables(self, column: str) -> Iterator[pa.Table]:
+        return self._rows.select_columns([column]).iter(batch_size=_ROWS_AT_ONCE)

@@ -1,0 +1,125 @@
+"""Documents from local .txt, .jsonl and .parquet files."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from selkd.errors import InputError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+SECTION_CHARACTERS = 10_000
+
+
+def file_documents(path: Path, text_field: str) -> Iterator[str]:
+    """The documents of one file that ends in one of ``SUFFIXES``, read as they are asked for.
+
+    ``.txt``: sections of about 10,000 characters, cut at blank lines. ``.jsonl``: ``text_field`` of each line's object.
+    ``.parquet``: the column ``text_field``. A null text is no document.
+
+    Raises:
+        InputError: not UTF-8, a malformed file, no such field or one that is not text. The message
+            names the file, for JSONL also the line.
+    """
+    if path.suffix == ".txt":
+        return _sections(path)
+    if path.suffix == ".jsonl":
+        return _jsonl(path, text_field)
+    assert path.suffix == ".parquet", path
+    return _parquet(path, text_field)
+
+
+def content_digest(files: Iterable[tuple[bytes, Path]]) -> str:
+    """xxh3_128 (hex) of the labels and contents of files, in this order. Their paths are read, not hashed.
+
+    Raises:
+        InputError: a file can't be read.
+    """
+    digest = xxhash.xxh3_128()
+    for label, path in files:
+        try:
+            digest.update(label + b"\0%d\n" % path.stat().st_size)
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise InputError(f"data.path: can't read {path} ({error.strerror}).") from error
+    return digest.hexdigest()
+
+
+def text_of(row: Any, text_field: str, where: str) -> str | None:
+    """``row[text_field]``, None where it is null.
+
+    Raises:
+        InputError: the row is no object, has no such field (the message lists those there are), or it is not text.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with the field {text_field!r}, got {type(row).__name__}.")
+    if text_field not in row:
+        raise InputError(_missing_field(text_field, [str(name) for name in row], where))
+    text = row[text_field]
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"data.text_field: {text_field!r} of {where} is {type(text).__name__}, expected text.")
+    return text
+
+
+def _missing_field(text_field: str, fields: list[str], where: str) -> str:
+    return f"data.text_field: {where} has no field {text_field!r}; it has {', '.join(sorted(fields)) or 'none'}."
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise InputError(f"data.path: {path} is not UTF-8 text ({error}); convert it.") from error
+
+
+def _sections(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    characters = 0
+    for line in _lines(path):
+        lines.append(line)
+        characters += len(line)
+        # A text without blank lines must not become one endless document: then any line's end will do.
+        if characters >= 2 * SECTION_CHARACTERS or (characters >= SECTION_CHARACTERS and not line.strip()):
+            yield "".join(lines)
+            lines, characters = [], 0
+    yield "".join(lines)
+
+
+def _jsonl(path: Path, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deep to be a row of data
+            raise InputError(f"data.path: {where} is not valid JSON ({error}).") from error
+        text = text_of(row, text_field, where)
+        if text is None:
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON's \ud800 alone: no character, and no tokenizer takes it
+            raise InputError(f"data.path: {where} holds half of a surrogate pair ({error}); remove it.") from error
+        yield text
+
+
+def _parquet(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        with pq.ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                raise InputError(_missing_field(text_field, file.schema_arrow.names, str(path)))
+            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+                for row in batch.to_pylist():
+                    text = text_of(row, text_field, str(path))
+                    if text is not None:
+                        yield text
+    except (pa.ArrowException, OSError) as error:  # a damaged page is either
+        raise InputError(f"data.path: {path} can't be read as Parquet ({error}).") from error

@@ -1,0 +1,152 @@
+"""Hidden states x head, a chunk of positions at a time: [B, T, V] never exists, and [N, V] is never kept.
+
+Shapes: N positions, D hidden, V classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selkd.maths.divergence import ValueAndGradient, entropy
+from selkd.maths.head import Head
+
+# Logits of one chunk in float32. On a CPU a chunk near the last-level cache is fastest; on an accelerator this many
+# rows fill it. A criterion holds a handful of such tensors at once.
+CHUNK_BYTES = {"cpu": 16 << 20, "accelerator": 128 << 20}
+
+Compare = Callable[[Tensor, slice], ValueAndGradient]
+
+
+def chunk_size(n_classes: int, device: torch.device) -> int:
+    """Positions of one chunk: as many as keep its float32 logits within ``CHUNK_BYTES``, at least 1."""
+    budget = CHUNK_BYTES["cpu" if device.type == "cpu" else "accelerator"]
+    return max(1, budget // (4 * n_classes))
+
+
+def chunks(n: int, size: int) -> list[slice]:
+    """``n`` positions cut into slices of ``size``, the last one shorter."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in the dtype of reductions: float32, or float64 where they came so."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@torch.no_grad()
+def chunked_entropy(hidden_states: Tensor, head: Head, chunk: int | None = None) -> Tensor:
+    """Entropy in nats, [N], of the distributions at hidden states [N, D], without gradient.
+
+    Dense expression: ``Categorical(logits=head.logits(hidden_states)).entropy()``.
+    """
+    chunk = chunk or chunk_size(head.n_classes, hidden_states.device)
+    hidden_states = hidden_states.to(head.weight.dtype)
+    parts = [entropy(wide(head.logits(hidden_states[rows]))) for rows in chunks(len(hidden_states), chunk)]
+    return torch.cat(parts) if parts else wide(hidden_states.new_zeros(0))
+
+
+def chunked_loss(
+    hidden_states: Tensor,
+    head: Head,
+    coefficients: Tensor,
+    compare: Compare,
+    *,
+    narrow_head: Head | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of a per-position criterion, and its values.
+
+    Dense expression: ``values, _ = compare(head.logits(hidden_states), slice(None)); (coefficients * values).sum()``.
+
+    Gradients for ``hidden_states`` and the head are formed in the forward pass, chunk by chunk, so the backward pass
+    keeps [N, D] and [V, D] alone. Both are returned through autograd (and multiplied by ``grad_output``), so hooks of
+    DDP and FSDP see them and tied embeddings add up.
+
+    Args:
+        hidden_states: [N, D]; may require gradient.
+        head: its weight and bias may require gradient.
+        coefficients: [N], detached.
+        compare: maps student logits [n, V] and the slice of positions to per-position values [n] in nats and the
+            gradient of their sum [n, V]. It must not change the logits.
+        narrow_head: ``head`` in the dtype of the products, for callers that need it more than once a step.
+        chunk: positions at a time; by default from the memory that logits take.
+
+    Returns:
+        The scalar sum (float32 or float64), and the values [N], detached.
+    """
+    chunk = chunk or chunk_size(head.n_classes, hidden_states.device)
+    if narrow_head is None:
+        with torch.no_grad():
+            narrow_head = head.to(compute_dtype(hidden_states))
+    with_gradient = torch.is_grad_enabled()
+    return _ChunkedLoss.apply(
+        hidden_states, head.weight, head.bias, narrow_head, coefficients.detach(), compare, chunk, with_gradient
+    )
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which products with ``tensor`` run: autocast's where it is on, else the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        coefficients: Tensor,
+        compare: Compare,
+        chunk: int,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            need_hidden, need_weight, need_bias = (needed and with_gradient for needed in ctx.needs_input_grad[:3])
+            dtype = head.weight.dtype
+            wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            narrow_hidden = hidden_states.to(dtype)
+            values = hidden_states.new_zeros(len(hidden_states), dtype=wide_dtype)
+            grad_hidden = torch.zeros_like(narrow_hidden) if need_hidden else None
+            grad_weight = torch.zeros_like(weight, dtype=wide_dtype) if need_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=wide_dtype) if bias is not None and need_bias else None
+            for rows in chunks(len(hidden_states), chunk):
+                logits = wide(head.logits(narrow_hidden[rows]))
+                values[rows], gradient = compare(logits, rows)
+                if not (need_hidden or need_weight or need_bias):
+                    continue
+                gradient.mul_(coefficients[rows, None])
+                gradient = _through_transform(gradient, logits, head)
+                if grad_bias is not None:
+                    grad_bias += gradient.sum(dim=0)
+                gradient = gradient.to(dtype)
+                if grad_hidden is not None:
+                    torch.mm(gradient, head.weight, out=grad_hidden[rows])
+                if grad_weight is not None:
+                    grad_weight += gradient.T @ narrow_hidden[rows]
+            ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+            ctx.dtypes = (hidden_states.dtype, weight.dtype, None if bias is None else bias.dtype)
+            loss = torch.linalg.vecdot(coefficients.to(wide_dtype), values)
+            ctx.mark_non_differentiable(values)
+            return loss, values
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.gradients is not None, "chunked_loss keeps its gradients for one backward pass only"
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        ctx.gradients = None
+        return (*scaled, None, None, None, None, None)
+
+
+def _through_transform(gradient: Tensor, logits: Tensor, head: Head) -> Tensor:
+    """The chain rule through ``scale`` and ``softcap``: ``logits`` are the head's output."""
+    if head.softcap is not None:
+        gradient = gradient * (1 - (logits / head.softcap).square())
+    return gradient * head.scale if head.scale != 1.0 else gradient

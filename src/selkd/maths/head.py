@@ -1,0 +1,50 @@
+"""The language-model head as a plain view: what turns hidden states into logits.
+
+Shapes: V classes, D hidden.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Head:
+    """A view of a model's output projection: ``logits = softcap(scale * (h @ weight.T + bias))``.
+
+    Attributes:
+        weight: [V, D], the projection (a parameter of the model, or a cast of one).
+        bias: [V] or None.
+        scale: factor on the logits (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
+        softcap: c in ``c * tanh(logits / c)`` (Gemma's final softcapping), or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def n_classes(self) -> int:
+        return self.weight.shape[0]
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., D], in the dtype of the product."""
+        logits = torch.nn.functional.linear(hidden_states, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def to(self, dtype: torch.dtype) -> "Head":
+        """The same head with weight and bias cast; cast once a step, not once a chunk."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
+
+    def narrowed(self, n_classes: int) -> "Head":
+        """The head over the first ``n_classes`` classes: families pad their vocabularies with unused rows."""
+        if n_classes == self.n_classes:
+            return self
+        bias = None if self.bias is None else self.bias[:n_classes]
+        return replace(self, weight=self.weight[:n_classes], bias=bias)

@@ -1,0 +1,150 @@
+"""A causal language model seen as two halves: the body makes hidden states, the head makes logits of them.
+
+The halves are what lets logits be computed for some positions only. Whether they really make up the model is checked
+against its own forward pass: families differ in what lies between (softcapping, scales, biases).
+
+Shapes: B batch, T positions, V classes, D hidden.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from selkd.errors import InputError
+from selkd.maths.head import Head
+
+# The largest difference that rounding explains, relative to the largest value.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+_PROBE_TOKENS = 16
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The part that turns token ids into hidden states, final norm included.
+
+    Raises:
+        InputError: the model has no such part.
+    """
+    body = model.get_decoder()
+    if body is model:
+        raise InputError(f"{type(model).__name__} has no body apart from its head; a causal language model is needed.")
+    return body
+
+
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """The hidden states that the head reads, [B, T, D] in the model's dtype, with gradient if it is enabled.
+
+    Args:
+        input_ids: [B, T] int64.
+        position_ids: [B, T] int64, restarting at 0 where a document starts. There is no attention mask: Transformers
+            keeps packed documents apart by their positions only where none is given.
+    """
+    body = body_of(model)
+    return body(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False).last_hidden_state
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head as a view of the model's parameters (nothing is copied; gradients reach them).
+
+    Equivalent to: ``model(...).logits == head_of(model).logits(hidden_states(model, ...))``; see ``check_head``.
+
+    Raises:
+        InputError: the head is no plain linear layer (none at all, quantised, or with an adapter on it).
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point() or layer.weight.ndim != 2:
+        raise InputError(
+            f"the head of {type(model).__name__} is a {type(layer).__name__}; a plain linear layer is needed. "
+            "Load it unquantised, and leave the head out of the adapter's target modules."
+        )
+    config = model.config.get_text_config(decoder=True)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, layer.bias, _scale(config), None if softcap is None else float(softcap))
+
+
+def _scale(config: Any) -> float:
+    """The factor on the logits: Cohere and Falcon-H1 multiply; Granite divides, and HyperCLOVA X, under Granite's
+    name, multiplies."""
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        factor = getattr(config, name, None)
+        scale *= 1.0 if factor is None else float(factor)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        scale *= float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+    return scale
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradient inside; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def probe_ids(model: PreTrainedModel) -> torch.Tensor:
+    """A few token ids spread over the vocabulary, [1, 16], on the model's device."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(_PROBE_TOKENS) * max(rows // _PROBE_TOKENS, 1) % rows
+    return ids[None].to(model.device)
+
+
+def disagreement(actual: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """The greatest difference in words, or None where rounding in the tensors' dtype explains it."""
+    if actual.shape != expected.shape:
+        return f"shapes {list(actual.shape)} and {list(expected.shape)}"
+    difference = (actual.double() - expected.double()).abs().max().item()
+    largest = expected.double().abs().max().item()
+    # Written so that a NaN is a disagreement.
+    if difference <= _TOLERANCE[expected.dtype] * largest:
+        return None
+    return f"max abs difference {difference:.3g} where the largest value is {largest:.3g}"
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raises InputError unless body and head reproduce the model's own logits on a few tokens.
+
+    Called once when a model is loaded: a scale, a softcap or an adapter that the halves don't know would otherwise
+    train the student on wrong numbers.
+    """
+    ids = probe_ids(model)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    with evaluating(model):
+        expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        actual = head_of(model).logits(hidden_states(model, ids, positions))
+    if difference := disagreement(actual.to(expected.dtype), expected):
+        raise InputError(
+            f"{type(model).__name__} computes its logits in a way that selkd does not know: hidden states x head "
+            f"against the model's own logits, {difference}. This model can't be used."
+        )
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Raises InputError if a packed document sees the one before it: then samples must not be packed.
+
+    True of models that read no position ids (ALiBi) or carry a state along (Mamba, linear attention).
+    """
+    ids = probe_ids(model)
+    second = ids[:, : ids.shape[1] // 2].flip(1)
+    within = torch.arange(second.shape[1], device=ids.device)[None]
+    with evaluating(model):
+        packed = hidden_states(
+            model, torch.cat([ids[:, second.shape[1] :], second], dim=1), torch.cat([within, within], dim=1)
+        )[:, second.shape[1] :]
+        alone = hidden_states(model, second, within)
+    # A norm, not a maximum: in bf16 a single value may move by more than the head's tolerance with the layout alone.
+    share = ((packed.double() - alone.double()).norm() / alone.double().norm()).item()
+    if not share <= 5 * _TOLERANCE[alone.dtype]:
+        raise InputError(
+            f"{type(model).__name__} does not keep packed documents apart: a document's hidden states move by "
+            f"{share:.1%} with the document before it. Set data.packing to false."
+        )

@@ -1,0 +1,87 @@
+"""Models from disk into memory, in the dtype that suits the device."""
+
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from selkd.errors import InputError
+from selkd.models.sources import ModelSource
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+# The names that torch.cpu.get_capabilities() gives to bf16 arithmetic on x86 and on ARM.
+_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """torch.bfloat16 where the device computes in it, else torch.float32: emulated bf16 is the slower of the two."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        # PyTorch versions without this function can't tell; float32 is right on every CPU.
+        capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(capabilities.get(name) for name in _CPU_BF16)
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called ``name``; "auto" is the device's native one.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name == "auto":
+        return native_dtype(device)
+    if name not in _DTYPES:
+        raise InputError(f"dtype {name!r} is unknown: expected one of auto, {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal language model of ``source``, in eval mode.
+
+    Raises:
+        InputError: not a causal language model that this Transformers knows, damaged weights, or weights missing
+            (Transformers would fill them with random numbers).
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"model {source.name!r} can't be loaded as a causal language model from {source.path}: {error}"
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise InputError(
+            f"model {source.name!r}: {len(missing)} weights of {type(model).__name__} are not in "
+            f"{source.path} ({shown}). The files are incomplete or belong to another kind of model."
+        )
+    return model.to(device).eval()
+
+
+def n_parameters(model: torch.nn.Module) -> int:
+    """The number of parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def n_rows(source: ModelSource) -> int:
+    """How many classes the model's head has, from its configuration: no weights are read.
+
+    Raises:
+        InputError: a configuration that this Transformers doesn't know.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {source.name!r}: its configuration can't be read from {source.path}: {error}") from error
+    return int(config.get_text_config(decoder=True).vocab_size)

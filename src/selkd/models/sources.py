@@ -1,0 +1,161 @@
+"""Where a model's files are: the embedded default, a local folder or a hub id; and what identifies it."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import huggingface_hub
+import xxhash
+from huggingface_hub import errors as hub_errors
+
+from selkd.errors import InputError
+from selkd.models.demo import DEMO, DEMO_NAME, converted_demo
+
+_FORMAT = "selkd-model-1"
+# Said by whoever saved the folder, without influence on what the model computes once its dtype has been chosen.
+_INCIDENTAL_CONFIG = {
+    "_name_or_path",
+    "_model_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Weights only as safetensors: a .bin is a pickle. Mistral's repositories carry the weights twice, the second time as
+# consolidated*.safetensors, which Transformers does not read.
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+_NOT_HUB_FILES = ["*/*", "consolidated*"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this disk.
+
+    Attributes:
+        name: what people call it: the hub id, or the folder as it was given.
+        path: a folder with config.json, *.safetensors and the tokenizer.
+        fingerprint: 32 hex digits over the weights and the configuration; equal for equal models, wherever they lie.
+    """
+
+    name: str
+    path: Path
+    fingerprint: str
+
+
+def default_cache_dir() -> Path:
+    """$SELKD_CACHE, else $XDG_CACHE_HOME/selkd, else ~/.cache/selkd. An empty variable counts as unset."""
+    if own := os.environ.get("SELKD_CACHE"):
+        return Path(own).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "selkd"
+    return Path.home() / ".cache" / "selkd"
+
+
+def locate(model: str, cache_dir: Path) -> ModelSource:
+    """The files of ``model``: "demo", else a local folder, else a hub id (downloaded to the hub's own cache).
+
+    Raises:
+        InputError: no such model, a folder that is not a model with safetensors weights, or a hub that can't be
+            reached; an unwritable ``cache_dir``.
+        RunError: the demo model could not be converted (for example a full disk).
+    """
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cache folder {cache_dir} can't be made: {error}. Set SELKD_CACHE to a folder that can be written."
+        ) from error
+    if model == DEMO:
+        name, path = DEMO_NAME, converted_demo(cache_dir)
+    elif Path(model).expanduser().is_dir():
+        name, path = model, Path(model).expanduser()
+    else:
+        name, path = model, _downloaded(model)
+    return ModelSource(name, path, _fingerprint(model, path, cache_dir))
+
+
+def _downloaded(model: str) -> Path:
+    if not _HUB_ID.fullmatch(model):
+        raise InputError(f"model {model!r}: there is no such folder, and it is not a hub id (owner/name) either.")
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES))
+    except hub_errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"model {model!r}: no such folder here, and the hub has no such model or does not show it to you. "
+            "Check the name; for a gated or private model log in with `hf auth login`."
+        ) from error
+    except (OSError, ValueError, hub_errors.HTTPError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"model {model!r}: no such folder here, and it could not be fetched from the hub ({reason[0]}). "
+            "Give a local folder with config.json and *.safetensors, or `demo` for the embedded default."
+        ) from error
+
+
+def _fingerprint(model: str, path: Path, cache_dir: Path) -> str:
+    """Digest of config.json and every weight file; read once, then remembered by path, size and modification time."""
+    files = _model_files(model, path)
+    # Links are followed: in the hub's cache a snapshot is made of links to blobs.
+    stats = [(file.name, file.stat()) for file in files]
+    state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    memo = cache_dir / "fingerprints" / f"{xxhash.xxh3_64_hexdigest(os.fsencode(path.resolve()))}.json"
+    remembered = _read_memo(memo)
+    if remembered.get("format") == _FORMAT and remembered.get("files") == state:
+        return str(remembered["fingerprint"])
+
+    digest = xxhash.xxh3_128()
+    digest.update(json.dumps([_FORMAT, _architecture(model, path)], sort_keys=True).encode())
+    for file in files[1:]:
+        # The name and size part one file from the next.
+        digest.update(json.dumps([file.name, file.stat().st_size]).encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    fingerprint = digest.hexdigest()
+    _write_memo(memo, {"format": _FORMAT, "files": state, "fingerprint": fingerprint})
+    return fingerprint
+
+
+def _model_files(model: str, path: Path) -> list[Path]:
+    """config.json, then the weight files by name."""
+    config = path / "config.json"
+    weights = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("consolidated"))
+    if not config.is_file():
+        raise InputError(f"model {model!r}: {path} has no config.json, so it is not a Transformers model.")
+    if not weights:
+        raise InputError(
+            f"model {model!r}: {path} has no *.safetensors weights. Other formats (pickled .bin, GGUF) are not read; "
+            "load the model with Transformers and save it again with save_pretrained."
+        )
+    return [config, *weights]
+
+
+def _architecture(model: str, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"model {model!r}: {path / 'config.json'} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"model {model!r}: {path / 'config.json'} holds a {type(config).__name__}, not an object.")
+    return {key: value for key, value in config.items() if key not in _INCIDENTAL_CONFIG}
+
+
+def _read_memo(memo: Path) -> dict[str, Any]:
+    """What was remembered; nothing if the file is absent or damaged, for it can always be computed again."""
+    try:
+        content = json.loads(memo.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_memo(memo: Path, content: dict[str, Any]) -> None:
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    temporary = memo.with_name(f".{memo.name}.{uuid4().hex}")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(memo)

@@ -1,0 +1,160 @@
+"""Tokenizers: loading, what identifies one, and whether two models speak of the same classes."""
+
+import json
+from typing import Any
+
+import xxhash
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from selkd.errors import InputError
+from selkd.models.sources import ModelSource
+
+_FORMAT = "selkd-tokenizer-1"
+# Text on which tokenizers with equal vocabularies part ways: merges, digits, spaces, normalisation, bytes, specials.
+PROBES = (
+    "The quick brown fox doesn't jump over 3.14159 or 1234567 lazy dogs.",
+    "def f(x):\n    return x  # \ttab\n\n\n    if x != 0x1F: pass\r\n",
+    "  leading,   inner and trailing spaces   ",
+    "naïve café ﬁne Ǆ İstanbul ½ ① 日本語 한국어 العربية हिन्दी",
+    "🙂👩‍👩‍👧 \u200b\u00a0\ufeff e\u0301",
+    "<s></s> <|endoftext|> <|im_start|>user\n[INST] <unk>",
+)
+# The padding token is left out: no class is told by it, and load_tokenizer may have chosen it.
+_SPECIAL = ("bos_token", "eos_token", "unk_token")
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``source``. If it has no padding token, an existing token pads: nothing is added or resized.
+
+    Padding is never told by its id (that is what valid masks are for), so the unknown or end token can serve.
+
+    Raises:
+        InputError: no tokenizer there, or no token that could pad.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"model {source.name!r}: no tokenizer can be loaded from {source.path}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = _padding_token(source, tokenizer)
+    return tokenizer
+
+
+def _padding_token(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> str:
+    named = [
+        token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if "pad" in token.content.lower()
+    ]
+    for token in (*named, tokenizer.unk_token, tokenizer.eos_token):
+        if token is not None:
+            return token
+    raise InputError(
+        f"model {source.name!r}: its tokenizer has no padding, unknown or end token. Set pad_token in "
+        f"{source.path / 'tokenizer_config.json'} to an existing token."
+    )
+
+
+def n_classes(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest token id: the rows of a head from here on are padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises InputError if ``tokenizer`` has ids for which the model called ``name`` has no row."""
+    needed = n_classes(tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < needed:
+        raise InputError(
+            f"model {name!r} has {rows} embedding rows, but its tokenizer uses {needed} ids. "
+            "The tokenizer belongs to another model; use the model's own."
+        )
+
+
+def shared_classes(sizes: dict[str, int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many classes all have in common; families pad one vocabulary to different sizes.
+
+    Args:
+        sizes: what has classes (teacher, student, cache) -> how many.
+
+    Raises:
+        InputError: one has fewer classes than the tokenizer has ids.
+    """
+    needed = n_classes(tokenizer)
+    for name, size in sizes.items():
+        if size < needed:
+            raise InputError(
+                f"the {name} has {size} classes, but the tokenizer uses {needed} ids: they do not belong together. "
+                "Use the models' own tokenizer."
+            )
+    return min(sizes.values())
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """32 hex digits over everything that decides which ids a text becomes; padding and truncation settings don't."""
+    identity = [_FORMAT, _rules(tokenizer), tokenizer.get_vocab(), _special_ids(tokenizer), _encodings(tokenizer)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """The normaliser, splitter and merges of a tokenizer of the tokenizers library; None for one in plain Python."""
+    if not tokenizer.is_fast:
+        return None
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {part: rules[part] for part in ("normalizer", "pre_tokenizer", "model", "post_processor")}
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    return {name: getattr(tokenizer, f"{name}_id") for name in _SPECIAL}
+
+
+def _encodings(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return [tokenizer(probe, truncation=False, padding=False)["input_ids"] for probe in PROBES]
+
+
+def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Raises InputError, naming the first differences, unless both turn every probe into the same ids and share all
+    ids: the teacher's distribution over classes means nothing to a student whose classes are others."""
+    if differences := _differences(teacher, student):
+        raise InputError(
+            "teacher and student have different tokenizers, so their classes can't be compared: "
+            + "; ".join(differences)
+            + ". Use a student of the teacher's family, or prune one from the teacher (student.prune_from_teacher)."
+        )
+
+
+def _differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
+    return (
+        _vocabulary_differences(teacher.get_vocab(), student.get_vocab())
+        or _special_differences(teacher, student)
+        or _encoding_differences(teacher, student)
+    )
+
+
+def _vocabulary_differences(teacher: dict[str, int], student: dict[str, int], shown: int = 3) -> list[str]:
+    tokens = [token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token)]
+    if not tokens:
+        return []
+    tokens.sort(key=lambda token: (min(teacher.get(token, 2**63), student.get(token, 2**63)), token))
+    first = [f"{token!r:.60} is {_id(teacher, token)} and {_id(student, token)}" for token in tokens[:shown]]
+    return [f"{len(teacher)} and {len(student)} tokens, {len(tokens)} of which differ", *first]
+
+
+def _id(vocabulary: dict[str, int], token: str) -> str:
+    return f"id {vocabulary[token]}" if token in vocabulary else "absent"
+
+
+def _special_differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
+    ours, theirs = _special_ids(teacher), _special_ids(student)
+    return [
+        f"{name} is id {ours[name]} and id {theirs[name]} (if only this differs, set it in the student's tokenizer)"
+        for name in _SPECIAL
+        if ours[name] != theirs[name]
+    ]
+
+
+def _encoding_differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
+    for probe, ours, theirs in zip(PROBES, _encodings(teacher), _encodings(student), strict=True):
+        if ours != theirs:
+            longer = max(len(ours), len(theirs))
+            at = next(i for i in range(longer) if ours[i : i + 1] != theirs[i : i + 1])
+            return [f"{probe!r:.80} becomes ids {ours[at : at + 5]} and {theirs[at : at + 5]} from token {at} on"]
+    return []

@@ -1,0 +1,174 @@
+"""``distill``: score -> cache -> train -> evaluate -> report, into one folder, continued where it was interrupted."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selkd import stages
+from selkd.data.samples import SampleDataset
+from selkd.errors import InputError, RunError
+from selkd.examples import selected_examples
+from selkd.models.loading import load_model
+from selkd.models.sources import locate
+from selkd.recipe import Recipe, parse_part
+from selkd.recipe_files import load_recipe
+from selkd.reporting.card import model_card
+from selkd.reporting.page import write_page
+from selkd.run_directory import RunDirectory, write_whole
+from selkd.workspace import CALIBRATION_SAMPLES, Workspace
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        record: the content of ``record.json``.
+    """
+
+    path: Path
+    record: dict[str, Any]
+
+    @property
+    def student(self) -> Path:
+        """The student's folder, for ``AutoModelForCausalLM.from_pretrained``."""
+        return self.path / "student"
+
+
+def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | None = None) -> Run:
+    """Run a recipe into ``out`` (``runs/<recipe name>`` if not given), or finish what was begun there.
+
+    Args:
+        recipe: a Recipe, a mapping of its keys, a named recipe or a YAML file.
+
+    Raises:
+        InputError: anything about the recipe, the models, the data or the folder that can't be used.
+        RunError: a stage failed; finished stages are kept, and the same call continues.
+    """
+    checked, path = as_recipe(recipe), None if out is None else Path(out)
+    work, run = start(checked, path)
+    with _recorded(run, work):
+        samples = stages.score(work, run)
+    if not stages.is_trained(work, run):
+        if checked.evaluation.suite and not (run.record["fidelity"] or {}).get("before"):
+            with _recorded(run, work):
+                stages.evaluate(work, run, work.student, "before")
+        with _recorded(run, work):
+            teacher = stages.cache(work, run, samples)
+        with _recorded(run, work):
+            stages.train(work, run, samples, teacher)
+            (run.record["fidelity"] or {})["after"] = None
+    _finish(work, run)
+    return Run(run.path, run.record)
+
+
+def score_only(recipe: Recipe, out: Path | None = None) -> Run:
+    """The scoring stage by itself; ``distill`` into the same folder goes on from it."""
+    work, run = start(recipe, out)
+    with _recorded(run, work):
+        stages.score(work, run)
+    return Run(run.path, run.record)
+
+
+def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
+    """Scoring and caching by themselves; ``distill`` into the same folder goes on from them."""
+    work, run = start(recipe, out)
+    with _recorded(run, work):
+        samples: SampleDataset = stages.score(work, run)
+    with _recorded(run, work):
+        stages.cache(work, run, samples)
+    return Run(run.path, run.record)
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A checked recipe from whatever describes one."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return load_recipe(recipe) if isinstance(recipe, str | Path) else parse_part(Recipe, dict(recipe))
+
+
+def start(recipe: Recipe, out: Path | None) -> tuple[Workspace, RunDirectory]:
+    """Claim the run's folder and find its inputs."""
+    path = out or Path("runs") / (recipe.name or "recipe")
+    work = Workspace(recipe, path)
+    with work.state.main_process_first():
+        run = RunDirectory.claim(path, recipe)
+    with _recorded(run, work):
+        stages.prepare(work, run)
+    return work, run
+
+
+def _finish(work: Workspace, run: RunDirectory) -> None:
+    """Measure the saved student and write what people read."""
+    unmeasured = work.recipe.evaluation.suite and not run.record["fidelity"]["after"]
+    examples = run.path / "selection" / "examples.json"
+    if unmeasured or not examples.exists():
+        work.__dict__.pop("student", None)  # the trained one in memory; what is measured is what was saved
+        student = load_model(locate(str(run.path / "student"), work.cache_dir), torch.float32, work.device)
+        if unmeasured:
+            with _recorded(run, work):
+                stages.evaluate(work, run, student, "after")
+        if work.state.is_main_process:
+            shown = work.splits.held_out if len(work.splits.held_out) else work.splits.train
+            recipe = work.recipe
+            found = selected_examples(student, work.tokenizer, shown, recipe.positions, work.n_classes, recipe.seed)
+            write_whole(examples, json.dumps(found) + "\n")
+    if work.state.is_main_process:
+        write_whole(run.path / "student" / "README.md", model_card(run.record))
+        write_page(run.path)
+    work.state.wait_for_everyone()
+
+
+@contextmanager
+def _recorded(run: RunDirectory, work: Workspace) -> Iterator[None]:
+    """Save the record once the stage inside is done."""
+    yield
+    if work.state.is_main_process:
+        run.save()
+
+
+def full_kd_on_same_samples(run: Run) -> Run:
+    """Full KD with a live teacher on the samples that ``run`` kept, beside it, for comparison."""
+    recipe = load_recipe(run.path / "recipe.yaml")
+    changed = recipe.resolved() | {
+        "name": f"{recipe.name}-full-kd",
+        "positions": {"policy": "all"},
+        "classes": {"sampler": "all"},
+        "cache": None,
+    }
+    if recipe.samples is not None:
+        scores = run.path / "selection" / "samples.parquet"
+        changed["samples"] = {**recipe.samples.model_dump(), "path": str(scores)}
+    return distill(parse_part(Recipe, changed), run.path.with_name(f"{run.path.name}-full-kd"))
+
+
+def prune_into(teacher: str, layers: int, data: str, out: Path) -> dict[str, Any]:
+    """Cut a student of ``layers`` layers from ``teacher`` into the new folder ``out``.
+
+    Raises:
+        InputError: ``out`` is there already, or what ``distill`` refuses of teacher, layers and text.
+    """
+    if out.exists():
+        raise InputError(f"{out}: exists. Give a new folder; nothing was changed.")
+    recipe = parse_part(
+        Recipe,
+        {
+            "teacher": {"model": teacher},
+            "student": {"prune_from_teacher": {"layers": layers}},
+            "data": {"path": data, "held_out_fraction": 0, "tokens": 512 * CALIBRATION_SAMPLES},
+            "evaluation": {"suite": []},
+        },
+    )
+    source = Workspace(recipe, out).student_source
+    try:
+        shutil.copytree(source.path, out)
+    except OSError as error:
+        raise RunError(f"{out}: can't be written ({error}).") from None
+    return {"student": str(out), **json.loads((out / "pruning.json").read_text(encoding="utf-8"))}

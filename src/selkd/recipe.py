@@ -1,0 +1,208 @@
+"""The recipe: one description of a distillation, read from YAML, checked whole before anything runs.
+
+A recipe factorises into choices that combine freely: criterion x positions x classes x samples. Every key has an
+effect; a key that a choice makes meaningless (a fraction beside ``policy: all``) is null in the resolved recipe.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from selkd.errors import InputError
+from selkd.recipe_errors import explain
+
+P = TypeVar("P", bound=BaseModel)
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Criterion = Literal["forward_kl"]
+PositionMetric = Literal["student_entropy"]
+PositionPolicy = Literal["all", "top_k", "random"]
+Reduction = Literal["per_sample", "per_position"]
+ClassSampler = Literal["all", "rs_kd"]
+SampleMetric = Literal["student_entropy", "random"]
+
+
+class Part(BaseModel):
+    """A part of a recipe: unknown keys are errors, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherOptions(Part):
+    """The large model. ``model``: ``demo``, a local folder or a hub id."""
+
+    model: str
+    dtype: Dtype = "auto"
+
+
+class PruneOptions(Part):
+    """A student cut from the teacher: ``layers`` is how many are kept; those with the least block influence go."""
+
+    layers: int = Field(ge=1)
+
+
+class StudentOptions(Part):
+    """The small model: one to load, or one to cut from the teacher's own layers."""
+
+    model: str | None = None
+    prune_from_teacher: PruneOptions | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "StudentOptions":
+        if (self.model is None) == (self.prune_from_teacher is None):
+            raise ValueError("give exactly one of student.model and student.prune_from_teacher")
+        return self
+
+
+class DataOptions(Part):
+    """The text. ``path``: ``demo``, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id."""
+
+    path: str
+    name: str | None = Field(None, description="configuration of a hub data set")
+    split: str = "train"
+    text_field: str = "text"
+    tokens: int | None = Field(None, ge=2, description="how many tokens to train on at most; null: all there are")
+    max_length: int = Field(512, ge=2, description="tokens of a sample at most")
+    packing: bool = Field(True, description="fill samples with several documents, isolated from each other")
+    held_out_fraction: float = Field(0.02, ge=0, lt=1, description="share of the documents kept from training")
+    held_out_tokens: int = Field(16384, ge=2, description="tokens of the held-out split at most")
+    streaming: bool | None = Field(None, description="stream a hub data set; null: when `tokens` is given")
+
+
+class CriterionOptions(Part):
+    """How teacher and student are compared. ``kd_weight`` is lambda: the rest is cross-entropy with the text."""
+
+    name: Criterion = "forward_kl"
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature_squared: bool = Field(True, description="multiply the divergence by the temperature's square")
+    kd_weight: float = Field(1.0, ge=0, le=1)
+
+
+class PositionOptions(Part):
+    """Which positions of a sample are supervised."""
+
+    metric: PositionMetric | None = "student_entropy"
+    policy: PositionPolicy = "top_k"
+    fraction: Fraction | None = 0.20
+    reduction: Reduction = "per_sample"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_has_no_effect(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            if given.get("policy") == "all":
+                return {**given, "metric": None, "fraction": None}
+            if given.get("policy") == "random":
+                return {**given, "metric": None}
+        return given
+
+    @model_validator(mode="after")
+    def _complete(self) -> "PositionOptions":
+        if self.policy == "top_k" and self.metric is None:
+            raise ValueError("positions.policy: top_k ranks positions by a metric; give positions.metric")
+        if self.policy != "all" and self.fraction is None:
+            raise ValueError(f"positions.policy: {self.policy} picks a share; give positions.fraction")
+        return self
+
+
+class ClassOptions(Part):
+    """Which vocabulary classes of the teacher's distribution are compared: all, or ``draws`` from it a position."""
+
+    sampler: ClassSampler = "all"
+    draws: int | None = Field(64, ge=1, le=65535)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_has_no_effect(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("sampler", "all") == "all":
+            return {**given, "draws": None}
+        return given
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ClassOptions":
+        if self.sampler == "rs_kd" and self.draws is None:
+            raise ValueError("classes.sampler: rs_kd draws classes; give classes.draws")
+        return self
+
+
+class SampleOptions(Part):
+    """Which samples are trained on: the highest share by the frozen initial student's mean score."""
+
+    metric: SampleMetric = "student_entropy"
+    fraction: Fraction = 0.20
+    path: str | None = Field(None, description="the scores' file, written or reused; null: inside the run")
+
+
+class CacheOptions(Part):
+    """The teacher's drawn classes on disk. ``path`` null: inside the run."""
+
+    path: str | None = None
+
+
+class EvaluationOptions(Part):
+    """What is measured on the held-out split, before and after training, and every so many steps if asked."""
+
+    suite: list[Literal["fidelity"]] = ["fidelity"]
+    every_steps: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> "EvaluationOptions":
+        if self.every_steps is not None and not self.suite:
+            raise ValueError("evaluation.every_steps measures evaluation.suite, which is empty; give [fidelity]")
+        return self
+
+
+def _checked_training(given: Any) -> Any:
+    from selkd.recipe_training import check_training  # late: it needs transformers, `selkd --help` does not
+
+    return check_training(given)
+
+
+class Recipe(Part):
+    """One distillation, read top to bottom."""
+
+    name: str | None = None
+    teacher: TeacherOptions
+    student: StudentOptions
+    data: DataOptions
+    criterion: CriterionOptions = CriterionOptions()
+    positions: PositionOptions = PositionOptions()
+    classes: ClassOptions = ClassOptions.model_validate({})
+    samples: SampleOptions | None = None
+    cache: CacheOptions | None = None
+    training: Annotated[dict[str, Any], BeforeValidator(_checked_training)] = {}
+    evaluation: EvaluationOptions = EvaluationOptions()
+    seed: int = Field(1337, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Recipe":
+        if self.cache is not None and self.classes.sampler == "all":
+            raise ValueError(
+                "cache: the full distribution (classes.sampler: all) is too large to store; "
+                "draw classes with classes.sampler: rs_kd, or set cache: null for a live teacher"
+            )
+        if self.evaluation.suite and self.data.held_out_fraction == 0:
+            raise ValueError(
+                "evaluation.suite: [fidelity] measures held-out text, and data.held_out_fraction is 0; "
+                "raise it, or set evaluation.suite: []"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole recipe as plain data, every default written out; reading it back gives an equal recipe."""
+        return self.model_dump(mode="json")
+
+
+def parse_part(part: type[P], given: Any, prefix: str = "") -> P:
+    """``given`` as a checked ``part`` of a recipe.
+
+    Raises:
+        InputError: names each faulty key, what was given, what is allowed and the nearest valid name.
+    """
+    if isinstance(given, part):
+        return given
+    try:
+        return part.model_validate(given)
+    except ValidationError as error:
+        raise InputError(explain(error, part, prefix)) from None

@@ -1,0 +1,50 @@
+"""Pydantic's validation errors in the user's words: the key, what was given, what is allowed, the nearest name."""
+
+import difflib
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+
+def nearest(given: object, names: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest of ``names``, or nothing."""
+    close = difflib.get_close_matches(str(given), list(names), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One message for all that is wrong with the input of ``model``, a line a fault."""
+    lines = [_explain_one(detail, model, prefix) for detail in error.errors()]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _explain_one(detail: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
+    path = [str(step) for step in detail["loc"]]
+    key = ".".join(([prefix] if prefix else []) + path) or "recipe"
+    given, context = detail["input"], detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            names = list(_model_at(model, path[:-1]).model_fields)
+            return f"{key}: unknown key. Allowed here: {', '.join(names)}.{nearest(path[-1], names)}"
+        case "missing":
+            return f"{key}: required, but not given."
+        case "literal_error":
+            names = [name.strip("' ") for name in context["expected"].replace(" or ", ", ").split(",")]
+            return f"{key}: {given!r} is not known. Allowed: {', '.join(names)}.{nearest(given, names)}"
+        case "value_error":
+            message = str(context["error"])
+            return message if "." in message.split(" ")[0] or not path else f"{key}: {message}"
+        case _:
+            return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}, but got {given!r}."
+
+
+def _model_at(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    """The model class that validates the part of ``model`` at ``path``."""
+    for step in path:
+        annotation: Any = model.model_fields[step].annotation
+        choices = typing.get_args(annotation) or (annotation,)
+        model = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
+    return model

@@ -1,0 +1,85 @@
+"""The recipe's ``training`` part: ``transformers.TrainingArguments``' own names, less those that the recipe owns."""
+
+from dataclasses import fields
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from selkd.recipe_errors import nearest
+
+# What the recipe says elsewhere, or what the distillation loss would leave without effect: key -> what to do instead.
+OWNED = {
+    "output_dir": "give the command's --out",
+    "seed": "set the recipe's seed",
+    "data_seed": "set the recipe's seed",
+    "do_train": "selkd distill trains",
+    "do_eval": "set evaluation.suite",
+    "do_predict": "set evaluation.suite",
+    "eval_strategy": "set evaluation.every_steps",
+    "eval_steps": "set evaluation.every_steps",
+    "eval_delay": "set evaluation.every_steps",
+    "eval_on_start": "fidelity is always measured before training",
+    "eval_accumulation_steps": "evaluation keeps no predictions",
+    "eval_do_concat_batches": "evaluation keeps no predictions",
+    "eval_use_gather_object": "evaluation keeps no predictions",
+    "batch_eval_metrics": "evaluation keeps no predictions",
+    "prediction_loss_only": "evaluation keeps no predictions",
+    "include_for_metrics": "evaluation keeps no predictions",
+    "load_best_model_at_end": "the last student is kept",
+    "metric_for_best_model": "the last student is kept",
+    "greater_is_better": "the last student is kept",
+    "resume_from_checkpoint": "run the same recipe into the same folder again",
+    "remove_unused_columns": "the samples' columns are all used",
+    "label_names": "the samples' columns are fixed",
+    "label_smoothing_factor": "set criterion.kd_weight to mix in cross-entropy",
+    "average_tokens_across_devices": "the loss is always averaged over the whole step",
+    "train_sampling_strategy": "samples are shuffled by the seed",
+    "length_column_name": "samples are shuffled by the seed",
+    "push_to_hub": "push the finished student folder",
+    "hub_model_id": "push the finished student folder",
+    "hub_strategy": "push the finished student folder",
+    "hub_token": "push the finished student folder",
+    "hub_private_repo": "push the finished student folder",
+    "hub_always_push": "push the finished student folder",
+    "hub_revision": "push the finished student folder",
+    "use_liger_kernel": "selkd has its own loss",
+    "auto_find_batch_size": "a batch size found by failing would not be reproducible; set per_device_train_batch_size",
+    "fp16_full_eval": "evaluation uses the run's precision",
+    "bf16_full_eval": "evaluation uses the run's precision",
+}
+
+
+@cache
+def _adapters() -> dict[str, TypeAdapter[Any]]:
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    return {field.name: TypeAdapter(hints[field.name]) for field in fields(TrainingArguments) if field.init}
+
+
+def check_training(given: Any) -> dict[str, Any]:
+    """``given`` with every value coerced to its type (YAML reads ``1e-5`` as text).
+
+    Raises:
+        ValueError: a key that TrainingArguments lacks or that the recipe owns, or a value of the wrong type.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise ValueError(f"expected keys of transformers.TrainingArguments, but got {given!r}")
+    adapters, checked = _adapters(), {}
+    for key, value in given.items():
+        if key in OWNED:
+            raise ValueError(f"training.{key}: not set here; {OWNED[key]}.")
+        if key not in adapters:
+            names = [name for name in adapters if name not in OWNED]
+            raise ValueError(
+                f"training.{key}: unknown key. Allowed: the names of transformers.TrainingArguments.{nearest(key, names)}"
+            )
+        try:
+            checked[key] = adapters[key].validate_python(value)
+        except ValidationError as error:
+            fault = error.errors()[0]["msg"]
+            raise ValueError(f"training.{key}: {fault[0].lower()}{fault[1:]}, but got {value!r}.") from None
+    return checked

@@ -1,0 +1,135 @@
+"""A record's values as a reader wants them. Every number may be None (a stage that was not run): it shows as a dash."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+DASH = "–"
+MINUS = "−"
+
+_SIZE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def dig(tree: Any, *keys: str) -> Any:
+    """tree[keys[0]][keys[1]]… or None where a branch is null or absent."""
+    for key in keys:
+        if not isinstance(tree, Mapping):
+            return None
+        tree = tree.get(key)
+    return tree
+
+
+def or_dash(value: object) -> str:
+    """Any other value as text."""
+    return DASH if value is None else str(value)
+
+
+def decimal(value: float | None, digits: int) -> str:
+    """A number with a fixed count of decimals, thousands separated: 1,234.5."""
+    if value is None:
+        return DASH
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else MINUS + "∞"
+    return f"{value:,.{digits}f}".replace("-", MINUS)
+
+
+def count(value: float | None) -> str:
+    """A whole number, thousands separated: 42,840."""
+    return decimal(value, 0)
+
+
+def perplexity(value: float | None) -> str:
+    """Three digits or all whole ones: 7.31, 36.0, 3,012,345."""
+    if value is None:
+        return DASH
+    return decimal(value, 2 if value < 10 else 1 if value < 1000 else 0)
+
+
+def nats(value: float | None) -> str:
+    """1.78 or, where small, 0.078."""
+    if value is None:
+        return DASH
+    return decimal(value, 2 if abs(value) >= 0.1 else 3)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share in [0, 1] as 62.4%."""
+    return DASH if share is None else decimal(100 * share, digits) + "%"
+
+
+def fraction(share: float | None) -> str:
+    """A recipe's fraction without useless zeros: 20%, 0.25%."""
+    return DASH if share is None else f"{100 * share:.4g}%"
+
+
+def parameters(value: float | None) -> str:
+    """134.5M, 1.72B."""
+    if value is None:
+        return DASH
+    for size, unit in _COUNT_UNITS:
+        if value >= size:
+            scaled = value / size
+            return decimal(scaled, 2 if scaled < 10 else 1 if scaled < 1000 else 0) + unit
+    return count(value)
+
+
+def data_size(value_bytes: float | None) -> str:
+    """Decimal units: 318 B, 31.8 MB, 1.42 GB."""
+    if value_bytes is None:
+        return DASH
+    scaled = float(value_bytes)
+    for unit in _SIZE_UNITS:
+        if abs(scaled) < 999.5 or unit == _SIZE_UNITS[-1]:
+            break
+        scaled /= 1000
+    digits = 0 if unit == "B" or scaled >= 100 else 1 if scaled >= 10 else 2
+    return f"{decimal(scaled, digits)} {unit}"
+
+
+def round_size(value_bytes: float) -> str:
+    """A power of ten of bytes, as an axis names it: 10 B, 1 kB, 100 MB."""
+    number, unit = data_size(value_bytes).split()
+    return f"{float(number):g} {unit}"
+
+
+def bytes_per_position(value: float | None) -> str:
+    """31.7 B, 98,304 B: always in bytes, so that layouts compare at a glance."""
+    if value is None:
+        return DASH
+    return decimal(value, 0 if value >= 100 else 1) + " B"
+
+
+def duration(seconds: float | None) -> str:
+    """8.4 s, 5 min 20 s, 2 h 05 min."""
+    if seconds is None:
+        return DASH
+    if seconds < 59.95:
+        return decimal(seconds, 1) + " s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def times(value: float | None, unit: float | None) -> str:
+    """How many times the unit: 6.1×, 3,101×."""
+    if value is None or unit is None or unit == 0:
+        return DASH
+    ratio = value / unit
+    return decimal(ratio, 1 if ratio < 100 else 0) + "×"
+
+
+def arrow(before: float | None, after: float | None, form: Callable[[float | None], str]) -> str:
+    """98.9 → 36.0; a lone dash when neither is known."""
+    if before is None and after is None:
+        return DASH
+    return f"{form(before)} → {form(after)}"
+
+
+def share(part: float | None, whole: float | None) -> float | None:
+    """part / whole, None where it is not known or the whole is 0."""
+    return part / whole if part is not None and whole else None

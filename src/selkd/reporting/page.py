@@ -1,0 +1,81 @@
+"""A run's page: report.html, one file that needs nothing else, neither a script nor the network."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from selkd.errors import RunError
+from selkd.reporting import formats, tokens, views, words
+from selkd.reporting.formats import dig
+from selkd.reporting.run_files import RunFiles, read_run
+
+
+def write_page(run_dir: Path) -> Path:
+    """Write run_dir/report.html from the run's files and return its path.
+
+    record.json and recipe.yaml are needed; the rest may be absent, and what a stage did not produce shows as a dash.
+
+    Raises InputError where run_dir is not a run or a file in it is damaged, RunError where the page can't be written.
+    """
+    page = run_dir / "report.html"
+    text = render(read_run(run_dir))
+    unfinished = run_dir / f".report.html.{os.getpid()}.tmp"
+    try:
+        # A lone surrogate in a name can't be UTF-8: a question mark stands for it.
+        unfinished.write_bytes(text.encode("utf-8", errors="replace"))
+        unfinished.replace(page)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise RunError(
+            f"could not write {page}: {error.strerror}. "
+            f"Make room or allow writing there, then run `selkd report {run_dir}`."
+        ) from error
+    return page
+
+
+def render(run: RunFiles) -> str:
+    """The page's HTML."""
+    # Not select_autoescape: it goes by the ending, and .j2 would switch escaping off.
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("selkd.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # Only our own plots are let through unescaped.
+    environment.filters["plot"] = Markup
+    # Each section is told in views.py, and laid out in the template.
+    return environment.get_template("report.html.j2").render(
+        header=views.header(run.record),
+        headline=views.headline(run.record),
+        fidelity=views.fidelity(run.record),
+        training=views.training(run),
+        selection=views.selection(run),
+        text=_text(run),
+        storage=views.storage(run.record),
+        costs=views.costs(run.record),
+        facts=views.facts(run.record),
+        recipe_yaml=run.recipe_yaml.strip(),
+        dash=formats.DASH,
+    )
+
+
+def _text(run: RunFiles) -> dict[str, Any]:
+    samples = [] if run.examples is None else run.examples["samples"]
+    name = dig(run.examples, "metric")
+    scale, unit = tokens.heat_scale(samples), words.metric_unit(name)
+    return {
+        "metric": words.metric(name),
+        "unit": unit,
+        "low": formats.nats(scale[0]) if scale[0] else "0",
+        "high": formats.nats(scale[1]),
+        "levels": tokens.HEAT_LEVELS,
+        "samples": [
+            {"id": str(dig(sample, "sample_id") or ""), "tokens": tokens.token_views(sample, scale, unit)}
+            for sample in samples
+        ],
+    }

@@ -1,0 +1,79 @@
+"""Text as its tokens, coloured by score and marked where selected: what a policy looks at, on real text.
+
+Tokens are untrusted text. Nothing here makes HTML: the template escapes what these views hold.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from selkd.reporting import formats
+
+HEAT_LEVELS = 8
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One token: its visible text, heat level 0 … HEAT_LEVELS-1 (None: no score), selected, and a tooltip."""
+
+    text: str
+    heat: int | None
+    selected: bool
+    told: str
+
+
+def visible(text: str) -> str:
+    """A token's text with line ends shown (and kept) and other control characters replaced by their pictures.
+
+    Lone surrogates, which can't be written as UTF-8, become U+FFFD.
+    """
+    shown = []
+    for character in text:
+        code = ord(character)
+        if character == "\n":
+            shown.append("↵\n")
+        elif character != "\t" and (code < 32 or code == 127):
+            shown.append(chr(0x2421 if code == 127 else 0x2400 + code))
+        elif 0xD800 <= code <= 0xDFFF:
+            shown.append("\ufffd")
+        else:
+            shown.append(character)
+    return "".join(shown)
+
+
+def heat_scale(samples: list[dict[str, Any]]) -> tuple[float, float]:
+    """(lowest, highest) score of the colours, over all the samples.
+
+    The highest is the 98th percentile, so that one outlier does not wash out the rest.
+    """
+    scores = [
+        score
+        for sample in samples
+        for score, valid in zip(sample["scores"], sample["valid"], strict=True)
+        if valid and score is not None and np.isfinite(score)
+    ]
+    if not scores:
+        return 0.0, 1.0
+    lowest, highest = min(0.0, float(np.min(scores))), float(np.percentile(scores, 98))
+    return lowest, highest if highest > lowest else lowest + 1.0
+
+
+def token_views(sample: dict[str, Any], scale: tuple[float, float], unit: str = "nats") -> list[TokenView]:
+    """One sample {tokens, scores, selected, valid} (lists of length L) as L views.
+
+    Index t of scores, selected and valid is about token t+1, so token t+1 takes its colour from index t; the first
+    token has none.
+    """
+    lowest, highest = scale
+    views = []
+    for index, token in enumerate(sample["tokens"]):
+        score = sample["scores"][index - 1] if index and sample["valid"][index - 1] else None
+        if score is None or not np.isfinite(score):
+            views.append(TokenView(visible(token), None, False, "not a prediction target"))
+            continue
+        selected = bool(sample["selected"][index - 1])
+        level = int(np.clip((score - lowest) / (highest - lowest), 0, 1) * (HEAT_LEVELS - 1) + 0.5)
+        told = f"{formats.nats(score)} {unit}".strip() + (", selected" if selected else "")
+        views.append(TokenView(visible(token), level, selected, told))
+    return views

@@ -1,0 +1,133 @@
+"""What a run did, in plain English: the words that the page and the model card share."""
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from selkd.reporting import formats
+from selkd.reporting.formats import dig
+
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+_METRICS = {
+    "student_entropy": "the student’s entropy",
+    "teacher_entropy": "the teacher’s entropy",
+    "student_ce": "the student’s cross-entropy",
+    "teacher_ce": "the teacher’s cross-entropy",
+    "kl": "the divergence KL(teacher ‖ student)",
+    "reverse_kl": "the divergence KL(student ‖ teacher)",
+    "kl_plus_student_entropy": "the divergence plus the student’s entropy",
+    "ce_ratio": "the ratio of the student’s to the teacher’s cross-entropy",
+    "ce_ratio_plus_student_entropy": "the cross-entropy ratio plus the student’s entropy",
+    "soft_or": "the soft-or of the student’s entropy and the divergence",
+    "random": "chance",
+}
+_WITHOUT_UNIT = {"ce_ratio", "ce_ratio_plus_student_entropy", "soft_or", "random"}
+
+_CRITERIA = {
+    "forward_kl": "forward KL divergence",
+    "reverse_kl": "reverse KL divergence",
+    "jsd": "Jensen–Shannon divergence",
+    "skew_kl": "skewed KL divergence",
+    "skew_reverse_kl": "skewed reverse KL divergence",
+    "total_variation": "total variation distance",
+    "dkd": "decoupled KL divergence (DKD)",
+    "at_kd": "adaptive-teaching divergence (AT-KD)",
+}
+
+
+def metric(name: str | None) -> str:
+    """A metric in words; a user's own metric keeps its name."""
+    return formats.DASH if name is None else _METRICS.get(name, name)
+
+
+def metric_unit(name: str | None) -> str:
+    """nats for the metrics that are in nats, else an empty string."""
+    return "nats" if name in _METRICS and name not in _WITHOUT_UNIT else ""
+
+
+def criterion(recipe: Any) -> str:
+    name = dig(recipe, "criterion", "name")
+    return formats.DASH if name is None else _CRITERIA.get(name, name)
+
+
+def model(name: str | None) -> str:
+    """A model's name without its owner or the folders before it."""
+    if name is None:
+        return formats.DASH
+    return PurePath(DEMO_MODEL if name == "demo" else name).name or name
+
+
+def fraction(value: Any) -> str:
+    """A fraction of the recipe, or a schedule of one: 20%, 100% to 20%."""
+    if isinstance(value, Mapping):
+        return f"{formats.fraction(value.get('from'))} to {formats.fraction(value.get('to'))}"
+    return formats.fraction(value)
+
+
+def positions(recipe: Any) -> str:
+    """Which positions the loss looked at, as a noun phrase."""
+    policy, share = dig(recipe, "positions", "policy"), fraction(dig(recipe, "positions", "fraction"))
+    name = dig(recipe, "positions", "metric")
+    if name == "random" and policy == "top_k":
+        policy = "random"
+    by = metric(name)
+    phrases = {
+        None: formats.DASH,
+        "all": "every position",
+        "top_k": f"the {share} of positions where {by} is highest",
+        "random": f"a random {share} of the positions",
+        "gls": f"about {share} of the positions, those above a running threshold on {by}",
+        "curriculum": f"a window of {share} of the positions that moves from easy to hard by {by}",
+        "pos_rs": f"a {share} draw of the positions in proportion to {by}",
+        "pos_rs_corrected": f"a {share} draw of the positions in proportion to {by}, corrected to stay unbiased",
+        "weighted": f"every position, weighted by {by}",
+    }
+    return phrases.get(policy, f"{share} of the positions, by the policy {policy}")
+
+
+def samples(recipe: Any) -> str:
+    """Which samples were trained on, as a noun phrase."""
+    if dig(recipe, "samples") is None:
+        return "every sample"
+    name, share = dig(recipe, "samples", "metric"), fraction(dig(recipe, "samples", "fraction"))
+    if name == "random":
+        return f"a random {share} of the samples"
+    return f"the {share} of samples where {metric(name)} is highest on average"
+
+
+def classes(recipe: Any) -> str:
+    """How much of the teacher’s distribution the loss saw, as a noun phrase."""
+    sampler, draws = dig(recipe, "classes", "sampler"), formats.count(dig(recipe, "classes", "draws"))
+    phrases = {
+        None: formats.DASH,
+        "all": "the teacher’s whole distribution",
+        "rs_kd": f"{draws} random draws from the teacher’s distribution",
+        "systematic": f"{draws} evenly spaced draws from the teacher’s distribution",
+        "top_k": f"the teacher’s {draws} most likely classes",
+    }
+    return phrases.get(sampler, f"the classes that the sampler {sampler} picks")
+
+
+def student(record: Any) -> str:
+    """Where the student comes from: its model's name, or the teacher’s layers that it kept."""
+    kept = dig(record, "student", "pruned_from_teacher", "kept_layers")
+    if kept is None:
+        return model(dig(record, "student", "model"))
+    layers = dig(record, "teacher", "layers")
+    return f"{len(kept)} of the teacher’s {formats.count(layers)} layers" if layers else f"{len(kept)} teacher layers"
+
+
+def summary(record: Any) -> str:
+    """The run in two sentences."""
+    recipe, steps = dig(record, "recipe"), dig(record, "train", "steps")
+    data = dig(recipe, "data", "path")
+    source = {"demo": " from the Python manual", None: ""}.get(data, f" from {model(data)}")
+    if steps is None:
+        learned = "The student has not been trained yet"
+    else:
+        learned = f"The student learned{source} in {formats.count(steps)} step{'' if steps == 1 else 's'}"
+    return (
+        f"{learned}. Training compares it with its teacher by {criterion(recipe)} on {positions(recipe)}, "
+        f"in {samples(recipe)}, against {classes(recipe)}."
+    )

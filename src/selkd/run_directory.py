@@ -1,0 +1,101 @@
+"""A run's folder: claimed for one recipe, never taken from another, its record written whole after each stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from selkd.errors import InputError, RunError
+from selkd.recipe import Recipe
+from selkd.recipe_files import load_recipe, to_yaml
+
+RECIPE, RECORD = "recipe.yaml", "record.json"
+
+
+class RunDirectory:
+    """Where a run keeps everything.
+
+    Attributes:
+        path: the folder.
+        record: the content of ``record.json``.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self.record = record
+
+    @classmethod
+    def claim(cls, path: Path, recipe: Recipe) -> "RunDirectory":
+        """The folder for this recipe: made, or continued where the same resolved recipe began it.
+
+        Raises:
+            InputError: the folder holds another recipe's run, or something that is no run. It stays untouched.
+            RunError: the folder can't be written.
+        """
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: a file; a run needs a folder. Give another --out.")
+        recipe_file = path / RECIPE
+        if recipe_file.exists():
+            _require_same(path, load_recipe(recipe_file), recipe)
+        elif path.exists() and any(path.iterdir()):
+            raise InputError(f"{path}: not a run (no {RECIPE}) and not empty. Give another --out; nothing was changed.")
+        else:
+            write_whole(recipe_file, to_yaml(recipe))
+        record = path / RECORD
+        return cls(path, _read(record) if record.exists() else {})
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """An existing run.
+
+        Raises:
+            InputError: there is no record.
+        """
+        if not (path / RECORD).is_file():
+            raise InputError(f"{path}: not a run: there is no {RECORD}.")
+        return cls(path, _read(path / RECORD))
+
+    def save(self) -> None:
+        """Write the record, whole or not at all."""
+        write_whole(self.path / RECORD, json.dumps(self.record, indent=2, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it.
+
+    Raises:
+        RunError: the disk refused.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"{path}: can't be written ({error}). Free space or give another --out, then run again."
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}). Move it away to run again.") from None
+    return record
+
+
+def _require_same(path: Path, stored: Recipe, given: Recipe) -> None:
+    differences = list(_differences(stored.resolved(), given.resolved()))
+    if differences:
+        raise InputError(
+            f"{path}: the run of another recipe ({'; '.join(differences[:5])}). Give another --out, or the same recipe "
+            "to continue it; nothing was changed."
+        )
+
+
+def _differences(stored: Any, given: Any, key: str = "") -> list[str]:
+    if isinstance(stored, dict) and isinstance(given, dict):
+        names = list(dict.fromkeys([*stored, *given]))
+        inner = (_differences(stored.get(n), given.get(n), f"{key}.{n}" if key else n) for n in names)
+        return [line for lines in inner for line in lines]
+    return [] if stored == given else [f"{key}: there {stored!r}, here {given!r}"]

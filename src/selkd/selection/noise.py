@@ -1,0 +1,32 @@
+"""Randomness that belongs to a sample: a function of (seed, sample id, stream), never of a shared generator.
+
+So it does not depend on the batch, the padding, the order or the rank in which a sample is met.
+"""
+
+import numpy as np
+import xxhash
+
+
+def sample_generator(seed: int, sample_id: bytes, *stream: int | str) -> np.random.Generator:
+    """A generator for one sample. ``stream`` tells the uses apart: what is drawn, and the optimiser step if it counts."""
+    key = xxhash.xxh3_128_digest(sample_id + repr((seed, *stream)).encode())
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype="<u8")))
+
+
+def position_uniforms(
+    seed: int, sample_ids: np.ndarray, valid_mask: np.ndarray, *stream: int | str, draws: int | None = None
+) -> np.ndarray:
+    """Uniforms in [0, 1) at the valid positions, 0 elsewhere: float64 [B, T], or [B, T, draws].
+
+    The i-th valid position of a sample gets the same numbers wherever padding puts it.
+
+    Args:
+        sample_ids: uint8 [B, 16].
+        valid_mask: bool [B, T].
+    """
+    trailing = () if draws is None else (draws,)
+    uniforms = np.zeros((*valid_mask.shape, *trailing))
+    for row, (sample_id, valid) in enumerate(zip(sample_ids, valid_mask, strict=True)):
+        generator = sample_generator(seed, sample_id.tobytes(), *stream)
+        uniforms[row, valid] = generator.random((int(valid.sum()), *trailing))
+    return uniforms

@@ -1,0 +1,80 @@
+"""Sample selection: a score a sample in, the kept samples out, and the file in which later runs find both.
+
+The file is Parquet (columns ``sample_id``, ``score``, ``kept``), its fingerprint in the schema's metadata.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selkd.errors import InputError
+
+FORMAT = 1
+
+
+def highest(scores: np.ndarray, fraction: float) -> np.ndarray:
+    """Indices, ascending, of the ceil(l * N) samples with the highest of ``scores`` [N]; equal: the lower index.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError(f"the score of sample {int(np.flatnonzero(~np.isfinite(scores))[0])} is not finite")
+    count = max(0, math.ceil(fraction * len(scores) - 1e-9))
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """Scores of all samples of a training split, in its order, and what determined them.
+
+    Attributes:
+        sample_ids: 32 hex digits each.
+        scores: float64 [N].
+        fingerprint: everything the scores depend on, field -> value.
+    """
+
+    sample_ids: list[str]
+    scores: np.ndarray
+    fingerprint: dict[str, str]
+
+    def write(self, path: Path, kept: np.ndarray) -> None:
+        """Write the scores and which samples are ``kept`` (indices), whole or not at all."""
+        is_kept = np.zeros(len(self.scores), dtype=bool)
+        is_kept[kept] = True
+        table = pa.table({"sample_id": self.sample_ids, "score": self.scores, "kept": is_kept})
+        meta = {"selkd.format": str(FORMAT), "selkd.fingerprint": json.dumps(self.fingerprint, sort_keys=True)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".partial")
+        pq.write_table(table.replace_schema_metadata(meta), temporary)
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: Path, expected: dict[str, str] | None = None) -> "SampleScores":
+        """The scores in the file at ``path``.
+
+        Raises:
+            InputError: not such a file, or its fingerprint differs from ``expected``; the field is named.
+        """
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{path}: not a file of sample scores ({error}). Give another samples.path.") from None
+        meta = table.schema.metadata or {}
+        if b"selkd.fingerprint" not in meta or not {"sample_id", "score"} <= set(table.column_names):
+            raise InputError(f"{path}: Parquet, but not sample scores written by selkd. Give another samples.path.")
+        if meta[b"selkd.format"] != str(FORMAT).encode():
+            raise InputError(f"{path}: format {meta[b'selkd.format'].decode()}, expected {FORMAT}. Score again.")
+        fingerprint = json.loads(meta[b"selkd.fingerprint"])
+        for field, value in (expected or {}).items():
+            if fingerprint.get(field) != value:
+                raise InputError(
+                    f"{path}: these scores are of another {field}: stored {fingerprint.get(field)!r}, expected {value!r}. "
+                    "Give another samples.path; nothing was changed."
+                )
+        return cls(table["sample_id"].to_pylist(), table["score"].to_numpy(), fingerprint)

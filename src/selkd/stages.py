@@ -1,0 +1,256 @@
+"""The stages of a run: score -> cache -> train -> evaluate. Each is skipped where its finished output verifies."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
+
+from selkd.build_cache import build_cache
+from selkd.cache.reader import TeacherCache
+from selkd.data.samples import SampleDataset
+from selkd.evaluation.fidelity import Fidelity, fidelity
+from selkd.models.loading import n_parameters
+from selkd.models.sources import locate
+from selkd.models.tokenizers import tokenizer_fingerprint
+from selkd.run_directory import RunDirectory
+from selkd.scoring import score_samples
+from selkd.selection.samples import SampleScores, highest
+from selkd.training.callbacks import EverySteps, MetricsFile, read_metrics
+from selkd.training.trainer import DistillTrainer
+from selkd.workspace import Workspace, environment
+
+
+@contextmanager
+def timed(run: RunDirectory, stage: str) -> Iterator[None]:
+    """Add a stage's seconds to the record; the peak of memory, too."""
+    started = time.perf_counter()
+    yield
+    add_seconds(run, stage, time.perf_counter() - started)
+
+
+def add_seconds(run: RunDirectory, stage: str, seconds: float) -> None:
+    """Add to a stage's time in the record, and keep total and peak memory up to date."""
+    times = run.record.setdefault("seconds", dict.fromkeys(("prepare", "score", "cache", "train", "evaluate", "total")))
+    times[stage] = round((times[stage] or 0.0) + seconds, 3)
+    times["total"] = round(sum(value or 0.0 for name, value in times.items() if name != "total"), 3)
+    peak = run.record.setdefault("peak_memory_bytes", {"process": None, "accelerator": None})
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak["process"] = max(peak["process"] or 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    if torch.cuda.is_available():
+        peak["accelerator"] = max(peak["accelerator"] or 0, torch.cuda.max_memory_allocated())
+
+
+def prepare(work: Workspace, run: RunDirectory) -> None:
+    """Find the models, tokenise the text, cut the student; write down what there is."""
+    with timed(run, "prepare"):
+        splits, recipe = work.splits, work.recipe
+        n_valid = int(splits.train.n_valid.sum())
+        run.record.update(
+            name=recipe.name or run.path.name,
+            recipe=recipe.resolved(),
+            environment=environment(work),
+            data={
+                "documents": splits.documents,
+                "train_samples": len(splits.train),
+                "train_tokens": splits.train_tokens,
+                "train_positions": n_valid,
+                "held_out_samples": len(splits.held_out),
+                "fingerprint": splits.fingerprint,
+            },
+        )
+        run.record.setdefault("counts", dict.fromkeys(COUNTS))["samples"] = len(splits.train)
+        for part in ("fidelity", "train", "teacher_cache"):
+            run.record.setdefault(part, None)
+        source = work.student_source
+        run.record["student"] = {
+            "model": recipe.student.model,
+            "initial_fingerprint": source.fingerprint,
+            "pruned_from_teacher": work.pruning,
+        } | {k: v for k, v in (run.record.get("student") or {}).items() if k in ("fingerprint", "parameters", "layers")}
+        teacher = {"model": work.teacher_source.name, "fingerprint": work.teacher_source.fingerprint}
+        run.record["teacher"] = {**(run.record.get("teacher") or {}), **teacher}
+        count_teacher_tokens(work, run)
+
+
+COUNTS = ("samples", "samples_kept", "positions_valid", "positions_selected", "teacher_tokens")
+
+
+def count_teacher_tokens(work: Workspace, run: RunDirectory, **tokens: int) -> None:
+    """Write down what the teacher ran on, by stage; a stage that ran again replaces its count."""
+    by_stage = run.record.setdefault("teacher_tokens", {})
+    by_stage.update(work.teacher_tokens | tokens)
+    run.record["counts"]["teacher_tokens"] = sum(by_stage.values())
+
+
+def size(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters and layers, for the record."""
+    config = model.config.get_text_config(decoder=True)
+    return {"parameters": n_parameters(model), "layers": int(config.num_hidden_layers)}
+
+
+def score(work: Workspace, run: RunDirectory) -> SampleDataset:
+    """The samples that are kept: scored by the frozen initial student, or read from where they were scored."""
+    train, options = work.splits.train, work.recipe.samples
+    if options is None:
+        run.record["counts"]["samples_kept"] = len(train)
+        return train
+    with timed(run, "score"):
+        path = Path(options.path) if options.path else run.path / "selection" / "samples.parquet"
+        fingerprint = {
+            "metric": options.metric,
+            "data": work.splits.fingerprint,
+            "student": work.student_source.fingerprint,
+            "classes": str(work.n_classes),
+            "precision": str(work.dtype),
+            **({"seed": str(work.recipe.seed)} if options.metric == "random" else {}),
+        }
+        if path.exists():
+            scores = SampleScores.read(path, fingerprint).scores
+        else:
+            scores = score_samples(
+                options.metric, train, work.student, work.dtype, work.pad_token_id, work.n_classes, work.recipe.seed
+            )
+        kept = highest(scores, options.fraction)
+        if work.state.is_main_process:
+            found = SampleScores([sample_id.hex() for sample_id in train.ids], scores, fingerprint)
+            for target in dict.fromkeys([path, run.path / "selection" / "samples.parquet"]):
+                found.write(target, kept)
+        work.state.wait_for_everyone()
+    run.record["counts"]["samples_kept"] = len(kept)
+    return train.select(kept)
+
+
+def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> TeacherCache | None:
+    """The teacher's drawn classes of ``samples`` on disk, or None for a live teacher."""
+    recipe = work.recipe
+    if recipe.cache is None:
+        return None
+    directory = cache_directory(work, run)
+    with timed(run, "cache"):
+        fingerprint = cache_fingerprint(work)
+        tokens = build_cache(
+            directory,
+            fingerprint,
+            samples,
+            work.teacher,
+            recipe.classes,
+            recipe.criterion.temperature,
+            recipe.seed,
+            work.pad_token_id,
+        )
+        if tokens:
+            count_teacher_tokens(work, run, cache=tokens)
+        opened = TeacherCache.open(directory, fingerprint)
+    run.record["teacher_cache"] = opened.stats()
+    return opened
+
+
+def cache_directory(work: Workspace, run: RunDirectory) -> Path:
+    """Where the recipe keeps its teacher cache."""
+    assert work.recipe.cache is not None
+    return Path(work.recipe.cache.path) if work.recipe.cache.path else run.path / "teacher_cache"
+
+
+def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
+    """Everything but the samples that determines the draws; samples are found by their content."""
+    recipe = work.recipe
+    assert recipe.classes.draws is not None
+    return {
+        "teacher": work.teacher_source.fingerprint,
+        "teacher_dtype": str(work.teacher_dtype),
+        "tokenizer": tokenizer_fingerprint(work.tokenizer),
+        "vocabulary": work.n_classes,
+        "sampler": recipe.classes.sampler,
+        "draws": recipe.classes.draws,
+        "temperature": recipe.criterion.temperature,
+        "seed": recipe.seed,
+    }
+
+
+def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: TeacherCache | None) -> None:
+    """Train the student, from its last checkpoint if there is one, and save it."""
+    student_path = run.path / "student"
+    if teacher is not None:
+        work.release_teacher()
+    metrics = MetricsFile(run.path / "metrics.jsonl")
+    callbacks: list[Any] = [metrics]
+    every = work.recipe.evaluation.every_steps
+    evaluation = EverySteps(every, lambda: _held_out_logs(work, teacher is not None)) if every is not None else None
+    if evaluation is not None:
+        callbacks.append(evaluation)
+    trainer = DistillTrainer(
+        model=work.student,
+        teacher=work.teacher() if teacher is None else teacher,
+        args=work.arguments,
+        train_dataset=samples,
+        processing_class=work.tokenizer,
+        callbacks=callbacks,
+    )
+    if evaluation is not None:
+        evaluation.log = trainer.log
+    checkpoints = Path(work.arguments.output_dir)
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(str(student_path))
+    add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0))
+    losses = [line["loss"] for line in read_metrics(metrics.path) if "loss" in line]
+    run.record["train"] = {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+    }
+    totals = trainer.totals
+    run.record["counts"].update(positions_valid=totals.positions_valid, positions_selected=totals.positions_selected)
+    count_teacher_tokens(work, run, train=totals.teacher_tokens)
+    work.state.wait_for_everyone()
+    run.record["student"]["fingerprint"] = locate(str(student_path), work.cache_dir).fingerprint
+
+
+def is_trained(work: Workspace, run: RunDirectory) -> bool:
+    """Whether the run's student is finished and still the one that was saved."""
+    stored = (run.record.get("student") or {}).get("fingerprint")
+    student = run.path / "student"
+    if stored is None or run.record.get("train") is None or not (student / "config.json").is_file():
+        return False
+    return locate(str(student), work.cache_dir).fingerprint == stored
+
+
+def evaluate(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
+    """Fidelity of ``student`` on the held-out split into ``record.fidelity.before`` or ``.after``."""
+    with timed(run, "evaluate"):
+        found = _measure(work, student, f"evaluating {when} training")
+        record = run.record["fidelity"] or {"before": None, "after": None}
+        record[when] = {
+            "perplexity": found.perplexity,
+            "kl_nats": found.kl_nats,
+            "top1_agreement": found.top1_agreement,
+        }
+        record["teacher"] = {"perplexity": found.teacher_perplexity}
+        record["positions"] = found.positions
+        run.record["fidelity"] = record
+        run.record["teacher"] |= size(work.teacher())
+        run.record["student"] |= size(student)
+        count_teacher_tokens(work, run, **{f"evaluate_{when}": found.teacher_tokens})
+
+
+def _measure(work: Workspace, student: PreTrainedModel, description: str) -> Fidelity:
+    return fidelity(
+        student, work.teacher(), work.splits.held_out, work.dtype, work.pad_token_id, work.n_classes, description
+    )
+
+
+def _held_out_logs(work: Workspace, is_cached: bool) -> dict[str, float]:
+    found = asdict(_measure(work, work.student, "evaluating"))
+    if is_cached:  # the teacher is not to stay in memory while the student trains
+        work.release_teacher()
+    work.teacher_tokens["evaluate_within"] = work.teacher_tokens.get("evaluate_within", 0) + found["teacher_tokens"]
+    return {f"held_out_{name}": found[name] for name in ("perplexity", "kl_nats", "top1_agreement")}

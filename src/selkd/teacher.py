@@ -1,0 +1,174 @@
+"""The teacher's signal at chosen positions, live or from a cache, behind one protocol.
+
+The order is: ``teacher.targets(batch)`` before the student's forward; the student's hidden states choose positions;
+``targets.at(index)`` narrows to them; the loss asks for ``chunk(rows)`` at a time. So a live teacher runs its body
+once over the batch and its head at selected positions alone.
+
+Shapes: B batch, T positions, N selected positions, n of a chunk, V classes, D hidden, U draws, C distinct classes.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selkd.cache.reader import TeacherCache
+from selkd.errors import InputError
+from selkd.maths.chunked import wide
+from selkd.maths.head import Head
+from selkd.models.head import head_of, hidden_states
+from selkd.recipe import ClassOptions
+from selkd.selection.classes import SAMPLERS
+from selkd.selection.noise import position_uniforms
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FullDistribution:
+    """The teacher's logits [n, V], float32 or float64."""
+
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class DrawnClasses:
+    """Classes drawn from the teacher: ``class_ids`` int64 and ``counts`` [n, C], rows padded with count 0."""
+
+    class_ids: Tensor
+    counts: Tensor
+
+
+Target = FullDistribution | DrawnClasses
+
+
+class PickedTargets(Protocol):
+    def chunk(self, rows: slice) -> Target:
+        """The targets of some of the N selected positions."""
+
+
+class TeacherTargets(Protocol):
+    def at(self, index: Tensor) -> PickedTargets:
+        """The targets at flat positions ``index`` [N] into [B * T]."""
+
+
+class Teacher(Protocol):
+    """Whatever supervises: it turns a batch into targets. ``is_live`` says whether a model runs for it."""
+
+    is_live: bool
+
+    def targets(self, batch: Batch, step: int) -> TeacherTargets:
+        """Targets for a batch of ``selkd.data.batching.collate`` at an optimiser step."""
+
+
+class LiveTeacher:
+    """A teacher model in memory. With a class sampler it draws anew at every optimiser step.
+
+    Args:
+        model: in evaluation mode, on the student's device.
+        classes: the class sampler.
+        temperature: the criterion's; draws come from the distribution at this temperature.
+        seed: the run's.
+        n_classes: classes that teacher and student share; families pad their vocabularies with unused rows.
+    """
+
+    is_live = True
+
+    def __init__(
+        self, model: PreTrainedModel, classes: ClassOptions, temperature: float, seed: int, n_classes: int
+    ) -> None:
+        self.model = model
+        self.classes = classes
+        self.temperature = temperature
+        self.seed = seed
+        self.head = head_of(model).narrowed(n_classes)
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, step: int) -> "_LiveTargets":
+        uniforms = None
+        if self.classes.sampler != "all":
+            ids, valid = batch["sample_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
+            noise = position_uniforms(self.seed, ids, valid, "classes", step, draws=self.classes.draws)
+            uniforms = torch.from_numpy(noise).flatten(0, 1).to(batch["input_ids"].device)
+        with torch.autocast(batch["input_ids"].device.type, enabled=False):
+            hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
+        return _LiveTargets(hidden.flatten(0, 1), self, uniforms)
+
+
+@dataclass(frozen=True)
+class _LiveTargets:
+    hidden_states: Tensor  # [B * T, D], or [N, D] once narrowed
+    teacher: LiveTeacher
+    uniforms: Tensor | None
+
+    def at(self, index: Tensor) -> "_LiveTargets":
+        uniforms = None if self.uniforms is None else self.uniforms[index]
+        return _LiveTargets(self.hidden_states[index], self.teacher, uniforms)
+
+    def chunk(self, rows: slice) -> Target:
+        logits = head_logits(self.teacher.head, self.hidden_states[rows])
+        if self.uniforms is None:
+            return FullDistribution(logits)
+        sample = SAMPLERS[self.teacher.classes.sampler]
+        return DrawnClasses(*sample(torch.softmax(logits / self.teacher.temperature, dim=-1), self.uniforms[rows]))
+
+
+@torch.no_grad()
+def head_logits(head: Head, hidden_states: Tensor) -> Tensor:
+    """Logits [n, V] in float32 or float64, the product in the model's own dtype whatever autocast is around."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return wide(head.logits(hidden_states))
+
+
+class CachedTeacher:
+    """A teacher read from disk: its model need not exist any more."""
+
+    is_live = False
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
+
+    def targets(self, batch: Batch, step: int) -> "_CachedTargets":  # noqa: ARG002  the draws were made once
+        valid_mask = batch["valid_mask"].cpu().numpy()
+        rows = [
+            self._padded(sample_id.tobytes(), int(valid.sum())) if valid.any() else None
+            for sample_id, valid in zip(batch["sample_ids"].cpu().numpy(), valid_mask, strict=True)
+        ]
+        width = max((ids.shape[1] for ids, _ in filter(None, rows)), default=1)
+        class_ids = np.zeros((*valid_mask.shape, width), dtype=np.int64)
+        counts = np.zeros_like(class_ids)
+        for row, (valid, found) in enumerate(zip(valid_mask, rows, strict=True)):
+            if found is not None:
+                class_ids[row, valid, : found[0].shape[1]], counts[row, valid, : found[1].shape[1]] = found
+        device = batch["input_ids"].device
+        return _CachedTargets(
+            torch.from_numpy(class_ids).flatten(0, 1).to(device), torch.from_numpy(counts).flatten(0, 1).to(device)
+        )
+
+    def _padded(self, sample_id: bytes, n_valid: int) -> tuple[np.ndarray, np.ndarray]:
+        """Class ids and counts [n_valid, C] of one sample, its ragged rows padded with count 0."""
+        row_lengths, class_ids, counts = self.cache.get(sample_id)
+        if len(row_lengths) != n_valid:
+            raise InputError(
+                f"{self.cache.directory}: sample {sample_id.hex()} has {len(row_lengths)} stored positions, the batch "
+                f"{n_valid} valid ones. The cache was built with other masks; build it again in another folder."
+            )
+        filled = np.arange(int(row_lengths.max())) < row_lengths[:, None]
+        padded_ids, padded_counts = np.zeros(filled.shape, np.int64), np.zeros(filled.shape, np.int64)
+        padded_ids[filled], padded_counts[filled] = class_ids, counts
+        return padded_ids, padded_counts
+
+
+@dataclass(frozen=True)
+class _CachedTargets:
+    class_ids: Tensor  # [B * T, C], or [N, C] once narrowed
+    counts: Tensor
+
+    def at(self, index: Tensor) -> "_CachedTargets":
+        return _CachedTargets(self.class_ids[index], self.counts[index])
+
+    def chunk(self, rows: slice) -> DrawnClasses:
+        return DrawnClasses(self.class_ids[rows], self.counts[rows])

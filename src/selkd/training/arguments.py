@@ -1,0 +1,52 @@
+"""``DistillArguments``: ``transformers.TrainingArguments`` and what a recipe says about the loss."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from selkd.recipe import ClassOptions, CriterionOptions, PositionOptions, parse_part
+from selkd.training.objective import Objective
+
+
+@dataclass
+class DistillArguments(TrainingArguments):
+    """Arguments of ``DistillTrainer``.
+
+    Attributes:
+        criterion, positions, classes: the recipe's parts of those names, as mappings; checked here.
+        max_length, packing, text_field: how a data set of texts becomes samples.
+
+    Raises:
+        InputError: a part that a recipe would refuse.
+    """
+
+    criterion: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's criterion"})
+    positions: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's positions"})
+    classes: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's classes"})
+    max_length: int = field(default=512, metadata={"help": "tokens of a sample at most"})
+    packing: bool = field(default=True, metadata={"help": "fill samples with several documents"})
+    text_field: str = field(default="text", metadata={"help": "the data set's column of texts"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.criterion = parse_part(CriterionOptions, self.criterion or {}, "criterion").model_dump()
+        self.positions = parse_part(PositionOptions, self.positions or {}, "positions").model_dump()
+        self.classes = parse_part(ClassOptions, self.classes or {}, "classes").model_dump()
+        self.remove_unused_columns = False
+        self.prediction_loss_only = True
+        self.label_names = ["targets"]
+        self.restore_callback_states_from_checkpoint = True
+        self.logging_nan_inf_filter = False
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(
+            CriterionOptions.model_validate(self.criterion),
+            PositionOptions.model_validate(self.positions),
+            self.seed,
+        )
+
+    @property
+    def class_options(self) -> ClassOptions:
+        return ClassOptions.model_validate(self.classes)

@@ -1,0 +1,78 @@
+"""What happens beside the training steps: the metrics' file and held-out fidelity every so many steps."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class MetricsFile(TrainerCallback):
+    """Appends one line to ``metrics.jsonl`` for each logged step.
+
+    On resuming, lines after the checkpoint's step are dropped (those steps run again), and ``seconds`` goes on from
+    the last line that stays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._earlier_seconds = 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, over all sessions."""
+        return self._earlier_seconds + time.perf_counter() - self._started
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        lines = read_metrics(self.path, up_to_step=state.global_step)
+        self._earlier_seconds = lines[-1]["seconds"] if lines else 0.0
+        self._started = time.perf_counter()
+        if state.is_world_process_zero:
+            temporary = self.path.with_name(f".{self.path.name}.partial")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            temporary.replace(self.path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs and ("loss" in logs or "held_out_perplexity" in logs):
+            line = {"step": state.global_step, **logs, "seconds": round(self.seconds, 3)}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut off while written is left out."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if text.endswith("\n") and text.strip():
+                lines.append(json.loads(text))
+    return [line for line in lines if up_to_step is None or line["step"] <= up_to_step]
+
+
+class EverySteps(TrainerCallback):
+    """Measures held-out fidelity every ``every_steps`` optimiser steps and logs it.
+
+    Args:
+        measure: called on every process; what it returns is logged.
+    """
+
+    def __init__(self, every_steps: int, measure: Callable[[], dict[str, float]]) -> None:
+        self.every_steps = every_steps
+        self.measure = measure
+        self.log: Callable[[dict[str, float]], None] = lambda logs: None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every_steps == 0:
+            self.log(self.measure())

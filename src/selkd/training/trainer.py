@@ -1,0 +1,242 @@
+"""``DistillTrainer``: a ``transformers.Trainer`` whose loss is selective distillation.
+
+Everything else is the Trainer's: arguments, logging, checkpoints, resuming, schedules, mixed precision, DDP, FSDP.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from selkd.cache.reader import TeacherCache
+from selkd.data.batching import collate, pack, split
+from selkd.data.samples import SampleDataset
+from selkd.data.tokenised import encode
+from selkd.errors import InputError, RunError
+from selkd.models.head import check_head, head_of
+from selkd.models.tokenizers import shared_classes
+from selkd.teacher import Batch, CachedTeacher, LiveTeacher, Teacher
+from selkd.training.arguments import DistillArguments
+from selkd.training.objective import Budget
+from selkd.training.sampling import FilledDataset, FilledSampler
+from selkd.training.student import bind_distillation
+
+
+class Totals(TrainerCallback, ExportableState):
+    """Sums over the optimiser steps so far, all ranks together. Part of every checkpoint."""
+
+    def __init__(self) -> None:
+        self.positions_valid = 0
+        self.positions_selected = 0
+        self.teacher_tokens = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": dict(vars(self))}
+
+
+class DistillTrainer(Trainer):
+    """Distils ``teacher`` into ``model``.
+
+    Args:
+        model: the student, float32 weights (with ``bf16=True`` products run in bfloat16 under autocast).
+        teacher: a model on the student's device, or a ``TeacherCache`` that holds every training sample.
+        args: a ``DistillArguments``.
+        train_dataset, eval_dataset: ``SampleDataset``, or a ``datasets.Dataset`` with a column of texts.
+        processing_class: the tokenizer, shared by both models.
+        **kwargs: what else ``transformers.Trainer`` takes.
+
+    Raises:
+        InputError: a head that can't be read, no class in common, samples that the cache lacks, DataParallel.
+    """
+
+    args: DistillArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | TeacherCache,
+        args: DistillArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise InputError(
+                f"{args.n_gpu} GPUs in one process would train with DataParallel, which splits the loss wrongly. "
+                f"Start one process a GPU: torchrun --nproc-per-node {args.n_gpu} …, or show one with CUDA_VISIBLE_DEVICES."
+            )
+        if processing_class is None:
+            raise InputError("processing_class: expected the tokenizer that both models share, got None.")
+        check_head(model)
+        train_samples = _as_samples(train_dataset, processing_class, args)
+        eval_samples = _as_samples(eval_dataset, processing_class, args)
+        n_classes = shared_classes(_sizes(model, teacher), processing_class)
+        self.teacher = _as_teacher(teacher, args, n_classes, [train_samples, eval_samples])
+        self.objective = args.objective
+        self._window: dict[str, Tensor] = {}
+        self._window_budget = Budget(0, 0, 0)
+        bind_distillation(model, n_classes)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=partial(collate, pad_token_id=processing_class.pad_token_id),
+            train_dataset=None if train_samples is None else FilledDataset(train_samples),
+            eval_dataset=None if eval_samples is None else FilledDataset(eval_samples),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the whole step's count
+        self.add_callback(Totals())
+
+    @property
+    def totals(self) -> Totals:
+        """Sums so far; looked up each time, as resuming replaces the callback by the checkpoint's."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Totals))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the step's loss; DDP and FSDP average over ranks, so times their number."""
+        assert num_items_in_batch is not None, "the step's count is known before the forward pass"
+        step = self.state.global_step
+        distillation = partial(
+            self.objective,
+            batch=inputs,
+            teacher=self.teacher.targets(inputs, step),
+            step=step,
+            normaliser=num_items_in_batch,
+        )
+        outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], distillation=distillation)
+        loss = outputs.pop("loss")
+        if not torch.isfinite(loss):
+            ids = ", ".join(row.cpu().numpy().tobytes().hex() for row in inputs["sample_ids"])
+            raise RunError(
+                f"the loss is {loss.item()} at optimiser step {step}, before its update (samples {ids}). "
+                "Checkpoints up to here are kept; lower training.learning_rate or use float32."
+            )
+        if model.training:
+            for name, value in outputs.items():
+                self._window[name] = self._window.get(name, 0) + value.detach()
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Batch], int]:
+        """The micro-batches of one optimiser step, and what its loss is divided by."""
+        batches = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+        budget, tokens = self._step_budget(batches, device)
+        self.totals.positions_valid += budget.valid
+        self.totals.positions_selected += budget.selected
+        if self.teacher.is_live:
+            self.totals.teacher_tokens += tokens
+        self._window_budget = Budget(*map(sum, zip(self._window_budget, budget, strict=True)))
+        return batches, self.objective.normaliser(budget)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int:
+        """In evaluation a batch is a step of its own."""
+        return self.objective.normaliser(self._step_budget(batch_samples, device)[0])
+
+    def _step_budget(self, batches: list[Batch], device: torch.device) -> tuple[Budget, int]:
+        """The budget of some micro-batches over all ranks, and their tokens."""
+        budgets = [self.objective.budget(batch["valid_mask"]) for batch in batches]
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        counts = torch.tensor([*map(sum, zip(*budgets, strict=True)), tokens], device=device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        *budget, tokens = counts.tolist()
+        return Budget(*budget), tokens
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        multiple = self.args.train_batch_size * self.args.world_size
+        return FilledSampler(len(dataset), multiple, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """In the data set's order."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was selected since the last logged step: means in nats, the selected share."""
+        if "loss" in logs and self._window:
+            logs.update(self._selection_logs())
+        super().log(logs, start_time)
+
+    def _selection_logs(self) -> dict[str, float]:
+        names = sorted(self._window)
+        sums = torch.stack([self._window[name].float() for name in names])
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        total = dict(zip(names, sums.tolist(), strict=True))
+        budget, self._window, self._window_budget = self._window_budget, {}, Budget(0, 0, 0)
+        selected, valid = max(1, budget.selected), max(1, budget.valid)
+        logs = {"kd_nats": total["divergence_nats"] / selected, "selected_share": budget.selected / valid}
+        if "cross_entropy_nats" in total:
+            logs["ce_nats"] = total["cross_entropy_nats"] / selected
+        if "entropy_nats" in total:
+            logs["selected_entropy_nats"] = total["selected_entropy_nats"] / selected
+            logs["mean_entropy_nats"] = total["entropy_nats"] / valid
+        return logs
+
+
+def _sizes(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) -> dict[str, int]:
+    """How many classes each side has."""
+    if isinstance(teacher, TeacherCache):
+        return {"student": head_of(student).n_classes, "teacher cache": int(teacher.fingerprint["vocabulary"])}
+    return {"student": head_of(student).n_classes, "teacher": head_of(teacher).n_classes}
+
+
+def _as_samples(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: DistillArguments) -> SampleDataset | None:
+    if dataset is None or isinstance(dataset, SampleDataset):
+        return dataset
+    names = getattr(dataset, "column_names", None)
+    if names is None or args.text_field not in names:
+        raise InputError(
+            f"train_dataset: expected a SampleDataset or a datasets.Dataset with the column {args.text_field!r} "
+            f"(text_field), got {type(dataset).__name__} with {names}."
+        )
+    cut = pack if args.packing else split
+    return SampleDataset.from_samples(list(cut(encode(tokenizer, list(dataset[args.text_field])), args.max_length)))
+
+
+def _as_teacher(
+    teacher: PreTrainedModel | TeacherCache,
+    args: DistillArguments,
+    n_classes: int,
+    splits: list[SampleDataset | None],
+) -> Teacher:
+    temperature = args.objective.criterion.temperature
+    if isinstance(teacher, TeacherCache):
+        expected = {
+            "sampler": args.class_options.sampler,
+            "draws": args.class_options.draws,
+            "temperature": temperature,
+        }
+        for field, value in expected.items():
+            if teacher.fingerprint.get(field) != value:
+                raise InputError(
+                    f"{teacher.directory}: the cache's {field} is {teacher.fingerprint.get(field)!r}, these arguments "
+                    f"say {value!r}. Set it to the cache's, or build another cache."
+                )
+        for samples in splits:
+            missing = [sample_id for sample_id in samples.ids if sample_id not in teacher] if samples else []
+            if missing:
+                raise InputError(
+                    f"{teacher.directory}: the cache lacks {len(missing)} samples, the first {missing[0].hex()}. "
+                    "Build it from this data, or give a live teacher."
+                )
+        return CachedTeacher(teacher)
+    check_head(teacher)
+    teacher.eval().requires_grad_(False)
+    return LiveTeacher(teacher.to(args.device), args.class_options, temperature, args.seed, n_classes)

@@ -1,0 +1,214 @@
+"""What the stages of a run share: its models, loaded when first needed, its samples, device and precision."""
+
+import gc
+import json
+import platform
+import shutil
+import tempfile
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import xxhash
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selkd.data.batching import collate
+from selkd.data.tokenised import Splits, load_splits
+from selkd.models.head import check_head, check_packing
+from selkd.models.loading import load_model, n_rows, native_dtype, resolve_dtype
+from selkd.models.pruning import prune
+from selkd.models.sources import ModelSource, default_cache_dir, locate
+from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
+from selkd.recipe import Recipe
+from selkd.training.arguments import DistillArguments
+
+CALIBRATION_SAMPLES = 16
+STUDENT_FORMAT = 1
+
+
+class Workspace:
+    """The inputs of one recipe, found and checked. Nothing is loaded before it is needed.
+
+    Args:
+        recipe: what to do.
+        run_path: the run's folder.
+    """
+
+    def __init__(self, recipe: Recipe, run_path: Path) -> None:
+        self.recipe = recipe
+        self.run_path = run_path
+        self.state = PartialState()
+        self.cache_dir = default_cache_dir()
+        self.teacher_tokens: dict[str, int] = {}
+        self._teacher: PreTrainedModel | None = None
+
+    @cached_property
+    def arguments(self) -> DistillArguments:
+        """The trainer's arguments; precision is bfloat16 where the device computes in it, unless the recipe says."""
+        recipe = self.recipe
+        given = dict(recipe.training)
+        device = DistillArguments(output_dir=str(self.run_path), use_cpu=given.get("use_cpu", False)).device
+        if device.type == "cpu":
+            given["use_cpu"] = True  # Transformers takes bfloat16 on a CPU only where the CPU was asked for
+        if "bf16" not in given and not given.get("fp16"):
+            given["bf16"] = native_dtype(device) == torch.bfloat16
+        return DistillArguments(
+            output_dir=str(self.run_path / "checkpoints"),
+            seed=recipe.seed,
+            criterion=recipe.criterion.model_dump(),
+            positions=recipe.positions.model_dump(),
+            classes=recipe.classes.model_dump(),
+            **({"report_to": "none"} | given),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.arguments.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the student's products."""
+        if self.arguments.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.arguments.fp16 else torch.float32
+
+    @cached_property
+    def teacher_source(self) -> ModelSource:
+        return self._first(lambda: locate(self.recipe.teacher.model, self.cache_dir))
+
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        return resolve_dtype(self.recipe.teacher.dtype, self.device)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that both models share."""
+        tokenizer = load_tokenizer(self.teacher_source)
+        if self.recipe.student.model is not None:
+            require_same_tokenizer(tokenizer, load_tokenizer(self.student_source))
+        return tokenizer
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    @cached_property
+    def splits(self) -> Splits:
+        fingerprint = tokenizer_fingerprint(self.tokenizer)
+        return self._first(lambda: load_splits(self.recipe.data, self.tokenizer, fingerprint, self.cache_dir))
+
+    def teacher(self) -> PreTrainedModel:
+        """The teacher, loaded if it is not in memory."""
+        if self._teacher is None:
+            self._teacher = load_model(self.teacher_source, self.teacher_dtype, self.device)
+            check_head(self._teacher)
+            if self.recipe.data.packing:
+                check_packing(self._teacher)
+        return self._teacher
+
+    def release_teacher(self) -> None:
+        """Give the teacher's memory back."""
+        self._teacher = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @cached_property
+    def student_source(self) -> ModelSource:
+        """The initial student's files; one that is cut from the teacher is made once and kept in the cache folder."""
+        if self.recipe.student.model is not None:
+            model = self.recipe.student.model
+            return self._first(lambda: locate(model, self.cache_dir))
+        return self._first(self._pruned)
+
+    @cached_property
+    def student(self) -> PreTrainedModel:
+        """The student, float32 weights: initial until training changes it."""
+        model = load_model(self.student_source, torch.float32, self.device)
+        check_head(model)
+        if self.recipe.data.packing:
+            check_packing(model)
+        return model
+
+    @cached_property
+    def n_classes(self) -> int:
+        """How many classes teacher and student share, read from their configurations: no weights are needed."""
+        return shared_classes(
+            {"teacher": n_rows(self.teacher_source), "student": n_rows(self.student_source)}, self.tokenizer
+        )
+
+    def _first(self, make: Any) -> Any:
+        """``make()`` on the main process first, so that the others find what it left on disk."""
+        with self.state.main_process_first():
+            return make()
+
+    @cached_property
+    def pruning(self) -> dict[str, Any] | None:
+        """Which layers a pruned student kept, and every layer's block influence."""
+        if self.recipe.student.prune_from_teacher is None:
+            return None
+        content: dict[str, Any] = json.loads((self.student_source.path / "pruning.json").read_text(encoding="utf-8"))
+        return content
+
+    def _pruned(self) -> ModelSource:
+        options = self.recipe.student.prune_from_teacher
+        assert options is not None, "a student has exactly one source"
+        samples = [self.splits.train[i] for i in range(min(CALIBRATION_SAMPLES, len(self.splits.train)))]
+        key = (STUDENT_FORMAT, self.teacher_source.fingerprint, str(self.teacher_dtype), options.layers)
+        digest = xxhash.xxh3_128_hexdigest(repr((key, [sample.id for sample in samples])).encode())
+        folder = self.cache_dir / "students" / digest
+        if not folder.exists():
+            teacher = self.teacher()
+            batches = [collate(samples[i : i + 4], self.pad_token_id) for i in range(0, len(samples), 4)]
+            student, kept, influence = prune(teacher, options.layers, batches)
+            self.teacher_tokens["prune"] = sum(batch["input_ids"].numel() for batch in batches)
+            save_model(student, self.tokenizer, folder, {"kept_layers": kept, "influence": influence})
+        return locate(str(folder), self.cache_dir)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, pruning: dict[str, Any]
+) -> None:
+    """Save model, tokenizer and ``pruning.json`` as a new folder, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "pruning.json").write_text(json.dumps(pruning, indent=1) + "\n", encoding="utf-8")
+        temporary.rename(folder)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def environment(workspace: Workspace) -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    names = ("selkd", "torch", "transformers", "accelerate", "datasets", "numpy")
+    return {
+        **{name: version(name) for name in names},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=True),
+        "device": str(workspace.device),
+        "precision": f"student {workspace.dtype} over float32 weights, teacher {workspace.teacher_dtype}".replace(
+            "torch.", ""
+        ),
+        "world_size": workspace.state.num_processes,
+    }
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

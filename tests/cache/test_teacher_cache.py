@@ -1,0 +1,312 @@
+import json
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+import zstandard
+from cache_samples import FINGERPRINT, assert_same_rows, build, make_rows, plan, sample_id, shard_samples
+
+from selkd.cache.manifest import render
+from selkd.cache.reader import TeacherCache, verify_cache
+from selkd.cache.shard import INDEX, read_shard, shard_name
+from selkd.cache.writer import CacheWriter
+from selkd.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build(tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_a_sample_that_is_not_there_is_named(folder: Path) -> None:
+    cache = TeacherCache.open(folder)
+    with pytest.raises(InputError, match=f"sample {sample_id(99).hex()} is not in the teacher cache"):
+        cache.get(sample_id(99))
+    with pytest.raises(InputError, match="a sample id must be 16 raw bytes; got 'text'"):
+        cache.get("text")  # type: ignore[arg-type]
+    assert sample_id(5) in cache
+    assert sample_id(99) not in cache
+    assert b"short" not in cache
+
+
+def test_ids_that_share_their_first_half_are_told_apart(tmp_path: Path) -> None:
+    ids = [b"same 8 b" + bytes([0, 0, 0, 0, 0, 0, 0, last]) for last in (9, 3, 255)]
+    writer = CacheWriter(tmp_path, FINGERPRINT, [ids])
+    writer.write_shard(0, [(each, *make_rows(number)) for number, each in enumerate(ids)])
+    writer.finish()
+    cache = TeacherCache.open(tmp_path)
+    assert cache.sample_ids() == ids
+    for number, each in enumerate(ids):
+        assert_same_rows(cache.get(each), make_rows(number))
+    assert b"same 8 b" + bytes(8) not in cache
+
+
+def test_a_cache_can_be_shared_by_threads_and_sent_to_processes(folder: Path) -> None:
+    cache = TeacherCache.open(folder)
+    with ThreadPoolExecutor(4) as pool:
+        for number, rows in enumerate(pool.map(lambda number: cache.get(sample_id(number)), range(12))):
+            assert_same_rows(rows, make_rows(number))
+    assert_same_rows(pickle.loads(pickle.dumps(cache)).get(sample_id(2)), make_rows(2))
+
+
+def test_stats_count_every_file(folder: Path) -> None:
+    stats = TeacherCache.open(folder).stats()
+    assert stats["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert stats["positions"] == 12 * 16
+    assert stats["samples"] == 12
+    assert stats["shards"] == 3
+    assert stats["bytes_per_position"] == stats["bytes"] / (12 * 16)
+    assert stats["classes_per_position"] == sum(len(make_rows(n).counts) for n in range(12)) / (12 * 16)
+    assert stats["fixed_width_bytes_per_position"] == 192
+    assert stats["full_logits_bytes_per_position"] == 2 * 2**18
+
+
+def test_an_intact_cache_verifies(folder: Path) -> None:
+    assert TeacherCache.open(folder).verify() == []
+
+
+def truncate(folder: Path) -> None:
+    path = folder / shard_name(1)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(folder: Path) -> None:
+    (folder / shard_name(1)).write_bytes(b"")
+
+
+def replace_by_noise(folder: Path) -> None:
+    (folder / shard_name(1)).write_bytes(random.Random(0).randbytes(5000))
+
+
+def copy_another(folder: Path) -> None:
+    shutil.copy(folder / shard_name(0), folder / shard_name(1))
+
+
+def take_from_another_cache(folder: Path) -> None:
+    other = folder.parent / "other"
+    writer = CacheWriter(other, {**FINGERPRINT, "seed": 1}, plan())
+    writer.write_shard(1, shard_samples(1))
+    shutil.copy(other / shard_name(1), folder / shard_name(1))
+
+
+def append(folder: Path) -> None:
+    path = folder / shard_name(1)
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def take_other_draws_of_the_same_plan(folder: Path) -> None:
+    """Whole and ours, but not what the manifest lists: as if another machine had rebuilt it."""
+    writer = CacheWriter(folder.parent / "other", FINGERPRINT, plan())
+    writer.write_shard(1, [(each[0], *make_rows(50)) for each in shard_samples(1)])
+    shutil.copy(folder.parent / "other" / shard_name(1), folder / shard_name(1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "shard-00001.selkd is truncated or damaged"),
+        (empty, "shard-00001.selkd is truncated: 0 bytes"),
+        (append, "shard-00001.selkd is truncated or damaged"),
+        (replace_by_noise, "shard-00001.selkd is damaged or not a selkd shard"),
+        (copy_another, "shard-00001.selkd holds shard 0 under the name of shard 1: swapped or copied"),
+        (take_from_another_cache, "shard-00001.selkd belongs to another cache"),
+        (take_other_draws_of_the_same_plan, "shard-00001.selkd is not the shard that the manifest lists"),
+    ],
+)
+def test_a_wrong_shard_is_found_refused_and_repaired(
+    folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    untouched = {name: (folder / shard_name(name)).read_bytes() for name in (0, 2)}
+    damage(folder)
+    cache = TeacherCache.open(folder)
+    problems = cache.verify()
+    assert len(problems) == 1
+    assert message in problems[0]
+    for number in range(12):
+        with pytest.raises(InputError, match=message):
+            cache.get(sample_id(number))
+    build(folder)
+    assert verify_cache(folder) == []
+    assert untouched == {name: (folder / shard_name(name)).read_bytes() for name in (0, 2)}
+
+
+def test_swapped_shards_are_both_found(folder: Path) -> None:
+    first, second = (folder / shard_name(number) for number in (0, 1))
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+    problems = verify_cache(folder)
+    assert [problem.split()[0] for problem in problems] == [first.name, second.name]
+    assert CacheWriter(folder, FINGERPRINT, plan()).missing_shards() == [0, 1]
+
+
+def test_a_shard_too_many_is_found(folder: Path) -> None:
+    shutil.copy(folder / shard_name(0), folder / shard_name(3))
+    (folder / "notes.txt").write_text("a user's own file is no problem")
+    assert verify_cache(folder) == ["shard-00003.selkd is no shard of this cache: it has 3 shards"]
+
+
+def test_a_missing_shard_is_refused_on_opening_and_found(folder: Path) -> None:
+    (folder / shard_name(2)).unlink()
+    with pytest.raises(InputError, match=r"incomplete: 1 of 3 shards are missing, the first shard-00002\.selkd"):
+        TeacherCache.open(folder)
+    assert "shard-00002.selkd can't be read" in verify_cache(folder)[0]
+
+
+def test_a_shard_damaged_after_opening_is_refused_on_reading(folder: Path) -> None:
+    cache = TeacherCache.open(folder)
+    cache.get(sample_id(0))
+    flip(folder / shard_name(0), 40)
+    with pytest.raises(InputError, match=f"shard-00000.selkd is damaged at sample {sample_id(0).hex()}"):
+        cache.get(sample_id(0))
+    assert_same_rows(cache.get(sample_id(1)), make_rows(1))
+    path = folder / shard_name(1)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=f"shard-00001.selkd is damaged at sample {sample_id(7).hex()}: its 0 bytes"):
+        cache.get(sample_id(7))
+
+
+def test_every_flipped_bit_is_found(folder: Path) -> None:
+    """A thousand random bits over all files of the cache, and each byte of a shard's header and footer."""
+    rng = random.Random(1)
+    paths = sorted(folder.iterdir())
+    size = (folder / shard_name(0)).stat().st_size
+    places = [(folder / shard_name(0), at) for at in [*range(32), *range(size - 40, size)]]
+    places += [(path, rng.randrange(path.stat().st_size)) for path in rng.choices(paths, k=1000)]
+    for path, at in places:
+        intact = path.read_bytes()
+        flip(path, at, rng.randrange(8))
+        problems = verify_cache(folder)
+        assert problems, (path.name, at)
+        assert path.name in problems[0]
+        path.write_bytes(intact)
+    assert verify_cache(folder) == []
+
+
+def test_a_changed_fingerprint_value_does_not_pass_as_the_builds_own(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"seed": 1337', '"seed": 1338'))
+    with pytest.raises(InputError, match=r"manifest\.json in .* is damaged"):
+        TeacherCache.open(folder, {**FINGERPRINT, "seed": 1338})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("version", 2, "has version 2; this selkd reads 1"),
+        ("codec", "range-coder", "has codec 'range-coder'; this selkd reads 'gap-planes-zstd'"),
+        ("format", "other", "its format is not 'selkd-teacher-cache'"),
+        ("complete", False, "does not describe a complete teacher cache"),
+        ("n_samples", 11, "does not describe a complete teacher cache"),
+        ("shards", [], "does not describe a complete teacher cache"),
+        ("fingerprint", {"draws": 64}, "does not describe a complete teacher cache"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(folder: Path, field: str, value: object, message: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_bytes(render({**manifest, field: value})[0])
+    with pytest.raises(InputError, match=message):
+        TeacherCache.open(folder)
+
+
+def test_a_manifest_can_not_lead_out_of_the_folder(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["name"] = "../secret.selkd"
+    (folder / "manifest.json").write_bytes(render(manifest)[0])
+    with pytest.raises(InputError, match="does not describe a complete teacher cache"):
+        TeacherCache.open(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "selkd-teacher-cache"}', "\xff", "[" * 100_000])
+def test_a_manifest_that_is_none_is_refused(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"manifest\.json in"):
+        TeacherCache.open(folder)
+    assert len(verify_cache(folder)) == 1
+
+
+def test_the_format_is_what_its_document_says(folder: Path) -> None:
+    """A second reader, written from docs/cache-format.md with plain slicing: the document is enough, and stays true."""
+    data = (folder / "shard-00001.selkd").read_bytes()
+    plan_data = (folder / "plan.json").read_bytes()
+    plan_checksum = json.loads(plan_data)["checksum"]
+    assert xxhash.xxh3_128_hexdigest(plan_data.replace(plan_checksum.encode(), b"0" * 32)) == plan_checksum
+    assert data[:8] == b"SELKDSHD"
+    assert data[8:12] == (1).to_bytes(4, "little")
+    assert data[12:28].hex() == plan_checksum
+    assert data[28:32] == (1).to_bytes(4, "little")
+    footer = data[-40:]
+    index_offset, n_samples = (int.from_bytes(footer[at : at + 8], "little") for at in (0, 8))
+    assert footer[32:] == b"SELKDEND"
+    index = data[index_offset:-40]
+    assert xxhash.xxh3_128_digest(data[:32] + index) == footer[16:32]
+    for number in range(n_samples):
+        entry = index[44 * number : 44 * (number + 1)]
+        assert entry[:16] == sample_id(4 + number)
+        checksum, offset = (int.from_bytes(entry[at : at + 8], "little") for at in (16, 24))
+        length, positions, classes = (int.from_bytes(entry[at : at + 4], "little") for at in (32, 36, 40))
+        block = data[offset : offset + length]
+        assert xxhash.xxh3_64_intdigest(block) == checksum
+        n_rows, n_classes = (int.from_bytes(block[at : at + 4], "little") for at in (0, 4))
+        at = 11
+        arrays = []
+        for n_planes, size in zip(block[8:11], (n_rows, n_classes, n_classes), strict=True):
+            values = [0] * size
+            for plane in range(n_planes):
+                frame_length = int.from_bytes(block[at : at + 4], "little")
+                frame = zstandard.decompress(block[at + 4 : at + 4 + frame_length])
+                values = [value + (byte << 8 * plane) for value, byte in zip(values, frame, strict=True)]
+                at += 4 + frame_length
+            arrays.append(values)
+        lengths, gaps, counts = arrays
+        ids: list[int] = []
+        for length in lengths:
+            row: list[int] = []
+            for gap in gaps[len(ids) : len(ids) + length]:
+                row.append(row[-1] + 1 + gap if row else gap)
+            ids += row
+        expected = make_rows(4 + number)
+        assert (positions, classes) == (16, len(counts))
+        assert (lengths, ids, counts) == tuple(array.tolist() for array in expected)
+
+
+def test_a_block_that_decodes_to_other_counts_than_the_index_is_refused(folder: Path) -> None:
+    """Right checksums throughout: only the meaning is wrong."""
+    path = folder / shard_name(0)
+    plan_checksum = json.loads((folder / "plan.json").read_text())["checksum"]
+    data = bytearray(path.read_bytes())
+    index = read_shard(path, 0, plan_checksum).index.copy()
+    index["classes"][0] += 1
+    start = len(data) - 40 - len(index) * INDEX.itemsize
+    data[start:-40] = index.tobytes()
+    data[-24:-8] = xxhash.xxh3_128_digest(bytes(data[:32]) + index.tobytes())
+    path.write_bytes(data)
+    assert "its rows do not agree with the index" in verify_cache(folder)[0]
+
+
+def test_many_samples_are_found_by_id(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    ids = [rng.bytes(16) for _ in range(2000)]
+    rows = [make_rows(number, n_positions=2) for number in range(7)]
+    writer = CacheWriter(tmp_path, FINGERPRINT, [ids[:1000], ids[1000:]])
+    for shard in range(2):
+        numbers = range(1000 * shard, 1000 * (shard + 1))
+        writer.write_shard(shard, ((ids[number], *rows[number % 7]) for number in numbers))
+    writer.finish()
+    cache = TeacherCache.open(tmp_path)
+    assert cache.sample_ids() == ids
+    for number in rng.permutation(2000):
+        assert_same_rows(cache.get(ids[number]), rows[number % 7])

@@ -1,0 +1,28 @@
+"""What several tests share: oracle cases, tiny models and a tiny tokenizer, made on the spot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CASES = sorted((Path(__file__).parent / "conformance").glob("case_*.json"))
+TENSORS = {"student_logits": torch.float64, "teacher_logits": torch.float64, "targets": torch.int64}
+
+
+@pytest.fixture(params=CASES, ids=lambda path: path.stem)
+def case(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """An oracle case, computed in float64 by numpy code that shares nothing with the project."""
+    content: dict[str, Any] = json.loads(request.param.read_text())
+    for name, dtype in TENSORS.items():
+        content[name] = torch.tensor(content[name], dtype=dtype)
+    content["valid_mask"] = torch.tensor(content["valid_mask"], dtype=torch.bool)
+    return content
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests leave the user's cache folder alone, but for those that run the real teacher and would convert it anew."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setenv("SELKD_CACHE", str(tmp_path_factory.mktemp("selkd-cache")))

@@ -1,0 +1,143 @@
+"""The chunked engine against the dense expressions, values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from selkd import reference
+from selkd.maths.chunked import chunked_entropy, chunked_loss
+from selkd.maths.divergence import cross_entropy, forward_kl, sampled_forward_kl
+from selkd.maths.head import Head
+
+N, D, V = 37, 24, 101
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.0625},
+    "softcap": {"softcap": 3.0, "bias": True},
+    "scale and softcap": {"scale": 2.5, "softcap": 4.0},
+}
+
+
+def make(dtype: torch.dtype, **options: object) -> tuple[Tensor, Head, Tensor, Tensor]:
+    """Hidden states, head, teacher logits and coefficients, a third of which are 0."""
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64) * 0.4
+    bias = torch.randn(V, generator=generator, dtype=torch.float64) if options.pop("bias", False) else None
+    teacher = torch.randn(N, V, generator=generator, dtype=torch.float64) * 2
+    coefficients = torch.rand(N, generator=generator, dtype=torch.float64) * (torch.arange(N) % 3 > 0)
+    leaf = [None if t is None else t.to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+    return leaf[0], Head(leaf[1], leaf[2], **options), teacher, coefficients
+
+
+@pytest.mark.parametrize("head_options", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("chunk", [1, 5, 36, 37, 1000, None])
+def test_entropy_is_the_dense_one(head_options: dict, chunk: int | None) -> None:
+    hidden, head, _, _ = make(torch.float64, **head_options)
+    expected = torch.distributions.Categorical(logits=head.logits(hidden)).entropy()
+    torch.testing.assert_close(chunked_entropy(hidden, head, chunk), expected.detach(), rtol=0, atol=1e-12)
+
+
+def test_entropy_of_extreme_logits_is_finite_and_not_negative() -> None:
+    head = Head(torch.eye(4, dtype=torch.float32) * 1e4)
+    entropies = chunked_entropy(torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]), head)
+    torch.testing.assert_close(entropies, torch.tensor([0.0, 4.0, 2.0]).log().clamp(min=0))
+
+
+@pytest.mark.parametrize("head_options", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("chunk", [1, 5, 37, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_loss_and_gradients_are_the_dense_ones(head_options: dict, chunk: int, temperature: float) -> None:
+    hidden, head, teacher, coefficients = make(torch.float64, **head_options)
+    leaves = [hidden, head.weight] + ([] if head.bias is None else [head.bias])
+
+    dense = reference.divergence("forward_kl", head.logits(hidden), teacher, teacher, temperature=temperature)
+    expected = torch.autograd.grad((coefficients * dense).sum() * 0.5, leaves)
+
+    def compare(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return forward_kl(logits, teacher[rows], temperature)
+
+    loss, values = chunked_loss(hidden, head, coefficients, compare, chunk=chunk)
+    torch.testing.assert_close(values, dense.detach())
+    torch.testing.assert_close(loss, (coefficients * dense).sum().detach())
+    for actual, wanted in zip(torch.autograd.grad(loss * 0.5, leaves), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_bf16_is_no_worse_than_the_plain_bf16_path() -> None:
+    """Against float64 truth: the chunked error is bounded by the error of plain autograd on bf16 logits."""
+    hidden, head, teacher, coefficients = make(torch.float64)
+    truth_loss = (coefficients * reference.divergence("forward_kl", head.logits(hidden), teacher, teacher)).sum()
+    truth = torch.autograd.grad(truth_loss, [hidden, head.weight])
+
+    low = [t.detach().bfloat16().requires_grad_() for t in (hidden, head.weight)]
+    plain_logits = Head(low[1]).logits(low[0]).float()
+    plain_loss = (coefficients.float() * reference.divergence("forward_kl", plain_logits, teacher.float(), teacher)).sum()
+    plain = torch.autograd.grad(plain_loss, low)
+
+    loss, _ = chunked_loss(
+        low[0], Head(low[1]), coefficients.float(), lambda z, rows: forward_kl(z, teacher[rows].float()), chunk=10
+    )
+    chunked = torch.autograd.grad(loss, low)
+    assert abs(loss - truth_loss) <= abs(plain_loss - truth_loss) * 1.05 + 1e-4
+    for actual, other, exact in zip(chunked, plain, truth, strict=True):
+        assert (actual.double() - exact).norm() <= (other.double() - exact).norm() * 1.1
+
+
+def test_autocast_runs_products_in_bf16_and_gives_float32_gradients() -> None:
+    hidden, head, teacher, coefficients = make(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = chunked_loss(hidden, head, coefficients.float(), lambda z, r: forward_kl(z, teacher[r].float()))
+    gradients = torch.autograd.grad(loss, [hidden, head.weight])
+    exact, _ = chunked_loss(hidden, head, coefficients.float(), lambda z, r: forward_kl(z, teacher[r].float()))
+    assert [gradient.dtype for gradient in gradients] == [torch.float32, torch.float32]
+    assert loss != exact
+    torch.testing.assert_close(loss, exact, rtol=2e-2, atol=1e-2)
+
+
+def test_an_empty_selection_is_zero_and_attached() -> None:
+    hidden, head, _, _ = make(torch.float64, bias=True)
+    loss, values = chunked_loss(hidden[:0], head, torch.zeros(0, dtype=torch.float64), lambda z, _: forward_kl(z, z))
+    assert loss.item() == 0
+    assert values.numel() == 0
+    for gradient in torch.autograd.grad(loss, [hidden, head.weight, head.bias]):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_without_gradient_nothing_is_kept() -> None:
+    hidden, head, teacher, coefficients = make(torch.float64)
+    with torch.no_grad():
+        loss, _ = chunked_loss(hidden, head, coefficients, lambda z, rows: forward_kl(z, teacher[rows]))
+    assert not loss.requires_grad
+
+
+def test_the_embedding_that_is_also_the_head_gets_both_gradients() -> None:
+    weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    ids = torch.arange(N) % V
+    teacher = torch.randn(N, V, dtype=torch.float64)
+    ones = torch.ones(N, dtype=torch.float64)
+    loss, _ = chunked_loss(weight[ids].tanh(), Head(weight), ones, lambda z, rows: forward_kl(z, teacher[rows]), chunk=9)
+    dense = reference.divergence("forward_kl", weight[ids].tanh() @ weight.T, teacher, teacher).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(dense, weight))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_closed_form_gradients_are_autograds(temperature: float) -> None:
+    logits = torch.randn(N, V, dtype=torch.float64, requires_grad=True)
+    teacher, targets = torch.randn(N, V, dtype=torch.float64), torch.randint(V, (N,))
+    class_ids = torch.stack([torch.randperm(V)[:6].sort().values for _ in range(N)])
+    counts = torch.tensor([[3, 1, 2, 1, 1, 0]]).expand(N, -1)
+    dense = {
+        "kl": reference.divergence("forward_kl", logits, teacher, targets, temperature=temperature),
+        "sampled": reference.sampled_divergence(logits, class_ids, counts, temperature=temperature),
+        "ce": torch.nn.functional.cross_entropy(logits, targets, reduction="none"),
+    }
+    closed = {
+        "kl": forward_kl(logits.detach(), teacher, temperature),
+        "sampled": sampled_forward_kl(logits.detach(), class_ids, counts, temperature),
+        "ce": cross_entropy(logits.detach(), targets),
+    }
+    for name, (values, gradient) in closed.items():
+        torch.testing.assert_close(values, dense[name].detach())
+        torch.testing.assert_close(gradient, torch.autograd.grad(dense[name].sum(), logits)[0])

@@ -1,0 +1,96 @@
+"""Models from disk into memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_families import packed_batch, tiny_model
+
+from selkd.errors import InputError
+from selkd.models.loading import load_model, n_parameters, native_dtype, resolve_dtype
+from selkd.models.sources import ModelSource
+
+CPU = torch.device("cpu")
+
+
+def _source(folder: Path) -> ModelSource:
+    return ModelSource("the-model", folder, "0" * 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_loaded_in_eval_mode_and_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
+    saved = tiny_model("gpt2", torch.float32)
+    saved.save_pretrained(tmp_path)
+    model = load_model(_source(tmp_path), dtype, CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert not any(module.training for module in model.modules())
+    if dtype == torch.float32:
+        ids = packed_batch()["input_ids"]
+        assert torch.equal(model(input_ids=ids).logits, saved(input_ids=ids).logits)
+
+
+def test_missing_weights_are_refused_not_invented(tmp_path: Path) -> None:
+    tiny_model("llama", torch.float32).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"1 weights of LlamaForCausalLM are not in .*layers\.1\.mlp\.up_proj\.weight"):
+        load_model(_source(tmp_path), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", '{"model_type": "unheard_of"}'), ("config.json", "{}"), ("model.safetensors", "not a header")],
+)
+def test_what_cannot_be_loaded_is_named(tmp_path: Path, file: str, content: str) -> None:
+    tiny_model("llama", torch.float32).save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match="model 'the-model' can't be loaded as a causal language model"):
+        load_model(_source(tmp_path), torch.float32, CPU)
+
+
+def test_tied_parameters_are_counted_once() -> None:
+    untied, tied = n_parameters(tiny_model("llama")), n_parameters(tiny_model("llama_tied"))
+    assert untied - tied == 101 * 32
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_dtypes_by_name(name: str) -> None:
+    assert resolve_dtype(name, CPU) == getattr(torch, name)
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(InputError, match="dtype 'int8' is unknown: expected one of auto, bfloat16, float32, float16"):
+        resolve_dtype("int8", CPU)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"bf16": True, "neon": True}, torch.bfloat16),
+        ({"avx2": True, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_auto_is_bf16_where_the_processor_has_it(
+    capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert native_dtype(CPU) == resolve_dtype("auto", CPU) == expected
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_on_an_accelerator_leaves_emulation_out(
+    supported: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or supported
+    )
+    assert native_dtype(torch.device("cuda")) == expected
+
+
+def test_auto_on_an_unknown_device_is_float32() -> None:
+    assert native_dtype(torch.device("meta")) == torch.float32

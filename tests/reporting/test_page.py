@@ -1,0 +1,211 @@
+import html
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_run import write_run
+
+from selkd.errors import InputError, RunError
+from selkd.reporting.page import write_page
+
+HOSTILE = "<script>alert(1)</script>\"'&</style><img src=x onerror=alert(1)>"
+
+
+class Seen(HTMLParser):
+    """The tags, attributes and text that a browser would find."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def page_of(run_dir: Path) -> str:
+    return write_page(run_dir).read_text(encoding="utf-8")
+
+
+def test_the_page_tells_the_run(run_dir: Path) -> None:
+    page = write_page(run_dir)
+    assert page == run_dir / "report.html"
+    seen = Seen(page.read_text(encoding="utf-8"))
+    for told in (
+        "SmolLM2-135M-Instruct",
+        "20 of the teacher’s 30 layers",
+        "36.0 from 98.9",
+        "0.89 from 1.78",
+        "62.4% from 48.1%",
+        "5 min 17 s",
+        "84 of 417",
+        "64 random draws",
+        "3,101×",
+        "3.41 GB",
+        "max_length: 256",
+    ):
+        assert told in seen.text, told
+    assert seen.tags.count("svg") == 4
+    assert seen.tags.count("figcaption") == 4
+
+
+def test_the_gap_closed_is_reckoned_in_nats_for_perplexity(run_dir: Path) -> None:
+    # ln(98.87/35.96) / ln(98.87/17.98) = 0.593; 1 - 0.887/1.782 = 0.502; (0.624-0.481)/(1-0.481) = 0.276
+    cells = re.findall(r"<td>(\d+)%<span class=\"bar\"", page_of(run_dir))
+    assert cells == ["59", "50", "28"]
+
+
+def test_nothing_is_fetched_and_nothing_runs(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    seen = Seen(page)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(seen.tags)
+    for name, value in seen.attributes:
+        assert not name.startswith("on")
+        if name in {"src", "href", "xlink:href", "action", "data"}:
+            assert value is not None
+            assert value.startswith("#")
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "default-src 'none'" in page
+    assert "prefers-color-scheme: dark" in style
+
+
+def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
+    assert page_of(run_dir) == page_of(run_dir)
+
+
+def test_hostile_text_stays_text_everywhere(run_dir: Path, record: dict[str, Any]) -> None:
+    plain_tags = Seen(page_of(run_dir)).tags
+    record["name"] = HOSTILE
+    record["selkd_version"] = HOSTILE
+    record["teacher"] = {"model": HOSTILE.replace("/", ""), "parameters": 1, "layers": 30, "fingerprint": HOSTILE}
+    record["environment"] = dict.fromkeys(record["environment"], HOSTILE)
+    record["recipe"]["positions"] = {"policy": HOSTILE, "metric": HOSTILE, "fraction": 0.2}
+    record["recipe"]["criterion"]["name"] = HOSTILE
+    record["recipe"]["samples"] = {"metric": HOSTILE, "fraction": 0.2}
+    record["recipe"]["data"]["path"] = HOSTILE
+    (run_dir / "record.json").write_text(json.dumps(record))
+    (run_dir / "recipe.yaml").write_text(f"note: {HOSTILE}</pre>\n")
+    examples = json.loads((run_dir / "selection" / "examples.json").read_text())
+    examples["metric"] = HOSTILE
+    examples["samples"][0]["tokens"][3] = HOSTILE
+    examples["samples"][0]["tokens"][4] = "</div>\ud800\x00{{ 7 * 7 }}"
+    examples["samples"][0]["sample_id"] = HOSTILE
+    (run_dir / "selection" / "examples.json").write_text(json.dumps(examples))
+
+    page = page_of(run_dir)
+    seen = Seen(page)
+    assert seen.tags == plain_tags
+    assert not [name for name, _ in seen.attributes if name.startswith("on")]
+    assert HOSTILE not in page
+    assert HOSTILE in html.unescape(page)
+    assert "{{ 7 * 7 }}" in seen.text
+
+
+def test_selected_tokens_are_marked_and_shifted_by_one(run_dir: Path) -> None:
+    sample = {
+        "sample_id": "00",
+        "tokens": ["one", " two", " three"],
+        "scores": [0.5, 3.0, None],
+        "selected": [False, True, False],
+        "valid": [True, True, False],
+    }
+    (run_dir / "selection" / "examples.json").write_text(json.dumps({"metric": "kl", "samples": [sample]}))
+    page = page_of(run_dir)
+    assert re.search(r'<span class="mute" title="not a prediction target">one</span><span class="h\d"', page)
+    assert re.findall(r'<mark class="h\d" title="([^"]*)">([^<]*)</mark>', page) == [("3.00 nats, selected", " three")]
+
+
+def test_a_run_that_has_only_begun_shows_dashes_and_no_invented_number(tmp_path: Path, record: dict[str, Any]) -> None:
+    begun = dict.fromkeys(record) | {"name": "begun", "recipe": record["recipe"]}
+    seen = Seen(page_of(write_run(tmp_path / "begun", begun)))
+    assert "None" not in seen.text
+    assert "before: –" in seen.text
+    assert "The student has not been trained yet." in seen.text
+    assert "No training step was logged." in seen.text
+    assert "No cache has been built yet." in seen.text
+    assert "svg" not in seen.tags
+    assert "0.0" not in seen.text.replace("0.0002", "").partition("teacher: model")[0]
+
+
+def test_every_null_in_every_part_still_makes_a_page(tmp_path: Path, record: dict[str, Any]) -> None:
+    for part, value in record.items():
+        if not isinstance(value, dict) or part == "recipe":
+            continue
+        changed = record | {part: dict.fromkeys(value)}
+        text = Seen(page_of(write_run(tmp_path / part, changed))).text
+        assert "None" not in text, part
+
+
+def test_a_run_without_cache_says_that_the_teacher_ran_beside(tmp_path: Path, record: dict[str, Any]) -> None:
+    record["recipe"]["cache"], record["teacher_cache"] = None, None
+    assert "the teacher runs beside the student" in page_of(write_run(tmp_path / "live", record))
+
+
+def test_steps_logged_again_after_a_resume_count_once(run_dir: Path) -> None:
+    clean = page_of(run_dir)
+    log = run_dir / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    stale = json.dumps(json.loads(lines[9]) | {"loss": 99.0})
+    log.write_text("\n".join([*lines[:9], stale, *lines[9:]]) + "\n")
+    assert page_of(run_dir) == clean
+
+
+def test_a_share_that_varies_gets_its_plot(run_dir: Path) -> None:
+    log = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(line | {"selected_share": 1 / line["step"]}) + "\n" for line in lines))
+    assert Seen(page_of(run_dir)).tags.count("svg") == 5
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a run directory: expected record\.json"):
+        write_page(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("record.json", "{", r"record\.json: expected JSON"),
+        ("record.json", "[]", r"record\.json: expected a JSON object, found list"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2}\n{"step": 2, "lo', r"metrics\.jsonl, line 2: expected JSON"),
+        ("metrics.jsonl", '{"loss": 2}\n', r'metrics\.jsonl, line 1: expected an object with a whole "step"'),
+        ("selection/samples.parquet", "text", r"samples\.parquet: expected a Parquet table"),
+        ("selection/examples.json", "{}", r'examples\.json: expected a list "samples"'),
+        (
+            "selection/examples.json",
+            '{"samples": [{"tokens": ["a"], "scores": [], "selected": [true], "valid": [true]}]}',
+            r"sample 0: expected lists of one length, found tokens 1, scores 0, selected 1, valid 1",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named(run_dir: Path, name: str, content: str, message: str) -> None:
+    (run_dir / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        write_page(run_dir)
+    assert not (run_dir / "report.html").exists()
+
+
+def test_a_page_that_can_not_be_written_leaves_nothing_behind(run_dir: Path) -> None:
+    # A folder in the page's place: the rename fails after the text was written.
+    (run_dir / "report.html").mkdir()
+    (run_dir / "report.html" / "kept").write_text("the user's")
+    with pytest.raises(RunError, match=r"could not write .*report\.html"):
+        write_page(run_dir)
+    assert (run_dir / "report.html" / "kept").read_text() == "the user's"
+    assert not list(run_dir.glob(".report*"))

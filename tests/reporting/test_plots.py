@@ -1,0 +1,100 @@
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+from made_run import demo_metrics
+
+from selkd.reporting import plots
+
+SCORES = np.linspace(0.0, 5.0, 101)
+
+
+def all_plots() -> list[str]:
+    metrics = demo_metrics()
+    return [
+        plots.loss_plot(metrics),
+        plots.entropy_plot(metrics),
+        plots.share_plot(metrics),
+        plots.score_histogram(SCORES, SCORES >= 4.0, "entropy"),
+        plots.storage_plot([("this run’s cache", 31.7), ("full logits", 98_304.0)]),
+    ]
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("}text")]
+
+
+def test_the_same_data_gives_the_same_bytes_in_another_process_with_other_settings() -> None:
+    script = (
+        "import sys, matplotlib; matplotlib.rcParams.update({'font.size': 30, 'svg.fonttype': 'path'}); "
+        "sys.path.insert(0, '.'); from made_run import demo_metrics; from selkd.reporting import plots; "
+        "sys.stdout.buffer.write(plots.loss_plot(demo_metrics()).encode())"
+    )
+    here = Path(__file__).parent
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=here).stdout
+    assert other.decode() == plots.loss_plot(demo_metrics())
+
+
+def test_plots_take_their_colours_from_the_page() -> None:
+    for svg in all_plots():
+        ElementTree.fromstring(svg)
+        bare = re.sub(r"var\(--\w+, #[0-9a-f]{6}\)", "", svg)
+        # Anything else that has a colour would not turn with dark mode; text is text, in the page's font.
+        assert not re.search(r"#[0-9a-f]{6}\b(?!\))", bare), re.findall(r"#[0-9a-f]{6}", bare)
+        assert "rgb(" not in bare
+        assert "DejaVu" not in svg
+        assert "var(--muted" in svg
+
+
+def test_plots_of_one_page_share_no_identifier_and_style_nothing_else() -> None:
+    svgs = all_plots()
+    identifiers = [identifier for svg in svgs for identifier in re.findall(r'\bid="([^"]+)"', svg)]
+    assert len(identifiers) == len(set(identifiers))
+    for svg in svgs:
+        assert "<style" not in svg
+        assert "<metadata" not in svg
+        referred = set(re.findall(r"(?:url\(#|href=\"#)([^\")]+)", svg))
+        assert referred <= set(re.findall(r'\bid="([^"]+)"', svg))
+
+
+def test_the_names_of_two_lines_that_meet_do_not_lie_on_each_other() -> None:
+    metrics = [{"step": step, "selected_entropy_nats": 3.0, "mean_entropy_nats": 3.0} for step in (1, 2)]
+    root = ElementTree.fromstring(plots.entropy_plot(metrics))
+    heights = {element.text: float(element.get("y", "nan")) for element in root.iter() if element.tag.endswith("}text")}
+    assert heights["all positions"] - heights["selected"] > 12
+
+
+def test_the_cut_is_drawn_only_where_scores_decided() -> None:
+    assert "cut 4.00" in texts(plots.score_histogram(SCORES, SCORES >= 4.0, "entropy"))
+    mixed = np.arange(len(SCORES)) % 5 == 0
+    assert not any(text.startswith("cut") for text in texts(plots.score_histogram(SCORES, mixed, "entropy")))
+
+
+def test_equal_scores_and_a_single_sample_are_drawn() -> None:
+    assert plots.score_histogram(np.full(3, 2.0), np.array([True, True, False]), "entropy").startswith("<svg")
+    assert plots.score_histogram(np.array([1.5]), np.array([True]), "entropy").startswith("<svg")
+
+
+def test_every_score_lies_in_a_bin_and_none_straddles_the_cut() -> None:
+    rng = np.random.default_rng(5)
+    scores = rng.gamma(3.0, 1.0, 500)
+    cut = float(np.sort(scores)[-100])
+    edges = np.array(plots._bins(scores, cut))
+    assert np.isclose(edges, cut).any()
+    assert np.histogram(scores, edges)[0].sum() == 500
+
+
+def test_a_long_log_is_thinned_and_an_empty_or_broken_one_still_drawn() -> None:
+    long = [{"step": step, "loss": 1.0 + 1 / step} for step in range(1, 20_001)]
+    assert len(plots.loss_plot(long)) < 60_000
+    assert plots.loss_plot([]).startswith("<svg")
+    assert plots.loss_plot([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}]).startswith("<svg")
+
+
+def test_names_in_a_plot_are_text_and_no_formula() -> None:
+    svg = plots.score_histogram(SCORES, SCORES >= 4.0, "$\\frac{ <script>")
+    assert "<script" not in svg
+    assert "$\\frac{ <script>" in texts(svg)
