@@ -18,9 +18,7 @@ LOSSES: dict[str, dict[str, Any]] = {
         "positions": {"policy": "top_k", "metric": "student_entropy"},
     },
     "full_kd_per_position": {"positions": {"policy": "all", "reduction": "per_position"}},
-    "se_kd_per_position": {
-        "positions": {"policy": "top_k", "metric": "student_entropy", "reduction": "per_position"}
-    },
+    "se_kd_per_position": {"positions": {"policy": "top_k", "metric": "student_entropy", "reduction": "per_position"}},
     "full_kd_sampled_classes": {"positions": {"policy": "all"}, "classes": {"sampler": "rs_kd", "draws": 8}},
 }
 
@@ -36,7 +34,9 @@ def drawn(case: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def test_importance_is_the_oracles(case: dict[str, Any]) -> None:
     scores = reference.importance("student_entropy", case["student_logits"], case["teacher_logits"], case["targets"])
-    torch.testing.assert_close(scores, torch.tensor(case["importance"]["student_entropy"], dtype=torch.float64), **TIGHT)
+    torch.testing.assert_close(
+        scores, torch.tensor(case["importance"]["student_entropy"], dtype=torch.float64), **TIGHT
+    )
 
 
 def test_top_k_selects_the_oracles_positions(case: dict[str, Any]) -> None:

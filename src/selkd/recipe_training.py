@@ -75,7 +75,8 @@ def check_training(given: Any) -> dict[str, Any]:
         if key not in adapters:
             names = [name for name in adapters if name not in OWNED]
             raise ValueError(
-                f"training.{key}: unknown key. Allowed: the names of transformers.TrainingArguments.{nearest(key, names)}"
+                f"training.{key}: unknown key. Allowed: the names of transformers.TrainingArguments."
+                f"{nearest(key, names)}"
             )
         try:
             checked[key] = adapters[key].validate_python(value)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -181,21 +180,16 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
     if teacher is not None:
         work.release_teacher()
     metrics = MetricsFile(run.path / "metrics.jsonl")
-    callbacks: list[Any] = [metrics]
-    every = work.recipe.evaluation.every_steps
-    evaluation = EverySteps(every, lambda: _held_out_logs(work, teacher is not None)) if every is not None else None
-    if evaluation is not None:
-        callbacks.append(evaluation)
     trainer = DistillTrainer(
         model=work.student,
         teacher=work.teacher() if teacher is None else teacher,
         args=work.arguments,
         train_dataset=samples,
         processing_class=work.tokenizer,
-        callbacks=callbacks,
+        callbacks=[metrics],
     )
-    if evaluation is not None:
-        evaluation.log = trainer.log
+    if (every := work.recipe.evaluation.every_steps) is not None:
+        trainer.add_callback(EverySteps(every, lambda: trainer.log(_held_out_logs(work, teacher is not None))))
     checkpoints = Path(work.arguments.output_dir)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)

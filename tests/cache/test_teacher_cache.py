@@ -14,9 +14,9 @@ from cache_samples import FINGERPRINT, assert_same_rows, build, make_rows, plan,
 
 from selkd.cache.manifest import render
 from selkd.cache.reader import TeacherCache, verify_cache
-from selkd.cache.shard import INDEX, read_shard, shard_name
+from selkd.cache.shard import INDEX, shard_name, write_shard
 from selkd.cache.writer import CacheWriter
-from selkd.errors import InputError
+from selkd.errors import InputError, RunError
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_sample_that_is_not_there_is_named(folder: Path) -> None:
     with pytest.raises(InputError, match=f"sample {sample_id(99).hex()} is not in the teacher cache"):
         cache.get(sample_id(99))
     with pytest.raises(InputError, match="a sample id must be 16 raw bytes; got 'text'"):
-        cache.get("text")  # type: ignore[arg-type]
+        cache.get("text")
     assert sample_id(5) in cache
     assert sample_id(99) not in cache
     assert b"short" not in cache
@@ -283,18 +283,49 @@ def test_the_format_is_what_its_document_says(folder: Path) -> None:
         assert (lengths, ids, counts) == tuple(array.tolist() for array in expected)
 
 
-def test_a_block_that_decodes_to_other_counts_than_the_index_is_refused(folder: Path) -> None:
-    """Right checksums throughout: only the meaning is wrong."""
+def test_a_damaged_index_is_refused_before_any_sample_is_returned(folder: Path) -> None:
+    path = folder / shard_name(1)
+    flip(path, path.stat().st_size - 40 - 44)
+    with pytest.raises(InputError, match=r"shard-00001\.selkd is damaged: its index does not match its digest"):
+        TeacherCache.open(folder).get(sample_id(0))
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("positions", "its rows do not agree with the index"),
+        ("classes", "its rows do not agree with the index"),
+        ("offset", "its blocks do not follow one another up to the index"),
+        ("length", "its blocks do not follow one another up to the index"),
+    ],
+)
+def test_an_index_that_does_not_describe_its_blocks_is_refused(folder: Path, field: str, message: str) -> None:
+    """The shard's digest is right: only the meaning is wrong."""
     path = folder / shard_name(0)
-    plan_checksum = json.loads((folder / "plan.json").read_text())["checksum"]
     data = bytearray(path.read_bytes())
-    index = read_shard(path, 0, plan_checksum).index.copy()
-    index["classes"][0] += 1
-    start = len(data) - 40 - len(index) * INDEX.itemsize
-    data[start:-40] = index.tobytes()
+    index = np.frombuffer(bytes(data[-40 - 4 * INDEX.itemsize : -40]), INDEX).copy()
+    index[field][0] += 1
+    data[-40 - 4 * INDEX.itemsize : -40] = index.tobytes()
     data[-24:-8] = xxhash.xxh3_128_digest(bytes(data[:32]) + index.tobytes())
     path.write_bytes(data)
-    assert "its rows do not agree with the index" in verify_cache(folder)[0]
+    assert message in verify_cache(folder)[0]
+    assert CacheWriter(folder, FINGERPRINT, plan()).missing_shards() == [0]
+
+
+def test_a_shard_of_other_samples_is_not_taken_for_the_planned_one(folder: Path) -> None:
+    plan_checksum = json.loads((folder / "plan.json").read_text())["checksum"]
+    with (folder / shard_name(0)).open("wb") as file:
+        write_shard(file, 0, plan_checksum, [(sample_id(number), make_rows(number)) for number in range(20, 24)])
+    assert verify_cache(folder) == ["shard-00000.selkd holds other samples than planned, or in another order"]
+    writer = CacheWriter(folder, FINGERPRINT, plan())
+    assert writer.missing_shards() == [0]
+    with pytest.raises(RunError, match=r"shard-00000\.selkd holds other samples than planned"):
+        writer.finish()
+
+
+def test_an_expected_fingerprint_of_other_types_is_refused_in_words(folder: Path) -> None:
+    with pytest.raises(InputError, match="strings, integers or floats; got 'seed': None"):
+        TeacherCache.open(folder, {**FINGERPRINT, "seed": None})
 
 
 def test_many_samples_are_found_by_id(tmp_path: Path) -> None:

@@ -73,7 +73,9 @@ def test_bf16_is_no_worse_than_the_plain_bf16_path() -> None:
 
     low = [t.detach().bfloat16().requires_grad_() for t in (hidden, head.weight)]
     plain_logits = Head(low[1]).logits(low[0]).float()
-    plain_loss = (coefficients.float() * reference.divergence("forward_kl", plain_logits, teacher.float(), teacher)).sum()
+    plain_loss = (
+        coefficients.float() * reference.divergence("forward_kl", plain_logits, teacher.float(), teacher)
+    ).sum()
     plain = torch.autograd.grad(plain_loss, low)
 
     loss, _ = chunked_loss(
@@ -117,7 +119,9 @@ def test_the_embedding_that_is_also_the_head_gets_both_gradients() -> None:
     ids = torch.arange(N) % V
     teacher = torch.randn(N, V, dtype=torch.float64)
     ones = torch.ones(N, dtype=torch.float64)
-    loss, _ = chunked_loss(weight[ids].tanh(), Head(weight), ones, lambda z, rows: forward_kl(z, teacher[rows]), chunk=9)
+    loss, _ = chunked_loss(
+        weight[ids].tanh(), Head(weight), ones, lambda z, rows: forward_kl(z, teacher[rows]), chunk=9
+    )
     dense = reference.divergence("forward_kl", weight[ids].tanh() @ weight.T, teacher, teacher).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(dense, weight))
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import packed_batch, tiny_model
+from tiny_families import FAMILIES, packed_batch, tiny_model
 
 from selkd.errors import InputError
-from selkd.models.loading import load_model, n_parameters, native_dtype, resolve_dtype
+from selkd.models.loading import load_model, n_parameters, n_rows, native_dtype, resolve_dtype
 from selkd.models.sources import ModelSource
 
 CPU = torch.device("cpu")
@@ -53,6 +53,18 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, file: str, content: str)
 def test_tied_parameters_are_counted_once() -> None:
     untied, tied = n_parameters(tiny_model("llama")), n_parameters(tiny_model("llama_tied"))
     assert untied - tied == 101 * 32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classes_are_counted_from_the_configuration_alone(family: str, tmp_path: Path) -> None:
+    tiny_model(family).config.save_pretrained(tmp_path)
+    assert n_rows(_source(tmp_path)) == 101
+
+
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(InputError, match="model 'the-model': its configuration can't be read"):
+        n_rows(_source(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])

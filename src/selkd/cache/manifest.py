@@ -34,25 +34,26 @@ def make_plan(fingerprint: Fingerprint, shard_ids: Sequence[Sequence[bytes]]) ->
 
 def make_manifest(plan: dict[str, Any], plan_checksum: str, shards: Sequence[Shard]) -> dict[str, Any]:
     """What a complete cache holds; it exists only once every planned shard does."""
-    entries = [
-        {
-            "name": shard_name(number),
-            "bytes": shard.size_bytes,
-            "samples": len(shard.index),
-            "positions": shard.positions,
-            "classes": shard.classes,
-            "digest": shard.digest,
-            "ids_digest": shard.ids_digest,
-        }
-        for number, shard in enumerate(shards)
-    ]
     return _document(
         complete=True,
         plan=plan_checksum,
         fingerprint=plan["fingerprint"],
         n_samples=plan["n_samples"],
-        shards=entries,
+        shards=[describe_shard(number, shard) for number, shard in enumerate(shards)],
     )
+
+
+def describe_shard(number: int, shard: Shard) -> dict[str, str | int]:
+    """A shard's line in the manifest."""
+    return {
+        "name": shard_name(number),
+        "bytes": shard.size_bytes,
+        "samples": len(shard.index),
+        "positions": shard.positions,
+        "classes": shard.classes,
+        "digest": shard.digest,
+        "ids_digest": shard.ids_digest,
+    }
 
 
 def render(content: Mapping[str, Any]) -> tuple[bytes, str]:

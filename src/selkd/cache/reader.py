@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selkd.cache.codec import Rows
-from selkd.cache.files import is_temporary
 from selkd.cache.manifest import (
     MANIFEST,
     PLAN,
     Fingerprint,
     check_fingerprint,
     check_same_fingerprint,
+    describe_shard,
     read_manifest,
     read_plan,
 )
@@ -139,7 +139,7 @@ class TeacherCache:
         shards = []
         for number, entry in enumerate(self._manifest["shards"]):
             shard = read_shard(self.directory / entry["name"], number, self._manifest["plan"])
-            _check_against_manifest(shard, entry)
+            _check_against_manifest(number, shard, entry)
             shards.append(shard)
         entries = np.concatenate([shard.index for shard in shards])
         numbers = np.repeat(np.arange(len(shards), dtype=np.uint32), [len(shard.index) for shard in shards])
@@ -177,12 +177,12 @@ def verify_cache(directory: str | Path) -> list[str]:
     for number, entry in enumerate(manifest["shards"]):
         try:
             shard = check_shard(directory / entry["name"], number, manifest["plan"], entry["ids_digest"])
-            _check_against_manifest(shard, entry)
+            _check_against_manifest(number, shard, entry)
         except InputError as error:
             problems.append(str(error))
     known = {entry["name"] for entry in manifest["shards"]}
     for path in sorted(directory.iterdir()):
-        if path.suffix == ".selkd" and path.name not in known and not is_temporary(path.name):
+        if path.suffix == ".selkd" and path.name not in known:
             problems.append(f"{path.name} is no shard of this cache: it has {len(known)} shards")
     return problems
 
@@ -202,10 +202,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return read_manifest(directory / MANIFEST)
 
 
-def _check_against_manifest(shard: Shard, entry: Mapping[str, Any]) -> None:
-    there = (shard.size_bytes, len(shard.index), shard.digest)
-    if there != (entry["bytes"], entry["samples"], entry["digest"]):
-        raise InputError(
-            f"{entry['name']} is not the shard that the manifest lists: {there[0]} bytes, {there[1]} samples, digest "
-            f"{there[2]}; listed {entry['bytes']}, {entry['samples']}, {entry['digest']}"
-        )
+def _check_against_manifest(number: int, shard: Shard, entry: Mapping[str, Any]) -> None:
+    there = describe_shard(number, shard)
+    if differences := [f"{key} {there[key]}, listed {entry[key]}" for key in there if there[key] != entry[key]]:
+        raise InputError(f"{entry['name']} is not the shard that the manifest lists: {'; '.join(differences)}")

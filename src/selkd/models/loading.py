@@ -83,5 +83,7 @@ def n_rows(source: ModelSource) -> int:
     try:
         config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {source.name!r}: its configuration can't be read from {source.path}: {error}") from error
+        raise InputError(
+            f"model {source.name!r}: its configuration can't be read from {source.path}: {error}"
+        ) from error
     return int(config.get_text_config(decoder=True).vocab_size)

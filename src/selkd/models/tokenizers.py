@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import xxhash
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from selkd.errors import InputError
 from selkd.models.sources import ModelSource
@@ -58,17 +58,6 @@ def n_classes(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises InputError if ``tokenizer`` has ids for which the model called ``name`` has no row."""
-    needed = n_classes(tokenizer)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < needed:
-        raise InputError(
-            f"model {name!r} has {rows} embedding rows, but its tokenizer uses {needed} ids. "
-            "The tokenizer belongs to another model; use the model's own."
-        )
-
-
 def shared_classes(sizes: dict[str, int], tokenizer: PreTrainedTokenizerBase) -> int:
     """How many classes all have in common; families pad one vocabulary to different sizes.
 
@@ -112,7 +101,10 @@ def _encodings(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
     """Raises InputError, naming the first differences, unless both turn every probe into the same ids and share all
-    ids: the teacher's distribution over classes means nothing to a student whose classes are others."""
+    ids: the teacher's distribution over classes means nothing to a student whose classes are others.
+
+    Which of the shared tokens ends a text may differ, as between a base model and its chat version: a class stays what
+    it is, and the text is prepared with the teacher's tokenizer alone."""
     if differences := _differences(teacher, student):
         raise InputError(
             "teacher and student have different tokenizers, so their classes can't be compared: "
@@ -122,11 +114,7 @@ def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrained
 
 
 def _differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
-    return (
-        _vocabulary_differences(teacher.get_vocab(), student.get_vocab())
-        or _special_differences(teacher, student)
-        or _encoding_differences(teacher, student)
-    )
+    return _vocabulary_differences(teacher.get_vocab(), student.get_vocab()) or _encoding_differences(teacher, student)
 
 
 def _vocabulary_differences(teacher: dict[str, int], student: dict[str, int], shown: int = 3) -> list[str]:
@@ -140,15 +128,6 @@ def _vocabulary_differences(teacher: dict[str, int], student: dict[str, int], sh
 
 def _id(vocabulary: dict[str, int], token: str) -> str:
     return f"id {vocabulary[token]}" if token in vocabulary else "absent"
-
-
-def _special_differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
-    ours, theirs = _special_ids(teacher), _special_ids(student)
-    return [
-        f"{name} is id {ours[name]} and id {theirs[name]} (if only this differs, set it in the student's tokenizer)"
-        for name in _SPECIAL
-        if ours[name] != theirs[name]
-    ]
 
 
 def _encoding_differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:

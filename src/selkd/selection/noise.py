@@ -8,7 +8,7 @@ import xxhash
 
 
 def sample_generator(seed: int, sample_id: bytes, *stream: int | str) -> np.random.Generator:
-    """A generator for one sample. ``stream`` tells the uses apart: what is drawn, and the optimiser step if it counts."""
+    """A generator for one sample. ``stream`` tells the uses apart: what is drawn, and the optimiser step."""
     key = xxhash.xxh3_128_digest(sample_id + repr((seed, *stream)).encode())
     return np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype="<u8")))
 

@@ -74,7 +74,7 @@ class SampleScores:
         for field, value in (expected or {}).items():
             if fingerprint.get(field) != value:
                 raise InputError(
-                    f"{path}: these scores are of another {field}: stored {fingerprint.get(field)!r}, expected {value!r}. "
-                    "Give another samples.path; nothing was changed."
+                    f"{path}: these scores are of another {field}: stored {fingerprint.get(field)!r}, expected "
+                    f"{value!r}. Give another samples.path; nothing was changed."
                 )
         return cls(table["sample_id"].to_pylist(), table["score"].to_numpy(), fingerprint)

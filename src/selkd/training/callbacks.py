@@ -65,14 +65,13 @@ class EverySteps(TrainerCallback):
     """Measures held-out fidelity every ``every_steps`` optimiser steps and logs it.
 
     Args:
-        measure: called on every process; what it returns is logged.
+        measure_and_log: called on every process.
     """
 
-    def __init__(self, every_steps: int, measure: Callable[[], dict[str, float]]) -> None:
+    def __init__(self, every_steps: int, measure_and_log: Callable[[], None]) -> None:
         self.every_steps = every_steps
-        self.measure = measure
-        self.log: Callable[[dict[str, float]], None] = lambda logs: None
+        self.measure_and_log = measure_and_log
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every_steps == 0:
-            self.log(self.measure())
+            self.measure_and_log()

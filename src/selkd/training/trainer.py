@@ -68,7 +68,7 @@ class DistillTrainer(Trainer):
         if args.n_gpu > 1:
             raise InputError(
                 f"{args.n_gpu} GPUs in one process would train with DataParallel, which splits the loss wrongly. "
-                f"Start one process a GPU: torchrun --nproc-per-node {args.n_gpu} …, or show one with CUDA_VISIBLE_DEVICES."
+                f"Start one process a GPU (torchrun --nproc-per-node {args.n_gpu}), or show one (CUDA_VISIBLE_DEVICES)."
             )
         if processing_class is None:
             raise InputError("processing_class: expected the tokenizer that both models share, got None.")

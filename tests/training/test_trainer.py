@@ -1,0 +1,354 @@
+"""DistillTrainer on tiny models in float32: against the specification, and against itself cut differently."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny import V, make_arguments, make_model, make_samples, make_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from selkd import DistillTrainer, TeacherCache, reference
+from selkd.build_cache import build_cache
+from selkd.data.batching import collate
+from selkd.data.samples import SampleDataset
+from selkd.errors import InputError, RunError
+from selkd.recipe import ClassOptions
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "full kd": {"positions": {"policy": "all"}},
+    "se-kd": {"positions": {"policy": "top_k", "metric": "student_entropy", "fraction": 0.3}},
+    "random": {"positions": {"policy": "random", "fraction": 0.3}},
+    "per position": {"positions": {"policy": "top_k", "fraction": 0.3, "reduction": "per_position"}},
+    "lambda and temperature": {"criterion": {"kd_weight": 0.6, "temperature": 2.0}, "positions": {"policy": "all"}},
+    "unsquared": {"criterion": {"temperature": 2.0, "temperature_squared": False}, "positions": {"fraction": 0.5}},
+}
+
+
+def trainer_of(
+    out: Path, samples: SampleDataset, recipe: dict[str, Any], teacher: Any = None, student: Any = None, **options: Any
+) -> DistillTrainer:
+    return DistillTrainer(
+        model=make_model(1) if student is None else student,
+        teacher=make_model(0, layers=3) if teacher is None else teacher,
+        args=make_arguments(out, **recipe, **options),
+        train_dataset=samples,
+        processing_class=make_tokenizer(),
+    )
+
+
+def logits_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own logits; a key-value cache would switch the isolation of packed documents off."""
+    return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+
+
+def dense_loss(student: PreTrainedModel, samples: SampleDataset, recipe: dict[str, Any], **extra: Any) -> Tensor:
+    """The specification on full logits, all samples one step."""
+    batch = collate(list(samples), 1)
+    with torch.no_grad():
+        teacher_logits = logits_of(make_model(0, layers=3), batch)
+    ids = batch["sample_ids"].numpy()
+    return reference.loss(
+        logits_of(student, batch),
+        teacher_logits,
+        batch["targets"],
+        batch["valid_mask"],
+        recipe,
+        seed=11,
+        sample_ids=ids,
+        step=0,
+        **extra,
+    )
+
+
+def weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 2e-6) -> None:
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_step_is_the_specifications(recipe: dict[str, Any], tmp_path: Path) -> None:
+    samples = make_samples(8)
+    student = make_model(1)
+    loss = dense_loss(student, samples, recipe)
+    loss.backward()
+    expected = {name: p.detach() - 0.5 * p.grad for name, p in student.named_parameters()}
+
+    trainer = trainer_of(tmp_path, samples, recipe, per_device_train_batch_size=8)
+    trainer.train()
+    assert_same(weights(trainer.model), expected)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize(("batch", "accumulation", "side"), [(1, 8, "right"), (2, 4, "left"), (3, 3, "right")])
+def test_a_step_does_not_depend_on_how_it_is_cut(
+    recipe: dict[str, Any], batch: int, accumulation: int, side: str, tmp_path: Path
+) -> None:
+    samples = make_samples(8)
+    whole = trainer_of(tmp_path / "a", samples, recipe, per_device_train_batch_size=8)
+    whole.train()
+    cut = trainer_of(
+        tmp_path / "b", samples, recipe, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+    )
+    cut.data_collator = partial(collate, pad_token_id=1, padding_side=side)
+    cut.train()
+    assert_same(weights(whole.model), weights(cut.model))
+    assert whole.state.log_history[0]["loss"] == pytest.approx(cut.state.log_history[0]["loss"], rel=1e-5)
+
+
+def test_what_is_logged_is_what_was_selected(tmp_path: Path) -> None:
+    samples = make_samples(8)
+    trainer = trainer_of(
+        tmp_path, samples, RECIPES["se-kd"], per_device_train_batch_size=3, gradient_accumulation_steps=3
+    )
+    batch = collate(list(samples), 1)
+    student_logits = logits_of(make_model(1), batch)
+    teacher_logits = logits_of(make_model(0, layers=3), batch)
+    entropy = reference.importance("student_entropy", student_logits, None, batch["targets"])
+    picked = reference.select("top_k", entropy, batch["valid_mask"], 0.3) > 0
+    kl = reference.divergence("forward_kl", student_logits, teacher_logits, batch["targets"])
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["selected_share"] == pytest.approx(picked.sum().item() / batch["valid_mask"].sum().item())
+    assert logs["kd_nats"] == pytest.approx(kl[picked].mean().item(), rel=1e-4)
+    assert logs["selected_entropy_nats"] == pytest.approx(entropy[picked].mean().item(), rel=1e-4)
+    assert logs["mean_entropy_nats"] == pytest.approx(entropy[batch["valid_mask"]].mean().item(), rel=1e-4)
+    assert trainer.totals.positions_selected == int(picked.sum())
+    assert trainer.totals.positions_valid == int(batch["valid_mask"].sum())
+
+
+def test_resuming_gives_the_same_student(tmp_path: Path) -> None:
+    samples = make_samples(7)
+    options = {
+        "max_steps": 6, "per_device_train_batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-2,
+        "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear",
+    }  # fmt: skip
+    recipe = RECIPES["random"] | {"classes": {"sampler": "rs_kd", "draws": 4}}
+    straight = trainer_of(tmp_path / "straight", samples, recipe, **options)
+    straight.train()
+    resumed = trainer_of(tmp_path / "resumed", samples, recipe, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    assert_same(weights(straight.model), weights(resumed.model), tolerance=0)
+    assert vars(resumed.totals) == vars(straight.totals)
+    assert straight.totals.teacher_tokens > 0
+
+
+def test_epochs_are_shuffled_differently_and_last_batches_filled(tmp_path: Path) -> None:
+    seen: list[list[bytes]] = []
+    samples = make_samples(7)
+
+    def recording(group: list[Any]) -> dict[str, Tensor]:
+        seen.append([sample.id for sample in group])
+        return collate(group, 1)
+
+    trainer = trainer_of(
+        tmp_path, samples, RECIPES["full kd"], per_device_train_batch_size=4, max_steps=-1, num_train_epochs=2
+    )
+    trainer.data_collator = recording
+    trainer.train()
+    first, second = [i for batch in seen[:2] for i in batch], [i for batch in seen[2:] for i in batch]
+    assert [len(batch) for batch in seen] == [4, 4, 4, 4]
+    assert set(first) == set(second)
+    assert len(set(first) - set(samples.ids)) == 1  # the filler
+    assert first != second
+    assert trainer.totals.positions_valid == 2 * int(samples.n_valid.sum())
+
+
+def cached(samples: SampleDataset, folder: Path, draws: int = 8, temperature: float = 1.0) -> TeacherCache:
+    fingerprint = {"sampler": "rs_kd", "draws": draws, "temperature": temperature, "vocabulary": V, "seed": 11}
+    options = ClassOptions(sampler="rs_kd", draws=draws)
+    build_cache(folder, fingerprint, samples, lambda: make_model(0, layers=3), options, temperature, 11, 1)
+    return TeacherCache.open(folder)
+
+
+def drawn_of(cache: TeacherCache, samples: SampleDataset) -> dict[str, Tensor]:
+    """The cache's rows, put one by one into dense [B, T, C] tensors."""
+    batch = collate(list(samples), 1)
+    class_ids = torch.zeros(*batch["valid_mask"].shape, 16, dtype=torch.int64)
+    counts = torch.zeros_like(class_ids)
+    for row, sample in enumerate(samples):
+        lengths, ids, numbers = cache.get(sample.id)
+        start = 0
+        for position, length in zip(np.flatnonzero(sample.valid_mask), lengths, strict=True):
+            class_ids[row, position, :length] = torch.from_numpy(ids[start : start + length].astype(np.int64))
+            counts[row, position, :length] = torch.from_numpy(numbers[start : start + length].astype(np.int64))
+            start += int(length)
+    return {"class_ids": class_ids, "counts": counts}
+
+
+@pytest.mark.parametrize("name", ["full kd", "se-kd", "lambda and temperature"])
+def test_a_step_from_the_cache_is_the_specifications(name: str, tmp_path: Path) -> None:
+    samples = make_samples(8)
+    recipe = RECIPES[name] | {"classes": {"sampler": "rs_kd", "draws": 8}}
+    temperature = recipe.get("criterion", {}).get("temperature", 1.0)
+    cache = cached(samples, tmp_path / "cache", temperature=temperature)
+    student = make_model(1)
+    loss = dense_loss(student, samples, recipe, **drawn_of(cache, samples))
+    loss.backward()
+    expected = {name: p.detach() - 0.5 * p.grad for name, p in student.named_parameters()}
+    trainer = trainer_of(
+        tmp_path / "run", samples, recipe, teacher=cache, per_device_train_batch_size=3, gradient_accumulation_steps=3
+    )
+    trainer.train()
+    assert_same(weights(trainer.model), expected)
+    assert trainer.totals.teacher_tokens == 0
+
+
+def test_selection_works_with_the_cache(tmp_path: Path) -> None:
+    """The cached top-k differs from the cached Full KD, and picks what the live top-k picks."""
+    samples = make_samples(8)
+    cache = cached(samples, tmp_path / "cache")
+    classes = {"classes": {"sampler": "rs_kd", "draws": 8}}
+    logs = {}
+    for name, teacher, recipe in (
+        ("cached full", cache, RECIPES["full kd"] | classes),
+        ("cached top-k", cache, RECIPES["se-kd"] | classes),
+        ("live top-k", None, RECIPES["se-kd"]),
+    ):
+        trainer = trainer_of(tmp_path / name, samples, recipe, teacher=teacher, per_device_train_batch_size=8)
+        trainer.train()
+        logs[name] = trainer.state.log_history[0]
+    assert logs["cached full"]["loss"] != logs["cached top-k"]["loss"]
+    assert logs["cached top-k"]["selected_entropy_nats"] == logs["live top-k"]["selected_entropy_nats"]
+
+
+def test_live_draws_change_with_the_step_and_average_to_the_teacher(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path, make_samples(2), {"classes": {"sampler": "rs_kd", "draws": 64}, "positions": {"policy": "all"}}
+    )
+    batch = collate(list(make_samples(2)), 1)
+    index = batch["valid_mask"].flatten().nonzero().flatten()
+    dense = torch.zeros(len(index), V)
+    steps = 300
+    for step in range(steps):
+        target = trainer.teacher.targets(batch, step).at(index).chunk(slice(0, len(index)))
+        assert (target.counts.sum(-1) == 64).all()
+        dense.scatter_add_(-1, target.class_ids, target.counts.float())
+    logits = logits_of(trainer.teacher.model, batch)
+    expected = torch.softmax(logits.flatten(0, 1)[index], -1) * 64 * steps
+    chi_square = ((dense - expected) ** 2 / expected).sum().item()
+    freedom = len(index) * (V - 1)
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    samples = make_samples(4)
+    plain = trainer_of(tmp_path / "a", samples, RECIPES["se-kd"])
+    plain.train()
+    saving = trainer_of(tmp_path / "b", samples, RECIPES["se-kd"], gradient_checkpointing=True)
+    saving.train()
+    assert_same(weights(plain.model), weights(saving.model))
+
+
+def test_bf16_computes_in_bf16_over_float32_weights(tmp_path: Path) -> None:
+    samples = make_samples(4)
+    exact = trainer_of(tmp_path / "a", samples, RECIPES["full kd"])
+    exact.train()
+    low = trainer_of(tmp_path / "b", samples, RECIPES["full kd"], bf16=True)
+    low.train()
+    assert {p.dtype for p in low.model.parameters()} == {torch.float32}
+    first, second = (t.state.log_history[0]["loss"] for t in (exact, low))
+    assert first != second
+    assert first == pytest.approx(second, rel=0.05)
+
+
+def test_the_model_is_still_a_transformers_model(tmp_path: Path) -> None:
+    names = set(make_model(1).state_dict())
+    trainer = trainer_of(tmp_path, make_samples(4), RECIPES["se-kd"])
+    trainer.train()
+    assert set(trainer.model.state_dict()) == names
+    assert not any("teacher" in name for name, _ in trainer.model.named_modules())
+    prompt = torch.tensor([[5, 6, 7]])
+    generated = trainer.model.generate(prompt, max_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, 7)
+    trainer.save_model(str(tmp_path / "student"))
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert torch.equal(back.generate(prompt, max_new_tokens=4, do_sample=False), generated)
+
+
+def test_evaluation_gives_the_loss_of_the_split(tmp_path: Path) -> None:
+    samples = make_samples(4)
+    trainer = DistillTrainer(
+        model=make_model(1), teacher=make_model(0, layers=3),
+        args=make_arguments(tmp_path, per_device_eval_batch_size=4, **RECIPES["full kd"]),
+        eval_dataset=samples, processing_class=make_tokenizer(),
+    )  # fmt: skip
+    expected = dense_loss(make_model(1), samples, RECIPES["full kd"])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer.totals.positions_valid == 0
+
+
+def test_a_data_set_of_texts_becomes_samples(tmp_path: Path) -> None:
+    texts = Dataset.from_dict({"text": [" ".join(f"w{(7 * i + j) % V}" for j in range(40)) for i in range(6)]})
+    trainer = trainer_of(tmp_path, texts, RECIPES["se-kd"], max_length=16)
+    trainer.train()
+    assert len(trainer.train_dataset) == 6 * 41 // 16
+    with pytest.raises(InputError, match="column 'body'"):
+        trainer_of(tmp_path, texts, RECIPES["se-kd"], text_field="body")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
+    student = make_model(1)
+    trainer = trainer_of(tmp_path, make_samples(4), RECIPES["full kd"], student=student)
+    with torch.no_grad():
+        student.model.norm.weight[0] = float("nan")
+    before = weights(student)
+    with pytest.raises(RunError, match="the loss is nan at optimiser step 0"):
+        trainer.train()
+    for name, value in weights(student).items():
+        torch.testing.assert_close(value, before[name], equal_nan=True)
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
+    samples = make_samples(4)
+    cache = cached(make_samples(3), tmp_path / "cache")
+    classes = {"classes": {"sampler": "rs_kd", "draws": 8}}
+    with pytest.raises(InputError, match=r"the cache lacks 1 samples"):
+        trainer_of(tmp_path, samples, classes, teacher=cache)
+    with pytest.raises(InputError, match=r"the cache's draws is 8, these arguments say 12"):
+        trainer_of(tmp_path, samples, {"classes": {"sampler": "rs_kd", "draws": 12}}, teacher=cache)
+    with pytest.raises(InputError, match=r"the cache's temperature is 1.0, these arguments say 2.0"):
+        trainer_of(tmp_path, samples, classes | {"criterion": {"temperature": 2.0}}, teacher=cache)
+    with pytest.raises(InputError, match=r"the teacher has 40 classes, but the tokenizer uses 83 ids"):
+        trainer_of(tmp_path, samples, {}, teacher=make_model(0, vocab_size=40))
+    with pytest.raises(InputError, match=r"positions.metric: 'entropy' is not known"):
+        make_arguments(tmp_path, positions={"metric": "entropy"})
+
+
+def test_padding_rows_of_a_larger_vocabulary_are_left_out(tmp_path: Path) -> None:
+    """A teacher with unused rows teaches as if they were not there."""
+    samples = make_samples(4)
+    larger = make_model(0, layers=3, tie_word_embeddings=False)
+    padded = make_model(0, layers=3, tie_word_embeddings=False)
+    padded.resize_token_embeddings(V + 13)
+    padded.load_state_dict({**padded.state_dict(), **{k: v for k, v in larger.state_dict().items() if v.shape[0] != V}})
+    with torch.no_grad():
+        for target, source in (
+            (padded.model.embed_tokens, larger.model.embed_tokens),
+            (padded.lm_head, larger.lm_head),
+        ):
+            target.weight[:V] = source.weight
+    results = []
+    for name, teacher in (("a", larger), ("b", padded)):
+        trainer = trainer_of(tmp_path / name, samples, RECIPES["full kd"], teacher=teacher)
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert_same(*results)
+
+
+def test_checkpoints_hold_the_totals(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, make_samples(4), RECIPES["se-kd"], save_strategy="steps", save_steps=1)
+    trainer.train()
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["Totals"]["attributes"] == vars(trainer.totals)
