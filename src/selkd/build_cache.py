@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -48,7 +49,7 @@ def build_cache(
         teacher: gives the model; called only if a shard is missing.
 
     Returns:
-        The tokens, padding included, that the teacher's body ran on in this process.
+        The tokens, padding included, that the teacher's body ran on, all processes together.
 
     Raises:
         InputError: the folder is not such a cache's. RunError: the disk refused; finished shards stay.
@@ -76,7 +77,7 @@ def build_cache(
     if state.is_main_process:
         writer.finish()
     state.wait_for_everyone()
-    return tokens
+    return sum(gather_object([tokens])) if state.num_processes > 1 else tokens
 
 
 def plan_shards(samples: SampleDataset) -> list[list[int]]:

@@ -34,13 +34,19 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
-    except (InputError, RunError, OSError, MemoryError) as error:
-        if debug:
-            raise
-        typer.echo(f"selkd: {error or type(error).__name__}", err=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         typer.echo("selkd: interrupted. The same command continues from what was finished.", err=True)
+        sys.exit(1)
+    except (InputError, RunError) as error:
+        if debug:
+            raise
+        typer.echo(f"selkd: {error}", err=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except Exception as error:
+        if debug:
+            raise
+        message = f"selkd: failed while running ({type(error).__name__}: {error}). Finished stages are kept"
+        typer.echo(f"{message}; --debug shows where it happened.", err=True)
         sys.exit(1)
 
 
@@ -64,6 +70,7 @@ def demo(
     from selkd.pipeline import distill, full_kd_on_same_samples
     from selkd.recipe_files import load_recipe
 
+    _quiet()
     run = distill(load_recipe("demo", overrides), out)
     runs = [run, full_kd_on_same_samples(run)] if compare else [run]
     _show(runs, json_output)
@@ -77,6 +84,7 @@ def distill_command(
     from selkd.pipeline import distill
     from selkd.recipe_files import load_recipe
 
+    _quiet()
     _show([distill(load_recipe(recipe, overrides), out)], json_output)
 
 
@@ -86,6 +94,7 @@ def score(recipe: RecipeName, out: Out = None, overrides: Overrides = None, json
     from selkd.pipeline import score_only
     from selkd.recipe_files import load_recipe
 
+    _quiet()
     run = score_only(load_recipe(recipe, overrides), out)
     counts = run.record["counts"]
     scores = run.path / "selection" / "samples.parquet"
@@ -103,6 +112,7 @@ def cache_build(recipe: RecipeName, out: Out = None, overrides: Overrides = None
     from selkd.pipeline import cache_only
     from selkd.recipe_files import load_recipe
 
+    _quiet()
     loaded = load_recipe(recipe, overrides)
     if loaded.cache is None:
         raise InputError(
@@ -162,7 +172,15 @@ def prune_student(
     """Cut a student from a teacher's own layers: those with the least block influence go."""
     from selkd.pipeline import prune_into
 
+    _quiet()
     _answer(prune_into(teacher, layers, data, out), json_output)
+
+
+def _quiet() -> None:
+    """Silence Transformers' bars for loading and saving; the stages have their own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _show(runs: list[Any], json_output: bool) -> None:
@@ -194,7 +212,3 @@ def _answer(answer: dict[str, Any], json_output: bool, empty: str = "") -> None:
                 typer.echo(f"  {name} {entry}")
         else:
             typer.echo(f"{key}  {f'{value:,.2f}' if isinstance(value, float) else value}")
-
-
-if __name__ == "__main__":
-    main()

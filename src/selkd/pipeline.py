@@ -98,6 +98,7 @@ def start(recipe: Recipe, out: Path | None) -> tuple[Workspace, RunDirectory]:
     """Claim the run's folder and find its inputs."""
     path = out or Path("runs") / (recipe.name or "recipe")
     work = Workspace(recipe, path)
+    work.arguments  # noqa: B018  refused, if at all, before anything is loaded or written
     with work.state.main_process_first():
         run = RunDirectory.claim(path, recipe)
     with _recorded(run, work):

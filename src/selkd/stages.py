@@ -9,8 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
@@ -22,7 +21,8 @@ from selkd.models.tokenizers import tokenizer_fingerprint
 from selkd.run_directory import RunDirectory
 from selkd.scoring import score_samples
 from selkd.selection.samples import SampleScores, highest
-from selkd.training.callbacks import EverySteps, MetricsFile, read_metrics
+from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress, read_metrics
+from selkd.training.checkpoints import last_whole_checkpoint
 from selkd.training.trainer import DistillTrainer
 from selkd.workspace import Workspace, environment
 
@@ -186,14 +186,17 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
         args=work.arguments,
         train_dataset=samples,
         processing_class=work.tokenizer,
-        callbacks=[metrics],
+        callbacks=[metrics, TrainingProgress()],
     )
+    for theirs in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the answer
+        trainer.remove_callback(theirs)
     if (every := work.recipe.evaluation.every_steps) is not None:
         trainer.add_callback(EverySteps(every, lambda: trainer.log(_held_out_logs(work, teacher is not None))))
-    checkpoints = Path(work.arguments.output_dir)
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = last_whole_checkpoint(Path(work.arguments.output_dir))
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.save_model(str(student_path))
+    if work.state.is_main_process:
+        (student_path / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
     add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0))
     losses = [line["loss"] for line in read_metrics(metrics.path) if "loss" in line]
     run.record["train"] = {

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selkd.data.batching import collate
 from selkd.data.tokenised import Splits, load_splits
+from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing
 from selkd.models.loading import load_model, n_rows, native_dtype, resolve_dtype
 from selkd.models.pruning import prune
@@ -41,7 +42,7 @@ class Workspace:
     def __init__(self, recipe: Recipe, run_path: Path) -> None:
         self.recipe = recipe
         self.run_path = run_path
-        self.state = PartialState()
+        self.state = PartialState(cpu=recipe.training.get("use_cpu", False))
         self.cache_dir = default_cache_dir()
         self.teacher_tokens: dict[str, int] = {}
         self._teacher: PreTrainedModel | None = None
@@ -51,30 +52,32 @@ class Workspace:
         """The trainer's arguments; precision is bfloat16 where the device computes in it, unless the recipe says."""
         recipe = self.recipe
         given = dict(recipe.training)
-        device = DistillArguments(output_dir=str(self.run_path), use_cpu=given.get("use_cpu", False)).device
+        device = self.device
         if device.type == "cpu":
             given["use_cpu"] = True  # Transformers takes bfloat16 on a CPU only where the CPU was asked for
-        if "bf16" not in given and not given.get("fp16"):
+        if "bf16" not in given:
             given["bf16"] = native_dtype(device) == torch.bfloat16
-        return DistillArguments(
-            output_dir=str(self.run_path / "checkpoints"),
-            seed=recipe.seed,
-            criterion=recipe.criterion.model_dump(),
-            positions=recipe.positions.model_dump(),
-            classes=recipe.classes.model_dump(),
-            **({"report_to": "none"} | given),
-        )
+        try:
+            return DistillArguments(
+                output_dir=str(self.run_path / "checkpoints"),
+                seed=recipe.seed,
+                criterion=recipe.criterion.model_dump(),
+                positions=recipe.positions.model_dump(),
+                classes=recipe.classes.model_dump(),
+                **({"report_to": "none"} | given),
+            )
+        except (ValueError, ImportError) as error:
+            raise InputError(f"training: transformers.TrainingArguments refuses it: {error}") from error
 
     @property
     def device(self) -> torch.device:
-        return self.arguments.device
+        """Where the models are: an accelerator if there is one and training.use_cpu does not say otherwise."""
+        return torch.device("cpu") if self.recipe.training.get("use_cpu") else self.state.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the student's products."""
-        if self.arguments.bf16:
-            return torch.bfloat16
-        return torch.float16 if self.arguments.fp16 else torch.float32
+        return torch.bfloat16 if self.arguments.bf16 else torch.float32
 
     @cached_property
     def teacher_source(self) -> ModelSource:
@@ -123,6 +126,7 @@ class Workspace:
         if self.recipe.student.model is not None:
             model = self.recipe.student.model
             return self._first(lambda: locate(model, self.cache_dir))
+        self.splits  # noqa: B018  found before the main process goes ahead to prune
         return self._first(self._pruned)
 
     @cached_property

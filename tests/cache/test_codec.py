@@ -183,6 +183,7 @@ def test_a_block_put_together_by_hand_is_read() -> None:
             "1 bytes of unused data",
         ),
     ],
+    ids=["wide id", "zero count", "lengths", "plane size", "many planes", "no plane", "after a frame"],
 )
 def test_a_block_that_no_encoder_writes_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):

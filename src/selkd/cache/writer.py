@@ -106,7 +106,9 @@ class CacheWriter:
                 f"shards are missing or damaged ({'; '.join(problems[:3])}): build these, then finish"
             )
         remove_temporaries(self.directory)
-        write_document(self.directory / MANIFEST, make_manifest(self._plan, self._plan_checksum, shards))
+        manifest, path = make_manifest(self._plan, self._plan_checksum, shards), self.directory / MANIFEST
+        if not path.exists() or path.read_bytes() != render(manifest)[0]:
+            write_document(path, manifest)
 
     def _path(self, number: int) -> Path:
         return self.directory / shard_name(number)

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from selkd.errors import InputError
 from selkd.recipe import ClassOptions, CriterionOptions, PositionOptions, parse_part
 from selkd.training.objective import Objective
 
@@ -30,6 +31,11 @@ class DistillArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.fp16 or self.deepspeed:
+            raise InputError(
+                "DistillArguments: fp16 and deepspeed are not supported (gradients of single classes underflow in "
+                "float16; ZeRO splits the head that the loss reads whole). Use bf16, and fsdp."
+            )
         self.criterion = parse_part(CriterionOptions, self.criterion or {}, "criterion").model_dump()
         self.positions = parse_part(PositionOptions, self.positions or {}, "positions").model_dump()
         self.classes = parse_part(ClassOptions, self.classes or {}, "classes").model_dump()

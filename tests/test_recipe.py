@@ -1,0 +1,155 @@
+"""Recipes: what is read, what is refused and in which words, and that every key changes something."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from selkd.errors import InputError
+from selkd.recipe import Recipe, parse_part
+from selkd.recipe_files import load_recipe, named_recipes, to_yaml
+
+MINIMAL: dict[str, Any] = {"teacher": {"model": "demo"}, "student": {"model": "demo"}, "data": {"path": "demo"}}
+
+
+@pytest.mark.parametrize("name", named_recipes())
+def test_named_recipes_read_back_to_themselves(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    assert load_recipe(path) == recipe
+    assert recipe.name == name
+
+
+def test_the_named_recipes_are_there() -> None:
+    wanted = {"full_kd", "random_pos", "se_kd", "top_samples", "rs_kd", "se_kd_3x", "demo"}
+    assert wanted <= named_recipes().keys()
+
+
+def test_the_minimal_recipe_is_se_kd_with_a_live_teacher() -> None:
+    recipe = parse_part(Recipe, MINIMAL)
+    assert (recipe.positions.metric, recipe.positions.policy, recipe.positions.fraction) == (
+        "student_entropy",
+        "top_k",
+        0.2,
+    )
+    assert (recipe.classes.sampler, recipe.samples, recipe.cache) == ("all", None, None)
+
+
+REFUSED = {
+    "positions.metric=student_entorpy": "positions.metric: 'student_entorpy' is not known. Allowed: student_entropy. "
+    "Did you mean 'student_entropy'?",
+    "positons.fraction=0.1": r"positons: unknown key.*Did you mean 'positions'\?",
+    "positions.fractoin=0.1": r"positions.fractoin: unknown key. Allowed here: .*Did you mean 'fraction'\?",
+    "positions.fraction=0": "positions.fraction: input should be greater than 0, but got 0",
+    "positions.fraction=1.01": "positions.fraction: input should be less than or equal to 1, but got 1.01",
+    "positions.fraction=null": "positions.policy: top_k picks a share; give positions.fraction",
+    "positions.metric=null": "positions.policy: top_k ranks positions by a metric; give positions.metric",
+    "classes.draws=0": "classes.draws: input should be greater than or equal to 1, but got 0",
+    "classes.sampler=all": "cache: the full distribution .* is too large to store; draw classes with classes.sampler",
+    "criterion.temperature=0": "criterion.temperature: input should be greater than 0",
+    "criterion.temperature=.inf": "criterion.temperature: input should be a finite number",
+    "criterion.kd_weight=1.5": "criterion.kd_weight: input should be less than or equal to 1",
+    "criterion.name=reverse_kl": "criterion.name: 'reverse_kl' is not known. Allowed: forward_kl",
+    "student={}": "give exactly one of student.model and student.prune_from_teacher",
+    "student.prune_from_teacher={layers: 2}": "give exactly one of student.model and student.prune_from_teacher",
+    "student={prune_from_teacher: {layers: 0}}": "student.prune_from_teacher.layers: input should be greater",
+    "teacher=null": "teacher: input should be a valid dictionary",
+    "data.path=null": "data.path: input should be a valid string",
+    "data.max_length=1": "data.max_length: input should be greater than or equal to 2",
+    "data.held_out_fraction=0": "evaluation.suite: .*data.held_out_fraction is 0",
+    "evaluation={suite: [], every_steps: 5}": "evaluation.every_steps measures evaluation.suite, which is empty",
+    "evaluation.suite=[fidelty]": "'fidelty' is not known. Allowed: fidelity. Did you mean 'fidelity'",
+    "training.learning_rat=1": r"training.learning_rat: unknown key.*Did you mean 'learning_rate'\?",
+    "training.learning_rate=fast": "training.learning_rate: input should be a valid number.*but got 'fast'",
+    "training.seed=1": "training.seed: not set here; set the recipe's seed",
+    "training.output_dir=x": "training.output_dir: not set here; give the command's --out",
+    "training.fp16=true": "training.fp16: not set here; .*use bf16",
+    "training=5": "training: expected keys of transformers.TrainingArguments, but got 5",
+    "seed=-1": "seed: input should be greater than or equal to 0",
+    "samples.fraction=lots": "samples.fraction: input should be a valid number",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_bad_values_are_refused_by_name(override: str) -> None:
+    with pytest.raises(InputError, match=f"(?s){REFUSED[override]}"):
+        load_recipe("se_kd_3x", [override])
+
+
+def test_all_faults_are_named_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe("se_kd", ["positions.fraction=2", "criterion.temperature=-1", "sede=4"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_missing_part_is_named() -> None:
+    with pytest.raises(InputError, match="data: required, but not given"):
+        parse_part(Recipe, {key: MINIMAL[key] for key in ("teacher", "student")})
+
+
+def test_unknown_recipes_and_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"se_kd3x: neither a named recipe nor a file.*Did you mean 'se_kd_3x'\?"):
+        load_recipe("se_kd3x")
+    for content, message in {
+        "a: [": "not readable as YAML",
+        "- 1": "a recipe is a mapping of keys to values, but this is list",
+        "seed: 1\nseed: 2": "the key 'seed' stands twice",
+    }.items():
+        path = tmp_path / "bad.yaml"
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            load_recipe(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not a text file"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("override", ["x", "=3", "a..b=1", "seed.x=1", "seed=[1"])
+def test_malformed_overrides_are_refused(override: str) -> None:
+    with pytest.raises(InputError, match="--set"):
+        load_recipe("se_kd", [override])
+
+
+def test_overrides_reach_into_parts_that_were_null() -> None:
+    recipe = load_recipe("se_kd", ["samples.fraction=0.5", "training.learning_rate=1e-4", "classes={sampler: rs_kd}"])
+    assert recipe.samples is not None
+    assert recipe.samples.fraction == 0.5
+    assert recipe.training["learning_rate"] == pytest.approx(1e-4)
+    assert recipe.classes.draws == 64
+
+
+def test_what_a_choice_makes_meaningless_is_null_once_resolved() -> None:
+    recipe = load_recipe("se_kd", ["positions.policy=all", "classes.draws=3"]).resolved()
+    assert recipe["positions"] == {"metric": None, "policy": "all", "fraction": None, "reduction": "per_sample"}
+    assert recipe["classes"] == {"sampler": "all", "draws": None}
+    assert load_recipe("se_kd", ["positions.policy=random"]).positions.metric is None
+
+
+def test_yaml_tags_build_no_objects(tmp_path: Path) -> None:
+    path = tmp_path / "evil.yaml"
+    path.write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(InputError, match="not readable as YAML"):
+        load_recipe(path)
+
+
+def test_the_design_pages_recipe_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "design.yaml"
+    path.write_text(
+        """
+teacher:   {model: Qwen/Qwen3-8B, dtype: bfloat16}
+student:   {model: Qwen/Qwen3-1.7B}
+data:      {path: HuggingFaceFW/fineweb-edu, name: sample-10BT, tokens: 80_000_000, max_length: 512, packing: true}
+criterion: {name: forward_kl, temperature: 1.0, kd_weight: 1.0}
+positions: {metric: student_entropy, policy: top_k, fraction: 0.20, reduction: per_sample}
+classes:   {sampler: rs_kd, draws: 64}
+samples:   {metric: student_entropy, fraction: 0.20}
+cache:     {path: null}
+training:  {learning_rate: 1.0e-5, per_device_train_batch_size: 2, gradient_accumulation_steps: 8}
+evaluation: {suite: [fidelity], every_steps: null}
+seed: 1337
+"""
+    )
+    recipe = load_recipe(path)
+    assert yaml.safe_load(to_yaml(recipe))["data"]["tokens"] == 80_000_000

@@ -1,0 +1,42 @@
+"""Two processes take the step that one process takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_trainer import RECIPES, assert_same, trainer_of, weights
+from tiny import make_samples
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def torchrun(*arguments: str, timeout_seconds: int = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_seconds, env=environment, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "recipe"), [("ddp", "se-kd"), ("ddp", "per position"), ("ddp", "random"), ("fsdp2", "se-kd")]
+)
+def test_two_processes_take_the_step_of_one(strategy: str, recipe: str, tmp_path: Path) -> None:
+    alone = trainer_of(tmp_path / "alone", make_samples(7), RECIPES[recipe], per_device_train_batch_size=7)
+    alone.train()
+    done = torchrun(str(WORKER), str(tmp_path), strategy, json.dumps(RECIPES[recipe]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    assert answer["world"] == 2
+    assert_same(weights(alone.model), load_file(tmp_path / "weights.safetensors"), tolerance=3e-6)
+    assert answer["log"]["loss"] == pytest.approx(alone.state.log_history[0]["loss"], rel=1e-5)
+    if strategy == "ddp":
+        for name in ("kd_nats", "selected_share"):
+            assert answer["log"][name] == pytest.approx(alone.state.log_history[0][name], rel=1e-5)
+        assert answer["totals"]["positions_valid"] == alone.totals.positions_valid
+        assert answer["totals"]["positions_selected"] == alone.totals.positions_selected
