@@ -2,21 +2,22 @@
 
     python benchmarks/step.py [--layers 8] [--batch 2] [--length 512] [--repeats 5] [--json]
 
-Times: one process, the variants interleaved, medians after a warm-up, as ratios to the floor of the same run. Memory:
-the peak resident size of a process of its own for each variant, less the floor's. Precision is the same for all:
-bfloat16 autocast over float32 student weights, bfloat16 teacher (float32 where the machine has no bfloat16).
+Times: one process, the variants interleaved, medians after a warm-up, as ratios to the floor of the same run. Memory
+(Linux): the peak resident size during the steps, in a process of its own for each variant, less the floor's.
+Precision is the same for all: bfloat16 autocast over float32 student weights, bfloat16 teacher (float32 where the
+machine has no bfloat16).
 """
 
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -110,9 +111,12 @@ def main() -> None:
     teacher, student, batch, dtype = load(options.layers, options.batch, options.length)
     steps = steps_of(teacher, student, batch, dtype)
     if options.peak_of:
+        steps[options.peak_of]()
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
         for _ in range(2):
             steps[options.peak_of]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        status = Path("/proc/self/status").read_text()
+        print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
         return
 
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
