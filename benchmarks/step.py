@@ -78,10 +78,12 @@ def steps_of(teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch, d
 
     def full_kd_plain() -> None:
         with torch.no_grad():
-            log_p = teacher(**inputs, use_cache=False).logits.float().log_softmax(-1)
+            teacher_logits = teacher(**inputs, use_cache=False).logits
         with autocast():
-            logits = student(**inputs, use_cache=False).logits
-        kl = (log_p.exp() * (log_p - logits.float().log_softmax(-1))).sum(-1)
+            student_logits = student(**inputs, use_cache=False).logits
+        log_q = torch.log_softmax(student_logits.float(), dim=-1)
+        p = torch.softmax(teacher_logits.float(), dim=-1)
+        kl = torch.nn.functional.kl_div(log_q, p, reduction="none").sum(-1)
         backward(kl[batch["valid_mask"]].mean())
 
     def ours(positions: PositionOptions) -> None:

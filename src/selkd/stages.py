@@ -102,7 +102,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
         run.record["counts"]["samples_kept"] = len(train)
         return train
     with timed(run, "score"):
-        path = Path(options.path) if options.path else run.path / "selection" / "samples.parquet"
+        path = Path(options.path).expanduser() if options.path else run.path / "selection" / "samples.parquet"
         fingerprint = {
             "metric": options.metric,
             "data": work.splits.fingerprint,
@@ -155,7 +155,7 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
 def cache_directory(work: Workspace, run: RunDirectory) -> Path:
     """Where the recipe keeps its teacher cache."""
     assert work.recipe.cache is not None
-    return Path(work.recipe.cache.path) if work.recipe.cache.path else run.path / "teacher_cache"
+    return Path(work.recipe.cache.path).expanduser() if work.recipe.cache.path else run.path / "teacher_cache"
 
 
 def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:

@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_the_dense_ones(head_options: dict, chunk: int, t
     expected = torch.autograd.grad((coefficients * dense).sum() * 0.5, leaves)
 
     def compare(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return forward_kl(logits, teacher[rows], temperature)
+        return forward_kl(logits, teacher[rows].clone(), temperature)
 
     loss, values = chunked_loss(hidden, head, coefficients, compare, chunk=chunk)
     torch.testing.assert_close(values, dense.detach())
@@ -100,7 +100,7 @@ def test_autocast_runs_products_in_bf16_and_gives_float32_gradients() -> None:
 
 def test_an_empty_selection_is_zero_and_attached() -> None:
     hidden, head, _, _ = make(torch.float64, bias=True)
-    loss, values = chunked_loss(hidden[:0], head, torch.zeros(0, dtype=torch.float64), lambda z, _: forward_kl(z, z))
+    loss, values = chunked_loss(hidden[:0], head, torch.zeros(0, dtype=torch.float64), lambda z, _: forward_kl(z, z.clone()))
     assert loss.item() == 0
     assert values.numel() == 0
     for gradient in torch.autograd.grad(loss, [hidden, head.weight, head.bias]):
@@ -110,7 +110,7 @@ def test_an_empty_selection_is_zero_and_attached() -> None:
 def test_without_gradient_nothing_is_kept() -> None:
     hidden, head, teacher, coefficients = make(torch.float64)
     with torch.no_grad():
-        loss, _ = chunked_loss(hidden, head, coefficients, lambda z, rows: forward_kl(z, teacher[rows]))
+        loss, _ = chunked_loss(hidden, head, coefficients, lambda z, rows: forward_kl(z, teacher[rows].clone()))
     assert not loss.requires_grad
 
 
@@ -120,7 +120,7 @@ def test_the_embedding_that_is_also_the_head_gets_both_gradients() -> None:
     teacher = torch.randn(N, V, dtype=torch.float64)
     ones = torch.ones(N, dtype=torch.float64)
     loss, _ = chunked_loss(
-        weight[ids].tanh(), Head(weight), ones, lambda z, rows: forward_kl(z, teacher[rows]), chunk=9
+        weight[ids].tanh(), Head(weight), ones, lambda z, rows: forward_kl(z, teacher[rows].clone()), chunk=9
     )
     dense = reference.divergence("forward_kl", weight[ids].tanh() @ weight.T, teacher, teacher).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(dense, weight))
@@ -138,9 +138,9 @@ def test_closed_form_gradients_are_autograds(temperature: float) -> None:
         "ce": torch.nn.functional.cross_entropy(logits, targets, reduction="none"),
     }
     closed = {
-        "kl": forward_kl(logits.detach(), teacher, temperature),
-        "sampled": sampled_forward_kl(logits.detach(), class_ids, counts, temperature),
-        "ce": cross_entropy(logits.detach(), targets),
+        "kl": forward_kl(logits.detach().clone(), teacher.clone(), temperature),
+        "sampled": sampled_forward_kl(logits.detach().clone(), class_ids, counts, temperature),
+        "ce": cross_entropy(logits.detach().clone(), targets),
     }
     for name, (values, gradient) in closed.items():
         torch.testing.assert_close(values, dense[name].detach())

@@ -10,20 +10,31 @@ from pydoc_data.topics import topics
 
 import xxhash
 
+from selkd.data.text_files import sections
+
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 
 
 def demo_documents() -> Iterator[str]:
-    """The manual's topics in the order of their names, then each module that has docstrings, one document a module.
+    """The manual's topics in the order of their names, in sections of about 10,000 characters, then the docstrings of
+    each module that has some, one document a module.
 
-    The text differs a little from one Python version to another. Nothing is imported: modules are read with ``ast``.
+    A topic that stands within another (``with`` is a section of ``compound``) is left out: held-out text must not be
+    training text too. The text differs a little from one Python version to another. Nothing is imported: modules are read with ``ast``.
     """
-    for name in sorted(topics):
-        yield topics[name]
+    texts = [topics[name] for name in sorted(topics)]
+    for text in texts:
+        if not any(_body(text) in other for other in texts if other is not text):
+            yield from sections(text.splitlines(keepends=True))
     for module, path in _stdlib_modules():
         text = _docstrings(module, path.read_bytes())
         if text:
             yield text
+
+
+def _body(topic: str) -> str:
+    """A topic without its title and the line under it, which differ in level where it stands within another."""
+    return topic.strip().partition("\n\n")[2]
 
 
 def demo_digest() -> str:

@@ -26,7 +26,7 @@ def file_documents(path: Path, text_field: str) -> Iterator[str]:
             names the file, for JSONL also the line.
     """
     if path.suffix == ".txt":
-        return _sections(path)
+        return sections(_lines(path))
     if path.suffix == ".jsonl":
         return _jsonl(path, text_field)
     assert path.suffix == ".parquet", path
@@ -79,10 +79,11 @@ def _lines(path: Path) -> Iterator[str]:
         raise InputError(f"data.path: {path} is not UTF-8 text ({error}); convert it.") from error
 
 
-def _sections(path: Path) -> Iterator[str]:
+def sections(text_lines: Iterable[str]) -> Iterator[str]:
+    """Lines (with their ends) joined to sections of about 10,000 characters, cut at blank lines."""
     lines: list[str] = []
     characters = 0
-    for line in _lines(path):
+    for line in text_lines:
         lines.append(line)
         characters += len(line)
         # A text without blank lines must not become one endless document: then any line's end will do.

@@ -69,7 +69,7 @@ def chunked_loss(
         head: its weight and bias may require gradient.
         coefficients: [N], detached.
         compare: maps student logits [n, V] and the slice of positions to per-position values [n] in nats and the
-            gradient of their sum [n, V]. It must not change the logits.
+            gradient of their sum [n, V]. The logits are its own to overwrite.
         narrow_head: ``head`` in the dtype of the products, for callers that need it more than once a step.
         chunk: positions at a time; by default from the memory that logits take.
 
@@ -116,11 +116,13 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias, dtype=wide_dtype) if bias is not None and need_bias else None
             for rows in chunks(len(hidden_states), chunk):
                 logits = wide(head.logits(narrow_hidden[rows]))
+                output = logits.clone() if head.softcap is not None else None
                 values[rows], gradient = compare(logits, rows)
+                del logits
                 if not (need_hidden or need_weight or need_bias):
                     continue
                 gradient.mul_(coefficients[rows, None])
-                gradient = _through_transform(gradient, logits, head)
+                gradient = _through_transform(gradient, output, head)
                 if grad_bias is not None:
                     grad_bias += gradient.sum(dim=0)
                 gradient = gradient.to(dtype)
@@ -145,8 +147,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
-def _through_transform(gradient: Tensor, logits: Tensor, head: Head) -> Tensor:
-    """The chain rule through ``scale`` and ``softcap``: ``logits`` are the head's output."""
-    if head.softcap is not None:
-        gradient = gradient * (1 - (logits / head.softcap).square())
+def _through_transform(gradient: Tensor, output: Tensor | None, head: Head) -> Tensor:
+    """The chain rule through ``scale`` and ``softcap``; the head's ``output`` is given if it has a softcap."""
+    if output is not None and head.softcap is not None:
+        gradient = gradient * (1 - (output / head.softcap).square())
     return gradient * head.scale if head.scale != 1.0 else gradient

@@ -3,6 +3,8 @@
 Each function returns ``(values [n], gradient [n, V])``, the gradient being that of ``values.sum()`` with respect to
 the student's logits. The gradient is formed here, in the forward pass, because the chunk's logits are alive here.
 
+Logits that are given are consumed: a chunk of them is the largest thing in memory, so it is worked on in place.
+
 Shapes: n positions of a chunk, V classes, C distinct drawn classes (padded with count 0). Logits and results are
 float32 or float64; reductions run in that dtype.
 """
@@ -18,8 +20,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
     Dense expression: ``(p * (log p - log q)).sum(-1)``; its gradient is ``(q - p) / temperature``.
     """
-    log_q = torch.log_softmax(student_logits / temperature, dim=-1)
-    log_p = torch.log_softmax(teacher_logits / temperature, dim=-1)
+    log_q, log_p = _log_softmax_(student_logits, temperature), _log_softmax_(teacher_logits, temperature)
     p = log_p.exp()
     values = torch.linalg.vecdot(p, log_p.sub_(log_q))
     gradient = log_q.exp_().sub_(p)
@@ -34,7 +35,7 @@ def sampled_forward_kl(
     ``class_ids`` int64 and ``counts`` [n, C]; q is the student's softmax over its whole vocabulary, so the gradient
     ``(q - w) / temperature`` is an unbiased estimate of forward KL's where E[w] = p (method: class sampling).
     """
-    log_q = torch.log_softmax(student_logits / temperature, dim=-1)
+    log_q = _log_softmax_(student_logits, temperature)
     weights = counts.to(log_q.dtype)
     weights = weights / weights.sum(dim=-1, keepdim=True)
     log_weights = torch.where(counts > 0, weights, 1.0).log()  # log 1 = 0 where nothing was drawn
@@ -45,7 +46,7 @@ def sampled_forward_kl(
 
 def cross_entropy(student_logits: Tensor, targets: Tensor) -> ValueAndGradient:
     """-log q(y) in nats of the true next tokens ``targets`` int64 [n]; the gradient is ``q - onehot(y)``."""
-    log_q = torch.log_softmax(student_logits, dim=-1)
+    log_q = _log_softmax_(student_logits)
     index = targets.unsqueeze(-1)
     values = -log_q.gather(-1, index).squeeze(-1)
     gradient = log_q.exp_()
@@ -53,8 +54,15 @@ def cross_entropy(student_logits: Tensor, targets: Tensor) -> ValueAndGradient:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """H(q) = -sum q log q in nats, [n], of logits [n, V]. Overwrites ``logits``."""
+    """H(q) = -sum q log q in nats, [n], of logits [n, V]."""
     shifted = logits.sub_(logits.amax(dim=-1, keepdim=True))
     weights = shifted.exp()
     total = weights.sum(dim=-1)
     return (total.log() - torch.linalg.vecdot(weights, shifted) / total).clamp_(min=0)
+
+
+def _log_softmax_(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) over the last dimension, in place."""
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))

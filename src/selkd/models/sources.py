@@ -149,7 +149,7 @@ def _read_memo(memo: Path) -> dict[str, Any]:
     """What was remembered; nothing if the file is absent or damaged, for it can always be computed again."""
     try:
         content = json.loads(memo.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -123,14 +123,15 @@ class _Comparison:
 
     def __call__(self, student_logits: Tensor, rows: slice) -> ValueAndGradient:
         weight, temperature = self.criterion.kd_weight, self.criterion.temperature
+        if weight < 1:
+            text_values, text_gradient = cross_entropy(student_logits.clone(), self.targets[rows])
+            self.sums["cross_entropy_nats"] += text_values.sum()
         values, gradient = _divergence(student_logits, self.teacher.chunk(rows), temperature)
         self.sums["divergence_nats"] += values.sum()
         factor = weight * (temperature**2 if self.criterion.temperature_squared else 1.0)
         if factor != 1.0:
             values, gradient = values * factor, gradient.mul_(factor)
         if weight < 1:
-            text_values, text_gradient = cross_entropy(student_logits, self.targets[rows])
-            self.sums["cross_entropy_nats"] += text_values.sum()
             values, gradient = values + (1 - weight) * text_values, gradient.add_(text_gradient, alpha=1 - weight)
         return values, gradient
 
