@@ -43,17 +43,6 @@ class RunDirectory:
         record = path / RECORD
         return cls(path, _read(record) if record.exists() else {})
 
-    @classmethod
-    def open(cls, path: Path) -> "RunDirectory":
-        """An existing run.
-
-        Raises:
-            InputError: there is no record.
-        """
-        if not (path / RECORD).is_file():
-            raise InputError(f"{path}: not a run: there is no {RECORD}.")
-        return cls(path, _read(path / RECORD))
-
     def save(self) -> None:
         """Write the record, whole or not at all."""
         write_whole(self.path / RECORD, json.dumps(self.record, indent=2, allow_nan=False) + "\n")

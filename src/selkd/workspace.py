@@ -42,7 +42,9 @@ class Workspace:
     def __init__(self, recipe: Recipe, run_path: Path) -> None:
         self.recipe = recipe
         self.run_path = run_path
-        self.state = PartialState(cpu=recipe.training.get("use_cpu", False))
+        # MPS has no float64, which the class draws need: a Mac computes on its CPU.
+        self._on_cpu = bool(recipe.training.get("use_cpu")) or torch.backends.mps.is_available()
+        self.state = PartialState(cpu=self._on_cpu)
         self.cache_dir = default_cache_dir()
         self.teacher_tokens: dict[str, int] = {}
         self._teacher: PreTrainedModel | None = None
@@ -72,7 +74,7 @@ class Workspace:
     @property
     def device(self) -> torch.device:
         """Where the models are: an accelerator if there is one and training.use_cpu does not say otherwise."""
-        return torch.device("cpu") if self.recipe.training.get("use_cpu") else self.state.device
+        return torch.device("cpu") if self._on_cpu else self.state.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,7 +186,12 @@ def save_model(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "pruning.json").write_text(json.dumps(pruning, indent=1) + "\n", encoding="utf-8")
-        temporary.rename(folder)
+        temporary.chmod(0o755)  # mkdtemp's folders are private, but the cache may be shared
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)

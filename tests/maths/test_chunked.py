@@ -100,7 +100,9 @@ def test_autocast_runs_products_in_bf16_and_gives_float32_gradients() -> None:
 
 def test_an_empty_selection_is_zero_and_attached() -> None:
     hidden, head, _, _ = make(torch.float64, bias=True)
-    loss, values = chunked_loss(hidden[:0], head, torch.zeros(0, dtype=torch.float64), lambda z, _: forward_kl(z, z.clone()))
+    loss, values = chunked_loss(
+        hidden[:0], head, torch.zeros(0, dtype=torch.float64), lambda z, _: forward_kl(z, z.clone())
+    )
     assert loss.item() == 0
     assert values.numel() == 0
     for gradient in torch.autograd.grad(loss, [hidden, head.weight, head.bias]):

@@ -20,7 +20,8 @@ def demo_documents() -> Iterator[str]:
     each module that has some, one document a module.
 
     A topic that stands within another (``with`` is a section of ``compound``) is left out: held-out text must not be
-    training text too. The text differs a little from one Python version to another. Nothing is imported: modules are read with ``ast``.
+    training text too. The text differs a little from one Python version to another. Nothing is imported: modules are
+    read with ``ast``.
     """
     texts = [topics[name] for name in sorted(topics)]
     for text in texts:

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HTTPError
 
 from selkd.data.text_files import content_digest, text_of
 from selkd.errors import InputError, RunError
@@ -32,7 +33,13 @@ class HubDataset:
         self.path, self.name, self.split, self.text_field, self.streaming = path, name, split, text_field, streaming
         try:
             self._builder = datasets.load_dataset_builder(path, name)
-        except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it is a loading script
+        except (
+            DatasetsError,
+            HTTPError,
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # RuntimeError: it is a loading script
             raise InputError(
                 f"data.path: can't load the dataset {self._shown} ({error}). Expected 'demo', a .txt, .jsonl or "
                 f".parquet file, a folder of them, or a hub dataset's id; data.name is its configuration."
@@ -58,7 +65,7 @@ class HubDataset:
                 read += 1
                 if text is not None:
                     yield text
-        except (DatasetsError, OSError, pa.ArrowException) as error:
+        except (DatasetsError, HTTPError, OSError, pa.ArrowException) as error:
             raise RunError(f"Reading the dataset {self._shown} broke off after {read} rows ({error}).") from error
 
     def _rows(self) -> Iterable[dict[str, Any]]:
@@ -68,7 +75,7 @@ class HubDataset:
             else:
                 self._builder.download_and_prepare()
                 rows = self._builder.as_dataset(split=self.split)
-        except (DatasetsError, OSError, ValueError) as error:
+        except (DatasetsError, HTTPError, OSError, ValueError) as error:
             reason = error.__cause__ or error  # a generation error names no file, its cause does
             raise InputError(f"data.split: can't load {self.split!r} of {self._shown} ({reason}).") from error
         # Other columns may hold images or audio that would be decoded; a stream need not know its columns beforehand.

@@ -11,13 +11,14 @@ from selkd.models.sources import ModelSource
 
 _FORMAT = "selkd-tokenizer-1"
 # Text on which tokenizers with equal vocabularies part ways: merges, digits, spaces, normalisation, bytes, specials.
+MARKUP = "<s></s> <|endoftext|> <|im_start|>user\n[INST] <unk>"
 PROBES = (
     "The quick brown fox doesn't jump over 3.14159 or 1234567 lazy dogs.",
     "def f(x):\n    return x  # \ttab\n\n\n    if x != 0x1F: pass\r\n",
     "  leading,   inner and trailing spaces   ",
     "naïve café ﬁne Ǆ İstanbul ½ ① 日本語 한국어 العربية हिन्दी",
     "🙂👩‍👩‍👧 \u200b\u00a0\ufeff e\u0301",
-    "<s></s> <|endoftext|> <|im_start|>user\n[INST] <unk>",
+    MARKUP,
 )
 # The padding token is left out: no class is told by it, and load_tokenizer may have chosen it.
 _SPECIAL = ("bos_token", "eos_token", "unk_token")
@@ -132,6 +133,8 @@ def _id(vocabulary: dict[str, int], token: str) -> str:
 
 def _encoding_differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
     for probe, ours, theirs in zip(PROBES, _encodings(teacher), _encodings(student), strict=True):
+        if probe == MARKUP:  # which shared tokens are special may differ
+            continue
         if ours != theirs:
             longer = max(len(ours), len(theirs))
             at = next(i for i in range(longer) if ours[i : i + 1] != theirs[i : i + 1])

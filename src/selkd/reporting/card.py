@@ -1,5 +1,6 @@
 """The student's model card, as the Hugging Face hub reads it: YAML front matter, then Markdown."""
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,17 @@ def _limits() -> str:
 
 
 def _recipe(record: dict[str, Any]) -> str:
-    text = yaml.safe_dump(dig(record, "recipe"), sort_keys=False, allow_unicode=True).strip()
+    recipe = copy.deepcopy(dig(record, "recipe"))
+    for part, key in (
+        ("teacher", "model"),
+        ("student", "model"),
+        ("data", "path"),
+        ("samples", "path"),
+        ("cache", "path"),
+    ):
+        if isinstance(value := dig(recipe, part, key), str) and value != "demo" and _hub_id(value) is None:
+            recipe[part][key] = Path(value).name  # a folder of this machine means nothing elsewhere
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()
     # A fence longer than any run of backticks in it can't be closed from within.
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)

@@ -31,7 +31,7 @@ def write_page(run_dir: Path) -> Path:
         unfinished.unlink(missing_ok=True)
         raise RunError(
             f"could not write {page}: {error.strerror}. "
-            f"Make room or allow writing there, then run `selkd report {run_dir}`."
+            f"Make room or allow writing there, then run the same command again."
         ) from error
     return page
 

@@ -77,8 +77,8 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
         return []
     # A resumed run logs the steps after its checkpoint again: the later line is the one that counts.
     by_step: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        if not line.strip():
+    for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
+        if not line.strip() or not line.endswith("\n"):  # a last line without its end was cut off while written
             continue
         try:
             entry = json.loads(line)

@@ -64,7 +64,7 @@ def headline(record: dict[str, Any]) -> list[dict[str, str]]:
     cores = dig(record, "environment", "cores")
     device = dig(record, "environment", "device")
     place = {None: "", "cpu": f", on {cores} CPU cores" if cores else ", on the CPU"}.get(device, f", on {device}")
-    told = f"The whole run, from loading the models to this page{place}"
+    told = f"All stages together{place}"
     figures.append({"name": "Time", "before": "", "after": total, "told": told})
     return figures
 
@@ -209,9 +209,6 @@ def costs(record: dict[str, Any]) -> dict[str, Any]:
     seconds = {key: dig(record, "seconds", key) for key, _ in _STAGES}
     total = dig(record, "seconds", "total")
     stages = [(name, seconds[key]) for key, name in _STAGES]
-    rest = None if total is None else total - sum(value or 0 for value in seconds.values())
-    if rest is not None and total and rest >= 0.01 * total:
-        stages.append(("Everything else", rest))
     longest = max((value for _, value in stages if value), default=0)
     rows = [
         {"name": name, "time": formats.duration(value), "width": 100 * value / longest if value and longest else 0}

@@ -22,13 +22,10 @@ def rs_kd(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``class_ids`` int64 and ``counts`` int64, both [n, C]; ids ascend within a row, counts of a row sum to U.
     """
-    device = probabilities.device
-    if device.type == "mps":  # has no float64
-        probabilities, uniforms = probabilities.cpu(), uniforms.cpu()
     cumulative = probabilities.to(torch.float64).cumsum(dim=-1)
     points = (uniforms * cumulative[:, -1:]).sort(dim=-1).values
     drawn = torch.searchsorted(cumulative, points, right=True).clamp_(max=probabilities.shape[-1] - 1)
-    return count_distinct(drawn.to(device))
+    return count_distinct(drawn)
 
 
 def count_distinct(drawn: Tensor) -> tuple[Tensor, Tensor]:

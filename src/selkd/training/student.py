@@ -31,8 +31,3 @@ def bind_distillation(model: PreTrainedModel, n_classes: int) -> None:
         return distillation(hidden, head_of(self).narrowed(n_classes))
 
     model.forward = MethodType(forward, model)
-
-
-def unbind_distillation(model: PreTrainedModel) -> None:
-    """Undo ``bind_distillation``: the class's own forward serves again."""
-    model.__dict__.pop("forward", None)

@@ -17,7 +17,7 @@ from selkd.data.batching import collate, pack, split
 from selkd.data.samples import SampleDataset
 from selkd.data.tokenised import encode
 from selkd.errors import InputError, RunError
-from selkd.models.head import check_head, head_of
+from selkd.models.head import check_head, check_packing, head_of
 from selkd.models.tokenizers import shared_classes
 from selkd.teacher import Batch, CachedTeacher, LiveTeacher, Teacher
 from selkd.training.arguments import DistillArguments
@@ -72,7 +72,13 @@ class DistillTrainer(Trainer):
             )
         if processing_class is None:
             raise InputError("processing_class: expected the tokenizer that both models share, got None.")
+        if args.device.type == "mps":
+            raise InputError("the MPS device has no float64, which the class draws need. Set use_cpu=True.")
         check_head(model)
+        if args.packing:
+            for packed in (model, teacher):
+                if isinstance(packed, PreTrainedModel):
+                    check_packing(packed)
         train_samples = _as_samples(train_dataset, processing_class, args)
         eval_samples = _as_samples(eval_dataset, processing_class, args)
         n_classes = shared_classes(_sizes(model, teacher), processing_class)
@@ -207,7 +213,14 @@ def _as_samples(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: DistillA
             f"(text_field), got {type(dataset).__name__} with {names}."
         )
     cut = pack if args.packing else split
-    return SampleDataset.from_samples(list(cut(encode(tokenizer, list(dataset[args.text_field])), args.max_length)))
+    texts = [text for text in dataset[args.text_field] if text]
+    samples = list(cut(encode(tokenizer, texts), args.max_length)) if texts else []
+    if not samples:
+        raise InputError(
+            f"train_dataset: {len(texts)} texts are fewer tokens than one sample of max_length = {args.max_length}. "
+            "Give more text or a smaller max_length."
+        )
+    return SampleDataset.from_samples(samples)
 
 
 def _as_teacher(
