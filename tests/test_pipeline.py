@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from selkd import DistillTrainer, TeacherCache, distill
 from selkd.errors import InputError
+from selkd.pipeline import full_kd_on_same_samples
 from selkd.recipe_files import load_recipe, named_recipes
 
 CONTRACT = {
@@ -296,3 +297,15 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
     data = make_recipe(tmp_path)["data"] | {"path": str(tmp_path / "short.jsonl"), "max_length": 512}
     with pytest.raises(InputError, match="fewer than one sample"):
         distill(make_recipe(tmp_path, data=data), tmp_path / "run")
+
+
+def test_full_kd_is_compared_on_the_same_samples(tmp_path: Path) -> None:
+    run = distill(make_recipe(tmp_path), tmp_path / "run")
+    full = full_kd_on_same_samples(run)
+    kept = [pq.read_table(r.path / "selection" / "samples.parquet")["kept"].to_pylist() for r in (run, full)]
+    assert kept[0] == kept[1]
+    assert full.path == tmp_path / "run-full-kd"
+    assert full.record["train"]["steps"] == run.record["train"]["steps"]
+    assert full.record["counts"]["positions_selected"] == full.record["counts"]["positions_valid"]
+    assert full.record["teacher_cache"] is None
+    assert full.record["fidelity"]["before"] == run.record["fidelity"]["before"]
