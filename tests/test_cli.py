@@ -67,6 +67,8 @@ def test_bad_input_exits_with_2_and_one_message(run_selkd, tmp_path: Path) -> No
         ("distill", recipe, "--set", "data.text_field=body"): "data.text_field",
         ("distill", recipe, "--set", "data.tokens=8"): "fewer than one sample",
         ("distill", recipe, "--set", "student.prune_from_teacher.layers=4"): "1 to 3 can be kept",
+        ("distill", recipe, "--set", "training.report_to=wandb"): "training: Transformers refuses it",
+        ("distill", recipe, "--set", "training.optim=adamw_bnb_8bit"): "training: Transformers refuses it",
         ("cache", "inspect", tmp_path): "not a teacher cache",
         ("cache", "build", recipe, "--set", "cache=null"): "keeps the teacher live",
     }

@@ -34,9 +34,11 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
-    except KeyboardInterrupt:
-        typer.echo("selkd: interrupted. The same command continues from what was finished.", err=True)
-        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == 130:  # Typer's code for Ctrl-C
+            typer.echo("selkd: interrupted. The same command continues from what was finished.", err=True)
+            sys.exit(1)
+        raise
     except (InputError, RunError) as error:
         if debug:
             raise
@@ -126,6 +128,8 @@ def cache_verify(directory: CacheFolder, json_output: Json = False) -> None:
     """Read every byte of a cache and name each damaged part; exit code 1 if there is one."""
     from selkd.cache.reader import verify_cache
 
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder.")
     problems = verify_cache(directory)
     _answer({"problems": problems}, json_output, empty="every shard is whole")
     if problems:

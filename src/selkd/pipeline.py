@@ -99,8 +99,8 @@ def start(recipe: Recipe, out: Path | None) -> tuple[Workspace, RunDirectory]:
     path = out or Path("runs") / (recipe.name or "recipe")
     work = Workspace(recipe, path)
     work.arguments  # noqa: B018  refused, if at all, before anything is loaded or written
-    with work.state.main_process_first():
-        run = RunDirectory.claim(path, recipe)
+    run = RunDirectory.claim(path, recipe)
+    work.state.wait_for_everyone()  # all have looked before the main process writes
     with _recorded(run, work):
         stages.prepare(work, run)
     return work, run
@@ -121,8 +121,10 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
             recipe = work.recipe
             found = selected_examples(student, work.tokenizer, shown, recipe.positions, work.n_classes, recipe.seed)
             write_whole(examples, json.dumps(found) + "\n")
+    card = run.path / "student" / "README.md"
     if work.state.is_main_process:
-        write_whole(run.path / "student" / "README.md", model_card(run.record))
+        if unmeasured or not card.exists():  # a finished student's card may have been edited
+            write_whole(card, model_card(run.record))
         write_page(run.path)
     work.state.wait_for_everyone()
 
@@ -140,7 +142,7 @@ def full_kd_on_same_samples(run: Run) -> Run:
     recipe = load_recipe(run.path / "recipe.yaml")
     changed = recipe.resolved() | {
         "name": f"{recipe.name}-full-kd",
-        "positions": {"policy": "all"},
+        "positions": {"policy": "all", "reduction": recipe.positions.reduction},
         "classes": {"sampler": "all"},
         "cache": None,
     }

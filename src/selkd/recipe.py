@@ -87,18 +87,12 @@ class PositionOptions(Part):
     fraction: Fraction | None = 0.20
     reduction: Reduction = "per_sample"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_has_no_effect(cls, given: Any) -> Any:
-        if isinstance(given, dict):
-            if given.get("policy") == "all":
-                return {**given, "metric": None, "fraction": None}
-            if given.get("policy") == "random":
-                return {**given, "metric": None}
-        return given
-
     @model_validator(mode="after")
     def _complete(self) -> "PositionOptions":
+        if self.policy != "top_k":
+            object.__setattr__(self, "metric", None)
+        if self.policy == "all":
+            object.__setattr__(self, "fraction", None)
         if self.policy == "top_k" and self.metric is None:
             raise ValueError("positions.policy: top_k ranks positions by a metric; give positions.metric")
         if self.policy != "all" and self.fraction is None:
@@ -112,15 +106,10 @@ class ClassOptions(Part):
     sampler: ClassSampler = "all"
     draws: int | None = Field(64, ge=1, le=65535)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_has_no_effect(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("sampler", "all") == "all":
-            return {**given, "draws": None}
-        return given
-
     @model_validator(mode="after")
     def _complete(self) -> "ClassOptions":
+        if self.sampler == "all":
+            object.__setattr__(self, "draws", None)
         if self.sampler == "rs_kd" and self.draws is None:
             raise ValueError("classes.sampler: rs_kd draws classes; give classes.draws")
         return self
@@ -162,7 +151,9 @@ def _checked_training(given: Any) -> Any:
 class Recipe(Part):
     """One distillation, read top to bottom."""
 
-    name: str | None = None
+    name: str | None = Field(
+        None, pattern=r"^[\w][\w.-]*$", description="the run's folder below runs/, if none is given"
+    )
     teacher: TeacherOptions
     student: StudentOptions
     data: DataOptions
@@ -186,6 +177,10 @@ class Recipe(Part):
             raise ValueError(
                 "evaluation.suite: [fidelity] measures held-out text, and data.held_out_fraction is 0; "
                 "raise it, or set evaluation.suite: []"
+            )
+        if self.evaluation.every_steps is not None and self.training.get("fsdp"):
+            raise ValueError(
+                "evaluation.every_steps: a student sharded by training.fsdp is measured after training only"
             )
         return self
 

@@ -1,5 +1,6 @@
 """The recipe's ``training`` part: ``transformers.TrainingArguments``' own names, less those that the recipe owns."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from typing import Any, get_type_hints
@@ -64,6 +65,20 @@ OWNED = {
 }
 
 
+# What Transformers takes and trips over hours later, or takes and trains nothing: key -> (allowed, how it is said).
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "per_device_train_batch_size": (lambda value: value >= 1, "at least 1"),
+    "gradient_accumulation_steps": (lambda value: value >= 1, "at least 1"),
+    "num_train_epochs": (lambda value: 0 < value < float("inf"), "above 0"),
+    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 for whole epochs"),
+    "learning_rate": (lambda value: 0 <= value < float("inf"), "a finite number from 0"),
+    "dataloader_num_workers": (lambda value: value >= 0, "at least 0"),
+    "logging_steps": (lambda value: value > 0, "above 0"),
+    "save_steps": (lambda value: value > 0, "above 0"),
+    "save_strategy": (lambda value: value != "best", "no, steps or epoch: the last student is kept, not the best"),
+}
+
+
 @cache
 def _adapters() -> dict[str, TypeAdapter[Any]]:
     from transformers import TrainingArguments
@@ -97,4 +112,7 @@ def check_training(given: Any) -> dict[str, Any]:
         except ValidationError as error:
             fault = error.errors()[0]["msg"]
             raise ValueError(f"training.{key}: {fault[0].lower()}{fault[1:]}, but got {value!r}.") from None
+        is_allowed, allowed = RANGES.get(key, (lambda _: True, ""))
+        if not is_allowed(checked[key]):
+            raise ValueError(f"training.{key}: expected {allowed}, but got {value!r}.")
     return checked

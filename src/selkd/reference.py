@@ -57,7 +57,7 @@ def select(
         raise ValueError(f"policy {policy!r} is not known. Allowed: all, top_k, random")
     if policy == "random":
         if sample_ids is None:
-            sample_ids = np.arange(len(valid_mask) * 16, dtype=np.uint8).reshape(-1, 16)
+            sample_ids = np.arange(len(valid_mask) * 2, dtype=np.int64).view(np.uint8).reshape(-1, 16)
         scores = torch.from_numpy(position_uniforms(seed, sample_ids, valid_mask.bool().numpy(), "positions", step))
     dtype = torch.float64 if scores is None else scores.dtype
     coefficients = torch.zeros(valid_mask.shape, dtype=dtype)

@@ -19,32 +19,38 @@ class RunDirectory:
         record: the content of ``record.json``.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+    def __init__(self, path: Path, recipe: Recipe, record: dict[str, Any]) -> None:
         self.path = path
+        self.recipe = recipe
         self.record = record
 
     @classmethod
     def claim(cls, path: Path, recipe: Recipe) -> "RunDirectory":
-        """The folder for this recipe: made, or continued where the same resolved recipe began it.
+        """The folder for this recipe: new, or continued where the same resolved recipe began it.
+
+        Nothing is written before ``save``: a recipe whose models or text are not found leaves no trace.
 
         Raises:
-            InputError: the folder holds another recipe's run, or something that is no run. It stays untouched.
-            RunError: the folder can't be written.
+            InputError: the folder holds another recipe's run, or something that is no run.
         """
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: a file; a run needs a folder. Give another --out.")
         recipe_file = path / RECIPE
         if recipe_file.exists():
             _require_same(path, load_recipe(recipe_file), recipe)
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and {entry.name for entry in path.iterdir()} - {_partial(recipe_file).name}:
             raise InputError(f"{path}: not a run (no {RECIPE}) and not empty. Give another --out; nothing was changed.")
-        else:
-            write_whole(recipe_file, to_yaml(recipe))
         record = path / RECORD
-        return cls(path, _read(record) if record.exists() else {})
+        return cls(path, recipe, _read(record) if record.exists() else {})
 
     def save(self) -> None:
-        """Write the record, whole or not at all."""
+        """Write the record, and before the first one the recipe, each whole or not at all.
+
+        Raises:
+            RunError: the disk refused.
+        """
+        if not (self.path / RECIPE).exists():
+            write_whole(self.path / RECIPE, to_yaml(self.recipe))
         write_whole(self.path / RECORD, json.dumps(self.record, indent=2, allow_nan=False) + "\n")
 
 
@@ -56,13 +62,17 @@ def write_whole(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        _partial(path).write_text(text, encoding="utf-8")
+        _partial(path).replace(path)
     except OSError as error:
         raise RunError(
             f"{path}: can't be written ({error}). Free space or give another --out, then run again."
         ) from None
+
+
+def _partial(path: Path) -> Path:
+    """The name under which a file is written until it is whole."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def _read(path: Path) -> dict[str, Any]:

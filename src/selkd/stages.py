@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
+from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
 from selkd.models.loading import n_parameters
 from selkd.models.sources import locate
@@ -111,7 +112,9 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
             "precision": str(work.dtype),
             **({"seed": str(work.recipe.seed)} if options.metric == "random" else {}),
         }
-        if path.exists():
+        own = run.path / "selection" / "samples.parquet"
+        is_new = not path.exists()
+        if not is_new:
             scores = SampleScores.read(path, fingerprint).scores
         else:
             scores = score_samples(
@@ -120,8 +123,10 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
         kept = highest(scores, options.fraction)
         if work.state.is_main_process:
             found = SampleScores([sample_id.hex() for sample_id in train.ids], scores, fingerprint)
-            for target in dict.fromkeys([path, run.path / "selection" / "samples.parquet"]):
-                found.write(target, kept)
+            if is_new:
+                found.write(path, kept)
+            if own != path:  # a shared file keeps the choice of the run that wrote it
+                found.write(own, kept)
         work.state.wait_for_everyone()
     run.record["counts"]["samples_kept"] = len(kept)
     return train.select(kept)
@@ -146,7 +151,8 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
             work.pad_token_id,
         )
         if tokens:
-            count_teacher_tokens(work, run, cache=tokens)
+            earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
+            count_teacher_tokens(work, run, cache=earlier + tokens)
         opened = TeacherCache.open(directory, fingerprint)
     run.record["teacher_cache"] = opened.stats()
     return opened
@@ -194,6 +200,8 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
         trainer.add_callback(EverySteps(every, lambda: trainer.log(_held_out_logs(work, teacher is not None))))
     last = last_whole_checkpoint(Path(work.arguments.output_dir))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if trainer.is_fsdp_enabled:  # a sharded state is no student that Transformers loads
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(student_path))
     if work.state.is_main_process:
         (student_path / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
@@ -218,7 +226,16 @@ def is_trained(work: Workspace, run: RunDirectory) -> bool:
     student = run.path / "student"
     if stored is None or run.record.get("train") is None or not (student / "config.json").is_file():
         return False
-    return locate(str(student), work.cache_dir).fingerprint == stored
+    try:
+        found = locate(str(student), work.cache_dir).fingerprint
+    except InputError:  # weights are gone: train again, from the last checkpoint
+        return False
+    if found != stored:
+        raise InputError(
+            f"{student}: changed since it was saved. Move it away and run again to restore it from the last "
+            "checkpoint; nothing was changed."
+        )
+    return True
 
 
 def evaluate(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:

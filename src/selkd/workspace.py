@@ -2,9 +2,11 @@
 
 import gc
 import json
+import os
 import platform
 import shutil
 import tempfile
+from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +16,8 @@ import psutil
 import torch
 import xxhash
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.integrations import get_reporting_integration_callbacks
 
 from selkd.data.batching import collate
 from selkd.data.tokenised import Splits, load_splits
@@ -25,7 +28,7 @@ from selkd.models.pruning import prune
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
 from selkd.recipe import Recipe
-from selkd.training.arguments import DistillArguments
+from selkd.training.arguments import DistillArguments, require_one_device
 
 CALIBRATION_SAMPLES = 16
 STUDENT_FORMAT = 1
@@ -44,7 +47,10 @@ class Workspace:
         self.run_path = run_path
         # MPS has no float64, which the class draws need: a Mac computes on its CPU.
         self._on_cpu = bool(recipe.training.get("use_cpu")) or torch.backends.mps.is_available()
-        self.state = PartialState(cpu=self._on_cpu)
+        # Processes wait for the one that tokenises, prunes or converts, which may take longer than the default allows.
+        timeout = timedelta(seconds=recipe.training.get("ddp_timeout", 24 * 3600))
+        together = {"timeout": timeout} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+        self.state = PartialState(cpu=self._on_cpu, **together)
         self.cache_dir = default_cache_dir()
         self.teacher_tokens: dict[str, int] = {}
         self._teacher: PreTrainedModel | None = None
@@ -53,23 +59,35 @@ class Workspace:
     def arguments(self) -> DistillArguments:
         """The trainer's arguments; precision is bfloat16 where the device computes in it, unless the recipe says."""
         recipe = self.recipe
-        given = dict(recipe.training)
+        given: dict[str, Any] = {
+            "report_to": "none",
+            "logging_steps": 10,
+            "logging_first_step": True,
+            **recipe.training,
+        }
         device = self.device
         if device.type == "cpu":
             given["use_cpu"] = True  # Transformers takes bfloat16 on a CPU only where the CPU was asked for
         if "bf16" not in given:
             given["bf16"] = native_dtype(device) == torch.bfloat16
         try:
-            return DistillArguments(
+            arguments = DistillArguments(
                 output_dir=str(self.run_path / "checkpoints"),
                 seed=recipe.seed,
                 criterion=recipe.criterion.model_dump(),
                 positions=recipe.positions.model_dump(),
                 classes=recipe.classes.model_dump(),
-                **({"report_to": "none"} | given),
+                **given,
             )
-        except (ValueError, ImportError) as error:
-            raise InputError(f"training: transformers.TrainingArguments refuses it: {error}") from error
+            Trainer.get_optimizer_cls_and_kwargs(arguments)
+            for callback in get_reporting_integration_callbacks(arguments.report_to):
+                callback()
+        except (ValueError, ImportError, TypeError, RuntimeError) as error:
+            raise InputError(f"training: Transformers refuses it: {error}") from error
+        require_one_device(arguments)
+        if arguments.fsdp and self.state.num_processes == 1:
+            raise InputError("training.fsdp: shards over several processes, and this is one. Start with torchrun.")
+        return arguments
 
     @property
     def device(self) -> torch.device:

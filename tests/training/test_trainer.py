@@ -268,6 +268,7 @@ def test_the_model_is_still_a_transformers_model(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, make_samples(4), RECIPES["se-kd"])
     trainer.train()
     assert set(trainer.model.state_dict()) == names
+    assert trainer.model.config.use_cache is True
     assert not any("teacher" in name for name, _ in trainer.model.named_modules())
     prompt = torch.tensor([[5, 6, 7]])
     generated = trainer.model.generate(prompt, max_new_tokens=4, do_sample=False)
@@ -352,3 +353,22 @@ def test_checkpoints_hold_the_totals(tmp_path: Path) -> None:
     trainer.train()
     state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["Totals"]["attributes"] == vars(trainer.totals)
+
+
+def test_a_student_in_low_precision_or_that_teaches_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"trainable weights are torch.bfloat16.*Load the student in float32"):
+        trainer_of(tmp_path, make_samples(2), {}, student=make_model(1).bfloat16())
+    student = make_model(1)
+    with pytest.raises(InputError, match="its own teacher"):
+        trainer_of(tmp_path, make_samples(2), {}, student=student, teacher=student)
+
+
+def test_a_tokenizer_without_padding_token_serves(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    trainer = DistillTrainer(
+        model=make_model(1), teacher=make_model(0, layers=3), args=make_arguments(tmp_path),
+        train_dataset=make_samples(4), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 1

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selkd.errors import InputError
+from selkd.errors import InputError, RunError
 
 FORMAT = 1
 
@@ -49,10 +49,15 @@ class SampleScores:
         is_kept[kept] = True
         table = pa.table({"sample_id": self.sample_ids, "score": self.scores, "kept": is_kept})
         meta = {"selkd.format": str(FORMAT), "selkd.fingerprint": json.dumps(self.fingerprint, sort_keys=True)}
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".partial")
-        pq.write_table(table.replace_schema_metadata(meta), temporary)
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table.replace_schema_metadata(meta), temporary)
+            temporary.replace(path)
+        except OSError as error:
+            raise RunError(
+                f"{path}: the samples' scores can't be written ({error}). Give another samples.path."
+            ) from error
 
     @classmethod
     def read(cls, path: Path, expected: dict[str, str] | None = None) -> "SampleScores":

@@ -56,3 +56,12 @@ class DistillArguments(TrainingArguments):
     @property
     def class_options(self) -> ClassOptions:
         return ClassOptions.model_validate(self.classes)
+
+
+def require_one_device(args: TrainingArguments) -> None:
+    """Raises InputError where one process would train on several GPUs: DataParallel splits the loss wrongly."""
+    if args.n_gpu > 1:
+        raise InputError(
+            f"{args.n_gpu} GPUs in one process would train with DataParallel, which splits the loss wrongly. "
+            f"Start one process a GPU (torchrun --nproc-per-node {args.n_gpu}), or show one (CUDA_VISIBLE_DEVICES)."
+        )

@@ -51,6 +51,10 @@ class MetricsFile(TrainerCallback):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last step's loss is always told
+
 
 def read_metrics(path: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that was cut off while written is left out."""

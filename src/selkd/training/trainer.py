@@ -20,7 +20,7 @@ from selkd.errors import InputError, RunError
 from selkd.models.head import check_head, check_packing, head_of
 from selkd.models.tokenizers import shared_classes
 from selkd.teacher import Batch, CachedTeacher, LiveTeacher, Teacher
-from selkd.training.arguments import DistillArguments
+from selkd.training.arguments import DistillArguments, require_one_device
 from selkd.training.objective import Budget
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.student import bind_distillation
@@ -65,15 +65,21 @@ class DistillTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        if args.n_gpu > 1:
-            raise InputError(
-                f"{args.n_gpu} GPUs in one process would train with DataParallel, which splits the loss wrongly. "
-                f"Start one process a GPU (torchrun --nproc-per-node {args.n_gpu}), or show one (CUDA_VISIBLE_DEVICES)."
-            )
+        require_one_device(args)
         if processing_class is None:
             raise InputError("processing_class: expected the tokenizer that both models share, got None.")
         if args.device.type == "mps":
             raise InputError("the MPS device has no float64, which the class draws need. Set use_cpu=True.")
+        if teacher is model:
+            raise InputError("teacher: the student itself can't be its own teacher; give another model.")
+        low = {
+            str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+        }
+        if low:
+            raise InputError(
+                f"model: trainable weights are {', '.join(sorted(low))}, in which small updates round to nothing. Load "
+                "the student in float32; with bf16=True products still run in bfloat16."
+            )
         check_head(model)
         if args.packing:
             for packed in (model, teacher):
@@ -87,15 +93,18 @@ class DistillTrainer(Trainer):
         self._window: dict[str, Tensor] = {}
         self._window_budget = Budget(0, 0, 0)
         bind_distillation(model, n_classes)
+        pad_token_id = 0 if processing_class.pad_token_id is None else processing_class.pad_token_id  # never told by id
+        use_cache = model.config.use_cache
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate, pad_token_id=processing_class.pad_token_id),
+            data_collator=partial(collate, pad_token_id=pad_token_id),
             train_dataset=None if train_samples is None else FilledDataset(train_samples),
             eval_dataset=None if eval_samples is None else FilledDataset(eval_samples),
             processing_class=processing_class,
             **kwargs,
         )
+        model.config.use_cache = use_cache  # the Trainer switches it off, and would save the student so
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the whole step's count
         self.add_callback(Totals())
 
