@@ -26,5 +26,5 @@ def _own_cache_folder(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tests leave the user's cache folder alone, but for those that run the real teacher and would convert it anew."""
-    if request.node.get_closest_marker("slow") is None:
+    if request.node.get_closest_marker("real_teacher") is None:
         monkeypatch.setenv("SELKD_CACHE", str(tmp_path_factory.mktemp("selkd-cache")))

@@ -17,6 +17,7 @@ SMALLER = [
 
 
 @pytest.mark.slow
+@pytest.mark.real_teacher
 def test_the_demo_teaches_a_real_student(tmp_path: Path) -> None:
     run = distill(load_recipe("demo", SMALLER), tmp_path / "demo")
     before, after = run.record["fidelity"]["before"], run.record["fidelity"]["after"]

@@ -49,6 +49,12 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
+def counts_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The record's counts, less what the teacher ran on to cut the student: the first run on a machine does that."""
+    pruning = record["teacher_tokens"].get("prune", 0)
+    return record["counts"] | {"teacher_tokens": record["counts"]["teacher_tokens"] - pruning}
+
+
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -144,7 +150,7 @@ def test_a_killed_run_continues_and_ends_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "killed" / "selection" / "samples.parquet").read_bytes() == scores
     ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("killed", "straight"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert continued["counts"] == straight.record["counts"]
+    assert counts_of(continued) == counts_of(straight.record)
     assert continued["train"] == straight.record["train"]
     assert [line["step"] for line in metrics_of(tmp_path / "killed")] == [
         line["step"] for line in metrics_of(tmp_path / "straight")
@@ -185,7 +191,7 @@ def test_two_processes_distil_what_one_does(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "both" / "record.json").read_text())
     assert record["environment"]["world_size"] == 2
-    assert record["counts"] == alone.record["counts"]
+    assert counts_of(record) == counts_of(alone.record)
     assert record["fidelity"]["positions"] == alone.record["fidelity"]["positions"]
     for when in ("before", "after"):
         for name, value in alone.record["fidelity"][when].items():
@@ -294,7 +300,7 @@ def test_a_student_of_its_own_and_a_wrong_tokenizer(tmp_path: Path) -> None:
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     make_text(tmp_path / "short.jsonl", n_sections=1)
-    data = make_recipe(tmp_path)["data"] | {"path": str(tmp_path / "short.jsonl"), "max_length": 512}
+    data = make_recipe(tmp_path)["data"] | {"path": str(tmp_path / "short.jsonl"), "max_length": 64}
     with pytest.raises(InputError, match="fewer than one sample"):
         distill(make_recipe(tmp_path, data=data), tmp_path / "run")
 
@@ -355,3 +361,28 @@ def test_first_and_last_loss_are_known_without_asking(tmp_path: Path) -> None:
     steps = [line["step"] for line in metrics_of(run.path)]
     assert (steps[0], steps[-1]) == (1, run.record["train"]["steps"])
     assert run.record["train"]["loss_last"] < run.record["train"]["loss_first"]
+
+
+def test_a_crashed_run_keeps_its_time_and_its_teachers_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is newer than the last logged line, and held-out measurements came before the crash."""
+    changes: dict[str, Any] = {
+        "evaluation": {"suite": ["fidelity"], "every_steps": 5},
+        "training": make_recipe(tmp_path)["training"] | {"logging_steps": 30, "save_steps": 10},
+    }
+    straight = distill(make_recipe(tmp_path, **changes), tmp_path / "straight")
+    compute_loss = DistillTrainer.compute_loss
+    crashes = [25]
+
+    def failing(self: DistillTrainer, *arguments: Any, **options: Any) -> Any:
+        time.sleep(0.02)
+        if crashes and self.state.global_step == crashes[0]:
+            crashes.clear()
+            raise OSError("the power went")
+        return compute_loss(self, *arguments, **options)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", failing)
+    with pytest.raises(OSError, match="the power went"):
+        distill(make_recipe(tmp_path, **changes), tmp_path / "crashed")
+    resumed = distill(make_recipe(tmp_path, **changes), tmp_path / "crashed")
+    assert counts_of(resumed.record) == counts_of(straight.record)
+    assert resumed.record["seconds"]["train"] > 0.02 * resumed.record["train"]["steps"]

@@ -38,6 +38,8 @@ def main() -> None:
         if stop.code == 130:  # Typer's code for Ctrl-C
             typer.echo("selkd: interrupted. The same command continues from what was finished.", err=True)
             sys.exit(1)
+        if not stop.code:
+            _leave_process_group()
         raise
     except (InputError, RunError) as error:
         if debug:
@@ -50,6 +52,16 @@ def main() -> None:
         message = f"selkd: failed while running ({type(error).__name__}: {error}). Finished stages are kept"
         typer.echo(f"{message}; --debug shows where it happened.", err=True)
         sys.exit(1)
+
+
+def _leave_process_group() -> None:
+    """End this process's part in a torchrun; a group left open can abort the interpreter's exit after all is done."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()  # no rank leaves while another still reads what it sent
+            distributed.destroy_process_group()
 
 
 @app.callback()

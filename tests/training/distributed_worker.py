@@ -67,7 +67,6 @@ def fsdp2(out: Path, arguments: DistillArguments) -> None:  # the arguments have
         save_file(stepped, out / "weights.safetensors")
         answer = {"log": {"loss": total.item()}, "world": dist.get_world_size()}
         (out / "answer.json").write_text(json.dumps(answer))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -75,3 +74,5 @@ if __name__ == "__main__":
     folder, strategy, recipe = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} | recipe
     {"ddp": ddp, "fsdp2": fsdp2}[strategy](folder, make_arguments(folder, **options, ddp_backend="gloo"))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -243,12 +243,15 @@ def test_live_draws_change_with_the_step_and_average_to_the_teacher(tmp_path: Pa
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    samples = make_samples(4)
-    plain = trainer_of(tmp_path / "a", samples, RECIPES["se-kd"])
-    plain.train()
-    saving = trainer_of(tmp_path / "b", samples, RECIPES["se-kd"], gradient_checkpointing=True)
-    saving.train()
-    assert_same(weights(plain.model), weights(saving.model))
+    trainers, calls = {}, {}
+    for is_on in (False, True):
+        trainer = trainer_of(tmp_path / str(is_on), make_samples(4), RECIPES["se-kd"], activation_checkpointing=is_on)
+        seen: list[int] = []
+        trainer.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        trainer.train()
+        trainers[is_on], calls[is_on] = trainer, len(seen)
+    assert calls == {False: 1, True: 2}  # the forward pass runs again in the backward pass
+    assert_same(weights(trainers[False].model), weights(trainers[True].model))
 
 
 def test_bf16_computes_in_bf16_over_float32_weights(tmp_path: Path) -> None:

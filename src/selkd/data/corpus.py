@@ -48,11 +48,11 @@ def open_corpus(options: DataOptions) -> Corpus:
     Hugging Face dataset, whose splits and configurations ``data.split`` and ``data.name`` choose.
 
     Raises:
-        InputError: there is nothing there, it is of an unknown kind, or ``data.name`` or ``data.split`` is given for
-            text that has neither.
+        InputError: there is nothing there, it is of an unknown kind, or ``data.name``, ``data.split``,
+            ``data.streaming`` or ``data.text_field`` is given for text that has no such thing.
     """
     if options.path == "demo":
-        _refuse_name_and_split(options, "the demo text")
+        _refuse_what_has_no_effect(options, "the demo text", has_fields=False)
         return Corpus(options.path, f"demo {demo_digest()}", demo_documents)
     path = Path(options.path).expanduser()
     if path.is_file():
@@ -83,7 +83,8 @@ def documents(options: DataOptions) -> Iterator[str]:
 
 
 def _files_corpus(options: DataOptions, files: list[Path]) -> Corpus:
-    _refuse_name_and_split(options, options.path)
+    has_fields = any(file.suffix != ".txt" for file in files)
+    _refuse_what_has_no_effect(options, options.path, has_fields)
 
     def read() -> Iterator[str]:
         for file in files:
@@ -107,8 +108,12 @@ def _has_dataset_card(folder: Path) -> bool:
         return file.read(3) == b"---"
 
 
-def _refuse_name_and_split(options: DataOptions, what: str) -> None:
+def _refuse_what_has_no_effect(options: DataOptions, what: str, has_fields: bool) -> None:
     if options.name is not None:
         raise InputError(f"data.name: {what} has no configurations, got {options.name!r}; leave it out.")
     if options.split != "train":
         raise InputError(f"data.split: {what} has no splits, got {options.split!r}; leave it out.")
+    if options.streaming is not None:
+        raise InputError(f"data.streaming: only hub data sets are streamed, and this is {what}; leave it out.")
+    if options.text_field != "text" and not has_fields:
+        raise InputError(f"data.text_field: {what} has no fields, got {options.text_field!r}; leave it out.")

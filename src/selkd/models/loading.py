@@ -1,6 +1,7 @@
 """Models from disk into memory, in the dtype that suits the device."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -80,10 +81,20 @@ def n_rows(source: ModelSource) -> int:
     Raises:
         InputError: a configuration that this Transformers doesn't know.
     """
+    return int(_text_config(source).vocab_size)
+
+
+def n_positions(source: ModelSource) -> int | None:
+    """How many positions the model was made for, None if its configuration names no limit. Raises as ``n_rows``."""
+    limit = getattr(_text_config(source), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+def _text_config(source: ModelSource) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model {source.name!r}: its configuration can't be read from {source.path}: {error}"
         ) from error
-    return int(config.get_text_config(decoder=True).vocab_size)
+    return config.get_text_config(decoder=True)

@@ -8,30 +8,33 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 
-class MetricsFile(TrainerCallback):
-    """Appends one line to ``metrics.jsonl`` for each logged step.
+class MetricsFile(TrainerCallback, ExportableState):
+    """Appends one line to ``metrics.jsonl`` for each logged step, and keeps the training time.
 
-    On resuming, lines after the checkpoint's step are dropped (those steps run again), and ``seconds`` goes on from
-    the last line that stays.
+    The time is part of every checkpoint. On resuming, lines after the checkpoint's step are dropped: those steps run
+    again.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._earlier_seconds = 0.0
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.earlier_seconds = 0.0
         self._started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Training time so far, over all sessions."""
-        return self._earlier_seconds + time.perf_counter() - self._started
+        """Training time so far, over all sessions that led here."""
+        return self.earlier_seconds + time.perf_counter() - self._started
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"path": str(self.path)}, "attributes": {"earlier_seconds": self.seconds}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         lines = read_metrics(self.path, up_to_step=state.global_step)
-        self._earlier_seconds = lines[-1]["seconds"] if lines else 0.0
         self._started = time.perf_counter()
         if state.is_world_process_zero:
             temporary = self.path.with_name(f".{self.path.name}.partial")
