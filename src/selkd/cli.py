@@ -216,10 +216,13 @@ def tokens(
     if html is not None:
         check_page_path(html)
 
-    from selkd.tokens import look, text_given
+    from selkd.tokens import demo_passage, look, text_given
 
     _quiet()
     shown = text_given(text, file)
+    if shown is None:
+        typer.echo("no TEXT: a passage of the demo text", err=True)
+        shown = demo_passage()
     found = look(model, shown, metric, choices, teacher=teacher, max_length=max_length, seed=seed)
     if html is not None:
         write_tokens_page(html, compare(found))

@@ -31,31 +31,35 @@ DEFAULT_MAX_LENGTH = 512
 _TOKENS_AT_ONCE = 4096
 
 
-def text_given(text: str | None, file: Path | None) -> str:
-    """The text to look at: ``text``, else ``file``'s, else standard input's if something is piped, else a demo passage.
+def text_given(text: str | None, file: Path | None) -> str | None:
+    """``text``, else ``file``'s, else what is piped to standard input; None if there is none of them.
 
     Raises:
-        InputError: two texts, an unreadable file, bytes that are not UTF-8, or no text.
+        InputError: two texts, an unreadable file, bytes that are not UTF-8, or white space alone.
     """
     if text is not None and file is not None:
         raise InputError("TEXT and --file: give one of them.")
-    where, found = "TEXT", text
+    where = "TEXT" if text is not None else "standard input" if file is None else f"--file {file}"
     try:
         if file is not None:
-            where, found = f"--file {file}", file.read_text(encoding="utf-8-sig")
+            text = file.read_text(encoding="utf-8-sig")
         elif text is None:
-            where, found = "standard input", _piped()
-        if not found and text is None and file is None:
-            found = next(demo_documents())
-        assert found is not None, "a demo passage stands in for a text that was not given"
-        found.encode()
+            text = _piped() or None
+            if text is None:
+                return None
+        text.encode()  # half of a surrogate pair is no character, and no tokenizer takes it
     except OSError as error:
         raise InputError(f"{where} can't be read ({error.strerror}).") from error
     except UnicodeError as error:
         raise InputError(f"{where} is not UTF-8 text ({error}); convert it.") from error
-    if not found.strip():
+    if not text.strip():
         raise InputError(f"{where} holds no text.")
-    return found
+    return text
+
+
+def demo_passage() -> str:
+    """The first document of the embedded text: one topic of the Python manual."""
+    return next(demo_documents())
 
 
 def _piped() -> str | None:
