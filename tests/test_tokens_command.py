@@ -216,8 +216,9 @@ def test_a_metric_and_a_policy_of_the_users_own(
 
 def test_the_text_comes_from_a_file_or_the_demo(run_selkd, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("w2 w3 w4", encoding="utf-8")
-    code, out, _ = run_selkd(folder / "student", "--file", tmp_path / "text.txt", "--json")
+    code, out, err = run_selkd(folder / "student", "--file", tmp_path / "text.txt", "--json", "--teacher", "none")
     assert code == 0
+    assert "so it was not loaded" in err
     assert json.loads(out)["samples"][0]["tokens"] == ["w2", " w3", " w4", " <end>"]
     with pytest.MonkeyPatch.context() as patch, Path("/dev/null").open() as nothing:
         patch.setattr(sys, "stdin", nothing)
@@ -245,6 +246,7 @@ def test_what_is_refused(run_selkd, folder: Path, tmp_path: Path) -> None:
         ("nowhere", TEXT, "--policy", "top_k,metric=ce_ratio"): "metric ce_ratio looks at the teacher",
         ("nowhere", TEXT, "--html", tmp_path): "this is a folder",
         ("nowhere", TEXT, "--html", tmp_path / "none" / "a.html"): "there is no folder",
+        ("nowhere", "--file", tmp_path / "latin.txt", "--html", tmp_path / "latin.txt"): "this is the text",
         ("nowhere", TEXT, "--file", tmp_path / "latin.txt"): "give one of them",
         ("nowhere", "--file", tmp_path / "latin.txt"): "is not UTF-8 text",
         ("nowhere", "--file", tmp_path / "none.txt"): "can't be read",

@@ -215,6 +215,8 @@ def tokens(
     choices = [parse_policy(given, metric, fraction) for given in policies or ["top_k"]]
     if html is not None:
         check_page_path(html)
+        if file is not None and file.exists() and html.exists() and html.samefile(file):
+            raise InputError(f"--html {html}: this is the text; the page would replace it. Give another file.")
 
     from selkd.tokens import demo_passage, look, text_given
 
@@ -224,6 +226,8 @@ def tokens(
         typer.echo("no TEXT: a passage of the demo text", err=True)
         shown = demo_passage()
     found = look(model, shown, metric, choices, teacher=teacher, max_length=max_length, seed=seed)
+    if teacher is not None and found["teacher"] is None:
+        typer.echo("--teacher: no metric that was asked for looks at it, so it was not loaded", err=True)
     if html is not None:
         write_tokens_page(html, compare(found))
         typer.echo(f"page {html}", err=True)
