@@ -366,7 +366,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     with torch.no_grad():
         student.model.norm.weight[0] = float("nan")
     before = weights(student)
-    with pytest.raises(RunError, match="at optimiser step 0, before its update: the student's or the teacher's"):
+    with pytest.raises(
+        RunError, match="of the student's or the teacher's logits at optimiser step 0, before its update"
+    ):
         trainer.train()
     for name, value in weights(student).items():
         torch.testing.assert_close(value, before[name], equal_nan=True)
@@ -382,8 +384,24 @@ def test_logits_that_are_not_finite_are_named_by_sample_and_position(recipe: str
     hidden[2, position, 0] = float("inf")
     sample_id = batch["sample_ids"][2].numpy().tobytes().hex()
     place = place_of(objective.positions, 7, 10)
-    with pytest.raises(RunError, match=f"position {position} of sample {sample_id} give nan at optimiser step 7"):
+    with pytest.raises(RunError, match=f"position {position} of sample {sample_id} gives nan .* at optimiser step 7"):
         objective(hidden, head_of(student), batch, teacher.targets(batch, 7), place=place, normaliser=4)
+
+
+@pytest.mark.parametrize("sampler", ["rs_kd", "systematic", "top_k"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_teacher_that_is_not_finite_is_named_before_classes_are_drawn(sampler: str, bad: float) -> None:
+    batch, teacher = collate(list(make_samples(3)), 1), make_model(0, tie_word_embeddings=False)
+    with torch.no_grad():
+        teacher.lm_head.weight[7] = bad
+    live = LiveTeacher(teacher, ClassOptions.model_validate({"sampler": sampler, "draws": 4}), 1.0, 0, V)
+    index = batch["valid_mask"].flatten().nonzero().flatten()[5:]
+    row, position = divmod(int(index[0]), batch["valid_mask"].shape[1])
+    sample_id = batch["sample_ids"][row].numpy().tobytes().hex()
+    with pytest.raises(
+        RunError, match=f"position {position} of sample {sample_id} gives nan from the teacher's logits"
+    ):
+        live.targets(batch, 0).at(index).chunk(slice(0, 9))
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
