@@ -23,6 +23,8 @@ from selkd.reporting.page import write_page
 from selkd.run_directory import RunDirectory, write_whole
 from selkd.workspace import CALIBRATION_SAMPLES, Workspace
 
+EXAMPLES = 8  # held-out samples whose scores are kept: the page shows the text of some, the histogram counts all
+
 
 @dataclass(frozen=True)
 class Run:
@@ -119,7 +121,9 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
         if work.state.is_main_process:
             shown = work.splits.held_out if len(work.splits.held_out) else work.splits.train
             recipe = work.recipe
-            found = selected_examples(student, work.tokenizer, shown, recipe.positions, work.n_classes, recipe.seed)
+            found = selected_examples(
+                student, work.tokenizer, shown, recipe.positions, work.n_classes, recipe.seed, count=EXAMPLES
+            )
             write_whole(examples, json.dumps(found) + "\n")
     card = run.path / "student" / "README.md"
     if work.state.is_main_process:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from selkd.build_cache import build_cache

@@ -1,6 +1,5 @@
 """The plots of one run's page, as SVG text to put inside it."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from selkd.reporting import formats
-from selkd.reporting.figure import ACCENT, INK, MUTED, PAPER, QUIET, one_plot, svg, unit
+from selkd.reporting.figure import ACCENT, INK, MUTED, QUIET, one_plot, svg, unit
 
 _MAX_POINTS = 400
 
@@ -37,6 +36,37 @@ def entropy_plot(metrics: Sequence[dict[str, Any]]) -> str:
         return svg(figure, "entropy", "Mean entropy of the selected positions and of all positions, by optimiser step")
 
 
+def divergence_plot(metrics: Sequence[dict[str, Any]], held_out: Sequence[tuple[int, float]]) -> str:
+    """The divergence at the selected positions of the training text, and KL on held-out text where it was measured.
+
+    held_out: (optimiser step, nats), in step order.
+    """
+    steps, selected = _series(metrics, "kd_nats")
+    points = np.array(held_out, dtype=np.float64).reshape(-1, 2)
+    with one_plot() as (figure, axes):
+        _line(axes, steps, selected, ACCENT)
+        if len(points):
+            axes.plot(points[:, 0], points[:, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), marker="o")
+        ends = [line[-1] for line in (selected, points[:, 1]) if len(line)]
+        is_above = len(ends) < 2 or bool(ends[0] >= ends[1])
+        _label(axes, steps, selected, "selected, training", ACCENT, above=is_above)
+        _label(axes, points[:, 0], points[:, 1], "all, held-out", MUTED, above=not is_above)
+        _step_axes(axes, "divergence from the teacher, nats", np.concatenate([selected, points[:, 1]]))
+        return svg(figure, "divergence", "Divergence from the teacher, by optimiser step")
+
+
+def agreement_plot(metrics: Sequence[dict[str, Any]], key: str) -> str:
+    """How much of the exact selection the approximate scoring found, over the optimiser steps; shares in [0, 1]."""
+    steps, agreed = _series(metrics, key)
+    with one_plot() as (figure, axes):
+        _line(axes, steps, agreed, ACCENT)
+        _step_axes(axes, "of the exact selection", agreed)
+        lowest = float(np.nanmin(agreed))
+        axes.set_ylim(min(0.9, lowest - 0.02), 1.0 + 0.1 * (1.0 - min(0.9, lowest)))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        return svg(figure, "agreement", "Agreement of approximate with exact selection, by optimiser step")
+
+
 def share_plot(metrics: Sequence[dict[str, Any]]) -> str:
     """The share of the positions that was selected, over the optimiser steps."""
     steps, selected = _series(metrics, "selected_share")
@@ -47,32 +77,7 @@ def share_plot(metrics: Sequence[dict[str, Any]]) -> str:
         return svg(figure, "share", "Share of positions selected, by optimiser step")
 
 
-def score_histogram(scores: np.ndarray, kept: np.ndarray, axis_label: str) -> str:
-    """How the samples' scores spread, the kept ones coloured, with a line at the cut where there is one.
-
-    scores: float [N], finite; kept: bool [N].
-    """
-    # A random choice has no cut: kept and left samples lie mixed.
-    parted = kept.any() and not kept.all() and scores[kept].min() >= scores[~kept].max()
-    cut = float(scores[kept].min()) if parted else None
-    with one_plot() as (figure, axes):
-        below = axes.hist(
-            [scores[kept], scores[~kept]],
-            bins=_bins(scores, cut),
-            stacked=True,
-            color=[ACCENT, QUIET],
-            edgecolor=PAPER,
-            linewidth=0.8,
-        )[0]
-        tallest = float(np.max(below))
-        if cut is not None:
-            axes.axvline(cut, color=INK, linewidth=1)
-            axes.annotate(f"cut {cut:.2f}", (cut, 1.0), (5, -2), color=INK, va="top", **_IN_AXES)
-        axes.set_ylim(0, tallest * 1.12)
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        unit(axes, "samples")
-        axes.set_xlabel(axis_label)
-        return svg(figure, "scores", "Histogram of the samples' scores, kept and left out")
+_LEFT: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
 
 
 def storage_plot(layouts: Sequence[tuple[str, float]]) -> str:
@@ -81,7 +86,7 @@ def storage_plot(layouts: Sequence[tuple[str, float]]) -> str:
         for row, (name, size) in enumerate(layouts):
             colour = ACCENT if row == 0 else MUTED
             axes.plot([size], [row], marker="o", markersize=8, color=colour, markeredgewidth=0)
-            axes.annotate(name, (0, row), (0, 12), color=INK, **(_IN_AXES | {"xycoords": ("axes fraction", "data")}))
+            axes.annotate(name, (0, row), (0, 12), color=INK, **_LEFT)
             text = formats.bytes_per_position(size)
             axes.annotate(text, (size, row), (9, 0), color=INK, va="center", textcoords="offset points")
         sizes = [size for _, size in layouts]
@@ -95,19 +100,6 @@ def storage_plot(layouts: Sequence[tuple[str, float]]) -> str:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.round_size(value)))
         axes.spines["bottom"].set_visible(False)
         return svg(figure, "storage", "Bytes stored a position, on a logarithmic axis")
-
-
-_IN_AXES: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-
-
-def _bins(scores: np.ndarray, cut: float | None) -> list[float]:
-    """Edges of equal bins over the scores; one edge lies on the cut, so that no bin mixes kept and left samples."""
-    edges = np.histogram_bin_edges(scores, bins=min(40, max(8, round(np.sqrt(len(scores))))))
-    if cut is None:
-        return [float(edge) for edge in edges]
-    width = float(edges[1] - edges[0])
-    left, right = math.ceil((cut - edges[0]) / width), math.floor((edges[-1] - cut) / width) + 1
-    return [cut + width * step for step in range(-left, right + 1)]
 
 
 def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
