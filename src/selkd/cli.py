@@ -177,6 +177,36 @@ def recipes(
         typer.echo(named[name], nl=False)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `selkd distill` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; the run's own folder, or `comparison` for several runs.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The recipe that differences are told against; the first one if not given.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """The page of one run, or a table, plots and a page of several side by side."""
+    from selkd.reporting.comparison import as_markdown, compare
+    from selkd.reporting.comparison_page import PAGE, write_comparison
+    from selkd.reporting.page import write_page
+
+    if len(runs) == 1:
+        if baseline is not None:
+            raise InputError("--baseline: one run has nothing to differ from; give several.")
+        _answer({"report": str(write_page(runs[0], out))}, json_output)
+        return
+    folder = out or Path("comparison")
+    comparison = compare(runs, baseline)
+    content = write_comparison(comparison, folder, "Runs side by side")
+    if json_output:
+        typer.echo(json.dumps({"report": str(folder / PAGE), **content}, indent=2))
+    else:
+        typer.echo(f"{as_markdown(comparison)}\nreport  {folder / PAGE}")
+
+
 @app.command("prune-student")
 def prune_student(
     out: Annotated[Path, typer.Option(help="A new folder for the student.")],

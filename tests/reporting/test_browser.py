@@ -7,8 +7,11 @@ from typing import Any
 
 from browser import DESKTOP, PHONE, View, views
 from made_run import BENCHMARKS, OVERLAP, demo_metrics
+from test_comparison import make_runs
 from test_page import HOSTILE
 
+from selkd.reporting.comparison import compare
+from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.page import write_page
 
 
@@ -46,3 +49,9 @@ def test_hostile_text_does_nothing_in_a_browser(run_dir: Path, record: dict[str,
     record["benchmarks"] = {HOSTILE: {HOSTILE: 1.0}}
     (run_dir / "record.json").write_text(json.dumps(record))
     check(write_page(run_dir))
+
+
+def test_the_page_of_several_runs(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path / "runs")
+    write_comparison(compare(runs, failed={HOSTILE: HOSTILE}), tmp_path / "out", HOSTILE)
+    check(tmp_path / "out" / "report.html")

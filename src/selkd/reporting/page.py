@@ -15,15 +15,20 @@ from selkd.reporting.run_files import RunFiles, read_run
 SHOWN_SAMPLES = 3  # the examples hold more, for the histogram
 
 
-def write_page(run_dir: Path) -> Path:
-    """Write run_dir/report.html from the run's files and return its path.
+def write_page(run_dir: Path, out: Path | None = None) -> Path:
+    """Write report.html from the run's files into the folder ``out`` (run_dir if not given) and return its path.
 
     record.json and recipe.yaml are needed; the rest may be absent, and what a stage did not produce shows as a dash.
 
     Raises InputError where run_dir is not a run or a file in it is damaged, RunError where the page can't be written.
     """
     text = render(read_run(run_dir))
-    return write_text(run_dir / "report.html", text)
+    folder = run_dir if out is None else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: can't be made ({error}). Give another --out.") from None
+    return write_text(folder / "report.html", text)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -59,7 +59,7 @@ def overlap_map(names: Sequence[str], overlap: np.ndarray, title: str, name: str
                 axes.add_patch(Rectangle(cell, 1, 1, facecolor="none", edgecolor=PAPER, linewidth=1.5))
                 told = f"{100 * share:.0f}" if is_known else "–"
                 axes.text(
-                    column, row, told, color=PAPER if depth > 0.55 else INK, ha="center", va="center", fontsize=10
+                    column, row, told, color=PAPER if depth > 0.65 else INK, ha="center", va="center", fontsize=10
                 )
         axes.set_xlim(-0.5, count - 0.5)
         axes.set_ylim(count - 0.5, -0.5)
