@@ -178,6 +178,37 @@ def recipes(
 
 
 @app.command()
+def estimate(
+    recipe: RecipeName,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many accelerators; this machine's device if not given.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Plan for so many training tokens; the recipe's if not given.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run a few steps here to measure time and cache bytes.")
+    ] = False,
+    overrides: Overrides = None,
+    json_output: Json = False,
+) -> None:
+    """Memory, teacher queries, cache and time of a recipe, before they are spent."""
+    from selkd.estimate.estimate import estimate as estimated
+    from selkd.recipe_files import load_recipe
+    from selkd.reporting.tables import estimate_tables
+
+    _quiet()
+    answer = estimated(load_recipe(recipe, overrides), gpus=gpus, tokens=tokens, with_probe=probe)
+    if json_output:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from rich.console import Console
+
+    for table in estimate_tables(answer):
+        Console().print(table)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `selkd distill` wrote.")],
     out: Annotated[
