@@ -208,6 +208,31 @@ def estimate(
         Console().print(table)
 
 
+@app.command("sweep")
+def sweep_command(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A named study (demo_positions) or a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="The study's folder; runs/<study name> if not given.")] = None,
+    overrides: Overrides = None,
+    json_output: Json = False,
+) -> None:
+    """Recipes x seeds into one table. Repeat the command to continue; one failed run does not sink the rest."""
+    from selkd.recipe_files import parse_override
+    from selkd.sweep.study import load_study
+    from selkd.sweep.sweep import sweep
+
+    name, content, folder = load_study(study)
+    keys = dict(parse_override(override) for override in overrides or [])
+    result = sweep(name, content, folder, out or Path("runs") / name, keys)
+    comparison = result.out / "comparison"
+    if json_output:
+        typer.echo(json.dumps({"study": name, "failed": result.failed, "table": result.table}, indent=2))
+    elif result.table is not None:
+        typer.echo(f"{(comparison / 'table.md').read_text(encoding='utf-8')}\nreport  {comparison / 'report.html'}")
+    if result.failed:
+        typer.echo(f"selkd: {len(result.failed)} runs failed; the same command tries them again.", err=True)
+        raise typer.Exit(1)
+
+
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `selkd distill` wrote.")],

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selkd import stages
+from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.estimate.plan import is_local
 from selkd.recipe import Recipe, parse_part
@@ -18,6 +19,7 @@ from selkd.workspace import Workspace
 
 STEPS = 3  # the first one warms up and is not counted
 HELD_OUT_SAMPLES = 8
+CACHED_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Rates:
     Attributes:
         step_seconds: of one optimiser step, all its micro-batches.
         score_tokens_per_second, cache_tokens_per_second, evaluate_tokens_per_second: of those stages.
-        cache_bytes_per_position: of the small cache that was built.
-        seconds: what the probe took.
+        cache_bytes_per_position: of the shards of the small cache that was built.
+        samples, seconds: what the probe scored, and the time that it took.
     """
 
     step_seconds: float
@@ -72,7 +74,7 @@ def probe(recipe: Recipe) -> Rates:
             with _clock() as clock:
                 cache = stages.cache(work, run, kept)
             assert cache is not None
-            rates["cache"], stored = _tokens(kept) / clock[0], float(cache.stats()["bytes_per_position"])
+            rates["cache"], stored = _tokens(kept) / clock[0], _shard_bytes(cache) / float(cache.stats()["positions"])
             stages.train(work, run, kept, cache)
         else:
             stages.train(work, run, kept, None)
@@ -85,6 +87,11 @@ def probe(recipe: Recipe) -> Rates:
             samples=len(train),
             seconds=time.perf_counter() - started,
         )
+
+
+def _shard_bytes(cache: TeacherCache) -> int:
+    """Without plan and manifest, which hardly grow with the cache."""
+    return sum(path.stat().st_size for path in cache.directory.iterdir() if path.suffix == ".selkd")
 
 
 def _shortened(recipe: Recipe) -> Recipe:
@@ -112,10 +119,11 @@ def _shortened(recipe: Recipe) -> Recipe:
 
 
 def _samples_needed(recipe: Recipe) -> int:
-    """So many that the kept ones fill a step."""
+    """So many that the kept ones fill a step, and a cache that is not all headers."""
     training = recipe.training
     step = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
-    return math.ceil(step / (1.0 if recipe.samples is None else recipe.samples.fraction))
+    kept = max(step, math.ceil(CACHED_TOKENS / recipe.data.max_length) if recipe.cache is not None else 0)
+    return math.ceil(kept / (1.0 if recipe.samples is None else recipe.samples.fraction))
 
 
 def _take_few(work: Workspace) -> None:
