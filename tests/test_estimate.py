@@ -43,6 +43,9 @@ def test_counts_and_cache_bytes_are_those_of_the_run(tmp_path: Path) -> None:
     seconds = answer["seconds"]
     assert seconds["train"] == pytest.approx(answer["training"]["steps"] * seconds["step"])
     assert seconds["total"] == pytest.approx(sum(seconds[k] for k in ("score", "cache", "train", "evaluate")))
+    by_stage = record["peak_memory_bytes"]["by_stage"]
+    assert by_stage.keys() == {"prepare", "score", "cache", "train", "evaluate"}
+    assert max(stage["process"] for stage in by_stage.values()) <= record["peak_memory_bytes"]["process"]
     assert answer["memory_bytes"]["peak"] == max(answer["memory_bytes"]["stages"].values())
     json.dumps(answer, allow_nan=False)
 

@@ -58,7 +58,9 @@ def _run(config: Any, batch: int, length: int, dtype: torch.dtype, train: bool, 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(config, dtype=weights, trust_remote_code=False).train(train)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Transformers 6 will know the new name alone.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         ids = torch.zeros(batch, length, dtype=torch.long)
         positions = torch.arange(length)[None].expand(batch, length)
         tracker = MemTracker()

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import resources
@@ -52,13 +52,20 @@ class Study(BaseModel):
     def _consistent(self) -> "Study":
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds a seed twice; each runs once")
-        for part, keys in {"set": self.set, "grid": self.grid, **self.variants}.items():
-            for key in keys:
-                if key == "seed":
-                    raise ValueError(f"{part}.seed: not set here; give seeds")
-                if key == "name":
-                    raise ValueError(f"{part}.name: not set here; a recipe is called by its variant and grid values")
+        variants = {f"variants.{name}": keys for name, keys in self.variants.items()}
+        for part, keys in {"set": self.set, "grid": self.grid, **variants}.items():
+            if owned := _owned_key(keys, part):
+                raise ValueError(owned)
         return self
+
+
+def _owned_key(keys: Iterable[str], part: str) -> str | None:
+    """What is wrong with keys that a study sets by itself."""
+    if "seed" in keys:
+        return f"{part}.seed: not set here; give seeds"
+    if "name" in keys:
+        return f"{part}.name: not set here; a recipe is called by its variant and grid values"
+    return None
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ def expand(study: Study, folder: Path, overrides: Mapping[str, Any] | None = Non
     Raises:
         InputError: a recipe that can't be (named, with what is wrong), two that are the same, an unknown baseline.
     """
+    if owned := _owned_key(overrides or {}, "overrides"):
+        raise InputError(owned)
     base = _base(study, folder)
     recipes: dict[str, Recipe] = {}
     for variant, changes in (study.variants or {"": {}}).items():
