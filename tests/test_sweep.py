@@ -3,16 +3,19 @@
 import csv
 import json
 import statistics
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from tiny_run import make_recipe, make_text
 
 from selkd.errors import InputError
 from selkd.recipe import Recipe, parse_part
-from selkd.sweep.runner import _how_it_ended
+from selkd.sweep.runner import _how_it_ended, run_apart
 from selkd.sweep.sharing import with_shared_paths
 from selkd.sweep.study import Study, expand, load_study, named_studies
 from selkd.sweep.sweep import sweep
@@ -149,6 +152,27 @@ def test_scores_and_caches_are_shared_exactly_where_they_are_the_same() -> None:
 def test_a_killed_process_is_told_as_such() -> None:
     assert _how_it_ended(-9) == "its process was ended by SIGKILL; the system may have run out of memory"
     assert _how_it_ended(3) == "its process ended with exit code 3"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    log, killed = tmp_path / "run.log", []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not killed:
+            (server,) = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())] or [None]
+            if server is not None and log.exists() and log.stat().st_size:  # it has begun
+                killed.extend(child.kill() for child in server.children())
+            time.sleep(0.01)
+
+    training = make_recipe(tmp_path)["training"] | {"num_train_epochs": 500}
+    killer = threading.Thread(target=kill)
+    killer.start()
+    why = run_apart(parse_part(Recipe, make_recipe(tmp_path, training=training)), tmp_path / "run", log)
+    killer.join()
+    assert why == "its process was ended by SIGKILL; the system may have run out of memory"
 
 
 @pytest.mark.slow

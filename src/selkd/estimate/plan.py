@@ -82,7 +82,7 @@ def make_plan(recipe: Recipe, work: Workspace, devices: int, tokens: int | None)
     kept = samples if recipe.samples is None else max(1, math.ceil(recipe.samples.fraction * samples - 1e-9))
     arguments = work.arguments
     steps, epochs = _steps(arguments, kept, devices)
-    every = recipe.evaluation.every_steps
+    every, measures = recipe.evaluation.every_steps, "fidelity" in recipe.evaluation.suite
     average, largest = _shares(recipe.resolved()["positions"]["fraction"])
     return Plan(
         devices=devices,
@@ -91,12 +91,12 @@ def make_plan(recipe: Recipe, work: Workspace, devices: int, tokens: int | None)
         train_tokens=train_tokens,
         sample_tokens=train_tokens / samples,
         positions_kept=round(positions * kept / samples),
-        held_out_tokens=held_out if recipe.evaluation.suite else 0,
+        held_out_tokens=held_out if measures else 0,
         per_device_batch=arguments.per_device_train_batch_size,
         accumulation=arguments.gradient_accumulation_steps,
         epochs=epochs,
         steps=steps,
-        evaluations=(2 + (steps // every if every else 0)) if recipe.evaluation.suite else 0,
+        evaluations=(2 + (steps // every if every else 0)) if measures else 0,
         selected_share=average,
         largest_share=largest,
     )

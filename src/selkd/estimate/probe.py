@@ -63,7 +63,7 @@ def probe(recipe: Recipe) -> Rates:
             kept = stages.score(work, run)
         if recipe.samples is not None:
             rates["score"] = _tokens(train) / clock[0]
-        if recipe.evaluation.suite:
+        if small.evaluation.suite:
             work.teacher()
             with _clock() as clock:
                 stages.evaluate(work, run, work.student, "before")
@@ -109,8 +109,8 @@ def _shortened(recipe: Recipe) -> Recipe:
         changed["samples"] = {**content["samples"], "path": None}
     if recipe.cache is not None:
         changed["cache"] = {"path": None}
-    if content["evaluation"].get("every_steps") is not None:
-        changed["evaluation"] = {**content["evaluation"], "every_steps": None}
+    suite = [name for name in recipe.evaluation.suite if name == "fidelity"]  # benchmarks take longer than a probe may
+    changed["evaluation"] = {**content["evaluation"], "suite": suite, "every_steps": None}
     if not is_local(recipe):  # so much of it is fetched and tokenised, and no more
         length = recipe.data.max_length
         changed["data"] = {**content["data"], "tokens": length * (_samples_needed(recipe) + HELD_OUT_SAMPLES)}

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -30,7 +31,7 @@ def run_apart(recipe: Recipe, out: Path, log: Path) -> str | None:
     except OSError as error:
         raise RunError(f"{log}: can't be written ({error}). Give another --out.") from None
     context = _context()
-    ours, theirs = context.Pipe(duplex=False)
+    ours, theirs = context.Pipe()
     arguments = (recipe.resolved(), str(out), str(log), dict(os.environ), theirs)
     process = context.Process(target=_work, args=arguments, name=f"selkd-{out.name}")
     process.start()
@@ -66,6 +67,7 @@ def _work(content: dict[str, Any], out: str, log: str, environment: Mapping[str,
     """In the new process."""
     os.environ.clear()  # the server that this was forked from may have been started in another
     os.environ.update(environment)
+    threading.Thread(target=_end_with, args=(answer,), daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -82,6 +84,11 @@ def _work(content: dict[str, Any], out: str, log: str, environment: Mapping[str,
     except BaseException as error:  # noqa: BLE001  told to the study, which goes on
         traceback.print_exc()
         why = " ".join(f"{type(error).__name__}: {error}".split()) or type(error).__name__
-    with contextlib.suppress(OSError):  # the study itself may be gone
-        answer.send(why)
-    answer.close()
+    answer.send(why)
+
+
+def _end_with(study: Connection) -> None:
+    """End this process when the study's ends, however that came: nobody would wait for the run any more."""
+    with contextlib.suppress(EOFError, OSError):
+        study.recv()  # the study never sends
+    os._exit(1)

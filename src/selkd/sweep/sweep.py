@@ -60,6 +60,7 @@ def sweep(
     recipes = {run.id: with_shared_paths(run.recipe, (out / "shared").absolute()) for run in planned}
     for run in planned:
         _require_same(_path(out, run), recipes[run.id])
+    _save(out, name, status)  # from here on the folder is ours
     for number, run in enumerate(planned, start=1):
         begin = f"[{number}/{len(planned)}] {run.id}"
         if status.get(run.id, {}).get("status") == "done" and _is_finished(_path(out, run)):
@@ -70,10 +71,14 @@ def sweep(
         why = run_apart(recipes[run.id], _path(out, run), _log(out, run))
         seconds = round(time.perf_counter() - started, 1)
         status[run.id] = {"status": "failed" if why else "done", "error": why, "seconds": seconds}
-        write_whole(out / STATUS, json.dumps({"study": name, "runs": status}, indent=1) + "\n")
+        _save(out, name, status)
         tell(f"{begin}: {'failed: ' + why if why else 'done'} ({seconds:.0f} s)")
     failed = {run.id: str(status[run.id]["error"]) for run in planned if status[run.id]["status"] == "failed"}
     return SweepResult(out, _table(name, study, planned, failed, out), failed)
+
+
+def _save(out: Path, name: str, status: dict[str, dict[str, Any]]) -> None:
+    write_whole(out / STATUS, json.dumps({"study": name, "runs": status}, indent=1) + "\n")
 
 
 def _table(
@@ -101,7 +106,7 @@ def _claim(out: Path) -> dict[str, dict[str, Any]]:
     """What is known of the folder's runs; new, empty and our own folders will do."""
     if not out.exists():
         return {}
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "runs").is_dir() and not (out / STATUS).is_file()):
+    if not out.is_dir() or (any(out.iterdir()) and not (out / STATUS).is_file()):
         raise InputError(f"{out}: not a study's folder and not empty. Give another --out; nothing was changed.")
     if not (out / STATUS).is_file():
         return {}
