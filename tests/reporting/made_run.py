@@ -154,12 +154,22 @@ OVERLAP: dict[str, Any] = {
     "samples": {"metrics": ["student_entropy", "kl"], "overlap": [[1.0, 0.22], [0.22, 1.0]]},
 }
 BENCHMARKS: dict[str, Any] = {
-    "before": {"mean_accuracy": 0.301, "arc_easy": {"acc": 0.33}},
+    "before": {"tasks": {"arc_easy": {"counts": "acc", "metrics": {"acc": {"value": 0.33, "standard_error": None}}}}},
     "after": {
-        "mean_accuracy": 0.412,
-        "arc_easy": {"acc": 0.4551, "acc_stderr": 0.012},
-        "lambada": {"perplexity": {"value": 23.4, "stderr": 1.25}},
+        "tasks": {
+            "arc_easy": {"counts": "acc", "metrics": {"acc": {"value": 0.4551, "standard_error": 0.012}}},
+            "lambada": {
+                "counts": "acc",
+                "metrics": {
+                    "acc": {"value": 0.3, "standard_error": 0.01},
+                    "perplexity": {"value": 23.4, "standard_error": 1.25},
+                },
+            },
+        },
+        "paper": {"acc": {"value": 0.412, "standard_error": None}, "acc_is_the_mean_of": {"arc_easy": "raw"}},
     },
+    "steps": [],
+    "best": None,
 }
 
 

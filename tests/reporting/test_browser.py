@@ -46,7 +46,7 @@ def test_hostile_text_does_nothing_in_a_browser(run_dir: Path, record: dict[str,
     overlap = {"metrics": [HOSTILE, "$x_2"], "overlap": [[1, 0.5], [0.5, 1]]}
     (run_dir / "selection" / "overlap.json").write_text(json.dumps({"positions": overlap, "samples": overlap}))
     record["name"] = HOSTILE * 3
-    record["benchmarks"] = {HOSTILE: {HOSTILE: 1.0}}
+    record["benchmarks"] = {"after": {"tasks": {HOSTILE: {"counts": "x", "metrics": {HOSTILE: {"value": 1.0}}}}}}
     (run_dir / "record.json").write_text(json.dumps(record))
     check(write_page(run_dir))
 

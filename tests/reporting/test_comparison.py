@@ -7,13 +7,13 @@ import statistics
 from pathlib import Path
 
 import pytest
-from made_run import demo_record, write_run
+from made_run import BENCHMARKS, demo_record, write_run
 
 from selkd.errors import InputError
 from selkd.reporting.comparison import as_csv, as_json, as_markdown, compare, runs_as_csv
 from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.comparison_plots import budget_lines
-from selkd.reporting.measures import KL, PERPLEXITY
+from selkd.reporting.measures import ACCURACY, KL, PERPLEXITY
 
 # (recipe, fraction) -> perplexity by seed
 PERPLEXITIES = {
@@ -60,6 +60,13 @@ def test_means_deviations_and_paired_differences(tmp_path: Path) -> None:
     assert content["recipes"][1]["figures"]["total_seconds"]["difference"] is None
     assert "accuracy" not in full
     assert [run["perplexity"] for run in content["recipes"][1]["runs"]] == [31.0, 32.5, 32.0]
+
+
+def test_accuracy_is_the_suites_mean_or_that_of_what_counts() -> None:
+    tasks = {"benchmarks": {"after": {"tasks": BENCHMARKS["after"]["tasks"]}}}
+    assert ACCURACY.read({"benchmarks": BENCHMARKS}) == 0.412
+    assert ACCURACY.read(tasks) == pytest.approx((0.4551 + 0.3) / 2)
+    assert ACCURACY.read({"benchmarks": None}) is None
 
 
 def test_another_baseline_turns_the_sign(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_benchmarks_show_with_their_standard_errors(run_dir: Path, record: dict[
     text = Seen(page_of(run_dir)).text
     assert "arc_easy acc 0.330 0.455 ± 0.012" in text
     assert "lambada perplexity – 23.40 ± 1.25" in text
-    assert "mean_accuracy 0.301 0.412 –" in text
+    assert "paper acc – 0.412 –" in text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -1,17 +1,15 @@
-"""What the record's ``benchmarks`` hold, read without knowing the tasks: any tree of names whose leaves are numbers.
+"""What the record's ``benchmarks`` hold: under ``before`` and ``after`` the tasks' figures and the suites' means.
 
-``benchmarks`` is such a tree, or one each under ``before`` and ``after``. ``X_stderr`` (or ``stderr`` beside ``value``)
-is the standard error of ``X``.
+{"after": {"tasks": {TASK: {"counts": METRIC, "metrics": {METRIC: {"value", "standard_error"}}}},
+           "paper": {"acc": {"value", "standard_error"}, …}, "validation": {"value", "standard_error"}}}
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from selkd.reporting.formats import dig
-
-ACCURACY_NAMES = ("mean_accuracy", "accuracy", "acc")
 
 
 @dataclass(frozen=True)
@@ -23,44 +21,35 @@ class Score:
 
 
 def scores(record: Mapping[str, Any], when: str = "after") -> dict[tuple[str, ...], Score]:
-    """Path of names -> score, in the record's order. A record without before and after is of the trained student."""
-    tree = dig(record, "benchmarks")
-    if isinstance(tree, Mapping) and {"before", "after"} & tree.keys():
-        tree = tree.get(when)
-    elif when != "after":
-        return {}
-    found = dict(_leaves(tree))
-    return {
-        _named(path): Score(value, found.get(_stderr_of(path)))
-        for path, value in found.items()
-        if not path[-1].endswith("stderr")
-    }
+    """(task or suite, metric) -> score, in the record's order; empty if nothing was measured."""
+    content = dig(record, "benchmarks", when)
+    found: dict[tuple[str, ...], Score | None] = {}
+    for suite in ("paper", "validation"):
+        figures = dig(content, suite)
+        for name, figure in (figures or {}).items() if suite == "paper" else [("", figures)]:
+            found[(suite, name) if name else (suite,)] = _score(figure)
+    for task, result in (dig(content, "tasks") or {}).items():
+        for metric, figure in (dig(result, "metrics") or {}).items():
+            found[str(task), str(metric)] = _score(figure)
+    return {path: score for path, score in found.items() if score is not None}
 
 
 def accuracy(record: Mapping[str, Any]) -> Score | None:
-    """The suite's own mean accuracy; else the mean of what calls itself an accuracy, task by task."""
-    found = scores(record)
-    for name in ACCURACY_NAMES:
-        if (name,) in found:
-            return found[name,]
-    tasks: dict[tuple[str, ...], float] = {}
-    for path, score in found.items():
-        if path[-1].split(",")[0] in ("acc_norm", *ACCURACY_NAMES):
-            tasks[path[:-1]] = score.value  # the length-normalised one comes later in lm-eval's order, and wins
-    return Score(sum(tasks.values()) / len(tasks)) if tasks else None
+    """The paper suite's Acc; else the validation suite's mean; else the mean of the metric that counts in each task."""
+    content = dig(record, "benchmarks", "after")
+    for figure in (dig(content, "paper", "acc"), dig(content, "validation")):
+        if (found := _score(figure)) is not None:
+            return found
+    tasks = dig(content, "tasks") or {}
+    counted = [_score(dig(result, "metrics", str(dig(result, "counts")))) for result in tasks.values()]
+    known = [score.value for score in counted if score is not None]
+    return Score(sum(known) / len(known)) if known else None
 
 
-def _named(path: tuple[str, ...]) -> tuple[str, ...]:
-    return path[:-1] if path[-1] == "value" else path
+def _score(figure: Any) -> Score | None:
+    value, stderr = dig(figure, "value"), dig(figure, "standard_error")
+    return None if not _is_number(value) else Score(float(value), float(stderr) if _is_number(stderr) else None)
 
 
-def _stderr_of(path: tuple[str, ...]) -> tuple[str, ...]:
-    return (*path[:-1], "stderr" if path[-1] == "value" else f"{path[-1]}_stderr")
-
-
-def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
-    if isinstance(tree, Mapping):
-        for name, branch in tree.items():
-            yield from _leaves(branch, (*path, str(name)))
-    elif path and isinstance(tree, int | float) and not isinstance(tree, bool) and math.isfinite(tree):
-        yield path, float(tree)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
