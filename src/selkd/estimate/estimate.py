@@ -8,10 +8,11 @@ import torch
 from selkd.errors import InputError
 from selkd.estimate.architecture import Architecture, describe, find, read_config, student_config
 from selkd.estimate.memory import Memory, Setting, memory
-from selkd.estimate.plan import WITHOUT_TEACHER, Plan, make_plan, teacher_tokens
+from selkd.estimate.plan import Plan, make_plan, teacher_tokens
 from selkd.estimate.probe import Rates, probe
 from selkd.models.loading import resolve_dtype
 from selkd.recipe import Recipe
+from selkd.scoring import NEEDS_TEACHER
 from selkd.workspace import Workspace
 
 # Bytes a position of a teacher over English text, at U = 64 draws and for other U: without a probe, a guess.
@@ -143,6 +144,6 @@ def _notes(recipe: Recipe, plan: Plan, needed: Memory, rates: Rates | None, gpus
         notes.append("time: one device's, divided by their number; communication is not counted")
     if gpus is not None:
         notes.append("memory: tensors on one accelerator; its context and fragmentation take some more")
-    if recipe.samples is not None and recipe.samples.metric not in WITHOUT_TEACHER:
+    if recipe.samples is not None and recipe.samples.metric in NEEDS_TEACHER:
         notes.append(f"scoring by {recipe.samples.metric} runs the teacher over every sample")
     return notes

@@ -12,9 +12,10 @@ from transformers import Trainer
 from selkd.build_cache import TOKENS_AT_ONCE
 from selkd.estimate.architecture import Architecture
 from selkd.estimate.body import BodyMemory, body_memory, optimiser_bytes_per_parameter
-from selkd.estimate.plan import WITHOUT_TEACHER, Plan
+from selkd.estimate.plan import Plan
 from selkd.maths.chunked import CHUNK_BYTES
 from selkd.recipe import Recipe
+from selkd.scoring import NEEDS_TEACHER
 from selkd.training.arguments import DistillArguments
 
 # Tensors of one chunk of logits that are alive together: the student's, its gradient, what the criterion makes of both,
@@ -102,7 +103,7 @@ def memory(student: Architecture, teacher: Architecture, setting: Setting) -> Me
     drawing = teacher_weights + inference[1].peak + _CHUNK_TENSORS["draw"] * chunk
     stages = {"train": train}
     if recipe.samples is not None and recipe.samples.metric != "random":
-        with_teacher = recipe.samples.metric not in WITHOUT_TEACHER
+        with_teacher = recipe.samples.metric in NEEDS_TEACHER
         stages["score"] = process + scoring + (teacher_weights + inference[1].peak if with_teacher else 0)
     if not is_live:
         stages["cache"] = process + weights + drawing

@@ -10,11 +10,9 @@ from typing import Any
 
 from selkd.errors import InputError
 from selkd.recipe import Recipe
+from selkd.scoring import NEEDS_TEACHER
 from selkd.training.arguments import DistillArguments
 from selkd.workspace import CALIBRATION_SAMPLES, Workspace
-
-# Metrics of the student or of chance alone: any other needs the teacher as well.
-WITHOUT_TEACHER = {"student_entropy", "student_ce", "random", None}
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def _shares(fraction: Any) -> tuple[float, float]:
 
 def teacher_tokens(recipe: Recipe, plan: Plan) -> dict[str, int]:
     """Tokens that the teacher will run on, by stage; ``total`` is their sum."""
-    scores = recipe.samples is not None and recipe.samples.metric not in WITHOUT_TEACHER
+    scores = recipe.samples is not None and recipe.samples.metric in NEEDS_TEACHER
     found = {
         "prune": 0 if recipe.student.model else round(min(CALIBRATION_SAMPLES, plan.samples) * plan.sample_tokens),
         "score": plan.train_tokens if scores else 0,
