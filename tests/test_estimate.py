@@ -137,6 +137,13 @@ def test_another_number_of_tokens(tmp_path: Path) -> None:
         estimate(recipe, tokens=8)
 
 
+def test_a_budget_that_moves_counts_with_its_average(tmp_path: Path) -> None:
+    moving = {"fraction": {"from": 1.0, "to": 0.2, "over": 0.5}}
+    answer = estimate(recipe_of(tmp_path, positions=moving), tokens=3200)
+    # Half of the run at 0.6 on average, half at 0.2.
+    assert answer["training"]["positions_selected_share"] == pytest.approx(0.4)
+
+
 def test_what_can_not_be_estimated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--probe: it measures this machine's device, a CPU"):
         estimate(recipe_of(tmp_path), gpus=2, with_probe=True)
