@@ -18,6 +18,10 @@ def all_plots() -> list[str]:
         plots.loss_plot(metrics),
         plots.entropy_plot(metrics),
         plots.share_plot(metrics),
+        plots.divergence_plot(metrics, [(0, 1.8), (22, 0.9)]),
+        plots.agreement_plot([line | {"scoring_agreement": 0.97} for line in metrics], "scoring_agreement"),
+        selection_plots.position_histogram(SCORES, SCORES >= 4.0, "entropy"),
+        selection_plots.overlap_map(["a", "b"], np.array([[1.0, 0.2], [np.nan, 1.0]]), "Overlap", "overlap"),
         selection_plots.score_histogram(SCORES, SCORES >= 4.0, "entropy"),
         plots.storage_plot([("this run’s cache", 31.7), ("full logits", 98_304.0)]),
     ]
@@ -71,6 +75,13 @@ def test_the_cut_is_drawn_only_where_scores_decided() -> None:
     assert "cut 4.00" in texts(selection_plots.score_histogram(SCORES, SCORES >= 4.0, "entropy"))
     mixed = np.arange(len(SCORES)) % 5 == 0
     assert not any(text.startswith("cut") for text in texts(selection_plots.score_histogram(SCORES, mixed, "entropy")))
+
+
+def test_an_overlap_is_told_in_percent_and_what_is_unknown_by_a_dash() -> None:
+    overlap = np.array([[1.0, 0.223], [np.nan, 1.0]])
+    found = texts(selection_plots.overlap_map(["kl", "student_entropy"], overlap, "Overlap", "overlap"))
+    assert found[-4:] == ["100", "22", "–", "100"]
+    assert [text for text in found if text.endswith(("  1", "  2"))] == ["kl  1", "student_entropy  2"]
 
 
 def test_equal_scores_and_a_single_sample_are_drawn() -> None:
