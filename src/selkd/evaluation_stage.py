@@ -1,6 +1,7 @@
 """Benchmarks inside a run: before, every so many steps, after; and the student that measured best on the way."""
 
 import json
+import math
 import random
 import shutil
 import tempfile
@@ -96,7 +97,7 @@ def keep_if_best(work: Workspace, student: PreTrainedModel, step: int, measured:
     value = measured[f"{LOGGED}validation" if metric == "validation" else metric]
     sign = 1 if HIGHER_IS_BETTER[metric] else -1
     best = read_best(work.run_path)
-    if best is None or sign * value > sign * best["value"]:
+    if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
         _save(work, student, {"metric": metric, "value": value, "step": step})
 
 

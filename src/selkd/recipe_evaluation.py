@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 from selkd.errors import InputError
 from selkd.recipe_errors import nearest
@@ -23,11 +24,16 @@ def has_harness() -> bool:
 
 
 @cache
-def harness_tasks() -> frozenset[str]:
-    """The names of the harness's tasks and groups. It reads thousands of files, in some ten seconds, once a process."""
+def task_manager() -> Any:
+    """The harness's index of its own tasks. It reads thousands of files, in some ten seconds, once a process."""
     from lm_eval.tasks import TaskManager
 
-    return frozenset(TaskManager().all_tasks)
+    return TaskManager()
+
+
+def harness_tasks() -> list[str]:
+    """The names of the harness's tasks and groups of tasks."""
+    return list(task_manager().all_tasks)
 
 
 def benchmarks_of(suite: Sequence[str]) -> list[str]:

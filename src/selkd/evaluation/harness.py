@@ -19,10 +19,11 @@ from selkd.errors import InputError, RunError
 from selkd.evaluation.batch_size import rows_at_once
 from selkd.evaluation.benchmarks import KNOWN, Benchmark
 from selkd.evaluation.calibration import choice_confidence
+from selkd.evaluation.ifeval import prepare_ifeval
 from selkd.evaluation.last_word import greedy_confidences
 from selkd.evaluation.local_data import local_splits
-from selkd.evaluation.punkt import provide_punkt
 from selkd.models.sources import default_cache_dir
+from selkd.recipe_evaluation import task_manager
 
 _SHOTS_SEED = 1234  # the harness's default
 
@@ -84,7 +85,7 @@ def _load(benchmark: Benchmark, data: Sequence[str | Path] | None, shots: int) -
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if benchmark.name == "ifeval":
-        provide_punkt(default_cache_dir())
+        prepare_ifeval(default_cache_dir())
     config = load_yaml(Path(tasks.__file__).parent / benchmark.yaml, resolve_func=True)
     config = {key: value for key, value in config.items() if key != "tag"} | dict(benchmark.overrides)
     config["num_fewshot"] = shots if benchmark.few_shot else 0
@@ -95,11 +96,9 @@ def _load(benchmark: Benchmark, data: Sequence[str | Path] | None, shots: int) -
 
 
 def _by_name(name: str, shots: int) -> dict[str, Any]:
-    from lm_eval.tasks import TaskManager
-
     if "ifeval" in name:
-        provide_punkt(default_cache_dir())
-    tasks: dict[str, Any] = TaskManager().load([name])["tasks"]
+        prepare_ifeval(default_cache_dir())
+    tasks: dict[str, Any] = task_manager().load([name])["tasks"]
     for task in tasks.values():
         if getattr(task, "UNSAFE_CODE", False):
             raise InputError(f"{name}: the task runs the model's code on this machine; selkd does not.")

