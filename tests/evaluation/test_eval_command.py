@@ -13,6 +13,8 @@ from tiny_benchmarks import ROWS, make_byte_tokenizer, save_model, write_rows
 from transformers import AutoModelForCausalLM
 
 from selkd.cli import main
+from selkd.errors import InputError
+from selkd.evaluation.subject import find_subject
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -133,6 +135,22 @@ def test_two_models_are_compared_example_by_example(selkd_eval: Run, data: Path,
     assert code == 0
     assert "SE-KD against same, lambada acc: +0.0 ± 0.0" in " ".join(out.split())
     assert "0-shot; accuracy by log-likelihood a character (length-normalised)" in " ".join(out.split())
+
+
+def test_a_model_may_be_a_runs_student_and_have_a_sign_in_its_path(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "lr=0.1" / "student")
+    (tmp_path / "lr=0.1" / "record.json").write_text('{"name": "slow"}')
+    device = torch.device("cpu")
+    found = [
+        find_subject(given, "float32", device)
+        for given in (str(folder), str(tmp_path / "lr=0.1"), f"mine={tmp_path / 'lr=0.1'}")
+    ]
+    assert [subject.name for subject in found] == [str(folder), "slow", "mine"]
+    assert len({subject.fingerprint for subject in found}) == 1
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "record.json").write_text("{}")
+    with pytest.raises(InputError, match="a run without a finished student"):
+        find_subject(str(tmp_path / "empty"), "float32", device)
 
 
 def test_a_validation_suite_says_what_it_had_to_leave_out(selkd_eval: Run, tmp_path: Path) -> None:

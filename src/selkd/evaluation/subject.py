@@ -65,7 +65,8 @@ def find_subject(given: str, dtype: str, device: torch.device) -> Subject:
         InputError: no such model, or an empty name.
     """
     label, equals, model = given.partition("=")
-    if not equals:
+    if not equals or Path(given).expanduser().is_dir():  # a folder's name may hold the sign
+        equals = ""
         label, model = "", given
     if not model or (equals and not label):
         raise InputError(f"{given!r}: expected MODEL or NAME=MODEL.")
