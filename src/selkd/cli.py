@@ -201,10 +201,12 @@ def eval_command(
         return
     from rich.console import Console
 
-    from selkd.evaluation.tables import comparison_lines, figures_table, notes
+    from selkd.evaluation.tables import comparison_lines, figures_table, notes, suites_table
 
     console = Console()
     console.print(figures_table(answer))
+    if (suites := suites_table(answer)) is not None:
+        console.print("", suites)
     for line in (*comparison_lines(answer), *notes(answer)):
         console.print(line, highlight=False, markup=False)
 

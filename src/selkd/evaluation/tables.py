@@ -1,6 +1,6 @@
 """The answer of ``selkd eval`` for people: a table of figures with their standard errors, and the comparisons."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -20,11 +20,7 @@ _TITLES = {
 def figures_table(answer: Mapping[str, Any]) -> Table:
     """One row a metric, one column a model: value ± standard error. Shares are in per cent."""
     models = answer["models"]
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for title in ("task", "metric", "shots", "examples"):
-        table.add_column(title, justify="right" if title in ("shots", "examples") else "left")
-    for model in models:
-        table.add_column(Text(model["name"]), justify="right")  # Text, not str: a name is no markup
+    table = _table(("task", "metric", "shots", "examples"), models)
     for task in dict.fromkeys(name for model in models for name in model["tasks"]):
         found = [model["tasks"].get(task, {}) for model in models]
         first = next(content for content in found if content)
@@ -32,10 +28,26 @@ def figures_table(answer: Mapping[str, Any]) -> Table:
             counted = first.get("counts") == metric
             cells = [_cell(metric, content.get("metrics", {}).get(metric)) for content in found]
             lead = (task, str(first.get("shots", DASH)), f"{first['examples']:,}") if number == 0 else ("", "", "")
-            label = Text(metric + (" *" if counted else ""), style="bold" if counted else "")
+            label = Text(("* " if counted else "") + metric, style="bold" if counted else "")
             table.add_row(Text(lead[0]), label, lead[1], lead[2], *cells)
+    return table
+
+
+def suites_table(answer: Mapping[str, Any]) -> Table | None:
+    """The suites' own figures, one row each; None where no suite has any."""
+    models = answer["models"]
+    table = _table(("suite",), models)
     for title, metric, found in _suite_rows(models):
-        table.add_row(Text(title, style="bold"), "", "", "", *(_cell(metric, estimate) for estimate in found))
+        table.add_row(Text(title), *(_cell(metric, estimate) for estimate in found))
+    return table if table.row_count else None
+
+
+def _table(titles: Sequence[str], models: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="right" if title in ("shots", "examples") else "left", no_wrap=True)
+    for model in models:
+        table.add_column(Text(model["name"]), justify="right")  # Text, not str: a name is no markup
     return table
 
 
