@@ -91,7 +91,6 @@ REFUSED = {
     "data.max_length=1": "data.max_length: input should be greater than or equal to 2",
     "data.held_out_fraction=0": "evaluation.suite: .*data.held_out_fraction is 0",
     "evaluation={suite: [], every_steps: 5}": "evaluation.every_steps measures evaluation.suite, which is empty",
-    "evaluation.suite=[fidelty]": "'fidelty' is not known. Allowed: fidelity. Did you mean 'fidelity'",
     "training.learning_rat=1": r"training.learning_rat: unknown key.*Did you mean 'learning_rate'\?",
     "training.learning_rate=fast": "training.learning_rate: input should be a valid number.*but got 'fast'",
     "training.seed=1": "training.seed: not set here; set the recipe's seed",

@@ -157,6 +157,60 @@ def cache_inspect(directory: CacheFolder, json_output: Json = False) -> None:
     _answer({**cache.stats(), "fingerprint": cache.fingerprint}, json_output)
 
 
+@app.command("eval")
+def eval_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]MODEL...", help="demo, a folder, a run's folder or a hub id; several compare."),
+    ],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="fidelity, paper, validation, a benchmark or a harness task; may be repeated. [fidelity]"),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="For fidelity: demo, a local folder or a hub id.")] = None,
+    text: Annotated[
+        str, typer.Option(help="For fidelity: demo, a text file, a folder of them or a hub data set.")
+    ] = "demo",
+    text_field: Annotated[str, typer.Option(help="The field of .jsonl and .parquet text.")] = "text",
+    data: Annotated[
+        list[Path] | None, typer.Option(help="A folder of the benchmarks' .jsonl files; no hub. May be repeated.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples of a task at most, spread evenly; of fidelity, windows of text.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Solved examples before a question.")] = 0,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put prompts into the chat template.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompts at once; found from the memory if not given.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Where results are kept, and found again.")] = Path("evals"),
+    json_output: Json = False,
+) -> None:
+    """Measure models: fidelity to a teacher, the paper's benchmarks, any task; the first against the others."""
+    from selkd.evaluation.command import Request, evaluate_models
+    from selkd.evaluation.held_out import FidelityOptions
+    from selkd.evaluation.measuring import BenchmarkOptions
+
+    _quiet()
+    folders = [str(folder) for folder in data] if data else None
+    benchmarks = BenchmarkOptions(suite or ["fidelity"], folders, limit, shots, chat_template, batch_size)
+    answer = evaluate_models(Request(models, benchmarks, FidelityOptions(text, text_field, limit), teacher, dtype, out))
+    if json_output:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from rich.console import Console
+
+    from selkd.evaluation.tables import comparison_lines, figures_table, notes, suites_table
+
+    console = Console()
+    console.print(figures_table(answer))
+    if (suites := suites_table(answer)) is not None:
+        console.print("", suites)
+    for line in (*comparison_lines(answer), *notes(answer)):
+        console.print(line, highlight=False, markup=False)
+
+
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None, json_output: Json = False

@@ -3,13 +3,12 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
-from selkd import plugins
+from selkd import evaluation_stage, plugins
 from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
@@ -93,7 +92,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
             },
         )
         run.record.setdefault("counts", dict.fromkeys(COUNTS))["samples"] = len(splits.train)
-        for part in ("fidelity", "train", "teacher_cache"):
+        for part in ("fidelity", "train", "teacher_cache", "benchmarks"):
             run.record.setdefault(part, None)
         source = work.student_source
         run.record["student"] = {
@@ -249,7 +248,10 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
     for theirs in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the answer
         trainer.remove_callback(theirs)
     if (every := work.recipe.evaluation.every_steps) is not None:
-        trainer.add_callback(EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=teacher is not None)))
+        also_last = work.recipe.evaluation.keep_best is not None
+        trainer.add_callback(
+            EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=teacher is not None), also_last)
+        )
     last = last_whole_checkpoint(Path(work.arguments.output_dir))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_fsdp_enabled:  # a sharded state is no student that Transformers loads
@@ -260,13 +262,15 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
     # Looked up now: resuming has replaced the callback by the checkpoint's.
     metrics = next(found for found in trainer.callback_handler.callbacks if isinstance(found, MetricsFile))
     add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0), is_alone)
-    losses = [line["loss"] for line in read_metrics(metrics.path) if "loss" in line]
+    lines = read_metrics(metrics.path)
+    losses = [line["loss"] for line in lines if "loss" in line]
     run.record["train"] = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
     }
+    _record_on_the_way(run, lines)
     totals = trainer.totals
     run.record["counts"].update(positions_valid=totals.positions_valid, positions_selected=totals.positions_selected)
     count_teacher_tokens(work, run, train=totals.teacher_tokens)
@@ -292,22 +296,68 @@ def is_trained(work: Workspace, run: RunDirectory) -> bool:
     return True
 
 
+def is_measured(work: Workspace, run: RunDirectory, when: str) -> bool:
+    """Whether all of ``evaluation.suite`` was measured ``before`` or ``after`` training."""
+    options = work.recipe.evaluation
+    wanted = {"fidelity": "fidelity" in options.suite, "benchmarks": evaluation_stage.has_benchmarks(options)}
+    return all((run.record[part] or {}).get(when) for part, is_wanted in wanted.items() if is_wanted)
+
+
+def forget_after(run: RunDirectory) -> None:
+    """The student has been trained anew: what was measured after training counts no more."""
+    for part in ("fidelity", "benchmarks"):
+        if run.record[part]:
+            run.record[part]["after"] = None
+
+
 def evaluate(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
-    """Fidelity of ``student`` on the held-out split into ``record.fidelity.before`` or ``.after``."""
+    """Measure ``student`` ``before`` or ``after`` training, into ``record.fidelity`` and ``record.benchmarks``."""
+    options = work.recipe.evaluation
     with timed(run, "evaluate"):
-        found = _measure(work, student, f"evaluating {when} training")
-        record = run.record["fidelity"] or {"before": None, "after": None}
-        record[when] = {
-            "perplexity": found.perplexity,
-            "kl_nats": found.kl_nats,
-            "top1_agreement": found.top1_agreement,
-        }
-        record["teacher"] = {"perplexity": found.teacher_perplexity}
-        record["positions"] = found.positions
-        run.record["fidelity"] = record
-        run.record["teacher"] |= size(work.teacher())
         run.record["student"] |= size(student)
-        count_teacher_tokens(work, run, **{f"evaluate_{when}": found.teacher_tokens})
+        if "fidelity" in options.suite:
+            _record_fidelity(work, run, student, when)
+        if evaluation_stage.has_benchmarks(options):
+            stored = run.record["student"]
+            fingerprint = stored["initial_fingerprint"] if when == "before" else stored["fingerprint"]
+            measured = evaluation_stage.measure(work, student, when, fingerprint)
+            _benchmarks(run)[when] = measured
+
+
+def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
+    found = _measure(work, student, f"evaluating {when} training")
+    record = run.record["fidelity"] or {"before": None, "after": None}
+    record[when] = {
+        "perplexity": found.perplexity,
+        "kl_nats": found.kl_nats,
+        "top1_agreement": found.top1_agreement,
+    }
+    record["teacher"] = {"perplexity": found.teacher_perplexity}
+    record["positions"] = found.positions
+    record.setdefault("by_entropy", {})[when] = found.by_entropy()
+    run.record["fidelity"] = record
+    run.record["teacher"] |= size(work.teacher())
+    count_teacher_tokens(work, run, **{f"evaluate_{when}": found.teacher_tokens})
+
+
+def _benchmarks(run: RunDirectory) -> dict[str, Any]:
+    """``record.benchmarks``, made when there is something to write."""
+    if run.record["benchmarks"] is None:
+        run.record["benchmarks"] = {"before": None, "after": None, "steps": [], "best": None}
+    benchmarks: dict[str, Any] = run.record["benchmarks"]
+    return benchmarks
+
+
+def _record_on_the_way(run: RunDirectory, lines: list[dict[str, Any]]) -> None:
+    """What was measured during training, and which student was best, into ``record.benchmarks``."""
+    steps = []
+    for line in lines:
+        found = {name: value for name, value in line.items() if name.startswith(evaluation_stage.LOGGED)}
+        if found:
+            steps.append({"step": line["step"], **found})
+    best = evaluation_stage.read_best(run.path)
+    if steps or best:
+        _benchmarks(run).update(steps=steps, best=best)
 
 
 def _measure(work: Workspace, student: PreTrainedModel, description: str) -> Fidelity:
@@ -317,8 +367,20 @@ def _measure(work: Workspace, student: PreTrainedModel, description: str) -> Fid
 
 
 def _log_held_out(work: Workspace, trainer: DistillTrainer, is_cached: bool) -> None:
-    found = asdict(_measure(work, work.student, "evaluating"))
-    if is_cached:  # the teacher is not to stay in memory while the student trains
-        work.release_teacher()
-    trainer.totals.teacher_tokens += found["teacher_tokens"]
-    trainer.log({f"held_out_{name}": found[name] for name in ("perplexity", "kl_nats", "top1_agreement")})
+    """Measure the student as it is now, log the figures, and keep it if it is the best so far."""
+    options, step = work.recipe.evaluation, trainer.state.global_step
+    logs: dict[str, float] = {}
+    measured: dict[str, float] = {}
+    if "fidelity" in options.suite:
+        found = _measure(work, work.student, "evaluating")
+        if is_cached:  # the teacher is not to stay in memory while the student trains
+            work.release_teacher()
+        trainer.totals.teacher_tokens += found.teacher_tokens
+        measured = {name: getattr(found, name) for name in ("perplexity", "kl_nats", "top1_agreement")}
+        logs = {f"held_out_{name}": value for name, value in measured.items()}
+    if evaluation_stage.has_benchmarks(options):
+        summary = evaluation_stage.measure(work, work.student, f"step-{step}", f"step {step}", reuse=False)
+        if summary is not None:
+            logs |= evaluation_stage.figures(summary)
+    trainer.log(logs)
+    evaluation_stage.keep_if_best(work, work.student, step, measured | logs)

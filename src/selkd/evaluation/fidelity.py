@@ -1,6 +1,9 @@
-"""Fidelity: how close the student is to its teacher, and both to the text, on held-out samples."""
+"""Fidelity: how close the student is to its teacher, and both to the text, on held-out samples.
 
-from dataclasses import dataclass
+Legend: S samples, K entropy buckets, N positions of a batch, V classes.
+"""
+
+from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import PartialState
@@ -16,6 +19,29 @@ from selkd.maths.head import Head
 from selkd.models.head import evaluating, head_of, hidden_states
 
 TOKENS_AT_ONCE = 4096
+ENTROPY_EDGES = (0.1, 0.5, 1.0, 2.0, 4.0)
+"""Where the buckets of the teacher's entropy end, in nats; the last one is open."""
+_POSITIONS, _STUDENT_NLL, _TEACHER_NLL, _KL, _AGREED = range(5)
+
+
+@dataclass(frozen=True)
+class EntropyBucket:
+    """Means over the positions at which the teacher's entropy lies in one range.
+
+    Attributes:
+        from_nats, to_nats: the range; ``to_nats`` is not in it, None: open.
+        positions: how many there are; the means are None where there are none.
+        cross_entropy_nats, teacher_cross_entropy_nats, kl_nats, top1_agreement: as in ``Fidelity``, the cross-entropy
+            in place of its exponential.
+    """
+
+    from_nats: float
+    to_nats: float | None
+    positions: int
+    cross_entropy_nats: float | None
+    teacher_cross_entropy_nats: float | None
+    kl_nats: float | None
+    top1_agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -29,6 +55,8 @@ class Fidelity:
         teacher_perplexity: the teacher's own.
         positions: how many positions were measured.
         teacher_tokens: tokens that the teacher ran on, padding included.
+        sums: float64 [S, K, 5]: for each sample and bucket the positions, the student's and the teacher's
+            cross-entropy, the KL and the agreements, all summed.
     """
 
     perplexity: float
@@ -37,6 +65,18 @@ class Fidelity:
     teacher_perplexity: float
     positions: int
     teacher_tokens: int
+    sums: torch.Tensor
+
+    def by_entropy(self) -> list[dict[str, float | int | None]]:
+        """The means by bucket of the teacher's entropy, as plain data: positions are the same for every student."""
+        edges = (0.0, *ENTROPY_EDGES)
+        buckets = []
+        for bucket, (sums, start) in enumerate(zip(self.sums.sum(dim=0).tolist(), edges, strict=True)):
+            end = ENTROPY_EDGES[bucket] if bucket < len(ENTROPY_EDGES) else None
+            count, *totals = sums
+            means = [total / count if count else None for total in totals]
+            buckets.append(asdict(EntropyBucket(start, end, int(count), *means)))
+        return buckets
 
 
 def fidelity(
@@ -56,20 +96,26 @@ def fidelity(
     state = PartialState()
     groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
     heads = head_of(student).narrowed(n_classes).to(dtype), head_of(teacher).narrowed(n_classes)
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(len(samples), len(ENTROPY_EDGES) + 1, 5, dtype=torch.float64)
+    tokens = 0
     with evaluating(student), evaluating(teacher):
         for group in tqdm(groups, desc=description, unit=" batches", disable=not state.is_main_process):
-            sums += _sums(student, teacher, heads, [samples[index] for index in group], dtype, pad_token_id)
+            batch = [samples[index] for index in group]
+            sums[group] = _sums(student, teacher, heads, batch, dtype, pad_token_id)
+            tokens += len(batch) * max(len(sample.token_ids) for sample in batch)
     if state.num_processes > 1:
-        sums = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(dim=0)
-    student_nll, teacher_nll, kl, agreed, positions, tokens = sums.tolist()
+        found = gather_object([(sums.tolist(), tokens)])
+        sums = torch.stack([torch.tensor(part, dtype=torch.float64) for part, _ in found]).sum(dim=0)
+        tokens = sum(count for _, count in found)
+    positions, student_nll, teacher_nll, kl, agreed = sums.sum(dim=(0, 1)).tolist()
     return Fidelity(
         perplexity=float(torch.tensor(student_nll / positions, dtype=torch.float64).exp()),
         kl_nats=kl / positions,
         top1_agreement=agreed / positions,
         teacher_perplexity=float(torch.tensor(teacher_nll / positions, dtype=torch.float64).exp()),
         positions=int(positions),
-        teacher_tokens=int(tokens),
+        teacher_tokens=tokens,
+        sums=sums,
     )
 
 
@@ -81,23 +127,29 @@ def _sums(
     dtype: torch.dtype,
     pad_token_id: int,
 ) -> torch.Tensor:
-    """Over one batch: student and teacher nll, KL, agreements, positions, tokens; float64 [6]."""
+    """``Fidelity.sums`` of one batch, float64 [len(group), K, 5]."""
     batch = {name: tensor.to(student.device) for name, tensor in collate(group, pad_token_id).items()}
     valid = batch["valid_mask"]
     with torch.autocast(student.device.type, dtype=dtype, enabled=dtype != torch.float32):
         student_hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])[valid]
     teacher_hidden = hidden_states(teacher, batch["input_ids"], batch["position_ids"])[valid]
-    targets = batch["targets"][valid]
-    sums = torch.zeros(4, dtype=torch.float64)
+    targets, sample_of = batch["targets"][valid], valid.nonzero()[:, 0].cpu()
+    edges = torch.tensor(ENTROPY_EDGES, device=targets.device)
+    n_buckets = len(ENTROPY_EDGES) + 1
+    sums = torch.zeros(len(group) * n_buckets, 5, dtype=torch.float64)
     for rows in chunks(len(targets), chunk_size(heads[0].n_classes, targets.device)):
         log_q = torch.log_softmax(wide(heads[0].logits(student_hidden[rows].to(dtype))), dim=-1)
         log_p = torch.log_softmax(wide(heads[1].logits(teacher_hidden[rows])), dim=-1)
-        index = targets[rows, None]
-        parts = [
-            -log_q.gather(-1, index).sum(),
-            -log_p.gather(-1, index).sum(),
-            torch.linalg.vecdot(log_p.exp(), log_p - log_q).sum(),
-            (log_q.argmax(dim=-1) == log_p.argmax(dim=-1)).sum(),
-        ]
-        sums += torch.stack([part.double().cpu() for part in parts])
-    return torch.cat([sums, torch.tensor([len(targets), valid.numel()], dtype=torch.float64)])
+        p, index = log_p.exp(), targets[rows, None]
+        parts = {
+            _POSITIONS: torch.ones_like(log_p[:, 0]),
+            _STUDENT_NLL: -log_q.gather(-1, index)[:, 0],
+            _TEACHER_NLL: -log_p.gather(-1, index)[:, 0],
+            _KL: torch.linalg.vecdot(p, log_p - log_q),
+            _AGREED: log_q.argmax(dim=-1) == log_p.argmax(dim=-1),
+        }
+        entropy = -torch.linalg.vecdot(p, log_p)
+        bucket = torch.bucketize(entropy, edges.to(entropy.dtype), right=True).cpu()
+        values = torch.stack([parts[column].double() for column in range(5)], dim=1).cpu()
+        sums.index_add_(0, sample_of[rows] * n_buckets + bucket, values)
+    return sums.view(len(group), n_buckets, 5)
