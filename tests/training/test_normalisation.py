@@ -108,7 +108,7 @@ def cuts(draw: st.DrawFn) -> tuple[list[list[Sample]], list[str], list[int], int
 
 
 @given(cut=cuts())
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 def test_a_gradient_is_one_however_its_step_is_laid_out(
     step: tuple[dict[str, Any], float, dict[str, Tensor]],
     models: tuple[PreTrainedModel, PreTrainedModel],
