@@ -138,7 +138,7 @@ def cache_build(recipe: RecipeName, out: Out = None, overrides: Overrides = None
 @cache_app.command("verify")
 def cache_verify(directory: CacheFolder, json_output: Json = False) -> None:
     """Read every byte of a cache and name each damaged part; exit code 1 if there is one."""
-    from selkd.cache.reader import verify_cache
+    from selkd.cache.verify import verify_cache
 
     if not directory.is_dir():
         raise InputError(f"{directory}: no such folder.")
