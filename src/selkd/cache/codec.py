@@ -59,11 +59,11 @@ def encode(model: Model, rows: Rows) -> bytes:
     for column in reversed(_columns(model, rows)):
         buckets = model.buckets[column.table]
         symbols = column.cells - column.context * model.shape(column.table)[1]
-        extra_bits = buckets.extra_bits[symbols]
-        has_extra = extra_bits > 0
-        if has_extra.any():
-            low = (column.values - buckets.first[symbols])[has_extra]
-            coder.encode_reverse(low.astype(np.int32), _UNIFORM, _sizes(extra_bits[has_extra]))
+        sizes = buckets.size[symbols]
+        is_wide = sizes > 1
+        if is_wide.any():
+            low = (column.values - buckets.first[symbols])[is_wide]
+            coder.encode_reverse(low.astype(np.int32), _UNIFORM, sizes[is_wide])
         coder.encode_reverse(symbols.astype(np.int32), _CATEGORICAL, model.weights[column.table][column.context])
     return _HEADER.pack(len(rows.row_lengths)) + coder.get_compressed().astype("<u4").tobytes()
 
@@ -107,10 +107,9 @@ def _columns(model: Model, rows: Rows) -> list[_Column]:
 
     is_first = place == 0
     previous = np.where(is_first, -1, np.roll(ranks, 1))
-    octave = np.where(is_first, 0, model.octave_of_rank[np.roll(ranks, 1)]) if len(ranks) else ranks
-    gaps = _column(
-        model, "gaps", ranks - previous - 1, model.gap_context((lists >= n_rows).astype(np.int64), octave, left)
-    )
+    of_rank = np.where(is_first, 0, model.context_of_rank[np.roll(ranks, 1)]) if len(ranks) else ranks
+    contexts = model.gap_context((lists >= n_rows).astype(np.int64), of_rank, left)
+    gaps = _column(model, "gaps", ranks - previous - 1, contexts)
     columns += _split(gaps, place, lists, sizes)
 
     is_heavy = lists < n_rows
@@ -148,10 +147,6 @@ def _active(sizes: np.ndarray, least: int) -> Sequence[int]:
     return active
 
 
-def _sizes(bits: np.ndarray) -> np.ndarray:
-    return np.left_shift(np.int32(1), bits, dtype=np.int32)
-
-
 class _Decoder:
     """One sample's symbols, taken off the coder in order."""
 
@@ -174,7 +169,11 @@ class _Decoder:
         if not self.coder.is_empty():
             raise ValueError("bytes follow its end")
         ids = model.classes[ranks]
-        order = np.argsort(row.astype(np.uint64) << np.uint64(32) | ids)
+        keys = row.astype(np.uint64) << np.uint64(32) | ids
+        order = np.argsort(keys)
+        keys = keys[order]
+        if (keys[1:] == keys[:-1]).any():
+            raise ValueError("a class comes twice in a row")
         return Rows((heavies + singles).astype(np.uint16), ids[order], counts[order].astype(np.uint16))
 
     def values(self, table: Table, context: np.ndarray) -> np.ndarray:
@@ -182,30 +181,30 @@ class _Decoder:
         if not len(context):
             return context
         buckets = self.model.buckets[table]
-        symbols = self.coder.decode(_CATEGORICAL, self.model.weights[table][context])
+        symbols = self.coder.decode(_CATEGORICAL, self.model.weights[table].take(context, axis=0))
         values: np.ndarray = buckets.first.take(symbols, mode="clip")
-        extra_bits = buckets.extra_bits.take(symbols, mode="clip")
-        (has_extra,) = extra_bits.nonzero()
-        if has_extra.size:
-            values[has_extra] += self.coder.decode(_UNIFORM, _sizes(extra_bits[has_extra]))
+        sizes = buckets.size.take(symbols, mode="clip")
+        (is_wide,) = (sizes > 1).nonzero()
+        if is_wide.size:
+            values[is_wide] += self.coder.decode(_UNIFORM, sizes[is_wide])
         return values
 
     def ranks(self, sizes: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
         """The list and the rank of each class, by list and ascending."""
-        model, n_classes = self.model, len(self.model.classes)
+        model = self.model
         order = _longest_first(sizes)
         is_single = (order >= n_rows).astype(np.int64)
         left, rank = sizes[order], np.full(len(order), -1)
-        octave = np.zeros(len(order), np.int64)
+        of_rank = np.zeros(len(order), np.int64)
         begin = (np.cumsum(sizes) - sizes)[order]
         out = np.empty(int(sizes.sum()), np.int64)
         for place, n in enumerate(_active(sizes, 0)):
-            gaps = self.values("gaps", model.gap_context(is_single[:n], octave[:n], left[:n]))
+            gaps = self.values("gaps", model.gap_context(is_single[:n], of_rank[:n], left[:n]))
             rank = rank[:n] + gaps + 1
-            if rank.max() >= n_classes:
-                raise ValueError("a rank is beyond the last class")
             out[begin[:n] + place] = rank
-            octave, left = model.octave_of_rank[rank], left[:n] - 1
+            of_rank, left = model.context_of_rank.take(rank, mode="clip"), left[:n] - 1
+        if out.size and out.max() >= len(model.classes):
+            raise ValueError("a rank is beyond the last class")
         return np.repeat(np.arange(len(sizes)), sizes), out
 
     def excesses(self, heavies: np.ndarray, excess: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ class Buckets:
     Attributes:
         n: how many buckets there are.
         first: int64 [n], the least value of each bucket.
-        extra_bits: int32 [n], the low bits that tell its values apart.
+        size: int32 [n], how many values it holds: a power of two.
     """
 
     def __init__(self, mantissa_bits: int, largest: int) -> None:
@@ -32,7 +32,7 @@ class Buckets:
         buckets = np.arange(self.n)
         octave = np.maximum((buckets >> mantissa_bits) - 1, 0)
         self.first = (buckets - (octave << mantissa_bits)) << octave
-        self.extra_bits = octave.astype(np.int32)
+        self.size = np.left_shift(1, octave).astype(np.int32)
 
     def of(self, values: np.ndarray) -> np.ndarray:
         """The bucket of each value, int64."""

@@ -48,8 +48,8 @@ class Model:
             "counts": Buckets(1, total),
         }
         self.n_octaves = len(classes).bit_length() + 1
-        # 0 stands before a row's first class; then the bits of rank + 1.
-        self.octave_of_rank = bit_length(np.arange(1, len(classes) + 1))
+        # Contexts are told apart by the octave of the rank before, the bits of rank + 1; 0 stands before the first.
+        self.context_of_rank = CLASSES_LEFT * bit_length(np.arange(1, len(classes) + 1))
         self._bucket_of_excess = self.buckets["counts"].of(np.arange(total + 1))
 
     def shape(self, table: Table) -> tuple[int, int]:
@@ -62,9 +62,10 @@ class Model:
         }
         return contexts[table], max(2, self.buckets[table].n)
 
-    def gap_context(self, is_single: np.ndarray, octave: np.ndarray, left: np.ndarray) -> np.ndarray:
-        """Of a gap: its group, the octave of the rank before (0: none), the classes left in the list with this one."""
-        return (is_single * self.n_octaves + octave) * CLASSES_LEFT + np.minimum(left, CLASSES_LEFT) - 1
+    def gap_context(self, is_single: np.ndarray, of_rank: np.ndarray, left: np.ndarray) -> np.ndarray:
+        """Of a gap: its group, ``context_of_rank`` of the rank before, the classes left in its list, this one too."""
+        group = is_single * (self.n_octaves * CLASSES_LEFT) - 1
+        return group + of_rank + np.minimum(left, CLASSES_LEFT)
 
     def count_context(self, excess: np.ndarray, left: np.ndarray) -> np.ndarray:
         """Of a count: the draws left beyond two for each heavy class left, and how many heavy classes are left."""
