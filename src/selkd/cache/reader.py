@@ -87,6 +87,16 @@ class TeacherCache:
         Raises:
             InputError: the sample is not in the cache, or what is stored is not what was written.
         """
+        shard, row = self._locate(sample_id)
+        return shard.read(self.directory / shard.name, row)
+
+    def stored_bytes(self, sample_id: bytes) -> int:
+        """How many bytes the sample's block takes. Raises InputError where the sample is not in the cache."""
+        shard, row = self._locate(sample_id)
+        return int(shard.index["length"][row])
+
+    def _locate(self, sample_id: bytes) -> tuple[Shard, int]:
+        """The shard of a sample and its row there."""
         if not isinstance(sample_id, bytes) or len(sample_id) != ID_BYTES:
             raise InputError(f"a sample id must be {ID_BYTES} raw bytes; got {sample_id!r}")
         found = self._index.find(sample_id)
@@ -100,7 +110,7 @@ class TeacherCache:
         if number < len(self._manifest["shards"]):
             shard = self._shard(number)
             if row < len(shard.index) and shard.index["sample_id"][row].tobytes() == sample_id:
-                return shard.read(self.directory / shard.name, row)
+                return shard, row
         self._check_index()
         raise InputError(f"{INDEX_FILE} in {self.directory} leads to another sample than {sample_id.hex()}")
 
