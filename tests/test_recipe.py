@@ -38,20 +38,38 @@ def test_the_minimal_recipe_is_se_kd_with_a_live_teacher() -> None:
 
 
 REFUSED = {
-    "positions.metric=student_entorpy": "positions.metric: 'student_entorpy' is not known. Allowed: student_entropy. "
-    "Did you mean 'student_entropy'?",
+    "positions.metric=student_entorpy": "positions.metric: 'student_entorpy' is not known. Allowed: student_entropy, .*"
+    r"or your own as module:function. Did you mean 'student_entropy'\?",
     "positons.fraction=0.1": r"positons: unknown key.*Did you mean 'positions'\?",
     "positions.fractoin=0.1": r"positions.fractoin: unknown key. Allowed here: .*Did you mean 'fraction'\?",
     "positions.fraction=0": "positions.fraction: input should be greater than 0, but got 0",
     "positions.fraction=1.01": "positions.fraction: input should be less than or equal to 1, but got 1.01",
     "positions.fraction=null": "positions.policy: top_k picks a share; give positions.fraction",
-    "positions.metric=null": "positions.policy: top_k ranks positions by a metric; give positions.metric",
+    "positions.metric=null": "positions.policy: top_k goes by a metric; give positions.metric",
     "classes.draws=0": "classes.draws: input should be greater than or equal to 1, but got 0",
     "classes.sampler=all": "cache: the full distribution .* is too large to store; draw classes with classes.sampler",
     "criterion.temperature=0": "criterion.temperature: input should be greater than 0",
     "criterion.temperature=.inf": "criterion.temperature: input should be a finite number",
     "criterion.kd_weight=1.5": "criterion.kd_weight: input should be less than or equal to 1",
-    "criterion.name=reverse_kl": "criterion.name: 'reverse_kl' is not known. Allowed: forward_kl",
+    "criterion.name=reverse_kl": "criterion.name: reverse_kl of drawn classes would be a biased estimate",
+    "criterion.name=reverse_lk": r"criterion.name: 'reverse_lk' is not known. .*Did you mean 'reverse_kl'\?",
+    "criterion={name: jsd, beta: 1.0}": "criterion.beta: jsd mixes two distributions; give a share between 0 and 1",
+    "criterion.beta=0.5": "criterion.beta: forward_kl has no beta",
+    "positions.metric=kl": "positions.metric: kl needs the teacher's full distribution .* set cache: null",
+    "positions.metric=os.path:nothing": "positions.metric: 'os.path:nothing': os.path has no function 'nothing'",
+    "positions.metric=no_such_module:f": "positions.metric: .*no_such_module can't be imported",
+    "positions.metric=os.path:join": "a metric may ask for student_logits, .* but this one asks for a, p",
+    "positions.policy=topk": r"positions.policy: 'topk' is not known.*Did you mean 'top_k'\?",
+    "positions.smoothing=2": "positions.smoothing: an option of pos_rs and pos_rs_corrected, without effect on top_k",
+    "positions={policy: pos_rs, smoothing: 0}": "positions.smoothing: input should be greater than 0",
+    "positions={policy: gls, reduction: per_sample}": "positions.reduction: gls counts over the whole step",
+    "positions={policy: weighted, reduction: per_position}": "positions.reduction: weighted gives its",
+    "positions={policy: curriculum, curriculum_steps: 0}": "curriculum_steps: input should be greater than",
+    "positions={policy: curriculum, curriculum_steps: 1.5}": "curriculum_steps: input should be less than",
+    "positions.fraction={from: 1.0, too: 0.2}": r"(?s)positions.fraction.to: required.*Allowed here: from, to, over",
+    "positions.fraction={from: 0, to: 0.2}": "positions.fraction.from: input should be greater than 0",
+    "classes.sampler=rskd": r"classes.sampler: 'rskd' is not known.*Did you mean 'rs_kd'\?",
+    "samples.metric=entropy": "samples.metric: 'entropy' is not known. Allowed: student_entropy, kl, ce_ratio, random",
     "student={}": "give exactly one of student.model and student.prune_from_teacher",
     "student.prune_from_teacher={layers: 2}": "give exactly one of student.model and student.prune_from_teacher",
     "student={prune_from_teacher: {layers: 0}}": "student.prune_from_teacher.layers: input should be greater",
@@ -130,9 +148,26 @@ def test_overrides_reach_into_parts_that_were_null() -> None:
 
 def test_what_a_choice_makes_meaningless_is_null_once_resolved() -> None:
     recipe = load_recipe("se_kd", ["positions.policy=all", "classes.draws=3"]).resolved()
-    assert recipe["positions"] == {"metric": None, "policy": "all", "fraction": None, "reduction": "per_sample"}
+    kept = {key: value for key, value in recipe["positions"].items() if value is not None}
+    assert kept == {"policy": "all", "reduction": "per_sample"}
     assert recipe["classes"] == {"sampler": "all", "draws": None}
-    assert load_recipe("se_kd", ["positions.policy=random"]).positions.metric is None
+    assert load_recipe("se_kd", ["positions.policy=random"]).positions.metric == "random"
+    assert load_recipe("se_kd", ["samples={metric: all}"]).samples is None
+
+
+def test_what_a_choice_needs_is_filled_in() -> None:
+    for changes, expected in {
+        ("positions.policy=gls",): {"queue_size": 30_000, "reduction": "per_position"},
+        ("positions.policy=curriculum",): {"curriculum_steps": 1.0},
+        ("positions.policy=pos_rs",): {"smoothing": 1.0, "clip": None, "skip_first": 0, "coverage": 0.0},
+        ("criterion.name=dkd",): {"alpha": 1.0, "beta": 8.0},
+        ("criterion.name=skew_kl",): {"alpha": 0.1, "beta": None},
+        ("positions.fraction={from: 1, to: 0.2}",): {"fraction": {"from": 1, "to": 0.2, "over": 1, "shape": "linear"}},
+    }.items():
+        recipe = load_recipe("se_kd", list(changes))
+        part = recipe.resolved()[changes[0].partition(".")[0]]
+        assert {key: part[key] for key in expected} == expected
+        assert parse_part(Recipe, recipe.resolved()) == recipe, "reading the resolved recipe gives an equal one"
 
 
 def test_yaml_tags_build_no_objects(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from selkd.data.samples import Sample, SampleDataset
 from selkd.maths.chunked import chunk_size, chunks
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
-from selkd.recipe import ClassOptions
-from selkd.selection.classes import SAMPLERS
+from selkd.recipe_choices import ClassOptions
+from selkd.selection.classes import class_sampler
 from selkd.selection.noise import position_uniforms
 from selkd.teacher import head_logits
 
@@ -145,8 +145,7 @@ class _Drawing:
     ) -> None:
         self.model = model
         self.head: Head = head_of(model).narrowed(n_classes)
-        self.sample = SAMPLERS[classes.sampler]
-        self.draws = classes.draws
+        self.sampler = class_sampler(classes)
         self.temperature = temperature
         self.seed = seed
         self.pad_token_id = pad_token_id
@@ -168,13 +167,15 @@ class _Drawing:
         self.tokens += batch["input_ids"].numel()
         ids, valid = batch["sample_ids"].numpy(), batch["valid_mask"].numpy()
         device = self.model.device
-        uniforms = torch.from_numpy(position_uniforms(self.seed, ids, valid, "cache", draws=self.draws)[valid])
+        uniforms = torch.from_numpy(
+            position_uniforms(self.seed, ids, valid, "cache", draws=self.sampler.n_uniforms)[valid]
+        )
         hidden = hidden_states(self.model, batch["input_ids"].to(device), batch["position_ids"].to(device))
         hidden = hidden[batch["valid_mask"].to(device)]
         lengths, class_ids, counts = [], [], []
         for rows in chunks(len(hidden), chunk_size(self.head.n_classes, device)):
             probabilities = torch.softmax(head_logits(self.head, hidden[rows]) / self.temperature, dim=-1)
-            chunk_ids, chunk_counts = self.sample(probabilities, uniforms[rows].to(device))
+            chunk_ids, chunk_counts = self.sampler.integers(probabilities, uniforms[rows].to(device))
             drawn = chunk_counts > 0
             lengths.append(drawn.sum(dim=-1).cpu().numpy())
             class_ids.append(chunk_ids[drawn].cpu().numpy())

@@ -1,57 +1,79 @@
-"""A few held-out samples with what the policy picks in them, for the report's page."""
+"""Real text with what a metric and some policies make of it: for the report's page and for ``selkd tokens``."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selkd.data.batching import collate
-from selkd.data.samples import SampleDataset
-from selkd.maths.chunked import chunked_entropy
+from selkd.data.samples import Sample
 from selkd.models.head import evaluating, head_of, hidden_states
-from selkd.recipe import PositionOptions
-from selkd.selection.noise import position_uniforms
-from selkd.selection.positions import select
+from selkd.recipe_choices import ClassOptions, PositionOptions
+from selkd.selection.positions import Place, place_of
+from selkd.selection.scores import choose_positions, score_positions
+from selkd.teacher import LiveTeacher
 
 
-def selected_examples(
+def examine(
     student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
-    samples: SampleDataset,
-    positions: PositionOptions,
+    samples: Sequence[Sample],
+    metric: str,
+    policies: Sequence[PositionOptions],
     n_classes: int,
     seed: int,
-    count: int = 3,
+    *,
+    place: Place | None = None,
 ) -> dict[str, Any]:
-    """The first ``count`` samples' tokens, the student's entropy at each position, and which positions are selected.
+    """The samples' tokens, the metric at each position, and what each policy makes of it.
 
-    Index t is about token t+1. Entropies are exact, in the student's own dtype; ``random`` shows step 0's choice.
+    Index t of scores and coefficients is about token t+1. Scores are exact, in the models' own dtypes. A policy ranks
+    by its own metric, where that is another.
+
+    Args:
+        teacher: needed if a metric needs it.
+        place: where in a run the policies are; by default at its first step. gls has no queue here, so its start
+            is shown: the top scores of each sample.
+
+    Returns:
+        ``metric``; ``policies``, their names; ``samples``, a list of ``sample_id``, ``tokens``, ``scores`` (None where
+        not valid), ``valid``, ``coefficients`` (one list a policy) and ``selected`` (by the first policy).
     """
-    group = [samples[index] for index in range(min(count, len(samples)))]
-    batch = {name: tensor.to(student.device) for name, tensor in collate(group, int(tokenizer.pad_token_id)).items()}
-    valid_mask = batch["valid_mask"]
+    batch = {name: tensor.to(student.device) for name, tensor in collate(samples, int(tokenizer.pad_token_id)).items()}
+    valid_mask, head = batch["valid_mask"], head_of(student).narrowed(n_classes)
     with evaluating(student):
         hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])
-    entropies = torch.zeros(valid_mask.shape, device=student.device)
-    entropies[valid_mask] = chunked_entropy(hidden[valid_mask], head_of(student).narrowed(n_classes)).float()
-    scores = entropies
-    if positions.policy == "random":
-        ids, mask = batch["sample_ids"].cpu().numpy(), valid_mask.cpu().numpy()
-        scores = torch.from_numpy(position_uniforms(seed, ids, mask, "positions", 0)).to(student.device)
-    selected = select(positions.policy, scores, valid_mask, positions.fraction) > 0
+    targets = None
+    if teacher is not None:
+        targets = LiveTeacher(teacher, ClassOptions.model_validate({}), 1.0, seed, n_classes).targets(batch, 0)
+    names = {metric, *(options.metric for options in policies)}
+    step = 0 if place is None else place.step
+    scores = {name: score_positions(name, hidden, head, batch, targets, seed=seed, step=step).values for name in names}
+    coefficients = [
+        choose_positions(options, scores[options.metric], batch, place or place_of(options, 0, 1), seed=seed)
+        for options in policies
+    ]
+
+    def row_of(tensor: torch.Tensor, row: int) -> list[Any]:
+        return tensor[row].tolist()[: len(samples[row].token_ids)]
+
     return {
-        "metric": "student_entropy",
+        "metric": metric,
+        "policies": [options.policy for options in policies],
         "samples": [
             {
                 "sample_id": sample.id.hex(),
                 "tokens": [tokenizer.decode([token]) for token in sample.token_ids.tolist()],
                 "scores": [
                     round(value, 4) if valid else None
-                    for value, valid in zip(entropies[row].tolist(), valid_mask[row].tolist(), strict=True)
-                ][: len(sample.token_ids)],
-                "selected": selected[row].tolist()[: len(sample.token_ids)],
-                "valid": valid_mask[row].tolist()[: len(sample.token_ids)],
+                    for value, valid in zip(row_of(scores[metric], row), row_of(valid_mask, row), strict=True)
+                ],
+                "valid": row_of(valid_mask, row),
+                "coefficients": [row_of(each, row) for each in coefficients],
+                "selected": row_of(coefficients[0] > 0, row),
             }
-            for row, sample in enumerate(group)
+            for row, sample in enumerate(samples)
         ],
     }

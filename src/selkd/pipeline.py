@@ -13,15 +13,19 @@ import torch
 from selkd import stages
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, RunError
-from selkd.examples import selected_examples
+from selkd.examples import examine
 from selkd.models.loading import load_model
 from selkd.models.sources import locate
 from selkd.recipe import Recipe, parse_part
+from selkd.recipe_choices import needs_teacher
 from selkd.recipe_files import load_recipe
 from selkd.reporting.card import model_card
 from selkd.reporting.page import write_page
 from selkd.run_directory import RunDirectory, write_whole
+from selkd.selection.positions import place_of
 from selkd.workspace import CALIBRATION_SAMPLES, Workspace
+
+EXAMPLES = 3  # samples shown on the page
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,17 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
         if work.state.is_main_process:
             shown = work.splits.held_out if len(work.splits.held_out) else work.splits.train
             recipe = work.recipe
-            found = selected_examples(student, work.tokenizer, shown, recipe.positions, work.n_classes, recipe.seed)
+            found = examine(
+                student,
+                work.teacher() if needs_teacher(recipe.positions.metric) else None,
+                work.tokenizer,
+                [shown[index] for index in range(min(EXAMPLES, len(shown)))],
+                recipe.positions.metric if recipe.positions.metric not in (None, "random") else "student_entropy",
+                [recipe.positions],
+                work.n_classes,
+                recipe.seed,
+                place=place_of(recipe.positions, run.record["train"]["steps"], run.record["train"]["steps"]),
+            )
             write_whole(examples, json.dumps(found) + "\n")
     card = run.path / "student" / "README.md"
     if work.state.is_main_process:

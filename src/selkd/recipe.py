@@ -6,27 +6,15 @@ effect; a key that a choice makes meaningless (a fraction beside ``policy: all``
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from selkd.errors import InputError
+from selkd.recipe_choices import ClassOptions, CriterionOptions, Part, PositionOptions, SampleOptions, needs_teacher
 from selkd.recipe_errors import explain
 
 P = TypeVar("P", bound=BaseModel)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Criterion = Literal["forward_kl"]
-PositionMetric = Literal["student_entropy"]
-PositionPolicy = Literal["all", "top_k", "random"]
-Reduction = Literal["per_sample", "per_position"]
-ClassSampler = Literal["all", "rs_kd"]
-SampleMetric = Literal["student_entropy", "random"]
-
-
-class Part(BaseModel):
-    """A part of a recipe: unknown keys are errors, values never change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TeacherOptions(Part):
@@ -70,59 +58,6 @@ class DataOptions(Part):
     streaming: bool | None = Field(None, description="stream a hub data set; null: when `tokens` is given")
 
 
-class CriterionOptions(Part):
-    """How teacher and student are compared. ``kd_weight`` is lambda: the rest is cross-entropy with the text."""
-
-    name: Criterion = "forward_kl"
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    temperature_squared: bool = Field(True, description="multiply the divergence by the temperature's square")
-    kd_weight: float = Field(1.0, ge=0, le=1)
-
-
-class PositionOptions(Part):
-    """Which positions of a sample are supervised."""
-
-    metric: PositionMetric | None = "student_entropy"
-    policy: PositionPolicy = "top_k"
-    fraction: Fraction | None = 0.20
-    reduction: Reduction = "per_sample"
-
-    @model_validator(mode="after")
-    def _complete(self) -> "PositionOptions":
-        if self.policy != "top_k":
-            object.__setattr__(self, "metric", None)
-        if self.policy == "all":
-            object.__setattr__(self, "fraction", None)
-        if self.policy == "top_k" and self.metric is None:
-            raise ValueError("positions.policy: top_k ranks positions by a metric; give positions.metric")
-        if self.policy != "all" and self.fraction is None:
-            raise ValueError(f"positions.policy: {self.policy} picks a share; give positions.fraction")
-        return self
-
-
-class ClassOptions(Part):
-    """Which vocabulary classes of the teacher's distribution are compared: all, or ``draws`` from it a position."""
-
-    sampler: ClassSampler = "all"
-    draws: int | None = Field(64, ge=1, le=65535)
-
-    @model_validator(mode="after")
-    def _complete(self) -> "ClassOptions":
-        if self.sampler == "all":
-            object.__setattr__(self, "draws", None)
-        if self.sampler == "rs_kd" and self.draws is None:
-            raise ValueError("classes.sampler: rs_kd draws classes; give classes.draws")
-        return self
-
-
-class SampleOptions(Part):
-    """Which samples are trained on: the highest share by the frozen initial student's mean score."""
-
-    metric: SampleMetric = "student_entropy"
-    fraction: Fraction = 0.20
-    path: str | None = Field(None, description="the scores' file, written or reused; null: inside the run")
-
-
 class CacheOptions(Part):
     """The teacher's drawn classes on disk. ``path`` null: inside the run."""
 
@@ -132,7 +67,7 @@ class CacheOptions(Part):
 class EvaluationOptions(Part):
     """What is measured on the held-out split, before and after training, and every so many steps if asked."""
 
-    suite: list[Literal["fidelity"]] = ["fidelity"]
+    suite: list[Literal["fidelity"]] = Field(["fidelity"])
     every_steps: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
@@ -162,16 +97,35 @@ class Recipe(Part):
     classes: ClassOptions = ClassOptions.model_validate({})
     samples: SampleOptions | None = None
     cache: CacheOptions | None = None
-    training: Annotated[dict[str, Any], BeforeValidator(_checked_training)] = {}
+    training: Annotated[dict[str, Any], BeforeValidator(_checked_training)] = Field({})
     evaluation: EvaluationOptions = EvaluationOptions()
     seed: int = Field(1337, ge=0, lt=2**32)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _every_sample(cls, given: Any) -> Any:
+        """``samples: {metric: all}`` is ``samples: null``."""
+        if (
+            isinstance(given, dict)
+            and isinstance(given.get("samples"), dict)
+            and given["samples"].get("metric") == "all"
+        ):
+            return given | {"samples": None}
+        return given
+
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
+        check_parts(self.criterion, self.positions, self.classes)
         if self.cache is not None and self.classes.sampler == "all":
             raise ValueError(
                 "cache: the full distribution (classes.sampler: all) is too large to store; "
-                "draw classes with classes.sampler: rs_kd, or set cache: null for a live teacher"
+                "draw classes with classes.sampler: systematic or rs_kd, or set cache: null for a live teacher"
+            )
+        if self.cache is not None and needs_teacher(self.positions.metric):
+            raise ValueError(
+                f"positions.metric: {self.positions.metric} needs the teacher's full distribution at every position, "
+                "and a cache holds drawn classes alone; take a metric of the student (student_entropy, student_ce), or "
+                "set cache: null for a live teacher"
             )
         if self.evaluation.suite and self.data.held_out_fraction == 0:
             raise ValueError(
@@ -187,6 +141,21 @@ class Recipe(Part):
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain data, every default written out; reading it back gives an equal recipe."""
         return self.model_dump(mode="json")
+
+
+def check_parts(criterion: CriterionOptions, positions: PositionOptions, classes: ClassOptions) -> None:
+    """What the three choices of a loss ask of each other; for a recipe and for ``DistillArguments``.
+
+    Raises:
+        ValueError: they don't go together; the key and the reason are told.
+    """
+    del positions  # goes with every criterion and every sampler
+    if classes.sampler != "all" and criterion.name != "forward_kl":
+        raise ValueError(
+            f"criterion.name: {criterion.name} of drawn classes would be a biased estimate: drawn classes give forward "
+            "KL's gradient alone without bias (E[c/U] = p enters it linearly); take criterion.name: forward_kl, or "
+            "classes.sampler: all with a live teacher (cache: null)"
+        )
 
 
 def parse_part(part: type[P], given: Any, prefix: str = "") -> P:

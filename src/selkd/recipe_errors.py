@@ -1,12 +1,15 @@
 """Pydantic's validation errors in the user's words: the key, what was given, what is allowed, the nearest name."""
 
 import difflib
+import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+_TAGS = ("number", "schedule", "steps", "share")  # which branch of a choice was read, not a key
 
 
 def nearest(given: object, names: Iterable[str]) -> str:
@@ -22,12 +25,12 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
 
 
 def _explain_one(detail: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
-    path = [str(step) for step in detail["loc"]]
+    path = [str(step) for step in detail["loc"] if step not in _TAGS]
     key = ".".join(([prefix] if prefix else []) + path) or "recipe"
     given, context = detail["input"], detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
-            names = list(_model_at(model, path[:-1]).model_fields)
+            names = [field.alias or name for name, field in _model_at(model, path[:-1]).model_fields.items()]
             return f"{key}: unknown key. Allowed here: {', '.join(names)}.{nearest(path[-1], names)}"
         case "missing":
             return f"{key}: required, but not given."
@@ -36,7 +39,7 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel], prefix: str) -> s
             return f"{key}: {given!r} is not known. Allowed: {', '.join(names)}.{nearest(given, names)}"
         case "value_error":
             message = str(context["error"])
-            return message if "." in message.split(" ")[0] or not path else f"{key}: {message}"
+            return message if re.match(r"[a-z_]+\.[a-z]", message) or not path else f"{key}: {message}"
         case _:
             return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}, but got {given!r}."
 
@@ -44,7 +47,13 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel], prefix: str) -> s
 def _model_at(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
     """The model class that validates the part of ``model`` at ``path``."""
     for step in path:
-        annotation: Any = model.model_fields[step].annotation
-        choices = typing.get_args(annotation) or (annotation,)
-        model = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
+        model = next(_models_in(model.model_fields[step].annotation))
     return model
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The model classes among an annotation's choices."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for choice in typing.get_args(annotation):
+        yield from _models_in(choice)

@@ -1,73 +1,118 @@
 """Scoring: one pass of the frozen initial student over all samples, one number each.
 
-Shapes: B batch, T positions, D hidden.
+Shapes: B batch, T positions, N valid positions, V classes.
 """
 
-from functools import partial
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from selkd.data.batching import collate
 from selkd.data.grouping import group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
-from selkd.maths.chunked import chunked_entropy
+from selkd.maths.chunked import chunked_statistics
 from selkd.maths.head import Head
+from selkd.maths.importance import ce_ratio, statistics
 from selkd.models.head import head_of, hidden_states
 from selkd.selection.noise import sample_generator
+from selkd.teacher import head_logits
 
 TOKENS_AT_ONCE = 4096
+
+# The statistics whose means over a sample's valid positions make its score, and whether the teacher is needed.
+STATISTICS: dict[str, tuple[str, ...]] = {
+    "student_entropy": ("student_entropy",),
+    "kl": ("kl",),
+    "ce_ratio": ("student_ce", "teacher_ce"),
+}
+NEEDS_TEACHER = ("kl", "ce_ratio")
 
 
 def score_samples(
     metric: str,
     samples: SampleDataset,
-    student: PreTrainedModel,
+    student: Callable[[], PreTrainedModel],
+    teacher: Callable[[], PreTrainedModel],
     dtype: torch.dtype,
     pad_token_id: int,
     n_classes: int,
     seed: int,
-) -> np.ndarray:
-    """The score of every sample, float64 [N]: the mean over its valid positions of ``metric``.
+) -> tuple[np.ndarray, int]:
+    """The score of every sample, float64 [N], and the tokens that the teacher ran on, padding included.
 
-    ``student_entropy``: H(q_t) in nats, exact. ``random``: uniform noise of (seed, sample id). A sample without a
-    valid position scores 0. Several processes share the work; each returns all scores.
+    ``student_entropy`` and ``kl``: the mean over its valid positions, in nats, exact. ``ce_ratio``: the ratio of the
+    sample's mean cross-entropies. ``random``: uniform noise of (seed, sample id). A sample without a valid position
+    scores 0. Several processes share the work; each returns all scores.
 
     Args:
-        student: the initial student; read under autocast to ``dtype``, not changed.
-        n_classes: how many classes it shares with the teacher.
+        student, teacher: give the initial student, read under autocast to ``dtype``, and the teacher; called only if
+            the metric needs them.
+        n_classes: how many classes they share.
     """
     if metric == "random":
-        return np.array([sample_generator(seed, sample_id, "samples").random() for sample_id in samples.ids])
+        return np.array([sample_generator(seed, sample_id, "samples").random() for sample_id in samples.ids]), 0
     state = PartialState()
     groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)
     mine = groups[state.process_index :: state.num_processes]
-    head = head_of(student).narrowed(n_classes).to(dtype)
-    score = partial(_mean_entropies, student.eval(), head, dtype, pad_token_id)
+    scoring = _Scoring(metric, student(), teacher() if metric in NEEDS_TEACHER else None, dtype, n_classes)
     found: list[tuple[int, float]] = []
     with tqdm(total=sum(map(len, mine)), desc="scoring", unit=" samples", disable=not state.is_main_process) as bar:
         for group in mine:
-            found += zip(group, score([samples[index] for index in group]), strict=True)
+            found += zip(group, scoring([samples[index] for index in group], pad_token_id), strict=True)
             bar.update(len(group))
+    tokens = scoring.teacher_tokens
+    if state.num_processes > 1:
+        found, tokens = gather_object(found), sum(gather_object([tokens]))
     scores = np.zeros(len(samples))
-    for index, value in gather_object(found) if state.num_processes > 1 else found:
+    for index, value in found:
         scores[index] = value
-    return scores
+    return scores, tokens
 
 
-@torch.inference_mode()
-def _mean_entropies(
-    student: PreTrainedModel, head: Head, dtype: torch.dtype, pad_token_id: int, group: list[Sample]
-) -> list[float]:
-    batch = {name: tensor.to(student.device) for name, tensor in collate(group, pad_token_id).items()}
-    valid_mask = batch["valid_mask"]
-    device = valid_mask.device.type
-    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-        hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])
-    entropies = chunked_entropy(hidden[valid_mask], head)
-    sums = entropies.new_zeros(len(group)).index_add_(0, valid_mask.nonzero()[:, 0], entropies)
-    return (sums / valid_mask.sum(dim=-1).clamp(min=1)).tolist()
+class _Scoring:
+    def __init__(
+        self,
+        metric: str,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        dtype: torch.dtype,
+        n_classes: int,
+    ) -> None:
+        self.metric = metric
+        self.student, self.teacher = student.eval(), teacher
+        self.dtype = dtype
+        self.head = head_of(student).narrowed(n_classes).to(dtype)
+        self.teacher_head: Head | None = None if teacher is None else head_of(teacher).narrowed(n_classes)
+        self.teacher_tokens = 0
+
+    @torch.inference_mode()
+    def __call__(self, group: list[Sample], pad_token_id: int) -> list[float]:
+        """The scores of one batch of samples."""
+        device = self.student.device
+        batch = {name: tensor.to(device) for name, tensor in collate(group, pad_token_id).items()}
+        valid_mask, inputs = batch["valid_mask"], (batch["input_ids"], batch["position_ids"])
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            hidden = hidden_states(self.student, *inputs)[valid_mask]
+        teacher_hidden = None
+        if self.teacher is not None:
+            teacher_hidden = hidden_states(self.teacher, *inputs)[valid_mask]
+            self.teacher_tokens += valid_mask.numel()
+        names, targets = STATISTICS[self.metric], batch["targets"][valid_mask]
+
+        def compute(student_logits: Tensor, rows: slice) -> Tensor:
+            teacher_logits = None
+            if self.teacher_head is not None and teacher_hidden is not None:
+                teacher_logits = head_logits(self.teacher_head, teacher_hidden[rows])
+            return statistics(names, student_logits, teacher_logits, targets[rows])
+
+        columns = chunked_statistics(hidden, self.head, compute)
+        sums = columns.new_zeros(len(group), columns.shape[1]).index_add_(0, valid_mask.nonzero()[:, 0], columns)
+        means = sums / valid_mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        scores = ce_ratio(means[:, 0], means[:, 1]) if self.metric == "ce_ratio" else means[:, 0]
+        return scores.tolist()

@@ -20,7 +20,7 @@ from selkd.models.loading import n_parameters
 from selkd.models.sources import locate
 from selkd.models.tokenizers import tokenizer_fingerprint
 from selkd.run_directory import RunDirectory
-from selkd.scoring import score_samples
+from selkd.scoring import NEEDS_TEACHER, score_samples
 from selkd.selection.samples import SampleScores, highest
 from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress, read_metrics
 from selkd.training.checkpoints import last_whole_checkpoint
@@ -112,15 +112,29 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
             "classes": str(work.n_classes),
             "precision": str(work.dtype),
             **({"seed": str(work.recipe.seed)} if options.metric == "random" else {}),
+            **(
+                {"teacher": work.teacher_source.fingerprint, "teacher_precision": str(work.teacher_dtype)}
+                if options.metric in NEEDS_TEACHER
+                else {}
+            ),
         }
         own = run.path / "selection" / "samples.parquet"
         is_new = not path.exists()
         if not is_new:
             scores = SampleScores.read(path, fingerprint).scores
         else:
-            scores = score_samples(
-                options.metric, train, work.student, work.dtype, work.pad_token_id, work.n_classes, work.recipe.seed
+            scores, tokens = score_samples(
+                options.metric,
+                train,
+                lambda: work.student,
+                work.teacher,
+                work.dtype,
+                work.pad_token_id,
+                work.n_classes,
+                work.recipe.seed,
             )
+            if tokens:
+                count_teacher_tokens(work, run, score=tokens)
         kept = highest(scores, options.fraction)
         if work.state.is_main_process:
             found = SampleScores([sample_id.hex() for sample_id in train.ids], scores, fingerprint)

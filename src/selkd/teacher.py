@@ -20,8 +20,8 @@ from selkd.errors import InputError
 from selkd.maths.chunked import wide
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
-from selkd.recipe import ClassOptions
-from selkd.selection.classes import SAMPLERS
+from selkd.recipe_choices import ClassOptions
+from selkd.selection.classes import class_sampler
 from selkd.selection.noise import position_uniforms
 
 Batch = dict[str, Tensor]
@@ -36,7 +36,10 @@ class FullDistribution:
 
 @dataclass(frozen=True)
 class DrawnClasses:
-    """Classes drawn from the teacher: ``class_ids`` int64 and ``counts`` [n, C], rows padded with count 0."""
+    """Classes drawn from the teacher: ``class_ids`` int64 and ``counts`` [n, C], rows padded with count 0.
+
+    The target is counts / counts.sum(); they are integers, but for ``top_k``'s probabilities.
+    """
 
     class_ids: Tensor
     counts: Tensor
@@ -48,6 +51,9 @@ Target = FullDistribution | DrawnClasses
 class PickedTargets(Protocol):
     def chunk(self, rows: slice) -> Target:
         """The targets of some of the N selected positions."""
+
+    def logits(self, rows: slice) -> Tensor:
+        """The full distribution at some of them, [n, V], at temperature 1; a live teacher's alone."""
 
 
 class TeacherTargets(Protocol):
@@ -81,7 +87,7 @@ class LiveTeacher:
         self, model: PreTrainedModel, classes: ClassOptions, temperature: float, seed: int, n_classes: int
     ) -> None:
         self.model = model
-        self.classes = classes
+        self.sampler = None if classes.sampler == "all" else class_sampler(classes)
         self.temperature = temperature
         self.seed = seed
         self.head = head_of(model).narrowed(n_classes)
@@ -89,9 +95,9 @@ class LiveTeacher:
     @torch.no_grad()
     def targets(self, batch: Batch, step: int) -> "_LiveTargets":
         uniforms = None
-        if self.classes.sampler != "all":
+        if self.sampler is not None:
             ids, valid = batch["sample_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
-            noise = position_uniforms(self.seed, ids, valid, "classes", step, draws=self.classes.draws)
+            noise = position_uniforms(self.seed, ids, valid, "classes", step, draws=self.sampler.n_uniforms)
             uniforms = torch.from_numpy(noise).flatten(0, 1).to(batch["input_ids"].device)
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
             hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
@@ -108,12 +114,16 @@ class _LiveTargets:
         uniforms = None if self.uniforms is None else self.uniforms[index]
         return _LiveTargets(self.hidden_states[index], self.teacher, uniforms)
 
+    def logits(self, rows: slice) -> Tensor:
+        return head_logits(self.teacher.head, self.hidden_states[rows])
+
     def chunk(self, rows: slice) -> Target:
-        logits = head_logits(self.teacher.head, self.hidden_states[rows])
-        if self.uniforms is None:
+        logits = self.logits(rows)
+        sampler = self.teacher.sampler
+        if sampler is None:
             return FullDistribution(logits)
-        sample = SAMPLERS[self.teacher.classes.sampler]
-        return DrawnClasses(*sample(torch.softmax(logits / self.teacher.temperature, dim=-1), self.uniforms[rows]))
+        assert self.uniforms is not None, "a sampler's uniforms come with the targets"
+        return DrawnClasses(*sampler(torch.softmax(logits / self.teacher.temperature, dim=-1), self.uniforms[rows]))
 
 
 @torch.no_grad()
@@ -169,6 +179,9 @@ class _CachedTargets:
 
     def at(self, index: Tensor) -> "_CachedTargets":
         return _CachedTargets(self.class_ids[index], self.counts[index])
+
+    def logits(self, rows: slice) -> Tensor:  # noqa: ARG002
+        raise AssertionError("what needs the full distribution is refused before a cache is opened for training")
 
     def chunk(self, rows: slice) -> DrawnClasses:
         return DrawnClasses(self.class_ids[rows], self.counts[rows])

@@ -1,13 +1,23 @@
-"""RS-KD's draws: exact counts, unbiased targets."""
+"""Class samplers: exact counts, unbiased targets, and how far each lies from the teacher."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selkd.maths.divergence import forward_kl, sampled_forward_kl
-from selkd.recipe import ClassSampler
-from selkd.selection.classes import SAMPLERS, count_distinct, rs_kd
+from selkd.recipe_choices import CLASS_SAMPLERS, ClassOptions
+from selkd.selection.classes import (
+    SAMPLERS,
+    TOP_K_UNITS,
+    class_sampler,
+    count_distinct,
+    in_units,
+    rs_kd,
+    systematic,
+    top_k,
+)
 
 
 def as_dense(class_ids: torch.Tensor, counts: torch.Tensor, n_classes: int) -> torch.Tensor:
@@ -20,7 +30,7 @@ def test_counts_are_exact(draws: int, n_classes: int, n: int, seed: int) -> None
     generator = torch.Generator().manual_seed(seed)
     probabilities = torch.softmax(torch.randn(n, n_classes, generator=generator) * 3, dim=-1)
     uniforms = torch.rand(n, draws, generator=generator, dtype=torch.float64)
-    class_ids, counts = rs_kd(probabilities, uniforms)
+    class_ids, counts = rs_kd(probabilities, uniforms, draws)
     assert (counts.sum(-1) == draws).all()
     # An independent reading: numpy, one position at a time.
     for row in range(n):
@@ -35,7 +45,7 @@ def test_counts_are_exact(draws: int, n_classes: int, n: int, seed: int) -> None
 def test_a_class_without_probability_is_never_drawn() -> None:
     probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     uniforms = torch.linspace(0, 1 - 1e-12, 1001, dtype=torch.float64)[None]
-    class_ids, counts = rs_kd(probabilities, uniforms)
+    class_ids, counts = rs_kd(probabilities, uniforms, 1001)
     assert class_ids[counts > 0].tolist() == [1, 3]
 
 
@@ -43,7 +53,7 @@ def test_the_target_is_unbiased_with_the_multinomials_variance() -> None:
     draws, repeats = 16, 20000
     p = torch.softmax(torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0]), dim=-1).double()
     uniforms = torch.rand(repeats, draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    class_ids, counts = rs_kd(p.expand(repeats, -1), uniforms)
+    class_ids, counts = rs_kd(p.expand(repeats, -1), uniforms, draws)
     target = as_dense(class_ids, counts, 5) / draws
     variance = p * (1 - p) / draws
     assert ((target.mean(0) - p).abs() < 4.5 * (variance / repeats).sqrt()).all()
@@ -55,9 +65,9 @@ def test_the_gradient_of_forward_kl_is_unbiased() -> None:
     generator = torch.Generator().manual_seed(1)
     student, teacher = torch.randn(2, 1, n_classes, generator=generator, dtype=torch.float64)
     uniforms = torch.rand(repeats, draws, generator=generator, dtype=torch.float64)
-    class_ids, counts = rs_kd(torch.softmax(teacher, -1).expand(repeats, -1), uniforms)
+    class_ids, counts = rs_kd(torch.softmax(teacher, -1).expand(repeats, -1), uniforms, draws)
     _, sampled = sampled_forward_kl(student.expand(repeats, -1).clone(), class_ids, counts)
-    _, exact = forward_kl(student.clone(), teacher.clone())
+    _, exact = forward_kl(student.clone(), teacher.clone(), torch.zeros(1).long())
     assert ((sampled.mean(0) - exact[0]).abs() < 4.5 * sampled.std(0) / repeats**0.5).all()
 
 
@@ -65,7 +75,7 @@ def test_ids_beyond_17_bits_survive() -> None:
     n_classes = 200_000
     probabilities = torch.zeros(1, n_classes)
     probabilities[0, [5, 131_072, 151_935, 199_999]] = 0.25
-    class_ids, counts = rs_kd(probabilities, torch.linspace(0, 0.999, 40, dtype=torch.float64)[None])
+    class_ids, counts = rs_kd(probabilities, torch.linspace(0, 0.999, 40, dtype=torch.float64)[None], 40)
     assert class_ids[counts > 0].tolist() == [5, 131_072, 151_935, 199_999]
 
 
@@ -76,4 +86,59 @@ def test_count_distinct_pads_with_zero_counts() -> None:
 
 
 def test_the_recipe_knows_the_samplers_that_there_are() -> None:
-    assert set(ClassSampler.__args__) == {"all", *SAMPLERS}
+    assert set(CLASS_SAMPLERS) == {"all", *SAMPLERS}
+
+
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_systematic_counts_are_the_floor_or_the_ceiling(draws: int, n_classes: int, n: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.softmax(torch.randn(n, n_classes, generator=generator, dtype=torch.float64) * 3, dim=-1)
+    class_ids, counts = systematic(p, torch.rand(n, 1, generator=generator, dtype=torch.float64), draws)
+    assert (counts.sum(-1) == draws).all()
+    assert ((as_dense(class_ids, counts, n_classes) - draws * p).abs() < 1 + 1e-9).all()
+
+
+def test_systematic_is_unbiased_and_closer_than_rs_kd() -> None:
+    draws, repeats = 16, 20000
+    p = torch.softmax(torch.randn(40, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2, dim=-1)
+    uniforms = torch.rand(repeats, draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = as_dense(*systematic(p.expand(repeats, -1), uniforms[:, :1], draws), 40) / draws
+    excess = draws * p - (draws * p).floor()  # a count is the ceiling with this probability
+    variance = excess * (1 - excess) / draws**2
+    assert ((target.mean(0) - p).abs() < 4.5 * (variance / repeats).sqrt() + 1e-12).all()
+    torch.testing.assert_close(target.var(0), variance, rtol=0, atol=3.2e-5)  # 4.5 deviations; the largest is 1e-3
+    plain = as_dense(*rs_kd(p.expand(repeats, -1), uniforms, draws), 40) / draws
+    assert ((target - p) ** 2).sum() < 0.5 * ((plain - p) ** 2).sum()
+
+
+def test_top_k_takes_the_largest_and_the_lower_of_equals() -> None:
+    p = torch.tensor([[0.1, 0.3, 0.1, 0.5], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
+    class_ids, weights = top_k(p, torch.zeros(2, 0), 2)
+    assert class_ids.tolist() == [[1, 3], [0, 1]]
+    torch.testing.assert_close(weights, p.gather(-1, class_ids))
+    values, _ = sampled_forward_kl(torch.zeros(2, 4, dtype=torch.float64), class_ids, weights)
+    w = np.array([3 / 8, 5 / 8])
+    assert values[0].item() == pytest.approx(float((w * np.log(w * 4)).sum()))
+
+
+@given(st.integers(1, 64), st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_probabilities_in_units_stay_within_one_unit(width: int, seed: int) -> None:
+    p = torch.softmax(torch.randn(5, width, generator=torch.Generator().manual_seed(seed)) * 4, dim=-1)
+    class_ids = torch.arange(width).expand(5, -1)
+    _, counts = in_units(class_ids, p)
+    assert (counts.sum(-1) == TOP_K_UNITS).all()
+    exact = p.double() / p.double().sum(-1, keepdim=True)
+    assert ((counts / TOP_K_UNITS - exact).abs() < 1 / TOP_K_UNITS).all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_is_stored_sums_to_the_total(name: str) -> None:
+    sampler = class_sampler(ClassOptions.model_validate({"sampler": name, "draws": 6}))
+    generator = torch.Generator().manual_seed(3)
+    p = torch.softmax(torch.randn(9, 30, generator=generator), dim=-1)
+    uniforms = torch.rand(9, sampler.n_uniforms, generator=generator, dtype=torch.float64)
+    _, counts = sampler.integers(p, uniforms)
+    assert counts.dtype == torch.int64
+    assert (counts.sum(-1) == sampler.total).all()

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 from selkd import DistillTrainer
 from selkd.data.batching import collate
-from selkd.recipe import ClassOptions
+from selkd.recipe_choices import ClassOptions
+from selkd.selection.positions import place_of
 from selkd.teacher import LiveTeacher
 from selkd.training.arguments import DistillArguments
 from selkd.training.objective import Budget
@@ -37,7 +38,12 @@ def ddp(out: Path, arguments: DistillArguments) -> None:
         save_file(
             {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, out / "weights.safetensors"
         )
-        answer = {"log": trainer.state.log_history[0], "totals": vars(trainer.totals), "world": trainer.args.world_size}
+        answer = {
+            "log": trainer.state.log_history[-2],  # the last step's; the training's summary follows
+            "totals": vars(trainer.totals),
+            "world": trainer.args.world_size,
+            "queue": None if trainer.queue is None else trainer.queue.scores.tolist(),
+        }
         (out / "answer.json").write_text(json.dumps(answer))
 
 
@@ -50,10 +56,11 @@ def fsdp2(out: Path, arguments: DistillArguments) -> None:  # the arguments have
     objective = arguments.objective
     samples = list(make_samples(7))
     mine = collate(samples[dist.get_rank() :: dist.get_world_size()], 1)
-    budget = Budget(*map(sum, zip(*(objective.budget(collate([s], 1)["valid_mask"]) for s in samples), strict=True)))
+    place = place_of(objective.positions, 0, 1)
+    budget = Budget(*map(sum, zip(*(objective.budget(collate([s], 1), place) for s in samples), strict=True)))
     teacher = LiveTeacher(make_model(0, layers=3), ClassOptions.model_validate({}), 1.0, 11, V)
     loss = partial(
-        objective, batch=mine, teacher=teacher.targets(mine, 0), step=0, normaliser=objective.normaliser(budget)
+        objective, batch=mine, teacher=teacher.targets(mine, 0), place=place, normaliser=objective.normaliser(budget)
     )
     outputs = student(input_ids=mine["input_ids"], position_ids=mine["position_ids"], distillation=loss)
     (outputs["loss"] * dist.get_world_size()).backward()  # FSDP averages gradients over the ranks

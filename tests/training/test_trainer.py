@@ -18,7 +18,10 @@ from selkd.build_cache import build_cache
 from selkd.data.batching import collate
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, RunError
-from selkd.recipe import ClassOptions
+from selkd.models.head import head_of, hidden_states
+from selkd.recipe_choices import CRITERIA, POSITION_METRICS, ClassOptions
+from selkd.selection.positions import place_of
+from selkd.teacher import LiveTeacher
 
 RECIPES: dict[str, dict[str, Any]] = {
     "full kd": {"positions": {"policy": "all"}},
@@ -26,7 +29,26 @@ RECIPES: dict[str, dict[str, Any]] = {
     "random": {"positions": {"policy": "random", "fraction": 0.3}},
     "per position": {"positions": {"policy": "top_k", "fraction": 0.3, "reduction": "per_position"}},
     "lambda and temperature": {"criterion": {"kd_weight": 0.6, "temperature": 2.0}, "positions": {"policy": "all"}},
+    "corrected draws": {"positions": {"policy": "pos_rs_corrected", "metric": "kl", "fraction": 0.4, "skip_first": 2}},
+    "gls": {"positions": {"policy": "gls", "fraction": 0.3, "queue_size": 200}},
+}
+# Each runs as one step against the specification; together they take every metric, policy and criterion.
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    **RECIPES,
     "unsquared": {"criterion": {"temperature": 2.0, "temperature_squared": False}, "positions": {"fraction": 0.5}},
+    **{f"by {m}": {"positions": {"metric": m, "fraction": 0.3}} for m in POSITION_METRICS if m != "student_entropy"},
+    **{f"criterion {c}": {"criterion": {"name": c}, "positions": {"fraction": 0.5}} for c in CRITERIA},
+    "at-kd, temperature, text": {
+        "criterion": {"name": "at_kd", "temperature": 1.5, "kd_weight": 0.7},
+        "positions": {"metric": "kl", "fraction": 0.6, "reduction": "per_position"},
+    },
+    "curriculum": {"positions": {"policy": "curriculum", "fraction": 0.3}, "criterion": {"name": "jsd", "beta": 0.2}},
+    "draws": {
+        "positions": {"policy": "pos_rs", "fraction": 0.4, "smoothing": 2.0, "clip": 0.8, "coverage": 0.3},
+        "criterion": {"name": "reverse_kl"},
+    },
+    "weighted": {"positions": {"policy": "weighted", "metric": "kl"}, "criterion": {"kd_weight": 0.5}},
+    "scheduled": {"positions": {"fraction": {"from": 0.8, "to": 0.2, "over": 0.5}}},
 }
 
 
@@ -62,6 +84,7 @@ def dense_loss(student: PreTrainedModel, samples: SampleDataset, recipe: dict[st
         seed=11,
         sample_ids=ids,
         step=0,
+        position_ids=batch["position_ids"],
         **extra,
     )
 
@@ -75,7 +98,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: 
         torch.testing.assert_close(value, second[name], rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("recipe", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_a_step_is_the_specifications(recipe: dict[str, Any], tmp_path: Path) -> None:
     samples = make_samples(8)
     student = make_model(1)
@@ -308,16 +331,34 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     with torch.no_grad():
         student.model.norm.weight[0] = float("nan")
     before = weights(student)
-    with pytest.raises(RunError, match="the loss is nan at optimiser step 0"):
+    with pytest.raises(RunError, match="at optimiser step 0, before its update: the student's or the teacher's"):
         trainer.train()
     for name, value in weights(student).items():
         torch.testing.assert_close(value, before[name], equal_nan=True)
+
+
+@pytest.mark.parametrize("recipe", ["full kd", "se-kd"])
+def test_logits_that_are_not_finite_are_named_by_sample_and_position(recipe: str, tmp_path: Path) -> None:
+    batch, student = collate(list(make_samples(4)), 1), make_model(1)
+    objective = make_arguments(tmp_path, **RECIPES[recipe]).objective
+    teacher = LiveTeacher(make_model(0), ClassOptions.model_validate({}), 1.0, 0, V)
+    hidden = hidden_states(student, batch["input_ids"], batch["position_ids"]).detach()
+    position = int(batch["valid_mask"][2].nonzero()[3])
+    hidden[2, position, 0] = float("inf")
+    sample_id = batch["sample_ids"][2].numpy().tobytes().hex()
+    place = place_of(objective.positions, 7, 10)
+    with pytest.raises(RunError, match=f"position {position} of sample {sample_id} give nan at optimiser step 7"):
+        objective(hidden, head_of(student), batch, teacher.targets(batch, 7), place=place, normaliser=4)
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     samples = make_samples(4)
     cache = cached(make_samples(3), tmp_path / "cache")
     classes = {"classes": {"sampler": "rs_kd", "draws": 8}}
+    with pytest.raises(InputError, match=r"positions.metric: kl needs the teacher's full distribution"):
+        trainer_of(tmp_path, samples, classes | {"positions": {"metric": "kl"}}, teacher=cache)
+    with pytest.raises(InputError, match=r"criterion.name: jsd of drawn classes"):
+        trainer_of(tmp_path, samples, classes | {"criterion": {"name": "jsd"}})
     with pytest.raises(InputError, match=r"the cache lacks 1 samples"):
         trainer_of(tmp_path, samples, classes, teacher=cache)
     with pytest.raises(InputError, match=r"the cache's draws is 8, these arguments say 12"):

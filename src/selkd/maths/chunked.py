@@ -37,15 +37,29 @@ def wide(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def chunked_statistics(
+    hidden_states: Tensor, head: Head, compute: Callable[[Tensor, slice], Tensor], chunk: int | None = None
+) -> Tensor:
+    """Numbers of single positions, [N, m], reduced from the logits at hidden states [N, D], without gradient.
+
+    Dense expression: ``compute(head.logits(hidden_states), slice(None))``.
+
+    Args:
+        compute: maps student logits [n, V] and the slice of positions to [n, m]. The logits are its own to overwrite.
+    """
+    chunk = chunk or chunk_size(head.n_classes, hidden_states.device)
+    hidden_states = hidden_states.to(head.weight.dtype)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        parts = [compute(wide(head.logits(hidden_states[rows])), rows) for rows in chunks(len(hidden_states), chunk)]
+    return torch.cat(parts) if parts else wide(hidden_states.new_zeros(0, 1))
+
+
 def chunked_entropy(hidden_states: Tensor, head: Head, chunk: int | None = None) -> Tensor:
     """Entropy in nats, [N], of the distributions at hidden states [N, D], without gradient.
 
     Dense expression: ``Categorical(logits=head.logits(hidden_states)).entropy()``.
     """
-    chunk = chunk or chunk_size(head.n_classes, hidden_states.device)
-    hidden_states = hidden_states.to(head.weight.dtype)
-    parts = [entropy(wide(head.logits(hidden_states[rows]))) for rows in chunks(len(hidden_states), chunk)]
-    return torch.cat(parts) if parts else wide(hidden_states.new_zeros(0))
+    return chunked_statistics(hidden_states, head, lambda logits, _: entropy(logits).unsqueeze(-1), chunk).squeeze(-1)
 
 
 def chunked_loss(

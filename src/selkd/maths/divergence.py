@@ -3,50 +3,182 @@
 Each function returns ``(values [n], gradient [n, V])``, the gradient being that of ``values.sum()`` with respect to
 the student's logits. The gradient is formed here, in the forward pass, because the chunk's logits are alive here.
 
-Logits that are given are consumed: a chunk of them is the largest thing in memory, so it is worked on in place.
+Logits that are given are consumed: a chunk of them is the largest thing in memory, so it is worked on in place. The
+temperature is the caller's: logits come divided by it.
+
+Where D depends on q alone through g = dD/dq, the gradient is q * (g - sum q g).
 
 Shapes: n positions of a chunk, V classes, C distinct drawn classes (padded with count 0). Logits and results are
 float32 or float64; reductions run in that dtype.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from selkd import plugins
+
 ValueAndGradient = tuple[Tensor, Tensor]
+Weight = float | Tensor  # one for all positions, or [n]
 
 
-def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> ValueAndGradient:
-    """KL(p || q) in nats of teacher and student logits [n, V], both divided by ``temperature``.
-
-    Dense expression: ``(p * (log p - log q)).sum(-1)``; its gradient is ``(q - p) / temperature``.
-    """
-    log_q, log_p = _log_softmax_(student_logits, temperature), _log_softmax_(teacher_logits, temperature)
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:  # noqa: ARG001
+    """KL(p || q). Dense expression: ``(p * (log p - log q)).sum(-1)``; its gradient is ``q - p``."""
+    log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
     p = log_p.exp()
     values = torch.linalg.vecdot(p, log_p.sub_(log_q))
-    gradient = log_q.exp_().sub_(p)
-    return values, gradient.div_(temperature) if temperature != 1.0 else gradient
+    return values, log_q.exp_().sub_(p)
 
 
-def sampled_forward_kl(
-    student_logits: Tensor, class_ids: Tensor, counts: Tensor, temperature: float = 1.0
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:  # noqa: ARG001
+    """KL(q || p). Dense expression: ``(q * (log q - log p)).sum(-1)``."""
+    log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
+    q = log_q.exp()
+    difference = log_q.sub_(log_p)
+    values = torch.linalg.vecdot(q, difference)
+    return values, q.mul_(difference.sub_(values.unsqueeze(-1)))
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, beta: float) -> ValueAndGradient:  # noqa: ARG001
+    """Generalised Jensen-Shannon: beta * KL(p || m) + (1 - beta) * KL(q || m), m = beta * p + (1 - beta) * q."""
+    log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    q, of_q = log_q.exp(), log_q.sub_(log_m)
+    values = beta * torch.linalg.vecdot(log_p.exp(), log_p - log_m) + (1 - beta) * torch.linalg.vecdot(q, of_q)
+    return values, _through_softmax_(q, of_q.mul_(1 - beta))
+
+
+def skew_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: float) -> ValueAndGradient:  # noqa: ARG001
+    """KL(p || m), m = alpha * p + (1 - alpha) * q."""
+    log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
+    log_m = torch.logaddexp(log_p + math.log(alpha), log_q + math.log1p(-alpha))
+    log_ratio = log_p - log_m
+    values = torch.linalg.vecdot(log_p.exp_(), log_ratio)
+    return values, _through_softmax_(log_q.exp_(), log_ratio.exp_().mul_(alpha - 1))
+
+
+def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: float) -> ValueAndGradient:  # noqa: ARG001
+    """KL(q || m), m = alpha * q + (1 - alpha) * p."""
+    log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
+    log_m = torch.logaddexp(log_q + math.log(alpha), log_p + math.log1p(-alpha))
+    q, log_ratio = log_q.exp(), log_q.sub_(log_m)
+    values = torch.linalg.vecdot(q, log_ratio)
+    return values, _through_softmax_(q, log_ratio - alpha * log_ratio.exp())
+
+
+def total_variation(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:  # noqa: ARG001
+    """0.5 * sum |p - q|; where p = q the subgradient 0 is taken."""
+    q = log_softmax_(student_logits).exp_()
+    difference = q - log_softmax_(teacher_logits).exp_()
+    values = 0.5 * difference.abs().sum(dim=-1)
+    return values, _through_softmax_(q, difference.sign_().mul_(0.5))
+
+
+def decoupled(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: Weight, beta: Weight
 ) -> ValueAndGradient:
+    """alpha * TCKD + beta * NCKD (DKD; with a position's own weights, AT-KD).
+
+    TCKD is the KL between (p(y), 1 - p(y)) and (q(y), 1 - q(y)); NCKD the KL between p and q renormalised without y.
+    Their gradients are p(y) (q - onehot(y)) + (1 - p(y)) (q - q') and q' - p', with p' and q' the renormalised ones,
+    0 at y.
+    """
+    index = targets.unsqueeze(-1)
+    log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
+    q_target, p_target = log_q.gather(-1, index), log_p.gather(-1, index)
+    others_q, rest_q = _without(log_q, index)
+    others_p, rest_p = _without(log_p, index)  # rest: log(1 - p(y)), [n, 1]
+    p_y, not_y = p_target.exp(), rest_p.exp()
+    tckd = (p_y * (p_target - q_target) + not_y * (rest_p - rest_q)).squeeze(-1)
+    p_others = others_p.exp()
+    nckd = torch.linalg.vecdot(p_others, torch.where(p_others > 0, others_p - others_q, 0.0))
+
+    a, b = (weight.unsqueeze(-1) if isinstance(weight, Tensor) else weight for weight in (alpha, beta))
+    q_others = others_q.exp_()
+    gradient = q_others * (b - a * not_y) - b * p_others + a * log_q.exp_()  # p(y) q + (1 - p(y)) q = q
+    gradient.scatter_add_(-1, index, -(a * p_y))
+    return alpha * tckd + beta * nckd, gradient
+
+
+def adaptive_weights(log_p_target: Tensor, sample: Tensor) -> dict[str, Tensor]:
+    """AT-KD's weights of TCKD (``alpha``) and NCKD (``beta``) at N picked positions.
+
+    Of the m positions of a sample the ceil(m/2) with the highest 1 - p(y) are hard (equal: earlier), the others easy.
+    Hard: both parts, 0.8 * m / m_hard; easy: NCKD, 0.2 * m / m_easy; an empty half gives its weight to the other.
+
+    Args:
+        log_p_target: the teacher's log p(y), [N]; in it, what 1 - p(y) would round to 1 keeps its order.
+        sample: which sample each position is of, int64 [N].
+    """
+    order = log_p_target.argsort(stable=True)
+    order = order[sample[order].argsort(stable=True)]
+    sizes = torch.bincount(sample)
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - starts[sample[order]]
+    m = sizes[sample]
+    m_hard = (m + 1) // 2
+    is_hard = rank < m_hard
+    of_hard, of_easy, whole = log_p_target.new_tensor([0.8, 0.2, 1.0])
+    share = torch.where(is_hard, torch.where(m > m_hard, of_hard, whole), of_easy)
+    weight = share * m / torch.where(is_hard, m_hard, m - m_hard)
+    return {"alpha": weight * is_hard, "beta": weight}
+
+
+def users_criterion(name: str) -> Callable[..., ValueAndGradient]:
+    """A user's own criterion, its gradient by autograd on the chunk."""
+
+    def compare(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:
+        with torch.enable_grad():
+            logits = student_logits.detach().requires_grad_()
+            values = plugins.call(
+                "criterion", name, student_logits=logits, teacher_logits=teacher_logits, targets=targets
+            )
+            if not isinstance(values, Tensor) or values.shape != targets.shape:
+                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"criterion.name: {name} returned {got}, expected a tensor [{len(targets)}].")
+            if not values.requires_grad:
+                raise ValueError(f"criterion.name: {name} does not depend on student_logits by differentiable steps.")
+            (gradient,) = torch.autograd.grad(values.sum(), logits)
+        return values.detach(), gradient
+
+    return compare
+
+
+CRITERIA: dict[str, Callable[..., ValueAndGradient]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+    "dkd": decoupled,
+    "at_kd": decoupled,
+}
+
+# Criteria whose options are a position's own, given by the picked positions of its sample.
+POSITION_WEIGHTS: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {"at_kd": adaptive_weights}
+
+
+def sampled_forward_kl(student_logits: Tensor, class_ids: Tensor, counts: Tensor) -> ValueAndGradient:
     """KL to the drawn target ``w = counts / counts.sum()``: the sum over drawn classes of ``w * (log w - log q)``.
 
     ``class_ids`` int64 and ``counts`` [n, C]; q is the student's softmax over its whole vocabulary, so the gradient
-    ``(q - w) / temperature`` is an unbiased estimate of forward KL's where E[w] = p (method: class sampling).
+    ``q - w`` is an unbiased estimate of forward KL's where E[w] = p (method: class sampling).
     """
-    log_q = _log_softmax_(student_logits, temperature)
+    log_q = log_softmax_(student_logits)
     weights = counts.to(log_q.dtype)
     weights = weights / weights.sum(dim=-1, keepdim=True)
     log_weights = torch.where(counts > 0, weights, 1.0).log()  # log 1 = 0 where nothing was drawn
     values = torch.linalg.vecdot(weights, log_weights - log_q.gather(-1, class_ids))
-    gradient = log_q.exp_().scatter_add_(-1, class_ids, -weights)
-    return values, gradient.div_(temperature) if temperature != 1.0 else gradient
+    return values, log_q.exp_().scatter_add_(-1, class_ids, -weights)
 
 
 def cross_entropy(student_logits: Tensor, targets: Tensor) -> ValueAndGradient:
     """-log q(y) in nats of the true next tokens ``targets`` int64 [n]; the gradient is ``q - onehot(y)``."""
-    log_q = _log_softmax_(student_logits)
+    log_q = log_softmax_(student_logits)
     index = targets.unsqueeze(-1)
     values = -log_q.gather(-1, index).squeeze(-1)
     gradient = log_q.exp_()
@@ -61,8 +193,18 @@ def entropy(logits: Tensor) -> Tensor:
     return (total.log() - torch.linalg.vecdot(weights, shifted) / total).clamp_(min=0)
 
 
-def _log_softmax_(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) over the last dimension, in place."""
-    if temperature != 1.0:
-        logits.div_(temperature)
+def log_softmax_(logits: Tensor) -> Tensor:
+    """log softmax over the last dimension, in place."""
     return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+
+
+def _through_softmax_(q: Tensor, g: Tensor) -> Tensor:
+    """q * (g - sum q g), in place: a gradient in q as one in the logits."""
+    return g.sub_(torch.linalg.vecdot(q, g).unsqueeze(-1)).mul_(q)
+
+
+def _without(log_probabilities: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """log of the distribution renormalised without ``index`` [n, V] (-inf there), and log of the mass left [n, 1]."""
+    others = log_probabilities.scatter(-1, index, -torch.inf)
+    rest = others.logsumexp(dim=-1, keepdim=True)
+    return others.sub_(rest), rest

@@ -1,15 +1,24 @@
-"""Class samplers: a teacher's distribution in, drawn class ids and integer counts out.
+"""Class samplers: a teacher's distribution in, drawn class ids and counts out.
 
 Shapes: n positions, V classes, U draws, C distinct drawn classes (rows padded with count 0 and class 0).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from selkd import plugins
+from selkd.recipe_choices import ClassOptions
 
-def rs_kd(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+Drawn = tuple[Tensor, Tensor]  # class ids int64 [n, C], counts [n, C]
+Draw = Callable[[Tensor, Tensor, int], Drawn]  # probabilities [n, V], uniforms [n, u], draws U
+
+TOP_K_UNITS = 65_535  # what the probabilities of ``top_k`` are stored in: two bytes a class
+
+
+def rs_kd(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
     """U draws with replacement from p at each position (RS-KD): distinct class ids and how often each was drawn.
 
     E[counts / U] = p, so forward KL's gradient stays unbiased. The cumulative sums are float64: in float32 the tail
@@ -18,17 +27,50 @@ def rs_kd(probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         probabilities: [n, V], rows summing to 1 up to rounding.
         uniforms: float64 [n, U] in [0, 1).
+        draws: U.
 
     Returns:
         ``class_ids`` int64 and ``counts`` int64, both [n, C]; ids ascend within a row, counts of a row sum to U.
     """
+    assert uniforms.shape == (len(probabilities), draws)
+    return _at_points(probabilities, uniforms.sort(dim=-1).values)
+
+
+def systematic(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
+    """U equally spaced points through the cumulative distribution, shifted together by one uniform offset.
+
+    Each count is floor or ceil of U * p(v). The expectation is that of ``rs_kd``, the variance a fraction of it.
+
+    Args and returns as ``rs_kd``, but ``uniforms`` [n, 1].
+    """
+    assert uniforms.shape == (len(probabilities), 1)
+    steps = torch.arange(draws, dtype=torch.float64, device=uniforms.device)
+    return _at_points(probabilities, (steps + uniforms) / draws)
+
+
+def top_k(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
+    """The U most probable classes and their probabilities, which the loss renormalises; equal ones: the lower id.
+
+    Biased: classes of the tail get no mass, and those kept too much; the known baseline, not a recommendation.
+
+    Returns:
+        ``class_ids`` int64, ascending within a row, and ``counts``, here probabilities in the given dtype, [n, U].
+    """
+    del uniforms
+    order = probabilities.argsort(dim=-1, descending=True, stable=True)[:, :draws]
+    class_ids = order.sort(dim=-1).values
+    return class_ids, probabilities.gather(-1, class_ids)
+
+
+def _at_points(probabilities: Tensor, points: Tensor) -> Drawn:
+    """The classes in which ascending ``points`` [n, U] in [0, 1) of the cumulative distribution lie, counted."""
     cumulative = probabilities.to(torch.float64).cumsum(dim=-1)
-    points = (uniforms * cumulative[:, -1:]).sort(dim=-1).values
+    points = points * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, points, right=True).clamp_(max=probabilities.shape[-1] - 1)
     return count_distinct(drawn)
 
 
-def count_distinct(drawn: Tensor) -> tuple[Tensor, Tensor]:
+def count_distinct(drawn: Tensor) -> Drawn:
     """Distinct ids and counts [n, C] of ids [n, U] that ascend within each row."""
     is_new = torch.ones_like(drawn, dtype=torch.bool)
     is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
@@ -39,6 +81,85 @@ def count_distinct(drawn: Tensor) -> tuple[Tensor, Tensor]:
     return class_ids, counts
 
 
-ClassSampler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+def in_units(class_ids: Tensor, probabilities: Tensor) -> Drawn:
+    """Probabilities [n, C] as integer counts that sum to ``TOP_K_UNITS``, by largest remainders; for storing.
 
-SAMPLERS: dict[str, ClassSampler] = {"rs_kd": rs_kd}
+    A target moves by less than 1/65,535 in each class; classes that round to 0 have count 0.
+    """
+    exact = probabilities.double()
+    exact = exact / exact.sum(dim=-1, keepdim=True) * TOP_K_UNITS
+    counts = exact.floor()
+    missing = (TOP_K_UNITS - counts.sum(dim=-1, keepdim=True)).round()
+    order = (exact - counts).argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return class_ids, (counts + (ranks < missing)).to(torch.int64)
+
+
+@dataclass(frozen=True)
+class ClassSampler:
+    """A sampler with its number of draws.
+
+    Attributes:
+        draw: the function.
+        draws: U.
+        n_uniforms: how many uniforms a position needs.
+        total: what the integer counts of a stored row sum to.
+    """
+
+    draw: Draw
+    draws: int
+    n_uniforms: int
+    total: int
+
+    def __call__(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
+        """Class ids and counts [n, C] of ``probabilities`` [n, V], with ``uniforms`` float64 [n, n_uniforms]."""
+        return self.draw(probabilities, uniforms, self.draws)
+
+    def integers(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
+        """The same with integer counts that sum to ``total``, for storing."""
+        class_ids, counts = self(probabilities, uniforms)
+        return in_units(class_ids, counts) if counts.is_floating_point() else (class_ids, counts)
+
+
+SAMPLERS: dict[str, Draw] = {"rs_kd": rs_kd, "systematic": systematic, "top_k": top_k}
+_N_UNIFORMS = {"systematic": 1, "top_k": 0}
+
+
+def class_sampler(options: ClassOptions) -> ClassSampler:
+    """The sampler that a recipe's classes part names; its sampler is not ``all``."""
+    name, draws = options.sampler, options.draws
+    assert draws is not None, "a sampler has draws once its options are checked"
+    draw = SAMPLERS.get(name) or _users_sampler(name)
+    total = TOP_K_UNITS if name == "top_k" else draws
+    return ClassSampler(draw, draws, _N_UNIFORMS.get(name, draws), total)
+
+
+def _users_sampler(name: str) -> Draw:
+    def draw(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
+        class_ids, counts = plugins.call("sampler", name, probabilities=probabilities, uniforms=uniforms, draws=draws)
+        n, n_classes = probabilities.shape
+        fault = None
+        if class_ids.shape != counts.shape or class_ids.ndim != 2 or len(class_ids) != n:
+            fault = f"shapes {tuple(class_ids.shape)} and {tuple(counts.shape)}, expected both [{n}, C]"
+        elif class_ids.dtype != torch.int64 or counts.dtype != torch.int64:
+            fault = f"{class_ids.dtype} and {counts.dtype}, expected int64 class ids and counts"
+        elif ((class_ids < 0) | (class_ids >= n_classes)).any():
+            fault = f"a class id outside 0 to {n_classes - 1}"
+        elif (counts < 0).any() or (counts.sum(dim=-1) != draws).any():
+            fault = f"counts that are negative or don't sum to draws = {draws}"
+        elif _repeats(class_ids, counts):
+            fault = "a class twice in one row"
+        if fault is not None:
+            raise ValueError(f"classes.sampler: {name} returned {fault}.")
+        return class_ids, counts
+
+    return draw
+
+
+def _repeats(class_ids: Tensor, counts: Tensor) -> bool:
+    """Whether a row counts a class twice; padding never repeats."""
+    padding = -1 - torch.arange(class_ids.shape[-1], device=class_ids.device)
+    ordered = torch.where(counts > 0, class_ids, padding).sort(dim=-1).values
+    return bool((ordered[:, 1:] == ordered[:, :-1]).any())

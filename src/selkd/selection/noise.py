@@ -30,3 +30,11 @@ def position_uniforms(
         generator = sample_generator(seed, sample_id.tobytes(), *stream)
         uniforms[row, valid] = generator.random((int(valid.sum()), *trailing))
     return uniforms
+
+
+def draw_uniforms(seed: int, sample_ids: np.ndarray, draws: np.ndarray, *stream: int | str) -> np.ndarray:
+    """The first ``draws`` [B] uniforms in [0, 1) of each sample, then zeros: float64 [B, max draws]."""
+    uniforms = np.zeros((len(draws), int(draws.max(initial=0))))
+    for row, (sample_id, count) in enumerate(zip(sample_ids, draws.tolist(), strict=True)):
+        uniforms[row, :count] = sample_generator(seed, sample_id.tobytes(), *stream).random(count)
+    return uniforms

@@ -3,15 +3,57 @@
 A policy returns the coefficients a_it of ``loss_i = sum_t a_it * l_it``; nothing divides by them again. For a policy
 that picks K positions of a sample they are 1/K there and 0 elsewhere.
 
-Shapes: B batch, T positions.
+Shapes: B batch, T positions, K draws or picked positions of a sample.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Policy = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores [B, T], valid_mask [B, T], counts [B] -> coefficients
+from selkd import plugins
+from selkd.recipe_choices import FractionSchedule, PositionOptions
+from selkd.selection.queue import ScoreQueue
+
+
+class Place(NamedTuple):
+    """Where in the run an optimiser step is, as a policy sees it; the same for all its micro-batches and ranks.
+
+    Attributes:
+        step: the optimiser step, from 0.
+        fraction: k at this step; None takes every position.
+        progress: how far the curriculum's window has moved, 0 to 1; for other policies the share of the run done.
+        threshold: of gls; None while its queue has seen too little.
+    """
+
+    step: int
+    fraction: float | None
+    progress: float
+    threshold: float | None
+
+
+def place_of(options: PositionOptions, step: int, total_steps: int, queue: ScoreQueue | None = None) -> Place:
+    """The place of optimiser step ``step`` of ``total_steps``."""
+    fraction = fraction_at(options.fraction, step, total_steps)
+    span: float = total_steps
+    if isinstance(options.curriculum_steps, int):
+        span = options.curriculum_steps
+    elif options.curriculum_steps is not None:
+        span = options.curriculum_steps * total_steps
+    threshold = None if queue is None or fraction is None else queue.threshold(fraction)
+    return Place(step, fraction, min(1.0, step / max(1e-9, span)), threshold)
+
+
+def fraction_at(fraction: float | FractionSchedule | None, step: int, total_steps: int) -> float | None:
+    """The fraction at an optimiser step; a schedule moves over the first ``over`` of all steps."""
+    if not isinstance(fraction, FractionSchedule):
+        return fraction
+    done = min(1.0, step / max(1e-9, fraction.over * total_steps))
+    if fraction.shape == "cosine":
+        done = (1 - float(torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64)))) / 2
+    return fraction.start + (fraction.to - fraction.start) * done
 
 
 def counts_of(fraction: float, n_valid: Tensor) -> Tensor:
@@ -19,48 +61,182 @@ def counts_of(fraction: float, n_valid: Tensor) -> Tensor:
     return torch.ceil(fraction * n_valid.to(torch.float64) - 1e-9).clamp_(min=0).to(torch.int64)
 
 
-def take_all(scores: Tensor, valid_mask: Tensor, counts: Tensor) -> Tensor:  # noqa: ARG001
+def eligible(options: PositionOptions, valid_mask: Tensor, position_ids: Tensor) -> Tensor:
+    """The valid positions [B, T] without the first ``skip_first`` of each document."""
+    return valid_mask & (position_ids >= options.skip_first) if options.skip_first else valid_mask
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a policy chooses from.
+
+    Attributes:
+        scores: u [B, T]; finite where valid, anything elsewhere.
+        valid_mask: bool [B, T], the eligible positions.
+        counts: K of each sample, int64 [B].
+        place: where in the run the step is.
+        options: the policy's.
+        uniforms: float64 [B, at least max K] in [0, 1) for the policies that draw, else None.
+    """
+
+    scores: Tensor
+    valid_mask: Tensor
+    counts: Tensor
+    place: Place
+    options: PositionOptions
+    uniforms: Tensor | None = None
+
+
+Policy = Callable[[Candidates], Tensor]
+
+
+def take_all(given: Candidates) -> Tensor:
     """Every valid position, a = 1/n (Full KD)."""
-    return _spread(valid_mask, scores.dtype)
+    return _spread(given.valid_mask, given.scores.dtype)
 
 
-def take_top(scores: Tensor, valid_mask: Tensor, counts: Tensor) -> Tensor:
+def take_top(given: Candidates) -> Tensor:
     """The K valid positions with the highest scores, equal scores to the earlier one; a = 1/K."""
-    ranked = scores.masked_fill(~valid_mask, -torch.inf)
-    order = ranked.argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return _spread((ranks < counts.unsqueeze(-1)) & valid_mask, scores.dtype)
+    return _spread(_highest(given.scores, given.valid_mask, given.counts), given.scores.dtype)
+
+
+def take_above(given: Candidates) -> Tensor:
+    """gls: the valid positions whose score reaches the threshold; ``take_top`` while there is none.
+
+    The step as a whole is divided by its budget, the sum of ceil(k*n), so what is returned only says which.
+    """
+    if given.place.threshold is None:
+        return take_top(given)
+    return _spread(given.valid_mask & (given.scores >= given.place.threshold), given.scores.dtype)
+
+
+def take_window(given: Candidates) -> Tensor:
+    """Curriculum: K positions in ascending order of score, from the floor((n - K) * progress)th; a = 1/K."""
+    n_valid = given.valid_mask.sum(dim=-1)
+    start = torch.floor((n_valid - given.counts) * given.place.progress + 1e-9).to(torch.int64).unsqueeze(-1)
+    ranks = _ranks(given.scores.masked_fill(~given.valid_mask, torch.inf), descending=False)
+    picked = (ranks >= start) & (ranks < start + given.counts.unsqueeze(-1)) & given.valid_mask
+    return _spread(picked, given.scores.dtype)
+
+
+def draw(given: Candidates) -> Tensor:
+    """Pos RS-KD: K draws with replacement in proportion to u, a = c_t/K. Expectation: weighted KD."""
+    return _drawn(given, is_corrected=False)
+
+
+def draw_corrected(given: Candidates) -> Tensor:
+    """Pos RS-KD with importance correction: a = c_t / (K * n * r_t). Expectation: Full KD's mean."""
+    return _drawn(given, is_corrected=True)
+
+
+def weigh(given: Candidates) -> Tensor:
+    """Weighted KD: every valid position, a = u / sum u."""
+    return _proportional(given.scores.double().clamp(min=0), given.valid_mask).to(given.scores.dtype)
 
 
 # ``random`` is ``top_k`` of uniform noise: K positions without replacement, each set equally likely.
-POLICIES: dict[str, Policy] = {"all": take_all, "top_k": take_top, "random": take_top}
+POLICIES: dict[str, Policy] = {
+    "all": take_all,
+    "top_k": take_top,
+    "random": take_top,
+    "gls": take_above,
+    "curriculum": take_window,
+    "pos_rs": draw,
+    "pos_rs_corrected": draw_corrected,
+    "weighted": weigh,
+}
 
 
-def select(policy: str, scores: Tensor, valid_mask: Tensor, fraction: float | None) -> Tensor:
-    """Coefficients [B, T] of ``policy`` in the dtype of ``scores``; a row without valid positions is all 0.
+def select(
+    options: PositionOptions, scores: Tensor, valid_mask: Tensor, place: Place, uniforms: Tensor | None = None
+) -> Tensor:
+    """Coefficients [B, T] of the policy, in the dtype of ``scores``; a row without valid positions is all 0.
 
     Args:
-        policy: a name in ``POLICIES``.
-        scores: [B, T], the metric's values (noise for ``random``; ignored by ``all``); anything where not valid.
-        valid_mask: bool [B, T].
-        fraction: k in (0, 1]; None takes every position.
-
-    Raises:
-        ValueError: a score at a valid position is not finite; the row and position are named.
+        scores: [B, T], the metric's values (noise for ``random``; ignored by ``all``), finite where valid.
+        valid_mask: bool [B, T], the eligible positions.
+        uniforms: float64 [B, max K], each sample's own; for the policies that draw.
     """
-    bad = valid_mask & ~torch.isfinite(scores)
-    if bad.any():
-        row, position = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"the score of position {position} in row {row} of the batch is {scores[row, position].item()}: the "
-            "student's logits are not finite. Lower the learning rate or use float32."
-        )
     n_valid = valid_mask.sum(dim=-1)
-    return POLICIES[policy](scores, valid_mask, n_valid if fraction is None else counts_of(fraction, n_valid))
+    counts = n_valid if place.fraction is None else counts_of(place.fraction, n_valid)
+    policy = POLICIES.get(options.policy, _users_policy)
+    return policy(Candidates(scores, valid_mask, counts, place, options, uniforms))
+
+
+def _drawn(given: Candidates, is_corrected: bool) -> Tensor:
+    assert given.uniforms is not None, "a policy that draws is given uniforms"
+    options, counts = given.options, given.counts
+    n_valid = given.valid_mask.sum(dim=-1, keepdim=True)
+    sure_counts = counts_of(options.coverage or 0.0, counts)
+    sure = _highest(given.scores, given.valid_mask, sure_counts)
+    drawable, draws = given.valid_mask & ~sure, (counts - sure_counts).unsqueeze(-1)
+    r = _proportional(_tempered(given.scores, given.valid_mask, options), drawable)
+
+    cumulative = r.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    points = given.uniforms[:, : int(counts.max()) if len(counts) else 0] * total
+    points = points.minimum(torch.nextafter(total, torch.zeros_like(total)))  # rounding never reaches past the last
+    places = torch.searchsorted(cumulative, points.contiguous(), right=True).clamp_(max=r.shape[-1] - 1)
+    is_draw = torch.arange(points.shape[-1], device=r.device) < draws
+    times = torch.zeros_like(r).scatter_add_(-1, places, is_draw.to(r.dtype))
+    if is_corrected:
+        drawn = times / (draws * n_valid * r).masked_fill(times == 0, 1.0)
+        return (drawn + sure / n_valid.clamp(min=1)).to(given.scores.dtype)
+    return ((times + sure) / counts.unsqueeze(-1).clamp(min=1)).to(given.scores.dtype)
+
+
+def _tempered(scores: Tensor, valid_mask: Tensor, options: PositionOptions) -> Tensor:
+    """u, cut at its quantile ``clip`` and raised to 1/``smoothing``; float64 [B, T]."""
+    u = scores.double().clamp(min=0).masked_fill(~valid_mask, torch.nan)
+    if options.clip is not None and u.shape[-1]:
+        u = u.minimum(u.nanquantile(options.clip, dim=-1, keepdim=True))
+    u = u.nan_to_num(nan=0.0)
+    return u if options.smoothing in (None, 1.0) else u ** (1 / options.smoothing)
+
+
+def _proportional(u: Tensor, mask: Tensor) -> Tensor:
+    """u / sum u over ``mask``, 0 elsewhere; uniform in a row where all are 0."""
+    u = u.masked_fill(~mask, 0)
+    u = torch.where(u.sum(dim=-1, keepdim=True) > 0, u, mask.to(u.dtype))
+    total = u.sum(dim=-1, keepdim=True)
+    return u / total.masked_fill(total == 0, 1.0)
+
+
+def _highest(scores: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+    """bool [B, T]: the ``counts`` [B] highest of each row, equal ones: earlier."""
+    return (_ranks(scores.masked_fill(~mask, -torch.inf), descending=True) < counts.unsqueeze(-1)) & mask
+
+
+def _ranks(scores: Tensor, descending: bool) -> Tensor:
+    """The place of each position in the stable order of its row, int64 [B, T]."""
+    order = scores.argsort(dim=-1, descending=descending, stable=True)
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
 
 
 def _spread(picked: Tensor, dtype: torch.dtype) -> Tensor:
     """1/K on the K picked positions of each row."""
     return picked.to(dtype) / picked.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def _users_policy(given: Candidates) -> Tensor:
+    name = given.options.policy
+    coefficients = plugins.call(
+        "policy",
+        name,
+        scores=given.scores,
+        valid_mask=given.valid_mask,
+        counts=given.counts,
+        progress=given.place.progress,
+    )
+    shape = tuple(given.valid_mask.shape)
+    if not isinstance(coefficients, Tensor) or tuple(coefficients.shape) != shape:
+        got = tuple(coefficients.shape) if isinstance(coefficients, Tensor) else type(coefficients).__name__
+        raise ValueError(f"positions.policy: {name} returned {got}, expected coefficients of shape {shape}.")
+    coefficients = coefficients.detach().to(given.scores.dtype)
+    if not torch.isfinite(coefficients).all():
+        raise ValueError(f"positions.policy: {name} returned coefficients that are not finite.")
+    if (coefficients[~given.valid_mask] != 0).any():
+        raise ValueError(f"positions.policy: {name} gave weight to positions that are not valid.")
+    return coefficients

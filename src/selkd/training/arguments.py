@@ -6,7 +6,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from selkd.errors import InputError
-from selkd.recipe import ClassOptions, CriterionOptions, PositionOptions, parse_part
+from selkd.recipe import check_parts, parse_part
+from selkd.recipe_choices import ClassOptions, CriterionOptions, PositionOptions
 from selkd.training.objective import Objective
 
 
@@ -36,9 +37,15 @@ class DistillArguments(TrainingArguments):
                 "DistillArguments: fp16 and deepspeed are not supported (gradients of single classes underflow in "
                 "float16; ZeRO splits the head that the loss reads whole). Use bf16, and fsdp."
             )
-        self.criterion = parse_part(CriterionOptions, self.criterion or {}, "criterion").model_dump()
-        self.positions = parse_part(PositionOptions, self.positions or {}, "positions").model_dump()
-        self.classes = parse_part(ClassOptions, self.classes or {}, "classes").model_dump()
+        criterion = parse_part(CriterionOptions, self.criterion or {}, "criterion")
+        positions = parse_part(PositionOptions, self.positions or {}, "positions")
+        classes = parse_part(ClassOptions, self.classes or {}, "classes")
+        try:
+            check_parts(criterion, positions, classes)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        self.criterion, self.positions = criterion.model_dump(), positions.model_dump()
+        self.classes = classes.model_dump()
         self.remove_unused_columns = False
         self.prediction_loss_only = True
         self.label_names = ["targets"]

@@ -13,17 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selkd.maths.chunked import chunked_entropy, chunked_loss, compute_dtype
-from selkd.maths.divergence import ValueAndGradient, cross_entropy, forward_kl, sampled_forward_kl
+from selkd.errors import RunError
+from selkd.maths.chunked import chunked_loss, compute_dtype
 from selkd.maths.head import Head
-from selkd.recipe import CriterionOptions, PositionOptions
-from selkd.selection.noise import position_uniforms
-from selkd.selection.positions import counts_of, select
-from selkd.teacher import Batch, FullDistribution, PickedTargets, Target, TeacherTargets
+from selkd.recipe_choices import CriterionOptions, PositionOptions
+from selkd.selection.positions import Place, counts_of, eligible
+from selkd.selection.scores import choose_positions, score_positions
+from selkd.teacher import Batch, TeacherTargets
+from selkd.training.comparison import Comparison
 
 
 class Budget(NamedTuple):
-    """Samples with a valid position, valid positions, and positions that are picked."""
+    """What a step counts for: samples with an eligible position, valid positions, and ceil(k*n) summed."""
 
     samples: int
     valid: int
@@ -38,11 +39,13 @@ class Objective:
     positions: PositionOptions
     seed: int
 
-    def budget(self, valid_mask: Tensor) -> Budget:
-        """What a batch with ``valid_mask`` [B, T] counts for, known before the forward pass."""
-        n_valid = valid_mask.sum(dim=-1)
-        selected = n_valid if self.positions.fraction is None else counts_of(self.positions.fraction, n_valid)
-        return Budget(samples=int((n_valid > 0).sum()), valid=int(n_valid.sum()), selected=int(selected.sum()))
+    def budget(self, batch: Batch, place: Place) -> Budget:
+        """What a batch counts for, known before the forward pass."""
+        n_valid = eligible(self.positions, batch["valid_mask"], batch["position_ids"]).sum(dim=-1)
+        selected = n_valid if place.fraction is None else counts_of(place.fraction, n_valid)
+        return Budget(
+            samples=int((n_valid > 0).sum()), valid=int(batch["valid_mask"].sum()), selected=int(selected.sum())
+        )
 
     def normaliser(self, step_budget: Budget) -> int:
         """What the loss of a whole optimiser step is divided by: counted samples, or picked positions."""
@@ -55,7 +58,7 @@ class Objective:
         batch: Batch,
         teacher: TeacherTargets,
         *,
-        step: int,
+        place: Place,
         normaliser: Tensor | int,
     ) -> dict[str, Tensor]:
         """The share of one micro-batch in the step's loss, with what was selected.
@@ -65,14 +68,17 @@ class Objective:
             head: the student's head over the classes that it shares with the teacher.
             batch: of ``selkd.data.batching.collate``.
             teacher: the targets of the same batch.
-            step: the optimiser step.
+            place: where in the run the step is.
             normaliser: of the whole step, all its micro-batches and ranks.
 
         Returns:
-            ``loss``, a scalar with gradient, and detached sums for logging: ``divergence_nats`` and
-            ``cross_entropy_nats`` (the latter if it is in the criterion) over the selected positions;
-            ``selected_entropy_nats`` and ``entropy_nats`` over the selected and the valid ones (if entropy is the
-            metric).
+            ``loss``, a scalar with gradient; ``scores`` [B, T], detached; and detached sums for logging:
+            ``positions_selected``; over the selected positions ``divergence_nats``, ``cross_entropy_nats`` (if it is
+            in the criterion) and ``selected_score``, over the valid ones ``valid_score``; the same of the student's
+            entropy (``selected_entropy_nats``, ``valid_entropy_nats``) if the metric is made of it.
+
+        Raises:
+            RunError: a logit is not finite; the sample and position are named.
         """
         valid_mask = batch["valid_mask"]
         valid = valid_mask.flatten().nonzero().flatten()
@@ -80,63 +86,41 @@ class Objective:
         with torch.no_grad():
             narrow_head = head.to(compute_dtype(hidden_states))
 
-        scores = self._scores(flat_hidden, narrow_head, batch, valid, step)
-        coefficients = select(self.positions.policy, scores, valid_mask, self.positions.fraction).flatten()
+        scored = score_positions(
+            self.positions.metric, hidden_states.detach(), narrow_head, batch, teacher, seed=self.seed, step=place.step
+        )
+        if scored.statistics:
+            of_all = torch.stack([each.flatten()[valid] for each in scored.statistics.values()])
+            _require_finite(of_all.sum(dim=0), valid, batch, place)
+        coefficients = choose_positions(self.positions, scored.values, batch, place, seed=self.seed).flatten()
         picked = coefficients.nonzero().flatten()
         weights = coefficients[picked]
         if self.positions.reduction == "per_position":
             weights = torch.ones_like(weights)
 
-        comparison = _Comparison(self.criterion, teacher.at(picked), batch["targets"].flatten()[picked])
-        total, _ = chunked_loss(flat_hidden[picked], head, weights, comparison, narrow_head=narrow_head)
-        result = {
-            "loss": total / max(1, int(normaliser)),
-            **comparison.sums,
-        }
-        if self.positions.metric == "student_entropy":
-            result["selected_entropy_nats"] = scores.flatten()[picked].sum()
-            result["entropy_nats"] = scores.flatten()[valid].sum()
-        return result
+        sample_of = picked // valid_mask.shape[1]
+        targets = batch["targets"].flatten()[picked]
+        comparison = Comparison(self.criterion, teacher.at(picked), targets, sample_of, head.n_classes)
+        total, values = chunked_loss(flat_hidden[picked], head, weights, comparison, narrow_head=narrow_head)
+        _require_finite(values, picked, batch, place)
 
-    def _scores(self, flat_hidden: Tensor, head: Head, batch: Batch, valid: Tensor, step: int) -> Tensor:
-        """The metric's values [B, T], detached; zeros for a policy that needs none."""
-        valid_mask = batch["valid_mask"]
-        if self.positions.policy == "random":
-            ids, mask = batch["sample_ids"].cpu().numpy(), valid_mask.cpu().numpy()
-            return torch.from_numpy(position_uniforms(self.seed, ids, mask, "positions", step)).to(flat_hidden.device)
-        if self.positions.metric is None:
-            return torch.zeros(valid_mask.shape, device=flat_hidden.device)
-        entropies = chunked_entropy(flat_hidden.detach()[valid], head)
-        return entropies.new_zeros(valid_mask.numel()).index_copy_(0, valid, entropies).view(valid_mask.shape)
+        sums = {"positions_selected": torch.tensor(len(picked), device=values.device), **comparison.sums}
+        logged = {"score": scored.values} if scored.statistics else {}
+        if "student_entropy" in scored.statistics:
+            logged["entropy_nats"] = scored.statistics["student_entropy"]
+        for name, each in logged.items():
+            sums[f"selected_{name}"], sums[f"valid_{name}"] = each.flatten()[picked].sum(), each.flatten()[valid].sum()
+        return {"loss": total / max(1, int(normaliser)), "scores": scored.values, **sums}
 
 
-class _Comparison:
-    """The criterion at the selected positions, a chunk at a time; keeps the sums that are logged."""
-
-    def __init__(self, criterion: CriterionOptions, teacher: PickedTargets, targets: Tensor) -> None:
-        self.criterion = criterion
-        self.teacher = teacher
-        self.targets = targets
-        self.sums = {"divergence_nats": torch.zeros((), device=targets.device)}
-        if criterion.kd_weight < 1:
-            self.sums["cross_entropy_nats"] = torch.zeros_like(self.sums["divergence_nats"])
-
-    def __call__(self, student_logits: Tensor, rows: slice) -> ValueAndGradient:
-        weight, temperature = self.criterion.kd_weight, self.criterion.temperature
-        if weight < 1:
-            text_values, text_gradient = cross_entropy(student_logits.clone(), self.targets[rows])
-            self.sums["cross_entropy_nats"] += text_values.sum()
-        values, gradient = _divergence(student_logits, self.teacher.chunk(rows), temperature)
-        self.sums["divergence_nats"] += values.sum()
-        factor = weight * (temperature**2 if self.criterion.temperature_squared else 1.0)
-        if factor != 1.0:
-            values, gradient = values * factor, gradient.mul_(factor)
-        if weight < 1:
-            values, gradient = values + (1 - weight) * text_values, gradient.add_(text_gradient, alpha=1 - weight)
-        return values, gradient
-
-
-def _divergence(student_logits: Tensor, target: Target, temperature: float) -> ValueAndGradient:
-    if isinstance(target, FullDistribution):
-        return forward_kl(student_logits, target.logits, temperature)
-    return sampled_forward_kl(student_logits, target.class_ids, target.counts, temperature)
+def _require_finite(values: Tensor, index: Tensor, batch: Batch, place: Place) -> None:
+    """Raises RunError, naming the sample and position, if one of ``values`` [n] at flat positions ``index`` is not."""
+    bad = (~torch.isfinite(values)).nonzero().flatten()
+    if len(bad):
+        row, position = divmod(int(index[bad[0]]), batch["valid_mask"].shape[1])
+        sample_id = batch["sample_ids"][row].cpu().numpy().tobytes().hex()
+        raise RunError(
+            f"the logits at position {position} of sample {sample_id} give {values[bad[0]].item()} at optimiser step "
+            f"{place.step}, before its update: the student's or the teacher's are not finite. Checkpoints up to here "
+            "are kept; lower training.learning_rate or use float32."
+        )

@@ -3,10 +3,13 @@
 Everything else is the Trainer's: arguments, logging, checkpoints, resuming, schedules, mixed precision, DDP, FSDP.
 """
 
+import base64
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -16,9 +19,12 @@ from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate, pack, split
 from selkd.data.samples import SampleDataset
 from selkd.data.tokenised import encode
-from selkd.errors import InputError, RunError
+from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing, head_of
 from selkd.models.tokenizers import shared_classes
+from selkd.recipe_choices import FractionSchedule, needs_teacher
+from selkd.selection.positions import Place, place_of
+from selkd.selection.queue import ScoreQueue
 from selkd.teacher import Batch, CachedTeacher, LiveTeacher, Teacher
 from selkd.training.arguments import DistillArguments, require_one_device
 from selkd.training.objective import Budget
@@ -36,6 +42,24 @@ class Totals(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": dict(vars(self))}
+
+
+class Queue(TrainerCallback, ExportableState):
+    """The queue of global-level selection. Part of every checkpoint, as little-endian float64 in base64."""
+
+    def __init__(self, capacity: int) -> None:
+        self.scores = ScoreQueue(capacity)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"capacity": self.scores.capacity}, "attributes": {"encoded": self.encoded}}
+
+    @property
+    def encoded(self) -> str:
+        return base64.b64encode(self.scores.scores.astype("<f8").tobytes()).decode()
+
+    @encoded.setter
+    def encoded(self, text: str) -> None:
+        self.scores.scores = np.frombuffer(base64.b64decode(text), dtype="<f8").astype(np.float64)
 
 
 class DistillTrainer(Trainer):
@@ -90,8 +114,12 @@ class DistillTrainer(Trainer):
         n_classes = shared_classes(_sizes(model, teacher), processing_class)
         self.teacher = _as_teacher(teacher, args, n_classes, [train_samples, eval_samples])
         self.objective = args.objective
-        self._window: dict[str, Tensor] = {}
-        self._window_budget = Budget(0, 0, 0)
+        self._place = Place(0, None, 0.0, None)
+        self._window: dict[str, Tensor] = {}  # sums since the last logged step
+        self._window_valid = 0
+        self._micro_batches = 0  # of this step, still to come
+        self._selected: list[Tensor] = []  # of this step, a count a micro-batch
+        self._scores: list[np.ndarray] = []  # of this step, the valid scores of each micro-batch
         bind_distillation(model, n_classes)
         pad_token_id = 0 if processing_class.pad_token_id is None else processing_class.pad_token_id  # never told by id
         use_cache = model.config.use_cache
@@ -107,11 +135,24 @@ class DistillTrainer(Trainer):
         model.config.use_cache = use_cache  # the Trainer switches it off, and would save the student so
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the whole step's count
         self.add_callback(Totals())
+        queue_size = self.objective.positions.queue_size
+        if queue_size is not None:
+            self.add_callback(Queue(queue_size))
 
     @property
     def totals(self) -> Totals:
         """Sums so far; looked up each time, as resuming replaces the callback by the checkpoint's."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Totals))
+
+    @property
+    def queue(self) -> ScoreQueue | None:
+        """The recent scores of global-level selection; None for other policies."""
+        found = (callback.scores for callback in self.callback_handler.callbacks if isinstance(callback, Queue))
+        return next(found, None)
+
+    def _find_place(self) -> Place:
+        """Where the run is: the same for all micro-batches and ranks of the optimiser step that begins."""
+        return place_of(self.objective.positions, self.state.global_step, self.state.max_steps, self.queue)
 
     def compute_loss(
         self,
@@ -122,27 +163,43 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """The micro-batch's share of the step's loss; DDP and FSDP average over ranks, so times their number."""
         assert num_items_in_batch is not None, "the step's count is known before the forward pass"
-        step = self.state.global_step
         distillation = partial(
             self.objective,
             batch=inputs,
-            teacher=self.teacher.targets(inputs, step),
-            step=step,
+            teacher=self.teacher.targets(inputs, self._place.step),
+            place=self._place,
             normaliser=num_items_in_batch,
         )
         outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], distillation=distillation)
-        loss = outputs.pop("loss")
-        if not torch.isfinite(loss):
-            ids = ", ".join(row.cpu().numpy().tobytes().hex() for row in inputs["sample_ids"])
-            raise RunError(
-                f"the loss is {loss.item()} at optimiser step {step}, before its update (samples {ids}). "
-                "Checkpoints up to here are kept; lower training.learning_rate or use float32."
-            )
+        loss, scores = outputs.pop("loss"), outputs.pop("scores")
         if model.training:
+            self._selected.append(outputs["positions_selected"])
+            if self.queue is not None:
+                self._scores.append(scores[inputs["valid_mask"]].double().cpu().numpy())
             for name, value in outputs.items():
                 self._window[name] = self._window.get(name, 0) + value.detach()
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; after the last one of a step, what the step as a whole leaves behind."""
+        loss = super().training_step(*args, **kwargs)
+        self._micro_batches -= 1
+        if self._micro_batches == 0:
+            self._end_step()
+        return loss
+
+    def _end_step(self) -> None:
+        """Count what was selected and push the step's scores, in the order of its samples over all ranks."""
+        selected = torch.stack(self._selected).sum()
+        several = self.accelerator.num_processes > 1
+        self.totals.positions_selected += int(self.accelerator.reduce(selected, "sum") if several else selected)
+        if self.queue is not None:
+            # Rank r's micro-batch m holds batch m * ranks + r of the step, so this is the order of one process.
+            of_ranks = gather_object([self._scores]) if several else [self._scores]
+            for scores in (scores for micro_batch in zip(*of_ranks, strict=True) for scores in micro_batch):
+                self.queue.push(scores)
+        self._selected, self._scores = [], []
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Batch], int]:
         """The micro-batches of one optimiser step, and what its loss is divided by."""
@@ -152,21 +209,23 @@ class DistillTrainer(Trainer):
             if batch is None:
                 break
             batches.append(batch)
+        self._place = self._find_place()
+        self._micro_batches = len(batches)
         budget, tokens = self._step_budget(batches, device)
         self.totals.positions_valid += budget.valid
-        self.totals.positions_selected += budget.selected
         if self.teacher.is_live:
             self.totals.teacher_tokens += tokens
-        self._window_budget = Budget(*map(sum, zip(self._window_budget, budget, strict=True)))
+        self._window_valid += budget.valid
         return batches, self.objective.normaliser(budget)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int:
         """In evaluation a batch is a step of its own."""
+        self._place = self._find_place()
         return self.objective.normaliser(self._step_budget(batch_samples, device)[0])
 
     def _step_budget(self, batches: list[Batch], device: torch.device) -> tuple[Budget, int]:
         """The budget of some micro-batches over all ranks, and their tokens."""
-        budgets = [self.objective.budget(batch["valid_mask"]) for batch in batches]
+        budgets = [self.objective.budget(batch, self._place) for batch in batches]
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         counts = torch.tensor([*map(sum, zip(*budgets, strict=True)), tokens], device=device)
         if self.accelerator.num_processes > 1:
@@ -194,14 +253,19 @@ class DistillTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
         total = dict(zip(names, sums.tolist(), strict=True))
-        budget, self._window, self._window_budget = self._window_budget, {}, Budget(0, 0, 0)
-        selected, valid = max(1, budget.selected), max(1, budget.valid)
-        logs = {"kd_nats": total["divergence_nats"] / selected, "selected_share": budget.selected / valid}
+        n_valid, self._window, self._window_valid = self._window_valid, {}, 0
+        selected, valid = max(1, total["positions_selected"]), max(1, n_valid)
+        logs = {"kd_nats": total["divergence_nats"] / selected, "selected_share": total["positions_selected"] / valid}
         if "cross_entropy_nats" in total:
             logs["ce_nats"] = total["cross_entropy_nats"] / selected
-        if "entropy_nats" in total:
-            logs["selected_entropy_nats"] = total["selected_entropy_nats"] / selected
-            logs["mean_entropy_nats"] = total["entropy_nats"] / valid
+        for name in ("entropy_nats", "score"):
+            if f"valid_{name}" in total:
+                logs[f"selected_{name}"] = total[f"selected_{name}"] / selected
+                logs[f"mean_{name}"] = total[f"valid_{name}"] / valid
+        if isinstance(self.objective.positions.fraction, FractionSchedule):
+            logs["fraction"] = self._place.fraction
+        if self._place.threshold is not None:
+            logs["threshold"] = self._place.threshold
         return logs
 
 
@@ -240,6 +304,12 @@ def _as_teacher(
 ) -> Teacher:
     temperature = args.objective.criterion.temperature
     if isinstance(teacher, TeacherCache):
+        metric = args.objective.positions.metric
+        if needs_teacher(metric):
+            raise InputError(
+                f"positions.metric: {metric} needs the teacher's full distribution, and a TeacherCache holds drawn "
+                "classes alone. Take a metric of the student (student_entropy, student_ce), or give a live teacher."
+            )
         expected = {
             "sampler": args.class_options.sampler,
             "draws": args.class_options.draws,

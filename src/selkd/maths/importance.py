@@ -1,0 +1,131 @@
+"""Position-importance metrics on a chunk of logits, at temperature 1 whatever the criterion's.
+
+A metric combines statistics of single positions; one pass over the chunks computes those that are needed and no
+others. ``soft_or`` alone looks at the whole sample, when its statistics are combined.
+
+Shapes: B batch, T positions, n positions of a chunk, V classes. Statistics are in nats, logits float32 or float64.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selkd import plugins
+from selkd.maths.divergence import entropy, log_softmax_
+
+RATIO_EPSILON = 1e-6  # nats, added to the denominator of ``ce_ratio``
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The statistics that a metric needs, and u(t) [B, T] from them and the valid mask."""
+
+    statistics: tuple[str, ...]
+    combine: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+def ce_ratio(student_ce: Tensor, teacher_ce: Tensor) -> Tensor:
+    """CE(y, q) / (CE(y, p) + 1e-6): how much worse the student does than the teacher."""
+    return student_ce / (teacher_ce + RATIO_EPSILON)
+
+
+def soft_or(student_entropy: Tensor, kl: Tensor, valid_mask: Tensor) -> Tensor:
+    """1 - (1 - H/max H) * (1 - KL/max KL), [B, T], maxima over each sample's valid positions; 0 where not valid.
+
+    A maximum of 0 leaves its factor at 1 (method: beyond the paper).
+    """
+
+    def doubt(values: Tensor) -> Tensor:
+        values = values.clamp(min=0).masked_fill(~valid_mask, 0)
+        highest = values.amax(dim=-1, keepdim=True)
+        return 1 - torch.where(highest > 0, values / highest, 0.0)
+
+    return (1 - doubt(student_entropy) * doubt(kl)).masked_fill(~valid_mask, 0)
+
+
+def _itself(name: str) -> Metric:
+    return Metric((name,), lambda of, _: of[name])
+
+
+METRICS: dict[str, Metric] = {
+    **{
+        name: _itself(name)
+        for name in ("student_entropy", "teacher_entropy", "student_ce", "teacher_ce", "kl", "reverse_kl")
+    },
+    "kl_plus_student_entropy": Metric(("kl", "student_entropy"), lambda of, _: of["kl"] + of["student_entropy"]),
+    "ce_ratio": Metric(("student_ce", "teacher_ce"), lambda of, _: ce_ratio(of["student_ce"], of["teacher_ce"])),
+    "ce_ratio_plus_student_entropy": Metric(
+        ("student_ce", "teacher_ce", "student_entropy"),
+        lambda of, _: ce_ratio(of["student_ce"], of["teacher_ce"]) + of["student_entropy"],
+    ),
+    "soft_or": Metric(
+        ("student_entropy", "kl"), lambda of, valid_mask: soft_or(of["student_entropy"], of["kl"], valid_mask)
+    ),
+}
+
+
+def metric_of(name: str) -> Metric:
+    """The metric of that name; a user's own is one statistic."""
+    return METRICS.get(name) or _itself(name)
+
+
+def statistics(names: Sequence[str], student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+    """Statistics ``names`` of n positions, [n, len(names)], without gradient. The logits are consumed.
+
+    ``student_entropy`` H(q), ``teacher_entropy`` H(p), ``student_ce`` -log q(y), ``teacher_ce`` -log p(y), ``kl``
+    KL(p || q), ``reverse_kl`` KL(q || p), or a user's own metric.
+
+    Args:
+        student_logits, teacher_logits: [n, V]; the teacher's are None if no name needs them.
+        targets: int64 [n].
+    """
+    users = [name for name in names if name not in METRICS]
+    found = {name: _users_metric(name, student_logits, teacher_logits, targets) for name in users}
+    if set(names) == {"student_entropy"}:
+        found["student_entropy"] = entropy(student_logits)
+    elif len(users) < len(names):
+        of_both = bool({"kl", "reverse_kl"} & set(names))
+        log_q = log_softmax_(student_logits) if of_both or _any_of("student", names) else None
+        log_p = None
+        if of_both or _any_of("teacher", names):
+            assert teacher_logits is not None, f"{names} need the teacher's logits"
+            log_p = log_softmax_(teacher_logits)
+        found |= _of_log_probabilities(names, log_q, log_p, targets.unsqueeze(-1))
+    return torch.stack([found[name] for name in names], dim=-1)
+
+
+def _any_of(model: str, names: Sequence[str]) -> bool:
+    return any(name in (f"{model}_entropy", f"{model}_ce") for name in names)
+
+
+def _of_log_probabilities(
+    names: Sequence[str], log_q: Tensor | None, log_p: Tensor | None, index: Tensor
+) -> dict[str, Tensor]:
+    found = {}
+    for model, log, other in (("student", log_q, log_p), ("teacher", log_p, log_q)):
+        if log is None:
+            continue
+        divergence = "reverse_kl" if model == "student" else "kl"
+        if f"{model}_ce" in names:
+            found[f"{model}_ce"] = -log.gather(-1, index).squeeze(-1)
+        if f"{model}_entropy" in names or divergence in names:
+            probabilities = log.exp()
+            negative_entropy = torch.linalg.vecdot(probabilities, log)
+            if f"{model}_entropy" in names:
+                found[f"{model}_entropy"] = negative_entropy.neg().clamp_(min=0)
+            if divergence in names and other is not None:
+                found[divergence] = torch.linalg.vecdot(probabilities, log - other)
+    return found
+
+
+def _users_metric(name: str, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+    given = {"student_logits": student_logits.clone(), "targets": targets}
+    if teacher_logits is not None:
+        given["teacher_logits"] = teacher_logits.clone()
+    values = plugins.call("metric", name, **given)
+    if not isinstance(values, Tensor) or values.shape != targets.shape:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"positions.metric: {name} returned {got}, expected a tensor of shape {tuple(targets.shape)}.")
+    return values.detach().to(student_logits.dtype)

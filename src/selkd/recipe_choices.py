@@ -1,0 +1,217 @@
+"""The choices that make up a distillation, each with the options that belong to it.
+
+criterion (how to compare) x positions (metric, policy, fraction) x classes (sampler, draws) x samples (metric,
+fraction). Any goes with any, but for what ``selkd.recipe`` refuses with a reason. A key that a choice makes
+meaningless (a fraction beside ``policy: all``) is null once read.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from selkd import plugins
+
+POSITION_METRICS = (
+    "student_entropy",
+    "teacher_entropy",
+    "student_ce",
+    "teacher_ce",
+    "kl",
+    "reverse_kl",
+    "kl_plus_student_entropy",
+    "ce_ratio",
+    "ce_ratio_plus_student_entropy",
+    "soft_or",
+    "random",
+)
+_OF_THE_STUDENT = ("student_entropy", "student_ce", "random")
+POLICIES = ("all", "top_k", "random", "gls", "curriculum", "pos_rs", "pos_rs_corrected", "weighted")
+SAMPLED_POLICIES = ("pos_rs", "pos_rs_corrected")
+# Policies whose K picked positions share one coefficient; ``gls`` is always counted over the whole step.
+HARD_POLICIES = ("all", "top_k", "random", "curriculum")
+CLASS_SAMPLERS = ("all", "rs_kd", "systematic", "top_k")
+# Each criterion with the options it has, and their defaults.
+CRITERIA: dict[str, dict[str, float]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jsd": {"beta": 0.5},
+    "skew_kl": {"alpha": 0.1},
+    "skew_reverse_kl": {"alpha": 0.1},
+    "total_variation": {},
+    "dkd": {"alpha": 1.0, "beta": 8.0},
+    "at_kd": {},
+}
+_WITHIN_0_AND_1 = ("jsd", "skew_kl", "skew_reverse_kl")
+
+CriterionName = Annotated[str, AfterValidator(lambda name: plugins.check_name("criterion", name, CRITERIA))]
+MetricName = Annotated[str, AfterValidator(lambda name: plugins.check_name("metric", name, POSITION_METRICS))]
+PolicyName = Annotated[str, AfterValidator(lambda name: plugins.check_name("policy", name, POLICIES))]
+SamplerName = Annotated[str, AfterValidator(lambda name: plugins.check_name("sampler", name, CLASS_SAMPLERS))]
+SampleMetric = Literal["student_entropy", "kl", "ce_ratio", "random"]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Part(BaseModel):
+    """A part of a recipe: unknown keys are errors, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def _settle(self, **values: Any) -> None:
+        """Set what a choice decides, while the part is still being read."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+class CriterionOptions(Part):
+    """How teacher and student are compared. ``kd_weight`` is lambda: the rest is cross-entropy with the text."""
+
+    name: CriterionName = Field("forward_kl", description=f"{', '.join(CRITERIA)}, or your own as module:function")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides both models' logits")
+    temperature_squared: bool = Field(True, description="multiply the divergence by the temperature's square")
+    kd_weight: float = Field(1.0, ge=0, le=1, description="lambda: the divergence's share, the rest is cross-entropy")
+    alpha: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="skew_kl, skew_reverse_kl: the mixture's share; dkd: TCKD's weight"
+    )
+    beta: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="jsd: the teacher's weight in the mixture; dkd: NCKD's weight"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "CriterionOptions":
+        defaults = CRITERIA.get(self.name, {})
+        for key in ("alpha", "beta"):
+            given = getattr(self, key)
+            if key not in defaults:
+                if given is not None:
+                    raise ValueError(f"criterion.{key}: {self.name} has no {key}; leave it out")
+            elif given is None:
+                self._settle(**{key: defaults[key]})
+            elif self.name in _WITHIN_0_AND_1 and not 0 < given < 1:
+                raise ValueError(f"criterion.{key}: {self.name} mixes two distributions; give a share between 0 and 1")
+        return self
+
+
+class FractionSchedule(Part):
+    """A fraction that moves: from ``from`` to ``to`` over the first share ``over`` of the optimiser steps."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    start: Fraction = Field(alias="from")
+    to: Fraction
+    over: Fraction = 1.0
+    shape: Literal["linear", "cosine"] = "linear"
+
+
+MaybeScheduled = Annotated[
+    Annotated[Fraction, Tag("number")] | Annotated[FractionSchedule, Tag("schedule")],
+    Discriminator(lambda given: "schedule" if isinstance(given, dict | FractionSchedule) else "number"),
+]
+StepsOrShare = Annotated[
+    Annotated[int, Field(ge=1), Tag("steps")] | Annotated[Fraction, Tag("share")],
+    Discriminator(lambda given: "steps" if isinstance(given, int) else "share"),
+]
+
+
+class PositionOptions(Part):
+    """Which positions of a sample are supervised, and how strongly."""
+
+    metric: MetricName | None = Field(
+        "student_entropy", description=f"{', '.join(POSITION_METRICS)}, or your own as module:function"
+    )
+    policy: PolicyName = Field("top_k", description=f"{', '.join(POLICIES)}, or your own as module:function")
+    fraction: MaybeScheduled | None = Field(
+        0.20, description="k: a share of the valid positions, or a schedule {from, to, over, shape: linear or cosine}"
+    )
+    reduction: Literal["per_sample", "per_position"] | None = Field(
+        None,
+        description="per_sample (default): the mean over samples of each one's mean; per_position: the mean over all "
+        "picked positions of the step (hard policies; gls always)",
+    )
+    queue_size: int | None = Field(None, ge=10, description="gls: how many recent scores set the threshold; 30000")
+    curriculum_steps: StepsOrShare | None = Field(
+        None, description="curriculum: optimiser steps from easy to hard, or a share of the run's (1.0, the default)"
+    )
+    smoothing: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="pos_rs: probability in proportion to u^(1/smoothing); 1"
+    )
+    clip: Fraction | None = Field(None, description="pos_rs: u is cut at this quantile; null: not cut")
+    skip_first: int | None = Field(
+        None, ge=0, description="pos_rs: the first positions of each document that are not eligible; 0"
+    )
+    coverage: float | None = Field(
+        None, ge=0, le=1, description="pos_rs: the share of the draws that goes to the highest for sure; 0"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "PositionOptions":
+        policy = self.policy
+        self._of_policy(("gls",), queue_size=30_000)
+        self._of_policy(("curriculum",), curriculum_steps=1.0)
+        self._of_policy(SAMPLED_POLICIES, smoothing=1.0, clip=None, skip_first=0, coverage=0.0)
+        if policy == "random":
+            self._settle(metric="random")
+        elif policy == "all" or not self._ranks:
+            self._settle(metric=None)
+        elif self.metric is None:
+            raise ValueError(f"positions.policy: {policy} goes by a metric; give positions.metric")
+        if policy in ("all", "weighted"):
+            self._settle(fraction=None)
+        elif self.fraction is None and policy in POLICIES:
+            raise ValueError(f"positions.policy: {policy} picks a share; give positions.fraction")
+        if policy not in HARD_POLICIES and policy != "gls" and self.reduction == "per_position":
+            raise ValueError(
+                f"positions.reduction: {policy} gives its positions weights of their own; only policies that pick "
+                f"({', '.join(HARD_POLICIES)}) are counted per_position"
+            )
+        if policy == "gls" and self.reduction == "per_sample":
+            raise ValueError("positions.reduction: gls counts over the whole step, per_position; leave it out")
+        if self.reduction is None:
+            self._settle(reduction="per_position" if policy == "gls" else "per_sample")
+        return self
+
+    @property
+    def _ranks(self) -> bool:
+        """Whether the policy looks at scores."""
+        return self.policy in POLICIES or "scores" in plugins.wanted("policy", self.policy)
+
+    def _of_policy(self, policies: tuple[str, ...], **defaults: Any) -> None:
+        """Options that only ``policies`` have: their defaults there, refused elsewhere."""
+        for key, default in defaults.items():
+            if self.policy in policies:
+                if getattr(self, key) is None:
+                    self._settle(**{key: default})
+            elif getattr(self, key) is not None:
+                raise ValueError(
+                    f"positions.{key}: an option of {' and '.join(policies)}, without effect on {self.policy}; "
+                    "leave it out"
+                )
+
+
+class ClassOptions(Part):
+    """Which vocabulary classes of the teacher's distribution are compared: all, or ``draws`` from it a position."""
+
+    sampler: SamplerName = Field("all", description=f"{', '.join(CLASS_SAMPLERS)}, or your own as module:function")
+    draws: int | None = Field(64, ge=1, le=65535, description="draws a position (top_k: classes); null with all")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ClassOptions":
+        if self.sampler == "all":
+            self._settle(draws=None)
+        elif self.draws is None:
+            raise ValueError(f"classes.sampler: {self.sampler} draws classes; give classes.draws")
+        return self
+
+
+class SampleOptions(Part):
+    """Which samples are trained on: the highest share by the frozen initial student's score."""
+
+    metric: SampleMetric = Field("student_entropy", description="what a sample's score is the mean of; all: no filter")
+    fraction: Fraction = Field(0.20, description="l: the share of the samples that is kept")
+    path: str | None = Field(None, description="the scores' file, written or reused; null: inside the run")
+
+
+def needs_teacher(metric: str | None) -> bool:
+    """Whether a position metric is computed from the teacher's full distribution."""
+    if metric is None or metric in _OF_THE_STUDENT:
+        return False
+    return metric in POSITION_METRICS or "teacher_logits" in plugins.wanted("metric", metric)

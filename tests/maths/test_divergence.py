@@ -1,0 +1,124 @@
+"""The closed forms of the criteria against the specification: values by definition, gradients by autograd."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from selkd import reference
+from selkd.maths.divergence import (
+    CRITERIA,
+    POSITION_WEIGHTS,
+    adaptive_weights,
+    cross_entropy,
+    sampled_forward_kl,
+    users_criterion,
+)
+
+N, V = 37, 29
+OPTIONS: list[tuple[str, dict[str, float]]] = [
+    ("forward_kl", {}),
+    ("reverse_kl", {}),
+    ("jsd", {"beta": 0.5}),
+    ("jsd", {"beta": 0.03}),
+    ("skew_kl", {"alpha": 0.1}),
+    ("skew_kl", {"alpha": 0.9}),
+    ("skew_reverse_kl", {"alpha": 0.1}),
+    ("skew_reverse_kl", {"alpha": 0.9}),
+    ("total_variation", {}),
+    ("dkd", {"alpha": 1.0, "beta": 8.0}),
+    ("dkd", {"alpha": 0.3, "beta": 0.0}),
+    ("at_kd", {}),
+]
+
+
+def make(dtype: torch.dtype = torch.float64, spread: float = 1.5) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (torch.randn(N, V, generator=generator, dtype=torch.float64) * spread for _ in range(2))
+    return student.to(dtype).requires_grad_(), teacher.to(dtype), torch.randint(V, (N,), generator=generator)
+
+
+def compared(name: str, options: dict[str, Any], student: Tensor, teacher: Tensor, targets: Tensor) -> Any:
+    if name in POSITION_WEIGHTS:
+        log_p_target = torch.log_softmax(teacher, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        options = POSITION_WEIGHTS[name](log_p_target, torch.zeros_like(targets))
+    return CRITERIA[name](student.detach().clone(), teacher.clone(), targets, **options)
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_values_and_gradients_are_the_specifications(name: str, options: dict[str, float]) -> None:
+    student, teacher, targets = make()
+    dense = reference.divergence(name, student[None], teacher[None], targets[None], **options)[0]
+    values, gradient = compared(name, options, student, teacher, targets)
+    torch.testing.assert_close(values, dense.detach(), rtol=0, atol=1e-11)
+    torch.testing.assert_close(gradient, torch.autograd.grad(dense.sum(), student)[0], rtol=0, atol=1e-10)
+
+
+def test_every_criterion_is_checked() -> None:
+    assert {name for name, _ in OPTIONS} == set(CRITERIA) == set(reference.CRITERIA)
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_peaked_distributions_stay_finite_in_float32(name: str, options: dict[str, float]) -> None:
+    """Logits of a hundred nats: probabilities underflow, logarithms do not."""
+    student, teacher, targets = make(torch.float32, spread=60.0)
+    values, gradient = compared(name, options, student, teacher, targets)
+    assert torch.isfinite(values).all()
+    assert torch.isfinite(gradient).all()
+    exact = make(torch.float64, spread=60.0)
+    expected, expected_gradient = compared(name, options, *exact)
+    torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-3, atol=5e-3)  # of hundreds of nats
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_equal_distributions_cost_nothing(name: str, options: dict[str, float]) -> None:
+    student, _, targets = make()
+    values, gradient = compared(name, options, student, student.detach(), targets)
+    torch.testing.assert_close(values, torch.zeros_like(values), rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+
+
+def test_text_and_drawn_classes_are_the_specifications() -> None:
+    student, _, targets = make()
+    class_ids = torch.stack([torch.randperm(V)[:6].sort().values for _ in range(N)])
+    counts = torch.tensor([[3, 1, 2, 1, 1, 0]]).expand(N, -1)
+    for (values, gradient), dense in (
+        (
+            sampled_forward_kl(student.detach().clone(), class_ids, counts),
+            reference.sampled_divergence(student, class_ids, counts),
+        ),
+        (
+            cross_entropy(student.detach().clone(), targets),
+            torch.nn.functional.cross_entropy(student, targets, reduction="none"),
+        ),
+    ):
+        torch.testing.assert_close(values, dense.detach())
+        torch.testing.assert_close(gradient, torch.autograd.grad(dense.sum(), student, retain_graph=True)[0])
+
+
+def test_adaptive_weights_average_to_the_means_of_hard_and_easy() -> None:
+    p_target = torch.rand(11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sample = torch.tensor([0, 1, 0, 0, 1, 0, 3, 1, 0, 1, 1])  # sample 2 has none, sample 3 a single one
+    weights = adaptive_weights(p_target.log(), sample)
+    for row, m in ((0, 5), (1, 5), (3, 1)):
+        mine = sample == row
+        hard = mine & (weights["alpha"] > 0)
+        assert int(hard.sum()) == (m + 1) // 2
+        assert p_target[hard].max() <= p_target[mine & ~hard].min() if m > 1 else True
+        torch.testing.assert_close(weights["beta"][mine].mean(), torch.tensor(1.0, dtype=torch.float64))
+        assert float(weights["beta"][hard].sum() / m) == pytest.approx(0.8 if m > 1 else 1.0)
+
+
+def test_a_users_criterion_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from selkd import plugins
+
+    def squared(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return ((student_logits - teacher_logits) ** 2).mean(-1)
+
+    monkeypatch.setitem(plugins._registered["criterion"], "squared", squared)
+    student, teacher, targets = make()
+    values, gradient = users_criterion("squared")(student.detach().clone(), teacher, targets)
+    torch.testing.assert_close(values, squared(student, teacher).detach())
+    torch.testing.assert_close(gradient, (2 * (student - teacher) / V).detach())

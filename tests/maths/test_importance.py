@@ -1,0 +1,91 @@
+"""Statistics and metrics on chunks of logits against the specification and the oracle cases."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from selkd import reference
+from selkd.maths.head import Head
+from selkd.maths.importance import METRICS, metric_of, soft_or, statistics
+from selkd.recipe_choices import POSITION_METRICS, PositionOptions, needs_teacher
+from selkd.selection.scores import score_positions
+
+B, T, D, V = 3, 7, 12, 41
+
+
+class Logits:
+    """Teacher's logits [B * T, V] with the interface of a live teacher's targets; counts how often it is asked."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.flat, self.asked = logits, 0
+
+    def at(self, index: Tensor) -> "Logits":
+        picked = Logits(self.flat[index])
+        picked.counter = self  # type: ignore[attr-defined]
+        return picked
+
+    def logits(self, rows: slice) -> Tensor:
+        self.counter.asked += 1  # type: ignore[attr-defined]
+        return self.flat[rows].clone()
+
+
+def make() -> tuple[Tensor, Head, dict[str, Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
+    head = Head(torch.randn(V, D, generator=generator, dtype=torch.float64))
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0, 5:], mask[1] = False, False
+    batch = {
+        "valid_mask": mask,
+        "targets": torch.randint(V, (B, T), generator=generator),
+        "sample_ids": torch.zeros(B, 16, dtype=torch.uint8),
+        "position_ids": torch.arange(T).expand(B, -1),
+    }
+    return hidden, head, batch, torch.randn(B, T, V, generator=generator, dtype=torch.float64) * 2
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * V * 5, 1 << 24])
+def test_scores_are_the_specifications(metric: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("selkd.maths.chunked").maths.chunked.CHUNK_BYTES, "cpu", chunk_bytes)
+    hidden, head, batch, teacher = make()
+    live = Logits(teacher.flatten(0, 1))
+    found = score_positions(metric, hidden, head, batch, live, seed=0, step=0)
+    expected = reference.importance(metric, head.logits(hidden), teacher, batch["targets"], batch["valid_mask"])
+    torch.testing.assert_close(found.values[batch["valid_mask"]], expected[batch["valid_mask"]], rtol=1e-9, atol=1e-10)
+    assert set(found.statistics) == set(METRICS[metric].statistics), "those that are needed, and only those"
+    assert (live.asked > 0) == needs_teacher(metric), "the teacher's head runs only for metrics that need it"
+
+
+def test_the_recipe_knows_the_metrics_that_there_are() -> None:
+    assert {*METRICS, "random"} == set(POSITION_METRICS)
+
+
+def test_statistics_are_the_oracles(case: dict[str, Any]) -> None:
+    flat = {name: case[name].flatten(0, 1) for name in ("student_logits", "teacher_logits", "targets")}
+    for metric, expected in case["importance"].items():
+        names = metric_of(metric).statistics
+        columns = statistics(names, flat["student_logits"].clone(), flat["teacher_logits"].clone(), flat["targets"])
+        of = {name: columns[:, i].view(case["targets"].shape) for i, name in enumerate(names)}
+        values = metric_of(metric).combine(of, case["valid_mask"])
+        tolerance = {"rtol": 1e-8, "atol": 0} if "ratio" in metric else {"rtol": 0, "atol": 1e-8}
+        torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), **tolerance, msg=metric)
+
+
+def test_soft_or_with_a_maximum_of_zero_leaves_its_factor_at_one() -> None:
+    mask = torch.tensor([[True, True, False]])
+    nothing, some = torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 9.0]])
+    torch.testing.assert_close(soft_or(nothing, some, mask), torch.tensor([[0.5, 1.0, 0.0]]))
+    torch.testing.assert_close(soft_or(some, nothing, mask), torch.tensor([[0.5, 1.0, 0.0]]))
+    torch.testing.assert_close(soft_or(nothing, nothing, mask), torch.zeros(1, 3))
+
+
+def test_random_is_noise_of_seed_and_step() -> None:
+    hidden, head, batch, _ = make()
+    first = score_positions("random", hidden, head, batch, None, seed=0, step=0).values
+    assert ((first >= 0) & (first < 1)).all()
+    assert (first[batch["valid_mask"]] > 0).all()
+    assert not torch.equal(first, score_positions("random", hidden, head, batch, None, seed=0, step=1).values)
+    assert PositionOptions.model_validate({"policy": "random"}).metric == "random"
