@@ -21,6 +21,7 @@ from selkd.models.sources import locate
 from selkd.models.tokenizers import tokenizer_fingerprint
 from selkd.run_directory import RunDirectory
 from selkd.scoring import NEEDS_TEACHER, score_samples
+from selkd.selection.classes import class_sampler
 from selkd.selection.samples import SampleScores, highest
 from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress, read_metrics
 from selkd.training.checkpoints import last_whole_checkpoint
@@ -190,6 +191,7 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
         "vocabulary": work.n_classes,
         "sampler": recipe.classes.sampler,
         "draws": recipe.classes.draws,
+        "count_total": class_sampler(recipe.classes).total,
         "temperature": recipe.criterion.temperature,
         "seed": recipe.seed,
     }

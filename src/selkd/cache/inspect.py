@@ -16,7 +16,8 @@ class Contents(NamedTuple):
         classes: int64 [n], distinct classes of each position.
         counts: int64 [largest count + 1], how many classes have each count.
         covered_mass: float64 [n], an estimate of the teacher's probability of the drawn classes together: one less the
-            share of the draws whose class came once (Good and Turing). Of ``rs_kd`` draws alone; else of length 0.
+            share of the draws whose class came once (Good and Turing; low by less than 1/U). Of ``rs_kd`` alone, else
+            of length 0.
         sample_bytes_per_position: float64 [samples].
     """
 
