@@ -8,6 +8,7 @@ import yaml
 
 from selkd.errors import InputError
 from selkd.recipe import Recipe, parse_part
+from selkd.recipe_choices import POSITION_METRICS
 from selkd.recipe_files import load_recipe, named_recipes, to_yaml
 
 MINIMAL: dict[str, Any] = {"teacher": {"model": "demo"}, "student": {"model": "demo"}, "data": {"path": "demo"}}
@@ -23,8 +24,12 @@ def test_named_recipes_read_back_to_themselves(name: str, tmp_path: Path) -> Non
 
 
 def test_the_named_recipes_are_there() -> None:
-    wanted = {"full_kd", "random_pos", "se_kd", "top_samples", "rs_kd", "se_kd_3x", "demo"}
-    assert wanted <= named_recipes().keys()
+    wanted = (
+        "full_kd random_pos se_kd gls curriculum pos_rs pos_rs_corrected weighted_kd dkd at_kd full_kd_t2 full_kd_ce "
+        "rs_kd top_samples random_samples top_samples_rs_kd se_kd_top_samples se_kd_3x demo"
+    )
+    by_metric = {name for name in POSITION_METRICS if name not in ("student_entropy", "random")}  # se_kd, random_pos
+    assert {*wanted.split(), *by_metric} <= named_recipes().keys()
 
 
 def test_the_minimal_recipe_is_se_kd_with_a_live_teacher() -> None:

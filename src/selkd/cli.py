@@ -215,6 +215,70 @@ def recipes(
         typer.echo(named[name], nl=False)
 
 
+@app.command()
+def tokens(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The student: demo, a local folder or a hub id.")],
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="[TEXT]", help="The text; what is piped in, or a demo passage, if not given."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A UTF-8 file that holds the text.")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="For metrics that look at a teacher.")] = None,
+    metric: Annotated[
+        str, typer.Option(help="What colours the tokens, and ranks them: a metric's name or module:function.")
+    ] = "student_entropy",
+    policies: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            metavar="NAME[,KEY=VALUE...]",
+            help="A policy with its options, as in pos_rs,smoothing=2; again for another beside it. "
+            "progress=0.5 is half-way through a run. top_k if not given.",
+        ),
+    ] = None,
+    fraction: Annotated[float, typer.Option(help="The share of the positions that a policy picks.")] = 0.2,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a sample at most; longer text is cut. 512, or what fits.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of policies that draw.")] = 1337,
+    json_output: Json = False,
+) -> None:
+    """What a policy picks of a text, coloured by a metric: in the terminal and as a page."""
+    from selkd.policy_choice import check_metric, parse_policy
+    from selkd.reporting.policy_views import compare
+    from selkd.reporting.tokens_page import check_page_path, write_tokens_page
+
+    check_metric(metric)
+    choices = [parse_policy(given, metric, fraction) for given in policies or ["top_k"]]
+    if html is not None:
+        check_page_path(html)
+        if file is not None and file.exists() and html.exists() and html.samefile(file):
+            raise InputError(f"--html {html}: this is the text; the page would replace it. Give another file.")
+
+    from selkd.tokens import demo_passage, look, text_given
+
+    _quiet()
+    shown = text_given(text, file)
+    if shown is None:
+        typer.echo("no TEXT: a passage of the demo text", err=True)
+        shown = demo_passage()
+    found = look(model, shown, metric, choices, teacher=teacher, max_length=max_length, seed=seed)
+    if teacher is not None and found["teacher"] is None:
+        typer.echo("--teacher: no metric that was asked for looks at it, so it was not loaded", err=True)
+    if html is not None:
+        write_tokens_page(html, compare(found))
+        typer.echo(f"page {html}", err=True)
+    if json_output:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    from selkd.reporting.tokens_terminal import print_comparison
+
+    print_comparison(Console(), compare(found))
+
+
 @app.command("prune-student")
 def prune_student(
     out: Annotated[Path, typer.Option(help="A new folder for the student.")],

@@ -132,7 +132,7 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
                 [recipe.positions],
                 work.n_classes,
                 recipe.seed,
-                place=place_of(recipe.positions, run.record["train"]["steps"], run.record["train"]["steps"]),
+                places=[place_of(recipe.positions, run.record["train"]["steps"], run.record["train"]["steps"])],
             )
             write_whole(examples, json.dumps(found) + "\n")
     card = run.path / "student" / "README.md"

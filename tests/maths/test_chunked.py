@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from selkd import reference
-from selkd.maths.chunked import chunked_entropy, chunked_loss
-from selkd.maths.divergence import ValueAndGradient
+from selkd.maths.chunked import chunked_entropy, chunked_loss, chunked_statistics
+from selkd.maths.divergence import CRITERIA, ValueAndGradient
 from selkd.maths.divergence import forward_kl as criterion
 from selkd.maths.head import Head
+from selkd.maths.importance import METRICS, statistics
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> ValueAndGradient:
@@ -71,26 +72,50 @@ def test_loss_and_gradients_are_the_dense_ones(head_options: dict, chunk: int) -
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_bf16_is_no_worse_than_the_plain_bf16_path() -> None:
+CRITERIA_IN_BF16 = {"forward_kl": {}, "reverse_kl": {}, "jsd": {"beta": 0.3}, "skew_kl": {"alpha": 0.1},
+    "skew_reverse_kl": {"alpha": 0.1}, "total_variation": {}, "dkd": {"alpha": 1.0, "beta": 8.0}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CRITERIA_IN_BF16)
+def test_bf16_is_no_worse_than_the_plain_bf16_path(name: str) -> None:
     """Against float64 truth: the chunked error is bounded by the error of plain autograd on bf16 logits."""
+    options = CRITERIA_IN_BF16[name]
     hidden, head, teacher, coefficients = make(torch.float64)
-    truth_loss = (coefficients * reference.divergence("forward_kl", head.logits(hidden), teacher, teacher)).sum()
+    targets = torch.arange(N) % V
+    truth_loss = (coefficients * reference.divergence(name, head.logits(hidden), teacher, targets, **options)).sum()
     truth = torch.autograd.grad(truth_loss, [hidden, head.weight])
 
     low = [t.detach().bfloat16().requires_grad_() for t in (hidden, head.weight)]
     plain_logits = Head(low[1]).logits(low[0]).float()
-    plain_loss = (
-        coefficients.float() * reference.divergence("forward_kl", plain_logits, teacher.float(), teacher)
-    ).sum()
+    plain_values = reference.divergence(name, plain_logits, teacher.float(), targets, **options)
+    plain_loss = (coefficients.float() * plain_values).sum()
     plain = torch.autograd.grad(plain_loss, low)
 
-    loss, _ = chunked_loss(
-        low[0], Head(low[1]), coefficients.float(), lambda z, rows: forward_kl(z, teacher[rows].float()), chunk=10
-    )
+    def compare(logits: Tensor, rows: slice) -> ValueAndGradient:
+        return CRITERIA[name](logits, teacher[rows].float(), targets[rows], **options)
+
+    loss, _ = chunked_loss(low[0], Head(low[1]), coefficients.float(), compare, chunk=10)
     chunked = torch.autograd.grad(loss, low)
     assert abs(loss - truth_loss) <= abs(plain_loss - truth_loss) * 1.05 + 1e-4
     for actual, other, exact in zip(chunked, plain, truth, strict=True):
         assert (actual.double() - exact).norm() <= (other.double() - exact).norm() * 1.1
+
+
+@pytest.mark.parametrize("metric", ["student_entropy", "kl_plus_student_entropy", "student_ce"])
+def test_statistics_in_bf16_are_no_worse_than_the_plain_bf16_path(metric: str) -> None:
+    hidden, head, teacher, _ = make(torch.float64)
+    targets, names = torch.arange(N) % V, METRICS[metric].statistics
+
+    def of(logits: Tensor) -> Tensor:
+        return reference.importance(metric, logits[None], teacher[None].to(logits.dtype), targets[None])[0].double()
+
+    low_hidden, low_head = hidden.bfloat16(), head.to(torch.bfloat16)
+    columns = chunked_statistics(
+        low_hidden, low_head, lambda z, rows: statistics(names, z, teacher[rows].float(), targets[rows]), chunk=10
+    )
+    found = METRICS[metric].combine(dict(zip(names, columns.T, strict=True)), torch.ones(N, dtype=torch.bool)).double()
+    truth, plain = of(head.logits(hidden)), of(low_head.logits(low_hidden).float())
+    assert (found - truth).norm() <= (plain - truth).norm() * 1.05 + 1e-5
 
 
 def test_autocast_runs_products_in_bf16_and_gives_float32_gradients() -> None:

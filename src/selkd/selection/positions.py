@@ -181,7 +181,7 @@ def _drawn(given: Candidates, is_corrected: bool) -> Tensor:
     times = torch.zeros_like(r).scatter_add_(-1, places, is_draw.to(r.dtype))
     if is_corrected:
         drawn = times / (draws * n_valid * r).masked_fill(times == 0, 1.0)
-        return (drawn + sure / n_valid.clamp(min=1)).to(given.scores.dtype)
+        return (drawn + sure.to(r.dtype) / n_valid.clamp(min=1)).to(given.scores.dtype)
     return ((times + sure) / counts.unsqueeze(-1).clamp(min=1)).to(given.scores.dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from selkd.maths.chunked import chunked_statistics
+from selkd.maths.chunked import chunked_statistics, wide
 from selkd.maths.head import Head
 from selkd.maths.importance import metric_of, statistics
 from selkd.recipe_choices import SAMPLED_POLICIES, PositionOptions, needs_teacher
@@ -57,7 +57,7 @@ def score_positions(
     """
     valid_mask, device = batch["valid_mask"], hidden_states.device
     if metric is None:
-        return PositionScores(torch.zeros(valid_mask.shape, device=device), {})
+        return PositionScores(wide(hidden_states.new_zeros(valid_mask.shape)), {})
     if metric == "random":
         ids, mask = batch["sample_ids"].cpu().numpy(), valid_mask.cpu().numpy()
         noise = torch.from_numpy(position_uniforms(seed, ids, mask, "positions", step))
