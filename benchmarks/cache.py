@@ -159,6 +159,7 @@ def measure_size(data: Path, positions: int, texts: list[str]) -> dict[str, Any]
 def _cache_figures(
     samples: list[Sample], rows: list[Rows], draw: ClassSampler, teacher: Teacher, forward: float
 ) -> dict[str, float | int]:
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     dataset = SampleDataset.from_samples(samples)
     shards = plan_shards(dataset)
@@ -186,7 +187,8 @@ def _cache_figures(
         for at in range(0, len(order), SAMPLES_AT_ONCE):
             reader.targets(collate([samples[i] for i in order[at : at + SAMPLES_AT_ONCE]], 0), 0)
         to_tensors = time.process_time() - clock
-    torch.set_num_threads(2)
+    torch.set_num_threads(n_threads)
+    torch.set_num_threads(n_threads)
     positions = int(stats["positions"])
     return {
         "positions": positions,
