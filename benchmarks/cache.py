@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from selkd import load_recipe
 from selkd.build_cache import plan_shards
-from selkd.cache import codec
+from selkd.cache import codec, shard
 from selkd.cache.reader import TeacherCache
 from selkd.cache.rows import Rows
 from selkd.cache.writer import CacheWriter
@@ -167,14 +168,14 @@ def _cache_figures(
     fingerprint = {"draws": draw.draws, "count_total": draw.total, "vocabulary": teacher.head.n_classes}
     with tempfile.TemporaryDirectory() as folder:
         clock = time.process_time()
-        writer = CacheWriter(Path(folder) / "cache", fingerprint, [[ids[i] for i in shard] for shard in shards])
-        for number, shard in enumerate(shards):
-            writer.write_shard(number, [(ids[i], *rows[i]) for i in shard])
+        writer = CacheWriter(Path(folder) / "cache", fingerprint, [[ids[i] for i in members] for members in shards])
+        for number, members in enumerate(shards):
+            writer.write_shard(number, [(ids[i], *rows[i]) for i in members])
         writer.finish()
         write = time.process_time() - clock
         cache = TeacherCache.open(Path(folder) / "cache")
         stats = cache.stats()
-        order = np.random.default_rng(0).permutation([i for shard in shards for i in shard])
+        order = np.random.default_rng(0).permutation([i for members in shards for i in members])
         clock = time.process_time()
         for i in order:
             got = cache.get(ids[i])
@@ -301,13 +302,21 @@ print(json.dumps({"open_seconds": opened, "look_up_microseconds": found * 1e6, "
 
 
 def measure_scale(n_samples: int) -> dict[str, Any]:
-    """A cache of many small synthetic samples: sample i has the id ``default_rng(i).bytes(16)``."""
+    """A cache of many small synthetic samples: sample i has the id ``default_rng(i).bytes(16)``.
+
+    All shards hold the same rows, coded once: what is measured is the files, not the coding.
+    """
     per_shard = 256
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(per_shard):
-        ids = np.sort(rng.choice(49_152, 8, replace=False)).astype(np.uint32)
-        rows.append((np.array([8], np.uint16), ids, np.array([1] * 7 + [57], np.uint16)))
+        class_ids = np.sort(rng.choice(49_152, 8, replace=False)).astype(np.uint32)
+        rows.append((np.array([8], np.uint16), class_ids, np.array([1] * 7 + [57], np.uint16)))
+    model = codec.fit([Rows(*each) for each in rows])
+    blocks = {class_ids.tobytes(): codec.encode(model, Rows(*each)) for each in rows for class_ids in each[1:2]}
+    shard.codec = SimpleNamespace(  # type: ignore[assignment]
+        fit=lambda _: model, encode=lambda _, each: blocks[each.class_ids.tobytes()]
+    )
     sample_ids = [np.random.default_rng(number).bytes(16) for number in range(n_samples)]
     shards = [sample_ids[at : at + per_shard] for at in range(0, n_samples, per_shard)]
     with tempfile.TemporaryDirectory() as folder:

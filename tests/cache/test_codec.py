@@ -211,7 +211,7 @@ def test_any_bytes_are_decoded_or_refused_in_words(data: bytes) -> None:
         Model.from_bytes(data)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_a_changed_byte_is_refused_in_words_or_decodes_to_rows_of_the_total(data: st.DataObject) -> None:
     """Without the checksums that stand before the decoder: damage is never an array that does not agree with itself."""
@@ -226,7 +226,7 @@ def test_a_changed_byte_is_refused_in_words_or_decodes_to_rows_of_the_total(data
     assert {sum(row.values()) for row in as_dicts(rows) if row} <= {64}
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_a_changed_byte_of_a_model_is_refused_in_words_or_another_model(data: st.DataObject) -> None:
     model = fit([make_rows(4)])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cache_samples import build, contents
 
-N_KILLS = int(os.environ.get("SELKD_KILLS", "12"))
+N_KILLS = int(os.environ.get("SELKD_KILLS", "8"))
 
 KILLING = """
 import json, os, random, signal, sys, time

@@ -395,5 +395,5 @@ def test_many_samples_are_found_by_id(tmp_path: Path) -> None:
     writer.finish()
     cache = TeacherCache.open(tmp_path)
     assert cache.sample_ids() == ids
-    for number in rng.permutation(2000):
+    for number in rng.permutation(2000)[:500]:
         assert_same_rows(cache.get(ids[number]), rows[number % 7])
