@@ -5,6 +5,7 @@ by several processes, is the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,15 +69,14 @@ def build_cache(
     mine = missing[state.process_index :: state.num_processes]
     tokens = 0
     if mine:
+        writer.require_writable()
         model = teacher()
         draw = _Drawing(model, classes, temperature, seed, int(fingerprint["vocabulary"]), pad_token_id)
         n_samples = sum(len(shards[number]) for number in mine)
         with tqdm(
             total=n_samples, desc="caching the teacher", unit=" samples", disable=not state.is_main_process
         ) as bar:
-            for number in mine:
-                rows = draw.rows([samples[index] for index in shards[number]])
-                writer.write_shard(number, _counting(rows, bar))
+            _write_all(writer, mine, lambda number: draw.rows([samples[index] for index in shards[number]]), bar)
         tokens = draw.tokens
     state.wait_for_everyone()
     if state.is_main_process:
@@ -202,7 +202,17 @@ def _by_sample(
     ]
 
 
-def _counting(rows: Iterator[SampleRows], bar: tqdm) -> Iterator[SampleRows]:
-    for row in rows:
-        yield row
-        bar.update(1)
+def _write_all(writer: CacheWriter, numbers: list[int], rows: Callable[[int], Iterator[SampleRows]], bar: tqdm) -> None:
+    """Write these shards, each while the teacher goes on to the next: coding does not keep an accelerator waiting."""
+    with ThreadPoolExecutor(1) as pool:
+        written: Future[None] | None = None
+        for number in numbers:
+            found = []
+            for row in rows(number):
+                found.append(row)
+                bar.update(1)
+            if written is not None:
+                written.result()
+            written = pool.submit(writer.write_shard, number, found)
+        if written is not None:
+            written.result()

@@ -134,6 +134,12 @@ import os
 if os.geteuid() == 0:  # permissions do not bind root: another user writes
     os.setuid(65534)
 try:
+    writer.require_writable()
+except RunError as error:
+    assert "can't be written" in str(error) and "Permission denied" in str(error), error
+else:
+    raise SystemExit("the folder passed for writable")
+try:
     writer.write_shard(0, samples())
 except RunError as error:
     assert "shard-00000.selkd" in str(error) and "Permission denied" in str(error), error

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,14 @@ class CacheWriter:
         listed = self._listed()
         numbers = range(len(self._shard_ids)) if among is None else among
         return [number for number in numbers if not self._is_whole(number, listed)]
+
+    def require_writable(self) -> None:
+        """Raises RunError if no file can be made in the folder: better before the teacher runs than after."""
+        try:
+            with TemporaryFile(dir=self.directory):
+                pass
+        except OSError as error:
+            raise RunError(f"the teacher cache folder {self.directory} can't be written: {error}") from error
 
     def write_shard(self, number: int, samples: Iterable[SampleRows]) -> None:
         """Writes one shard: it appears under its name only once it is whole and on disk.
