@@ -216,6 +216,92 @@ def recipes(
 
 
 @app.command()
+def estimate(
+    recipe: RecipeName,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many accelerators; this machine's device if not given.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Plan for so many training tokens; the recipe's if not given.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run a few steps here to measure time and cache bytes.")
+    ] = False,
+    overrides: Overrides = None,
+    json_output: Json = False,
+) -> None:
+    """Memory, teacher queries, cache and time of a recipe, before they are spent."""
+    from selkd.estimate.estimate import estimate as estimated
+    from selkd.recipe_files import load_recipe
+    from selkd.reporting.tables import estimate_tables
+
+    _quiet()
+    answer = estimated(load_recipe(recipe, overrides), gpus=gpus, tokens=tokens, with_probe=probe)
+    if json_output:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from rich.console import Console
+
+    for table in estimate_tables(answer):
+        Console().print(table)
+
+
+@app.command("sweep")
+def sweep_command(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A named study (demo_positions) or a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="The study's folder; runs/<study name> if not given.")] = None,
+    overrides: Overrides = None,
+    json_output: Json = False,
+) -> None:
+    """Recipes x seeds into one table. Repeat the command to continue; one failed run does not sink the rest."""
+    from selkd.recipe_files import parse_override
+    from selkd.sweep.study import load_study
+    from selkd.sweep.sweep import sweep
+
+    name, content, folder = load_study(study)
+    keys = dict(parse_override(override) for override in overrides or [])
+    result = sweep(name, content, folder, out or Path("runs") / name, keys)
+    comparison = result.out / "comparison"
+    if json_output:
+        typer.echo(json.dumps({"study": name, "failed": result.failed, "table": result.table}, indent=2))
+    elif result.table is not None:
+        typer.echo(f"{(comparison / 'table.md').read_text(encoding='utf-8')}\nreport  {comparison / 'report.html'}")
+    if result.failed:
+        typer.echo(f"selkd: {len(result.failed)} runs failed; the same command tries them again.", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `selkd distill` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; the run's own folder, or `comparison` for several runs.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The recipe that differences are told against; the first one if not given.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """The page of one run, or a table, plots and a page of several side by side."""
+    from selkd.reporting.comparison import as_markdown, compare
+    from selkd.reporting.comparison_page import PAGE, write_comparison
+    from selkd.reporting.page import write_page
+
+    if len(runs) == 1:
+        if baseline is not None:
+            raise InputError("--baseline: one run has nothing to differ from; give several.")
+        _answer({"report": str(write_page(runs[0], out))}, json_output)
+        return
+    folder = out or Path("comparison")
+    comparison = compare(runs, baseline)
+    content = write_comparison(comparison, folder, "Runs side by side")
+    if json_output:
+        typer.echo(json.dumps({"report": str(folder / PAGE), **content}, indent=2))
+    else:
+        typer.echo(f"{as_markdown(comparison)}\nreport  {folder / PAGE}")
+
+
+@app.command()
 def tokens(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The student: demo, a local folder or a hub id.")],
     text: Annotated[

@@ -25,7 +25,7 @@ from selkd.run_directory import RunDirectory, write_whole
 from selkd.selection.positions import place_of
 from selkd.workspace import CALIBRATION_SAMPLES, Workspace
 
-EXAMPLES = 3  # samples shown on the page
+EXAMPLES = 8  # held-out samples whose scores are kept: the page shows the text of some, the histogram counts all
 
 
 @dataclass(frozen=True)

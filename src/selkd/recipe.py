@@ -101,21 +101,16 @@ class Recipe(Part):
     evaluation: EvaluationOptions = EvaluationOptions()
     seed: int = Field(1337, ge=0, lt=2**32)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _every_sample(cls, given: Any) -> Any:
-        """``samples: {metric: all}`` is ``samples: null``."""
-        if (
-            isinstance(given, dict)
-            and isinstance(given.get("samples"), dict)
-            and given["samples"].get("metric") == "all"
-        ):
-            return given | {"samples": None}
-        return given
-
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
+        if self.samples is not None and self.samples.metric == "all":  # no filter
+            object.__setattr__(self, "samples", None)
         check_parts(self.criterion, self.positions, self.classes)
+        if (self.positions.skip_first or 0) >= self.data.max_length - 1:
+            raise ValueError(
+                f"positions.skip_first: {self.positions.skip_first} leaves no position of samples of data.max_length = "
+                f"{self.data.max_length} tokens; lower it"
+            )
         if self.cache is not None and self.classes.sampler == "all":
             raise ValueError(
                 "cache: the full distribution (classes.sampler: all) is too large to store; "

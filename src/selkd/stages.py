@@ -1,14 +1,12 @@
 """The stages of a run: score -> cache -> train -> evaluate. Each is skipped where its finished output verifies."""
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from selkd.build_cache import build_cache
@@ -20,6 +18,7 @@ from selkd.evaluation.fidelity import Fidelity, fidelity
 from selkd.models.loading import n_parameters
 from selkd.models.sources import locate
 from selkd.models.tokenizers import tokenizer_fingerprint
+from selkd.peaks import PLACES, peaks, restart_peaks
 from selkd.run_directory import RunDirectory
 from selkd.scoring import NEEDS_TEACHER, score_samples
 from selkd.selection.classes import class_sampler
@@ -33,21 +32,38 @@ from selkd.workspace import Workspace, environment
 @contextmanager
 def timed(run: RunDirectory, stage: str) -> Iterator[None]:
     """Add a stage's seconds to the record; the peak of memory, too."""
-    started = time.perf_counter()
+    is_alone, started = begin_peaks(run), time.perf_counter()
     yield
-    add_seconds(run, stage, time.perf_counter() - started)
+    add_seconds(run, stage, time.perf_counter() - started, is_alone)
 
 
-def add_seconds(run: RunDirectory, stage: str, seconds: float) -> None:
-    """Add to a stage's time in the record, and keep total and peak memory up to date."""
+def add_seconds(run: RunDirectory, stage: str, seconds: float, is_alone: bool) -> None:
+    """Add to a stage's time in the record, and keep total and peak memory up to date.
+
+    ``is_alone``: the peaks were begun anew for this stage, so they are its own.
+    """
     times = run.record.setdefault("seconds", dict.fromkeys(("prepare", "score", "cache", "train", "evaluate", "total")))
     times[stage] = round((times[stage] or 0.0) + seconds, 3)
     times["total"] = round(sum(value or 0.0 for name, value in times.items() if name != "total"), 3)
-    peak = run.record.setdefault("peak_memory_bytes", {"process": None, "accelerator": None})
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak["process"] = max(peak["process"] or 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    if torch.cuda.is_available():
-        peak["accelerator"] = max(peak["accelerator"] or 0, torch.cuda.max_memory_allocated())
+    by_stage = note_peaks(run).setdefault("by_stage", {}).setdefault(stage, dict.fromkeys(PLACES))
+    for place, value in peaks().items():
+        if value is not None and is_alone:
+            by_stage[place] = max(by_stage[place] or 0, value)
+
+
+def begin_peaks(run: RunDirectory) -> bool:
+    """Begin anew to look for a stage's peak of memory; False where the system can't tell it from the whole run's."""
+    note_peaks(run)
+    return restart_peaks()
+
+
+def note_peaks(run: RunDirectory) -> dict[str, Any]:
+    """The record's peaks of the whole run, with what the present one adds."""
+    whole: dict[str, Any] = run.record.setdefault("peak_memory_bytes", dict.fromkeys(PLACES))
+    for place, value in peaks().items():
+        if value is not None:
+            whole[place] = max(whole[place] or 0, value)
+    return whole
 
 
 def prepare(work: Workspace, run: RunDirectory) -> None:
@@ -219,6 +235,7 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
 def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: TeacherCache | None) -> None:
     """Train the student, from its last checkpoint if there is one, and save it."""
     student_path = run.path / "student"
+    is_alone = begin_peaks(run)
     if teacher is not None:
         work.release_teacher()
     trainer = DistillTrainer(
@@ -242,7 +259,7 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
         (student_path / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
     # Looked up now: resuming has replaced the callback by the checkpoint's.
     metrics = next(found for found in trainer.callback_handler.callbacks if isinstance(found, MetricsFile))
-    add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0))
+    add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0), is_alone)
     losses = [line["loss"] for line in read_metrics(metrics.path) if "loss" in line]
     run.record["train"] = {
         "steps": trainer.state.global_step,

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import Sample
 from selkd.errors import InputError
+from selkd.finite import require_finite
 from selkd.maths.chunked import wide
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
@@ -103,7 +104,8 @@ class LiveTeacher:
             uniforms = torch.from_numpy(noise).flatten(0, 1).to(batch["input_ids"].device)
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
             hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
-        return _LiveTargets(hidden.flatten(0, 1), self, uniforms)
+        everywhere = torch.arange(batch["input_ids"].numel(), device=hidden.device)
+        return _LiveTargets(hidden.flatten(0, 1), self, uniforms, everywhere, batch)
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,12 @@ class _LiveTargets:
     hidden_states: Tensor  # [B * T, D], or [N, D] once narrowed
     teacher: LiveTeacher
     uniforms: Tensor | None
+    index: Tensor  # of these positions in the batch
+    batch: Batch
 
     def at(self, index: Tensor) -> "_LiveTargets":
         uniforms = None if self.uniforms is None else self.uniforms[index]
-        return _LiveTargets(self.hidden_states[index], self.teacher, uniforms)
+        return _LiveTargets(self.hidden_states[index], self.teacher, uniforms, self.index[index], self.batch)
 
     def logits(self, rows: slice) -> Tensor:
         return head_logits(self.teacher.head, self.hidden_states[rows])
@@ -125,7 +129,9 @@ class _LiveTargets:
         if sampler is None:
             return FullDistribution(logits)
         assert self.uniforms is not None, "a sampler's uniforms come with the targets"
-        return DrawnClasses(*sampler(torch.softmax(logits / self.teacher.temperature, dim=-1), self.uniforms[rows]))
+        probabilities = torch.softmax(logits / self.teacher.temperature, dim=-1)
+        require_finite(probabilities.sum(dim=-1), self.index[rows], self.batch, "the teacher's logits")
+        return DrawnClasses(*sampler(probabilities, self.uniforms[rows]))
 
 
 @torch.no_grad()

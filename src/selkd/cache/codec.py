@@ -147,6 +147,13 @@ def _active(sizes: np.ndarray, least: int) -> Sequence[int]:
     return active
 
 
+def _places(active: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each value, column by column: which of the lists, longest first, and which place in it."""
+    n_active = np.array(active, np.int64)
+    place = np.repeat(np.arange(len(active)), n_active)
+    return np.arange(len(place)) - np.repeat(np.cumsum(n_active) - n_active, n_active), place
+
+
 class _Decoder:
     """One sample's symbols, taken off the coder in order."""
 
@@ -192,35 +199,41 @@ class _Decoder:
     def ranks(self, sizes: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
         """The list and the rank of each class, by list and ascending."""
         model = self.model
-        order = _longest_first(sizes)
+        order, active = _longest_first(sizes), _active(sizes, 0)
+        turn, place = _places(active)
         is_single = (order >= n_rows).astype(np.int64)
-        left, rank = sizes[order], np.full(len(order), -1)
-        of_rank = np.zeros(len(order), np.int64)
-        begin = (np.cumsum(sizes) - sizes)[order]
-        out = np.empty(int(sizes.sum()), np.int64)
-        for place, n in enumerate(_active(sizes, 0)):
-            gaps = self.values("gaps", model.gap_context(is_single[:n], of_rank[:n], left[:n]))
+        contexts = model.gap_context(is_single[turn], np.int64(0), sizes[order][turn] - place)
+        rank, of_rank = np.full(len(order), -1), np.zeros(len(order), np.int64)
+        columns, at = [np.zeros(0, np.int64)], 0
+        for n in active:
+            gaps = self.values("gaps", contexts[at : at + n] + of_rank[:n])
             rank = rank[:n] + gaps + 1
-            out[begin[:n] + place] = rank
-            of_rank, left = model.context_of_rank.take(rank, mode="clip"), left[:n] - 1
+            columns.append(rank)
+            of_rank = model.context_of_rank.take(rank, mode="clip")
+            at += n
+        out = np.empty(len(turn), np.int64)
+        out[(np.cumsum(sizes) - sizes)[order][turn] + place] = np.concatenate(columns)
         if out.size and out.max() >= len(model.classes):
             raise ValueError("a rank is beyond the last class")
         return np.repeat(np.arange(len(sizes)), sizes), out
 
     def excesses(self, heavies: np.ndarray, excess: np.ndarray) -> np.ndarray:
         """What each heavy class was drawn beyond two times, by row and ascending rank."""
-        order = _longest_first(heavies)
-        left, excess = heavies[order], excess[order]
-        begin = (np.cumsum(heavies) - heavies)[order]
-        out = np.empty(int(heavies.sum()), np.int64)
-        # The last class of each row takes what the others leave.
-        for place, n in enumerate(_active(heavies, 1)):
-            beyond = self.values("counts", self.model.count_context(excess[:n], left[:n]))
+        order, active = _longest_first(heavies), _active(heavies, 1)
+        turn, place = _places(active)
+        left, excess = heavies[order][turn] - place, excess[order]
+        columns, at = [np.zeros(0, np.int64)], 0
+        for n in active:
+            beyond = self.values("counts", self.model.count_context(excess[:n], left[at : at + n]))
             excess[:n] -= beyond
             if excess[:n].min() < 0:
                 raise ValueError("the counts of a row are more than its draws")
-            out[begin[:n] + place] = beyond
-            left = left[:n] - 1
+            columns.append(beyond)
+            at += n
+        begin = (np.cumsum(heavies) - heavies)[order]
+        out = np.empty(int(heavies.sum()), np.int64)
+        out[begin[turn] + place] = np.concatenate(columns)
+        # The last class of each row takes what the others leave.
         has_any = heavies[order] > 0
         out[(begin + heavies[order] - 1)[has_any]] = excess[has_any]
         return out

@@ -62,7 +62,7 @@ class Model:
         }
         return contexts[table], max(2, self.buckets[table].n)
 
-    def gap_context(self, is_single: np.ndarray, of_rank: np.ndarray, left: np.ndarray) -> np.ndarray:
+    def gap_context(self, is_single: np.ndarray, of_rank: np.ndarray | np.int64, left: np.ndarray) -> np.ndarray:
         """Of a gap: its group, ``context_of_rank`` of the rank before, the classes left in its list, this one too."""
         group = is_single * (self.n_octaves * CLASSES_LEFT) - 1
         return group + of_rank + np.minimum(left, CLASSES_LEFT)

@@ -112,6 +112,12 @@ class DistillTrainer(Trainer):
                     check_packing(packed)
         train_samples = _as_samples(train_dataset, processing_class, args)
         eval_samples = _as_samples(eval_dataset, processing_class, args)
+        skipped = args.objective.positions.skip_first or 0
+        if train_samples is not None and skipped >= args.max_length - 1:
+            raise InputError(
+                f"positions.skip_first: {skipped} leaves no position of samples of max_length = {args.max_length} "
+                "tokens. Lower it."
+            )
         n_classes = shared_classes(_sizes(model, teacher), processing_class)
         self.teacher = _as_teacher(teacher, args, n_classes, [train_samples, eval_samples])
         self.objective = args.objective
