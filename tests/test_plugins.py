@@ -10,7 +10,7 @@ import yaml
 from tiny import make_samples
 from tiny_run import make_recipe
 
-from selkd import plugins
+from selkd import distill, plugins
 from selkd.data.batching import collate
 from selkd.errors import InputError, RunError
 from selkd.recipe import Recipe, parse_part
@@ -39,6 +39,22 @@ def test_the_worked_example_runs_where_it_lies(name: str, tmp_path: Path) -> Non
     assert record["train"]["loss_last"] < record["train"]["loss_first"]
     if "positions" in own:
         assert 0 < record["counts"]["positions_selected"] < record["counts"]["positions_valid"]
+
+
+def test_a_part_that_changed_is_not_taken_for_the_one_that_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "def wide(student_logits):\n    return student_logits.amax(-1) - student_logits.amin(-1)\n"
+    module = tmp_path / "changing_part.py"
+    module.write_text(code)
+    recipe = make_recipe(tmp_path, samples=None, cache=None, classes={"sampler": "all"}, evaluation={"suite": []})
+    recipe["positions"] = {"metric": "changing_part:wide"}
+    distill(recipe, tmp_path / "run")
+    assert distill(recipe, tmp_path / "run").record["own_parts"].keys() == {"metric"}
+    module.write_text(code + "# another\n")
+    with pytest.raises(InputError, match="the source of this recipe's own metric changed since the run began"):
+        distill(recipe, tmp_path / "run")
 
 
 def test_the_examples_sampler_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,6 +173,12 @@ def digest(kind: Kind, name: str) -> str:
     return hashlib.sha256(source).hexdigest()[:32]
 
 
+def digests(**names: str | None) -> dict[str, str]:
+    """``digest`` of each named part that is a user's own: kind -> name, built-in ones and None left out."""
+    kinds: list[Kind] = [kind for kind in PARAMETERS if names.get(kind) not in (None, *BUILT_IN[kind])]
+    return {kind: digest(kind, str(names[kind])) for kind in kinds}
+
+
 def metric_function(name: str) -> "Callable[[Tensor, Tensor | None, Tensor], Tensor]":
     """A user's metric as a function of student logits, teacher logits and targets; its answer is checked."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
+from selkd import plugins
 from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
 from selkd.cache.remote import fetch_cache, is_remote
@@ -72,7 +73,15 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         work.require_positions()
         splits, recipe = work.splits, work.recipe
         n_valid = int(splits.train.n_valid.sum())
+        own = own_parts(work)
+        changed = [kind for kind, digest in run.record.get("own_parts", own).items() if own.get(kind) != digest]
+        if changed:
+            raise InputError(
+                f"{run.path}: the source of this recipe's own {changed[0]} changed since the run began. Give another "
+                "--out, or restore it; nothing was changed."
+            )
         run.record.update(
+            own_parts=own,
             name=recipe.name or run.path.name,
             recipe=recipe.resolved(),
             environment=environment(work),
@@ -97,6 +106,17 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         teacher = {"model": work.teacher_source.name, "fingerprint": work.teacher_source.fingerprint}
         run.record["teacher"] = {**(run.record.get("teacher") or {}), **teacher}
         count_teacher_tokens(work, run)
+
+
+def own_parts(work: Workspace) -> dict[str, str]:
+    """A digest of the source of each part that is a user's own."""
+    recipe = work.recipe
+    return plugins.digests(
+        metric=recipe.positions.metric,
+        policy=recipe.positions.policy,
+        criterion=recipe.criterion.name,
+        sampler=recipe.classes.sampler,
+    )
 
 
 COUNTS = ("samples", "samples_kept", "positions_valid", "positions_selected", "teacher_tokens")
@@ -220,6 +240,7 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
     recipe = work.recipe
     assert recipe.classes.draws is not None
     return {
+        **{f"{kind}_source": digest for kind, digest in own_parts(work).items() if kind == "sampler"},
         "teacher": work.teacher_source.fingerprint,
         "teacher_dtype": str(work.teacher_dtype),
         "tokenizer": tokenizer_fingerprint(work.tokenizer),
