@@ -299,3 +299,9 @@ def test_the_tables_of_a_model_survive_storing() -> None:
     for table in TABLES:
         np.testing.assert_array_equal(stored.codes[table], model.codes[table])
         assert stored.weights[table].dtype == np.float32
+
+
+def test_a_sample_of_too_many_rows_is_refused() -> None:
+    rows = Rows(np.zeros(2**24 + 1, np.uint16), np.zeros(0, np.uint32), np.zeros(0, np.uint16))
+    with pytest.raises(InputError, match="at most 16777216 positions; got 16777217"):
+        encode(fit([make_rows(1)]), rows)

@@ -21,6 +21,7 @@ from selkd.errors import InputError
 
 NAME: Final = "ranked-gaps-ans"
 
+_LARGEST_ROWS: Final = 2**24
 _HEADER = struct.Struct("<I")
 _CATEGORICAL = constriction.stream.model.Categorical(perfect=False)
 _UNIFORM = constriction.stream.model.Uniform()
@@ -54,7 +55,12 @@ def encode(model: Model, rows: Rows) -> bytes:
     Args:
         model: of a shard that holds the sample.
         rows: as ``rows.checked_rows`` gives them.
+
+    Raises:
+        InputError: the sample has more than 2^24 rows.
     """
+    if len(rows.row_lengths) > _LARGEST_ROWS:
+        raise InputError(f"a sample has at most {_LARGEST_ROWS} positions; got {len(rows.row_lengths)}")
     coder = constriction.stream.stack.AnsCoder()
     for column in reversed(_columns(model, rows)):
         buckets = model.buckets[column.table]
@@ -78,7 +84,7 @@ def decode(model: Model, data: bytes) -> Rows:
         raise InputError(f"an encoded sample is damaged: {len(data)} bytes, expected a positive multiple of 4")
     (n_rows,) = _HEADER.unpack_from(data)
     # A row takes no memory before it is decoded, but a damaged number of rows would.
-    if n_rows > 2**24:
+    if n_rows > _LARGEST_ROWS:
         raise InputError(f"an encoded sample is damaged: {n_rows} rows")
     try:
         words = np.frombuffer(data, "<u4", offset=_HEADER.size).astype(np.uint32)
