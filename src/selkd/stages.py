@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from selkd import evaluation_stage, plugins
 from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
+from selkd.cache.remote import fetch_cache, is_remote
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
@@ -20,6 +21,7 @@ from selkd.models.tokenizers import tokenizer_fingerprint
 from selkd.peaks import PLACES, peaks, restart_peaks
 from selkd.run_directory import RunDirectory
 from selkd.scoring import NEEDS_TEACHER, score_samples
+from selkd.selection.classes import class_sampler
 from selkd.selection.samples import SampleScores, highest
 from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress, read_metrics
 from selkd.training.checkpoints import last_whole_checkpoint
@@ -190,6 +192,10 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     directory = cache_directory(work, run)
     with timed(run, "cache"):
         fingerprint = cache_fingerprint(work)
+        if recipe.cache.path is not None and is_remote(recipe.cache.path):
+            opened = _copied(work, recipe.cache.path, fingerprint, samples)
+            run.record["teacher_cache"] = opened.stats()
+            return opened
         tokens = build_cache(
             directory,
             fingerprint,
@@ -205,6 +211,20 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
             count_teacher_tokens(work, run, cache=earlier + tokens)
         opened = TeacherCache.open(directory, fingerprint)
     run.record["teacher_cache"] = opened.stats()
+    return opened
+
+
+def _copied(
+    work: Workspace, url: str, fingerprint: dict[str, str | int | float], samples: SampleDataset
+) -> TeacherCache:
+    """A cache that was built elsewhere, copied to this machine; it must hold every sample."""
+    with work.state.main_process_first():
+        opened = TeacherCache.open(fetch_cache(url, work.cache_dir / "teacher_caches"), fingerprint)
+    if missing := [sample_id for sample_id in samples.ids if sample_id not in opened]:
+        raise InputError(
+            f"cache.path: the cache at {url} lacks {len(missing)} of the {len(samples)} kept samples, the first "
+            f"{missing[0].hex()}. Build a cache for this data in a local folder."
+        )
     return opened
 
 
@@ -226,6 +246,7 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
         "vocabulary": work.n_classes,
         "sampler": recipe.classes.sampler,
         "draws": recipe.classes.draws,
+        "count_total": class_sampler(recipe.classes).total,
         "temperature": recipe.criterion.temperature,
         "seed": recipe.seed,
     }

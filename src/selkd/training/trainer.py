@@ -4,6 +4,7 @@ Everything else is the Trainer's: arguments, logging, checkpoints, resuming, sch
 """
 
 import base64
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate, pack, split
-from selkd.data.samples import SampleDataset
+from selkd.data.samples import Sample, SampleDataset
 from selkd.data.tokenised import encode
 from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing, head_of
@@ -25,7 +26,7 @@ from selkd.models.tokenizers import shared_classes
 from selkd.recipe_choices import FractionSchedule, needs_teacher
 from selkd.selection.positions import Place, place_of
 from selkd.selection.queue import ScoreQueue
-from selkd.teacher import Batch, CachedTeacher, LiveTeacher, Teacher
+from selkd.teacher import Batch, CachedCollator, CachedTeacher, LiveTeacher, Teacher
 from selkd.training.arguments import DistillArguments, require_one_device
 from selkd.training.objective import Budget
 from selkd.training.sampling import FilledDataset, FilledSampler
@@ -129,10 +130,13 @@ class DistillTrainer(Trainer):
         bind_distillation(model, n_classes)
         pad_token_id = 0 if processing_class.pad_token_id is None else processing_class.pad_token_id  # never told by id
         use_cache = model.config.use_cache
+        data_collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=pad_token_id)
+        if isinstance(self.teacher, CachedTeacher):  # read by the data loader's workers, ahead of training
+            data_collator = CachedCollator(data_collator, self.teacher)
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate, pad_token_id=pad_token_id),
+            data_collator=data_collator,
             train_dataset=None if train_samples is None else FilledDataset(train_samples),
             eval_dataset=None if eval_samples is None else FilledDataset(eval_samples),
             processing_class=processing_class,
