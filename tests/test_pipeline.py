@@ -76,6 +76,10 @@ def test_a_run_writes_what_the_contract_names(tmp_path: Path) -> None:
     assert counts["samples_kept"] == len(kept) == -(-3 * len(scores) // 10)
     assert min(row["score"] for row in kept) >= max(row["score"] for row in scores if not row["kept"])
 
+    overlap = json.loads((run.path / "selection" / "overlap.json").read_text())
+    assert set(overlap["samples"]["metrics"]) == {"student_entropy", "kl", "ce_ratio"}
+    assert overlap["positions"]["fraction"] == record["recipe"]["positions"]["fraction"]
+
     cache = TeacherCache.open(run.path / "teacher_cache")
     assert sorted(id.hex() for id in cache.sample_ids()) == sorted(row["sample_id"] for row in kept)
     assert record["teacher_cache"]["positions"] * 3 == counts["positions_valid"]

@@ -20,6 +20,7 @@ from selkd.cache.writer import CacheWriter, SampleRows
 from selkd.data.batching import collate
 from selkd.data.grouping import group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
+from selkd.finite import require_finite
 from selkd.maths.chunked import chunk_size, chunks
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
@@ -172,9 +173,11 @@ class _Drawing:
         )
         hidden = hidden_states(self.model, batch["input_ids"].to(device), batch["position_ids"].to(device))
         hidden = hidden[batch["valid_mask"].to(device)]
+        index = batch["valid_mask"].flatten().nonzero().flatten()
         lengths, class_ids, counts = [], [], []
         for rows in chunks(len(hidden), chunk_size(self.head.n_classes, device)):
             probabilities = torch.softmax(head_logits(self.head, hidden[rows]) / self.temperature, dim=-1)
+            require_finite(probabilities.sum(dim=-1), index[rows], batch, "the teacher's logits, for its cache")
             chunk_ids, chunk_counts = self.sampler.integers(probabilities, uniforms[rows].to(device))
             drawn = chunk_counts > 0
             lengths.append(drawn.sum(dim=-1).cpu().numpy())

@@ -1,5 +1,6 @@
 """The stages of a run: score -> cache -> train -> evaluate. Each is skipped where its finished output verifies."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from selkd.cache.remote import fetch_cache, is_remote
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
+from selkd.evaluation.overlap import overlaps
 from selkd.models.loading import n_parameters
 from selkd.models.sources import locate
 from selkd.models.tokenizers import tokenizer_fingerprint
 from selkd.peaks import PLACES, peaks, restart_peaks
-from selkd.run_directory import RunDirectory
+from selkd.recipe_choices import FractionSchedule, PositionOptions, SampleOptions
+from selkd.run_directory import RunDirectory, write_whole
 from selkd.scoring import NEEDS_TEACHER, score_samples
 from selkd.selection.classes import class_sampler
 from selkd.selection.samples import SampleScores, highest
@@ -359,6 +362,20 @@ def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedMode
     run.record["fidelity"] = record
     run.record["teacher"] |= size(work.teacher())
     count_teacher_tokens(work, run, **{f"evaluate_{when}": found.teacher_tokens})
+    if when == "before" and work.state.is_main_process:
+        (run.path / "selection").mkdir(exist_ok=True)
+        write_whole(run.path / "selection" / "overlap.json", json.dumps(_overlaps(work, found)) + "\n")
+
+
+def _overlaps(work: Workspace, found: Fidelity) -> dict[str, Any]:
+    """How far the metrics agree on the held-out split under the initial student, at the recipe's fractions."""
+    recipe = work.recipe
+    fraction = recipe.positions.fraction
+    if isinstance(fraction, FractionSchedule):
+        fraction = fraction.to
+    kept = SampleOptions().fraction if recipe.samples is None else recipe.samples.fraction
+    usual = PositionOptions.model_fields["fraction"].default
+    return overlaps(found.statistics, found.sample_of, fraction or usual, kept)
 
 
 def _benchmarks(run: RunDirectory) -> dict[str, Any]:

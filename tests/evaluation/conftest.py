@@ -1,20 +1,9 @@
 """What the evaluation's tests share."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from lm_eval.models import huggingface
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, much slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

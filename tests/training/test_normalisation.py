@@ -3,7 +3,6 @@
 The truth is the specification on full logits, in one batch padded on the right.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,6 @@ NOWHERE = [
     Sample(np.array([5, END, 7]), np.array([0, 1, 2])),
     Sample(np.array([END]), np.array([0])),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small lose more to a second thread than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def with_ends(samples: SampleDataset) -> SampleDataset:

@@ -223,10 +223,13 @@ def test_epochs_are_shuffled_differently_and_last_batches_filled(tmp_path: Path)
     assert trainer.totals.positions_valid == 2 * int(samples.n_valid.sum())
 
 
-def cached(samples: SampleDataset, folder: Path, draws: int = 8, temperature: float = 1.0) -> TeacherCache:
+def cached(
+    samples: SampleDataset, folder: Path, draws: int = 8, temperature: float = 1.0, teacher: Any = None
+) -> TeacherCache:
     fingerprint = {"sampler": "rs_kd", "draws": draws, "temperature": temperature, "vocabulary": V, "seed": 11}
     options = ClassOptions(sampler="rs_kd", draws=draws)
-    build_cache(folder, fingerprint, samples, lambda: make_model(0, layers=3), options, temperature, 11, 1)
+    model = make_model(0, layers=3) if teacher is None else teacher
+    build_cache(folder, fingerprint, samples, lambda: model, options, temperature, 11, 1)
     return TeacherCache.open(folder)
 
 
@@ -402,6 +405,15 @@ def test_a_teacher_that_is_not_finite_is_named_before_classes_are_drawn(sampler:
         RunError, match=f"position {position} of sample {sample_id} gives nan from the teacher's logits"
     ):
         live.targets(batch, 0).at(index).chunk(slice(0, 9))
+
+
+def test_a_teacher_that_is_not_finite_leaves_no_cache(tmp_path: Path) -> None:
+    teacher = make_model(0, layers=3, tie_word_embeddings=False)
+    with torch.no_grad():
+        teacher.lm_head.weight[7] = float("inf")
+    with pytest.raises(RunError, match="gives nan from the teacher's logits, for its cache"):
+        cached(make_samples(3), tmp_path / "cache", teacher=teacher)
+    assert not list((tmp_path / "cache").glob("shard*.selkd"))
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:

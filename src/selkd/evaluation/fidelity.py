@@ -21,6 +21,7 @@ from selkd.models.head import evaluating, head_of, hidden_states
 TOKENS_AT_ONCE = 4096
 ENTROPY_EDGES = (0.1, 0.5, 1.0, 2.0, 4.0)
 """Where the buckets of the teacher's entropy end, in nats; the last one is open."""
+STATISTICS = ("student_entropy", "teacher_entropy", "student_ce", "teacher_ce", "kl", "reverse_kl")
 _POSITIONS, _STUDENT_NLL, _TEACHER_NLL, _KL, _AGREED = range(5)
 
 
@@ -57,6 +58,8 @@ class Fidelity:
         teacher_tokens: tokens that the teacher ran on, padding included.
         sums: float64 [S, K, 5]: for each sample and bucket the positions, the student's and the teacher's
             cross-entropy, the KL and the agreements, all summed.
+        statistics: what position metrics are made of (``STATISTICS``), float32 [positions] each.
+        sample_of: the sample of each position, int64 [positions]; those of a sample are in their order.
     """
 
     perplexity: float
@@ -66,6 +69,8 @@ class Fidelity:
     positions: int
     teacher_tokens: int
     sums: torch.Tensor
+    statistics: dict[str, torch.Tensor]
+    sample_of: torch.Tensor
 
     def by_entropy(self) -> list[dict[str, float | int | None]]:
         """The means by bucket of the teacher's entropy, as plain data: positions are the same for every student."""
@@ -97,16 +102,19 @@ def fidelity(
     groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
     heads = head_of(student).narrowed(n_classes).to(dtype), head_of(teacher).narrowed(n_classes)
     sums = torch.zeros(len(samples), len(ENTROPY_EDGES) + 1, 5, dtype=torch.float64)
-    tokens = 0
+    tokens, columns, owners = 0, [torch.zeros(0, len(STATISTICS))], [torch.zeros(0, dtype=torch.int64)]
     with evaluating(student), evaluating(teacher):
         for group in tqdm(groups, desc=description, unit=" batches", disable=not state.is_main_process):
             batch = [samples[index] for index in group]
-            sums[group] = _sums(student, teacher, heads, batch, dtype, pad_token_id)
+            sums[group], of_positions, sample_of = _sums(student, teacher, heads, batch, dtype, pad_token_id)
+            columns.append(of_positions)
+            owners.append(torch.tensor(group)[sample_of])
             tokens += len(batch) * max(len(sample.token_ids) for sample in batch)
     if state.num_processes > 1:
-        found = gather_object([(sums.tolist(), tokens)])
-        sums = torch.stack([torch.tensor(part, dtype=torch.float64) for part, _ in found]).sum(dim=0)
-        tokens = sum(count for _, count in found)
+        found = gather_object([(sums, tokens, torch.cat(columns), torch.cat(owners))])
+        sums = torch.stack([part for part, *_ in found]).sum(dim=0)
+        tokens = sum(count for _, count, *_ in found)
+        columns, owners = [part for *_, part, _ in found], [part for *_, part in found]
     positions, student_nll, teacher_nll, kl, agreed = sums.sum(dim=(0, 1)).tolist()
     return Fidelity(
         perplexity=float(torch.tensor(student_nll / positions, dtype=torch.float64).exp()),
@@ -116,6 +124,8 @@ def fidelity(
         positions=int(positions),
         teacher_tokens=tokens,
         sums=sums,
+        statistics=dict(zip(STATISTICS, torch.cat(columns).unbind(dim=1), strict=True)),
+        sample_of=torch.cat(owners),
     )
 
 
@@ -126,8 +136,8 @@ def _sums(
     group: list[Sample],
     dtype: torch.dtype,
     pad_token_id: int,
-) -> torch.Tensor:
-    """``Fidelity.sums`` of one batch, float64 [len(group), K, 5]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``Fidelity.sums`` of one batch, float64 [len(group), K, 5]; statistics [n, 6] and rows [n] of its positions."""
     batch = {name: tensor.to(student.device) for name, tensor in collate(group, pad_token_id).items()}
     valid = batch["valid_mask"]
     with torch.autocast(student.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -136,11 +146,11 @@ def _sums(
     targets, sample_of = batch["targets"][valid], valid.nonzero()[:, 0].cpu()
     edges = torch.tensor(ENTROPY_EDGES, device=targets.device)
     n_buckets = len(ENTROPY_EDGES) + 1
-    sums = torch.zeros(len(group) * n_buckets, 5, dtype=torch.float64)
+    sums, statistics = torch.zeros(len(group) * n_buckets, 5, dtype=torch.float64), [torch.zeros(0, len(STATISTICS))]
     for rows in chunks(len(targets), chunk_size(heads[0].n_classes, targets.device)):
         log_q = torch.log_softmax(wide(heads[0].logits(student_hidden[rows].to(dtype))), dim=-1)
         log_p = torch.log_softmax(wide(heads[1].logits(teacher_hidden[rows])), dim=-1)
-        p, index = log_p.exp(), targets[rows, None]
+        p, q, index = log_p.exp(), log_q.exp(), targets[rows, None]
         parts = {
             _POSITIONS: torch.ones_like(log_p[:, 0]),
             _STUDENT_NLL: -log_q.gather(-1, index)[:, 0],
@@ -152,4 +162,13 @@ def _sums(
         bucket = torch.bucketize(entropy, edges.to(entropy.dtype), right=True).cpu()
         values = torch.stack([parts[column].double() for column in range(5)], dim=1).cpu()
         sums.index_add_(0, sample_of[rows] * n_buckets + bucket, values)
-    return sums.view(len(group), n_buckets, 5)
+        of_positions = {
+            "student_entropy": -torch.linalg.vecdot(q, log_q),
+            "teacher_entropy": entropy,
+            "student_ce": parts[_STUDENT_NLL],
+            "teacher_ce": parts[_TEACHER_NLL],
+            "kl": parts[_KL],
+            "reverse_kl": torch.linalg.vecdot(q, log_q - log_p),
+        }
+        statistics.append(torch.stack([of_positions[name].float() for name in STATISTICS], dim=1).cpu())
+    return sums.view(len(group), n_buckets, 5), torch.cat(statistics), sample_of

@@ -129,7 +129,7 @@ class DistillTrainer(Trainer):
         self._scores: list[np.ndarray] = []  # of this step, the valid scores of each micro-batch
         bind_distillation(model, n_classes)
         pad_token_id = 0 if processing_class.pad_token_id is None else processing_class.pad_token_id  # never told by id
-        use_cache = model.config.use_cache
+        use_cache = getattr(model.config, "use_cache", None)  # None: nested, in the text's configuration
         data_collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=pad_token_id)
         if isinstance(self.teacher, CachedTeacher):  # read by the data loader's workers, ahead of training
             data_collator = CachedCollator(data_collator, self.teacher)
@@ -142,7 +142,10 @@ class DistillTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        model.config.use_cache = use_cache  # the Trainer switches it off, and would save the student so
+        if use_cache is None:  # the Trainer switches it off, and would save the student so
+            del model.config.use_cache
+        else:
+            model.config.use_cache = use_cache
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the whole step's count
         self.add_callback(Totals())
         queue_size = self.objective.positions.queue_size
@@ -314,6 +317,12 @@ def _as_teacher(
 ) -> Teacher:
     temperature = args.objective.criterion.temperature
     if isinstance(teacher, TeacherCache):
+        stored = int(teacher.fingerprint["vocabulary"])
+        if stored > n_classes:
+            raise InputError(
+                f"{teacher.directory}: its draws are from {stored} classes, but the student has {n_classes}: some may "
+                "be classes that it lacks. Build another cache over the classes that both models share."
+            )
         metric = args.objective.positions.metric
         if needs_teacher(metric):
             raise InputError(
