@@ -1,10 +1,14 @@
+import errno
+import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cache_samples import (
@@ -213,6 +217,7 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
 KILLED_BUILD = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from cache_samples import FINGERPRINT, plan, shard_samples
 from selkd.cache.writer import CacheWriter
 
@@ -257,6 +262,7 @@ def test_a_build_killed_before_its_plan_was_in_place_starts_anew(tmp_path: Path)
 ONE_OF_TWO = """
 import sys
 from pathlib import Path
+from typing import Any
 from cache_samples import FINGERPRINT, plan, shard_samples
 from selkd.cache.writer import CacheWriter
 
@@ -280,6 +286,7 @@ def test_two_processes_build_what_one_builds(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
+from typing import Any
 from cache_samples import FINGERPRINT, plan, shard_samples
 from selkd.cache.writer import CacheWriter
 from selkd.errors import RunError
@@ -336,3 +343,73 @@ def test_two_builds_in_one_folder_do_not_finish(tmp_path: Path) -> None:
     (tmp_path / "other" / "plan.json").replace(tmp_path / "cache" / "plan.json")
     with pytest.raises(RunError, match="changed during the build: another build uses the same folder"):
         writer.finish()
+
+
+def test_a_shard_that_strayed_in_does_not_hand_a_cache_over(tmp_path: Path) -> None:
+    """Repairing with another cache's recipe: its shard lies there, but the folder's plan and manifest are another's."""
+    build(tmp_path / "mine")
+    other = FINGERPRINT | {"seed": 7}
+    writer = CacheWriter(tmp_path / "other", other, plan())
+    for shard in writer.missing_shards():
+        writer.write_shard(shard, shard_samples(shard))
+    writer.finish()
+    (tmp_path / "mine" / shard_name(1)).write_bytes((tmp_path / "other" / shard_name(1)).read_bytes())
+    before = contents(tmp_path / "mine")
+    with pytest.raises(InputError, match="seed: stored 1337, expected 7"):
+        CacheWriter(tmp_path / "mine", other, plan(), repair=True)
+    (tmp_path / "mine" / "manifest.json").unlink()  # a plan that can be read is enough to tell
+    with pytest.raises(InputError, match="seed: stored 1337, expected 7"):
+        CacheWriter(tmp_path / "mine", other, plan(), repair=True)
+    assert contents(tmp_path / "mine") == {name: data for name, data in before.items() if name != "manifest.json"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_or_synced_folders_still_takes_a_cache(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    sync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "folders are not synced")
+        sync(descriptor)
+
+    build(tmp_path / "usual")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(os, "fsync", files_only)
+    remnant = tmp_path / "cache" / f"{shard_name(0)}.{'0' * 16}.tmp"
+    remnant.parent.mkdir()
+    remnant.write_bytes(b"half")
+    build(tmp_path / "cache")
+    assert remnant.read_bytes() == b"half", "whether it is being written can't be known"
+    remnant.unlink()
+    assert contents(tmp_path / "cache") == contents(tmp_path / "usual")
+
+
+def test_remains_are_locked_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS a lock is refused (EBADF) to one who opened the file for reading only."""
+    lock = fcntl.flock
+
+    def as_over_nfs(file: Any, operation: int) -> None:
+        if not file.writable():
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_over_nfs)
+    remnant = tmp_path / f"{shard_name(0)}.{'0' * 16}.tmp"
+    remnant.write_bytes(b"half")
+    build(tmp_path)
+    assert not remnant.exists()
+
+
+def test_a_lock_that_fails_leaves_no_remnant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(RunError, match=r"plan.json in .* could not be finished"):
+        build(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())

@@ -68,7 +68,7 @@ def test_what_is_damaged_or_missing_there_is_named(tmp_path: Path, remote: fsspe
     name = "/bucket/cache/shard-00001.selkd"
     intact = remote.cat_file(name)
     remote.pipe_file(name, intact[:-50])
-    with pytest.raises(InputError, match=r"the copy of memory://bucket/cache: shard-00001\.selkd is truncated"):
+    with pytest.raises(InputError, match=r"the teacher cache at memory://bucket/cache is damaged: shard-00001\.selkd is truncated"):
         fetch_cache(URL, tmp_path / "copies")
     remote.rm_file(name)
     with pytest.raises(InputError, match=r"lacks shard-00001\.selkd, which its manifest\.json lists"):
@@ -83,3 +83,43 @@ def test_no_cache_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no complete teacher cache at gopher://old/cache"):
         fetch_cache("gopher://old/cache", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["plan.json", "shard-00001.selkd", "index.selkd"])
+def test_damage_in_the_middle_of_a_file_is_no_complete_copy(
+    name: str, tmp_path: Path, remote: fsspec.AbstractFileSystem
+) -> None:
+    """A flipped bit inside a block leaves header, index and footer as they were."""
+    path = f"/bucket/cache/{name}"
+    good = remote.cat_file(path)
+    middle = len(good) // 2
+    remote.pipe_file(path, good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
+    with pytest.raises(InputError, match=r"the teacher cache at .* is damaged"):
+        fetch_cache(URL, tmp_path / "copies")
+    remote.pipe_file(path, good)
+    assert contents(fetch_cache(URL, tmp_path / "copies")) == contents(tmp_path / "original")
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_copy_whose_manifest_was_damaged_is_completed_again(tmp_path: Path) -> None:
+    local = fetch_cache(URL, tmp_path / "copies")
+    (local / "manifest.json").write_text("{}")
+    assert fetch_cache(URL, tmp_path / "copies") == local
+    assert contents(local) == contents(tmp_path / "original")
+
+
+def test_any_error_of_the_network_names_the_address(
+    tmp_path: Path, remote: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Forbidden(Exception):
+        """As HTTP libraries have, none of the operating system's."""
+
+    def refuse(*_: object, **__: object) -> object:
+        raise Forbidden("403")
+
+    monkeypatch.setattr(type(remote), "_open", refuse)
+    with pytest.raises(RunError, match=r"plan.json at memory://.*Forbidden: 403"):
+        fetch_cache(URL, tmp_path / "copies")
+    monkeypatch.setattr(type(remote), "cat_file", refuse)
+    with pytest.raises(RunError, match=r"memory://bucket/cache can't be read: Forbidden: 403"):
+        fetch_cache(URL, tmp_path / "copies")

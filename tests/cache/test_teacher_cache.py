@@ -12,8 +12,9 @@ import xxhash
 from cache_samples import FINGERPRINT, assert_same_rows, build, make_rows, plan, sample_id, shard_samples
 from second_reader import read_block, read_model
 
-from selkd.cache.manifest import render
+from selkd.cache.manifest import MANIFEST, render
 from selkd.cache.reader import TeacherCache
+from selkd.cache.sample_index import INDEX_FILE
 from selkd.cache.shard import INDEX, shard_name, write_shard
 from selkd.cache.verify import verify_cache
 from selkd.cache.writer import CacheWriter
@@ -397,3 +398,24 @@ def test_many_samples_are_found_by_id(tmp_path: Path) -> None:
     assert cache.sample_ids() == ids
     for number in rng.permutation(2000)[:500]:
         assert_same_rows(cache.get(ids[number]), rows[number % 7])
+
+
+def test_a_damaged_manifest_hides_no_other_damage(tmp_path: Path) -> None:
+    build(tmp_path)
+    for name in (MANIFEST, shard_name(1)):
+        flip(tmp_path / name, (tmp_path / name).stat().st_size // 2)
+    problems = verify_cache(tmp_path)
+    assert len(problems) == 2
+    assert MANIFEST in problems[0]
+    assert shard_name(1) in problems[1]
+
+
+def test_a_damaged_index_denies_no_sample(tmp_path: Path) -> None:
+    """One flipped bit: samples can't be found any more, and ids are others'."""
+    build(tmp_path)
+    flip(tmp_path / INDEX_FILE, 45)
+    cache = TeacherCache.open(tmp_path)
+    with pytest.raises(InputError, match=r"index.selkd .* is damaged"):
+        _ = [sample_id(number) in cache for number in range(12)]
+    with pytest.raises(InputError, match=r"index.selkd .* is damaged"):
+        cache.sample_ids()

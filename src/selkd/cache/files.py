@@ -1,17 +1,21 @@
 """Files that are either whole or not there: written under a temporary name, synced, renamed."""
 
+import errno
 import fcntl
 import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from selkd.errors import RunError
 
 _TEMPORARY = re.compile(r"(plan\.json|manifest\.json|index\.selkd|shard-\d{5,}\.selkd)\.[0-9a-f]{16}\.tmp")
+# What file systems without locks, or without syncing of folders, answer.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def is_temporary(name: str) -> bool:
@@ -48,44 +52,49 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def remove_temporaries(folder: Path) -> None:
     """Removes the remains of interrupted writes of ours, not the files that another process is writing.
 
-    Raises:
-        RunError: the operating system refuses.
+    Where the file system has no locks, the two can't be told apart: remains stay. They do no harm.
     """
-    try:
-        for path in folder.iterdir():
-            if is_temporary(path.name):
+    for path in folder.iterdir():
+        if is_temporary(path.name):
+            with suppress(OSError):  # being written, just finished, or not ours to remove
                 _remove_unless_written(path)
-    except OSError as error:
-        raise RunError(f"the remains of an interrupted write in {folder} can't be removed: {error}") from error
 
 
 def _new_temporary(path: Path) -> BinaryIO:
     """A new locked file beside ``path``; the lock ends with the process, however it ends, and tells remains apart.
 
-    A name of its own for each attempt: two processes that write the same file do not mix their bytes.
+    A name of its own for each attempt: two processes that write the same file do not mix their bytes. Where the file
+    system has no locks the file goes without: there ``remove_temporaries`` removes nothing.
     """
     while True:
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
         file = temporary.open("xb")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                temporary.unlink(missing_ok=True)
+                raise
+            return file
         if temporary.exists():
             return file
         file.close()  # removed as a remnant in the moment between its making and its lock
 
 
 def _remove_unless_written(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-    except (BlockingIOError, FileNotFoundError):  # being written, or just finished
-        return
+    with path.open("r+b") as file:  # for writing: over NFS a lock is refused to one who only reads
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder last; without it a power cut may bring the old name back."""
+    """Makes a rename in the folder last, where the file system can; else a power cut may bring the old name back."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)

@@ -74,10 +74,17 @@ class TeacherCache:
         return int(self._manifest["n_samples"])
 
     def __contains__(self, sample_id: object) -> bool:
-        return isinstance(sample_id, bytes) and len(sample_id) == ID_BYTES and self._index.find(sample_id) is not None
+        """Raises InputError where the index is damaged, rather than deny a sample that is there."""
+        if not isinstance(sample_id, bytes) or len(sample_id) != ID_BYTES:
+            return False
+        if self._index.find(sample_id) is not None:
+            return True
+        self._index_is_whole  # noqa: B018  before a sample is called missing
+        return False
 
     def sample_ids(self) -> list[bytes]:
         """The ids (16 raw bytes) of all samples, in the order of the shards."""
+        self._index_is_whole  # noqa: B018  before ids are handed out
         ids = self._index.ids().tobytes()
         return [ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES)]
 
@@ -145,6 +152,12 @@ class TeacherCache:
     @cached_property
     def _index(self) -> SampleIndex:
         return SampleIndex(self.directory / INDEX_FILE, self._manifest["plan"], len(self))
+
+    @cached_property
+    def _index_is_whole(self) -> bool:
+        """Read once; raises InputError where it is not."""
+        self._check_index()
+        return True
 
     @cached_property
     def _shard(self) -> Callable[[int], Shard]:

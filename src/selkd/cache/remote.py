@@ -1,16 +1,17 @@
 """A cache at an address (``hf://``, ``s3://``, …, by fsspec) is copied to local disk before it is read."""
 
 import os
-import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import xxhash
 
 from selkd.cache.files import replacing
-from selkd.cache.manifest import MANIFEST, PLAN, check_same_shard, read_manifest
+from selkd.cache.manifest import MANIFEST, PLAN, check_same_shard, read_manifest, read_plan
 from selkd.cache.sample_index import INDEX_FILE, describe_index
-from selkd.cache.shard import read_shard
+from selkd.cache.shard import check_shard
 from selkd.errors import InputError, RunError
 
 _COPY_BYTES = 2**24
@@ -24,8 +25,8 @@ def is_remote(path: str) -> bool:
 def fetch_cache(url: str, folder: Path) -> Path:
     """Copy a complete cache into ``folder/<digest of its manifest>``, or go on with a copy that was interrupted.
 
-    The manifest comes last, so that a copy which has one is complete; each file is checked against it. A cache that
-    changed at its address is another copy.
+    The manifest comes last, so that a copy which has one is complete; every byte of each file is checked against it
+    before. A cache that changed at its address is another copy.
 
     Returns:
         The copy's folder, for ``TeacherCache.open``.
@@ -39,10 +40,10 @@ def fetch_cache(url: str, folder: Path) -> Path:
         manifest_bytes: bytes = remote.cat_file(f"{root.rstrip('/')}/{MANIFEST}")
     except (FileNotFoundError, ValueError, ImportError) as error:
         raise InputError(f"there is no complete teacher cache at {url}: {MANIFEST} can't be read ({error})") from error
-    except OSError as error:
-        raise RunError(f"{url} can't be read: {error}. Run again to continue") from error
+    except Exception as error:
+        raise _broken_off(url, error) from error
     local = folder / xxhash.xxh3_128_hexdigest(manifest_bytes)
-    if (local / MANIFEST).exists():
+    if (local / MANIFEST).exists() and (local / MANIFEST).read_bytes() == manifest_bytes:
         return local
     # Read under a name that no cache has: the copy is not complete before its own manifest is in place.
     listing = local / f"{MANIFEST}.{os.getpid()}.listing"
@@ -61,24 +62,55 @@ def fetch_cache(url: str, folder: Path) -> Path:
             source = remote.open(f"{root.rstrip('/')}/{name}", "rb")
         except FileNotFoundError as error:
             raise InputError(f"the teacher cache at {url} lacks {name}, which its {MANIFEST} lists") from error
-        except OSError as error:
-            raise RunError(f"{name} at {url} can't be read: {error}. Run again to continue") from error
-        with source, replacing(local / name) as target:
-            shutil.copyfileobj(source, target, _COPY_BYTES)
+        except Exception as error:
+            raise _broken_off(f"{name} at {url}", error) from error
 
-    copy(PLAN)
-    for number, entry in enumerate(manifest["shards"]):
-        path = local / entry["name"]
-        if not path.exists():
-            copy(entry["name"])
+        def read() -> bytes:
+            try:
+                return bytes(source.read(_COPY_BYTES))
+            except Exception as error:
+                raise _broken_off(f"{name} at {url}", error) from error
+
+        with source, replacing(local / name) as target:
+            while part := read():
+                target.write(part)
+
+    def ensure(name: str, check: Callable[[Path], None]) -> None:
+        """The file of an earlier copy if it is whole, else a new one, which has to be."""
+        if (local / name).exists():
+            try:
+                return check(local / name)
+            except InputError:
+                pass
+        copy(name)
         try:
-            check_same_shard(number, read_shard(path, number, manifest["plan"]), entry)
+            return check(local / name)
         except InputError as error:
-            path.unlink(missing_ok=True)
-            raise InputError(f"the copy of {url}: {error}") from error
-    copy(INDEX_FILE)
-    if describe_index(local / INDEX_FILE) != manifest["index"]:
-        raise InputError(f"the teacher cache at {url} has a damaged {INDEX_FILE}")
+            (local / name).unlink(missing_ok=True)
+            raise InputError(f"the teacher cache at {url} is damaged: {error}") from error
+
+    def check_plan(path: Path) -> None:
+        if read_plan(path)[1] != manifest["plan"]:
+            raise InputError(f"{PLAN} is another cache's")
+
+    def check_listed(number: int, path: Path) -> None:
+        entry = manifest["shards"][number]
+        shard = check_shard(path, number, manifest["plan"], entry["ids_digest"], decode=False)
+        check_same_shard(number, shard, entry)
+
+    def check_index(path: Path) -> None:
+        if describe_index(path) != manifest["index"]:
+            raise InputError(f"{INDEX_FILE} does not match its digest")
+
+    ensure(PLAN, check_plan)
+    for number, entry in enumerate(manifest["shards"]):
+        ensure(entry["name"], partial(check_listed, number))
+    ensure(INDEX_FILE, check_index)
     with replacing(local / MANIFEST) as file:
         file.write(manifest_bytes)
     return local
+
+
+def _broken_off(what: str, error: Exception) -> RunError:
+    """Each kind of address has errors of its own (HTTP, credentials, time-outs)."""
+    return RunError(f"{what} can't be read: {type(error).__name__}: {error}. Run again to continue")

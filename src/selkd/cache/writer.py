@@ -56,7 +56,8 @@ class CacheWriter:
                 ``draws`` (U) and ``vocabulary`` (V); ``count_total`` where the counts of a row sum to another number
                 than U.
             shard_ids: the sample ids (16 raw bytes) of each shard in order; a function of the data alone.
-            repair: write a lost or damaged ``plan.json`` anew where the manifest or a shard carries its checksum.
+            repair: write ``plan.json`` anew where it is lost or unreadable and no other cache's manifest is there, or
+                where the manifest shows that another plan took its place.
 
         Raises:
             InputError: a bad argument, a folder that is not ours, or one of another fingerprint or plan; it stays
@@ -186,14 +187,25 @@ class CacheWriter:
                     "use a new or empty folder as cache.path; nothing in it was changed"
                 )
         except InputError:
-            if not (repair and self._has_parts()):
+            if not (repair and self._is_ours(plan_path)):
                 raise
         write_document(plan_path, self._plan)
 
-    def _has_parts(self) -> bool:
-        """Whether the folder's manifest or a shard of it carries this plan's checksum, so that the folder is ours."""
-        if self._listed() is not None:
-            return True
+    def _is_ours(self, plan_path: Path) -> bool:
+        """Whether a folder without this cache's plan is this cache's all the same.
+
+        The manifest says so; where there is none to read, a shard does, but only while no readable plan says otherwise:
+        one shard that strayed in from another cache does not make a folder that cache's.
+        """
+        try:
+            return bool(read_manifest(self.directory / MANIFEST)["plan"] == self._plan_checksum)
+        except InputError:
+            pass
+        try:
+            read_plan(plan_path)
+            return False
+        except InputError:
+            pass
         for number in range(len(self._shard_ids)):
             try:
                 read_shard(self._path(number), number, self._plan_checksum)
