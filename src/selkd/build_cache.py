@@ -4,7 +4,7 @@ Draws depend on (seed, sample content) alone and the teacher's batches on the da
 by several processes, is the same.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from selkd.cache.rows import Rows
 from selkd.cache.writer import CacheWriter, SampleRows
 from selkd.data.batching import collate
 from selkd.data.grouping import group_by_tokens
@@ -32,6 +32,9 @@ from selkd.teacher import head_logits
 # A shard stores how often each class is drawn: some 30 kB at 50,000 classes, which a small shard would not repay.
 SHARD_TOKENS = 2**17
 TOKENS_AT_ONCE = 4096
+
+# Probabilities [n, V], the class ids and counts [n, C] drawn from them, and where the n positions are in the batch.
+Observe = Callable[[Tensor, tuple[Tensor, Tensor], slice], None]
 
 
 def build_cache(
@@ -72,7 +75,7 @@ def build_cache(
     if mine:
         writer.require_writable()
         model = teacher()
-        draw = _Drawing(model, classes, temperature, seed, int(fingerprint["vocabulary"]), pad_token_id)
+        draw = Drawing(model, classes, temperature, seed, int(fingerprint["vocabulary"]), pad_token_id)
         n_samples = sum(len(shards[number]) for number in mine)
         with tqdm(
             total=n_samples, desc="caching the teacher", unit=" samples", disable=not state.is_main_process
@@ -103,38 +106,9 @@ def plan_shards(samples: SampleDataset) -> list[list[int]]:
     return shards
 
 
-def draw_again(
-    model: PreTrainedModel,
-    samples: SampleDataset,
-    indices: Sequence[int],
-    classes: ClassOptions,
-    temperature: float,
-    seed: int,
-    n_classes: int,
-    pad_token_id: int,
-) -> dict[int, Rows]:
-    """The rows of some samples of a cache, drawn anew in the batches in which ``build_cache`` drew them.
+class Drawing:
+    """The teacher's draws of batches of samples; ``tokens`` counts what its body ran on, padding included."""
 
-    So on the same hardware they are the same to the last count.
-    """
-    draw = _Drawing(model, classes, temperature, seed, n_classes, pad_token_id)
-    wanted = {samples.ids[index]: index for index in indices}
-    found: dict[int, Rows] = {}
-    for shard in plan_shards(samples):
-        if wanted.keys().isdisjoint(samples.ids[index] for index in shard):
-            continue
-        lengths = samples.lengths[shard]
-        for group in group_by_tokens(lengths, TOKENS_AT_ONCE):
-            members = [shard[place] for place in group]
-            if wanted.keys().isdisjoint(samples.ids[index] for index in members):
-                continue
-            for sample_id, *rows in draw.group([samples[index] for index in members]):
-                if sample_id in wanted:
-                    found[wanted[sample_id]] = Rows(*rows)
-    return found
-
-
-class _Drawing:
     def __init__(
         self,
         model: PreTrainedModel,
@@ -163,7 +137,8 @@ class _Drawing:
                 following += 1
 
     @torch.inference_mode()
-    def group(self, group: list[Sample]) -> list[SampleRows]:
+    def group(self, group: list[Sample], observe: Observe | None = None) -> list[SampleRows]:
+        """The rows of one batch; ``observe`` is shown each chunk's probabilities and draws, and where they are."""
         batch = collate(group, self.pad_token_id)
         self.tokens += batch["input_ids"].numel()
         ids, valid = batch["sample_ids"].numpy(), batch["valid_mask"].numpy()
@@ -179,6 +154,8 @@ class _Drawing:
             probabilities = torch.softmax(head_logits(self.head, hidden[rows]) / self.temperature, dim=-1)
             require_finite(probabilities.sum(dim=-1), index[rows], batch, "the teacher's logits, for its cache")
             chunk_ids, chunk_counts = self.sampler.integers(probabilities, uniforms[rows].to(device))
+            if observe is not None:
+                observe(probabilities, (chunk_ids, chunk_counts), rows)
             drawn = chunk_counts > 0
             lengths.append(drawn.sum(dim=-1).cpu().numpy())
             class_ids.append(chunk_ids[drawn].cpu().numpy())

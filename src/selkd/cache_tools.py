@@ -1,51 +1,64 @@
 """Checking a teacher cache against its teacher, and rebuilding what is damaged of it: ``selkd cache verify``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from selkd import stages
-from selkd.build_cache import build_cache, draw_again
+from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
-from selkd.cache.rows import Rows
 from selkd.cache.verify import verify_cache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.pipeline import start
 from selkd.recipe import Recipe
 from selkd.recipe_files import load_recipe
+from selkd.rescoring import Again, compare_again
+from selkd.selection.classes import SAMPLERS
 from selkd.workspace import Workspace
 
-# The same teacher in another precision or on other hardware stays far below; another teacher is far above.
-LARGEST_DISTANCE = 0.1
+# Of the excess, either way. Measured on SmolLM2-135M at U = 64 (docs/results/cache.md): the same teacher in float32, in
+# other batches or without oneDNN stays below 0.0006, one at temperature 1.1 is above 0.0027.
+LARGEST_EXCESS = 0.0015
 
 
 @dataclass(frozen=True)
 class Rescored:
-    """How the draws of a teacher that ran again compare with those stored.
+    """How the stored draws compare with the probabilities of a teacher that ran again.
 
     Attributes:
         samples, positions: how many were compared.
-        identical_positions: those whose classes and counts are all the same.
-        distance: mean over the positions of half the absolute differences of the counts over their sum: 0 where all
-            are the same, 1 where no draw is.
-        worst_sample: id, in hex, of the sample with the largest distance; ``worst_distance`` its distance.
+        identical_positions: those where the same seed draws the same classes and counts again; on other hardware or
+            in another precision many differ, as a draw tips over by a rounding.
+        squared_error: mean over the positions of sum_v (counts_v / total - mean_v)^2, the mean being that of the
+            sampler's draws from the teacher's probabilities.
+        expected_squared_error: what it would be of draws from these very probabilities.
+        excess: the first less the second: 0 up to scatter where the stored draws are this teacher's. Another teacher
+            adds its squared distance; one whose draws scatter less makes it negative.
+        is_exact: whether the expectation is known exactly; of a user's own sampler it is an upper bound.
+        standard_error: of ``excess``, over positions.
+        worst_sample: id, in hex, of the sample with the largest excess; ``worst_excess`` its excess.
     """
 
     samples: int
     positions: int
     identical_positions: int
-    distance: float
+    squared_error: float
+    expected_squared_error: float
+    excess: float
+    standard_error: float
+    is_exact: bool
     worst_sample: str
-    worst_distance: float
+    worst_excess: float
 
     @property
     def agrees(self) -> bool:
-        return self.worst_distance <= LARGEST_DISTANCE
+        """Whether the excess is within its limit; few positions get the benefit of their own scatter."""
+        excess = abs(self.excess) if self.is_exact else self.excess
+        return excess <= LARGEST_EXCESS + 2 * self.standard_error
 
 
 def recipe_of(directory: Path, recipe: str | None, overrides: list[str] | None = None) -> tuple[Recipe, Path | None]:
@@ -91,59 +104,58 @@ def repair(directory: Path, recipe: Recipe, run_path: Path | None) -> list[str]:
 
 
 def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: int, seed: int = 0) -> Rescored:
-    """Run the teacher again on random samples of a cache, and compare its draws with those stored.
+    """Run the teacher again on random samples of a cache, or all if there are fewer, and judge what is stored by it.
 
     Raises:
-        InputError: the cache does not open, or was not built by this recipe.
+        InputError: the cache does not open, was not built by this recipe, or a row of it belongs to no position.
     """
     work, samples = _kept(directory, recipe, run_path)
     cache = TeacherCache.open(directory, stages.cache_fingerprint(work))
-    return compare_draws(
-        cache,
-        samples,
-        work.teacher,
-        n_samples,
-        seed,
-        lambda model, group: draw_again(
-            model,
-            samples,
-            group,
-            recipe.classes,
-            recipe.criterion.temperature,
-            recipe.seed,
-            work.n_classes,
-            work.pad_token_id,
-        ),
-    )
-
-
-def compare_draws(
-    cache: TeacherCache,
-    samples: SampleDataset,
-    teacher: Callable[[], PreTrainedModel],
-    n_samples: int,
-    seed: int,
-    draw: Callable[[PreTrainedModel, Sequence[int]], dict[int, Rows]],
-) -> Rescored:
-    """Compare ``n_samples`` random samples of a cache, or all if there are fewer, with what ``draw`` gives for them."""
     stored = [index for index, sample_id in enumerate(samples.ids) if sample_id in cache]
     if not stored:
         raise InputError(f"none of the recipe's samples is in the teacher cache in {cache.directory}")
     picked = np.random.default_rng(seed).choice(stored, size=min(n_samples, len(stored)), replace=False)
-    found = draw(teacher(), sorted(picked.tolist()))
-    positions = identical = 0
-    total = 0.0
-    worst = ("", -1.0)
-    for index, again in found.items():
-        sample_id = samples.ids[index]
-        distances = _distances(cache.get(sample_id), again)
-        positions += len(distances)
-        identical += int((distances == 0).sum())
-        total += float(distances.sum())
-        mean = float(distances.mean()) if len(distances) else 0.0
-        if mean > worst[1]:
-            worst = (sample_id.hex(), mean)
-    return Rescored(len(found), positions, identical, total / max(positions, 1), *worst)
+    found = compare_again(
+        work.teacher(),
+        samples,
+        sorted(picked.tolist()),
+        recipe.classes,
+        recipe.criterion.temperature,
+        recipe.seed,
+        work.n_classes,
+        work.pad_token_id,
+        cache.get,
+    )
+    return judged(
+        {samples.ids[index]: again for index, again in found.items()}, is_exact=recipe.classes.sampler in SAMPLERS
+    )
+
+
+def judged(found: Mapping[bytes, Again], is_exact: bool) -> Rescored:
+    """The comparison of all samples, at least one, in a few numbers."""
+    identical, errors, expected = (
+        np.concatenate([getattr(again, name) for again in found.values()])
+        for name in ("is_identical", "squared_error", "expected")
+    )
+    excesses = {
+        sample_id: float((again.squared_error - again.expected).mean())
+        for sample_id, again in found.items()
+        if len(again.expected)
+    }
+    worst = max(excesses, key=lambda sample_id: excesses[sample_id])
+    excess = errors - expected
+    return Rescored(
+        samples=len(found),
+        positions=len(excess),
+        identical_positions=int(identical.sum()),
+        squared_error=float(errors.mean()),
+        expected_squared_error=float(expected.mean()),
+        excess=float(excess.mean()),
+        standard_error=float(excess.std(ddof=1) / len(excess) ** 0.5) if len(excess) > 1 else 0.0,
+        is_exact=is_exact,
+        worst_sample=worst.hex(),
+        worst_excess=excesses[worst],
+    )
 
 
 def as_answer(rescored: Rescored) -> dict[str, Any]:
@@ -167,19 +179,3 @@ def _kept(directory: Path, recipe: Recipe, run_path: Path | None) -> tuple[Works
     if work.state.is_main_process:
         run.save()
     return work, samples
-
-
-def _distances(stored: Rows, again: Rows) -> np.ndarray:
-    """float64 [n]: half the absolute differences of the counts of each position over their sum."""
-    n = len(stored.row_lengths)
-    if n != len(again.row_lengths):
-        return np.ones(n)
-    keys, signed = [], []
-    for rows, sign in ((stored, 1), (again, -1)):
-        row = np.repeat(np.arange(n, dtype=np.int64), rows.row_lengths)
-        keys.append(row << 32 | rows.class_ids)
-        signed.append(sign * rows.counts.astype(np.int64))
-    distinct, place = np.unique(np.concatenate(keys), return_inverse=True)
-    difference = np.abs(np.bincount(place, weights=np.concatenate(signed), minlength=len(distinct)))
-    sums = np.bincount(keys[0] >> 32, weights=signed[0], minlength=n)
-    return np.bincount(distinct >> 32, weights=difference, minlength=n) / (2 * np.maximum(sums, 1))

@@ -139,7 +139,8 @@ def test_rescoring_with_the_same_teacher_finds_the_same_draws(run_path: Path, se
     rescored = answer["rescored"]
     assert rescored["samples"] == 5
     assert rescored["identical_positions"] == rescored["positions"] > 100
-    assert rescored["distance"] == 0
+    assert abs(rescored["excess"]) < 4 * rescored["standard_error"] + 1e-9
+    assert rescored["agrees"]
     everything = selkd_json("cache", "verify", cache, "--rescore", 10_000)[1]["rescored"]
     assert everything["samples"] == len(TeacherCache.open(cache))
 
@@ -159,8 +160,33 @@ def test_rescoring_finds_draws_that_are_not_the_teachers(
     assert code == 1
     assert answer["problems"] == []
     assert not answer["rescored"]["agrees"]
-    assert answer["rescored"]["distance"] > 0.2
+    assert answer["rescored"]["excess"] > 0.01
     assert bytes.fromhex(answer["rescored"]["worst_sample"]) in TeacherCache.open(run_path / "teacher_cache")
+
+
+def test_a_teacher_that_rounds_otherwise_agrees_and_another_temperature_does_not(
+    run_path: Path, selkd_json: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draws tip over by a rounding, so the draws themselves can't tell; the probabilities can."""
+    from selkd import workspace
+
+    load = workspace.load_model
+
+    def altered(change: Callable[[Any], None]) -> dict[str, Any]:
+        def loaded(*arguments: Any) -> Any:
+            model = load(*arguments)
+            change(model)
+            return model
+
+        monkeypatch.setattr(workspace, "load_model", loaded)
+        answer: dict[str, Any] = selkd_json("cache", "verify", run_path / "teacher_cache", "--rescore", 10_000)[1]
+        return answer["rescored"]
+
+    rounded = altered(lambda model: [p.data.copy_(p.data.bfloat16()) for p in model.parameters()])
+    assert rounded["identical_positions"] < rounded["positions"]
+    assert rounded["agrees"], rounded
+    hotter = altered(lambda model: model.model.norm.weight.data.div_(1.5))
+    assert not hotter["agrees"], hotter
 
 
 def test_another_recipe_is_refused_by_name(run_path: Path, selkd_json: Command, tmp_path: Path) -> None:

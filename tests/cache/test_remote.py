@@ -68,7 +68,9 @@ def test_what_is_damaged_or_missing_there_is_named(tmp_path: Path, remote: fsspe
     name = "/bucket/cache/shard-00001.selkd"
     intact = remote.cat_file(name)
     remote.pipe_file(name, intact[:-50])
-    with pytest.raises(InputError, match=r"the teacher cache at memory://bucket/cache is damaged: shard-00001\.selkd is truncated"):
+    with pytest.raises(
+        InputError, match=r"the teacher cache at memory://bucket/cache is damaged: shard-00001\.selkd is truncated"
+    ):
         fetch_cache(URL, tmp_path / "copies")
     remote.rm_file(name)
     with pytest.raises(InputError, match=r"lacks shard-00001\.selkd, which its manifest\.json lists"):
