@@ -223,10 +223,13 @@ def test_epochs_are_shuffled_differently_and_last_batches_filled(tmp_path: Path)
     assert trainer.totals.positions_valid == 2 * int(samples.n_valid.sum())
 
 
-def cached(samples: SampleDataset, folder: Path, draws: int = 8, temperature: float = 1.0) -> TeacherCache:
+def cached(
+    samples: SampleDataset, folder: Path, draws: int = 8, temperature: float = 1.0, teacher: Any = None
+) -> TeacherCache:
     fingerprint = {"sampler": "rs_kd", "draws": draws, "temperature": temperature, "vocabulary": V, "seed": 11}
     options = ClassOptions(sampler="rs_kd", draws=draws)
-    build_cache(folder, fingerprint, samples, lambda: make_model(0, layers=3), options, temperature, 11, 1)
+    model = make_model(0, layers=3) if teacher is None else teacher
+    build_cache(folder, fingerprint, samples, lambda: model, options, temperature, 11, 1)
     return TeacherCache.open(folder)
 
 
@@ -366,7 +369,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     with torch.no_grad():
         student.model.norm.weight[0] = float("nan")
     before = weights(student)
-    with pytest.raises(RunError, match="at optimiser step 0, before its update: the student's or the teacher's"):
+    with pytest.raises(
+        RunError, match="of the student's or the teacher's logits at optimiser step 0, before its update"
+    ):
         trainer.train()
     for name, value in weights(student).items():
         torch.testing.assert_close(value, before[name], equal_nan=True)
@@ -382,8 +387,33 @@ def test_logits_that_are_not_finite_are_named_by_sample_and_position(recipe: str
     hidden[2, position, 0] = float("inf")
     sample_id = batch["sample_ids"][2].numpy().tobytes().hex()
     place = place_of(objective.positions, 7, 10)
-    with pytest.raises(RunError, match=f"position {position} of sample {sample_id} give nan at optimiser step 7"):
+    with pytest.raises(RunError, match=f"position {position} of sample {sample_id} gives nan .* at optimiser step 7"):
         objective(hidden, head_of(student), batch, teacher.targets(batch, 7), place=place, normaliser=4)
+
+
+@pytest.mark.parametrize("sampler", ["rs_kd", "systematic", "top_k"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_teacher_that_is_not_finite_is_named_before_classes_are_drawn(sampler: str, bad: float) -> None:
+    batch, teacher = collate(list(make_samples(3)), 1), make_model(0, tie_word_embeddings=False)
+    with torch.no_grad():
+        teacher.lm_head.weight[7] = bad
+    live = LiveTeacher(teacher, ClassOptions.model_validate({"sampler": sampler, "draws": 4}), 1.0, 0, V)
+    index = batch["valid_mask"].flatten().nonzero().flatten()[5:]
+    row, position = divmod(int(index[0]), batch["valid_mask"].shape[1])
+    sample_id = batch["sample_ids"][row].numpy().tobytes().hex()
+    with pytest.raises(
+        RunError, match=f"position {position} of sample {sample_id} gives nan from the teacher's logits"
+    ):
+        live.targets(batch, 0).at(index).chunk(slice(0, 9))
+
+
+def test_a_teacher_that_is_not_finite_leaves_no_cache(tmp_path: Path) -> None:
+    teacher = make_model(0, layers=3, tie_word_embeddings=False)
+    with torch.no_grad():
+        teacher.lm_head.weight[7] = float("inf")
+    with pytest.raises(RunError, match="gives nan from the teacher's logits, for its cache"):
+        cached(make_samples(3), tmp_path / "cache", teacher=teacher)
+    assert not list((tmp_path / "cache").glob("shard*.selkd"))
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
