@@ -63,7 +63,9 @@ class DataOptions(Part):
 class CacheOptions(Part):
     """The teacher's drawn classes on disk. ``path`` null: inside the run."""
 
-    path: str | None = Field(None, description="a folder or an address of fsspec (s3://…), which recipes may share; null: inside the run")
+    path: str | None = Field(
+        None, description="a folder, or an address of fsspec (s3://…); recipes may share it; null: inside the run"
+    )
 
 
 def _as_list(given: Any) -> Any:
