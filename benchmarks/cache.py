@@ -11,7 +11,6 @@
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -281,11 +281,11 @@ def plot_draws(figures: dict[str, Any], path: Path) -> None:
 
 
 READ_AT_SCALE = """
-import json, resource, sys, time
-import numpy as np
+import json, sys, time
+import numpy as np, psutil
 from selkd.cache.reader import TeacherCache
 from selkd.cache.rows import Rows
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = psutil.Process().memory_info().rss
 clock = time.perf_counter()
 cache = TeacherCache.open(sys.argv[1])
 opened = time.perf_counter() - clock
@@ -297,9 +297,9 @@ clock = time.perf_counter()
 for sample_id in ids[:2000]:
     cache.get(sample_id)
 got = (time.perf_counter() - clock) / 2000
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = psutil.Process().memory_info().rss
 print(json.dumps({"open_seconds": opened, "look_up_microseconds": found * 1e6, "get_microseconds": got * 1e6,
-                  "memory_growth_bytes": (after - before) * 1024}))
+                  "memory_growth_bytes": after - before}))
 """
 
 
@@ -324,10 +324,10 @@ def measure_scale(n_samples: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         clock = time.process_time()
         writer = CacheWriter(Path(folder) / "cache", {"draws": 64, "vocabulary": 49_152}, shards)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = psutil.Process().memory_info().rss
         for number, ids in enumerate(shards):
             writer.write_shard(number, ((each, *rows[at]) for at, each in enumerate(ids)))
-        growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        growth = psutil.Process().memory_info().rss - before
         writer.finish()
         written = time.process_time() - clock
         command = [sys.executable, "-c", READ_AT_SCALE, str(Path(folder) / "cache")]
