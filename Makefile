@@ -1,4 +1,5 @@
-# make demo: distil a real 135M model. make test: the tests. Both set up .venv first; a second call is quick.
+# make demo: distil a real 135M model. make test: the tests. make docs: the pages, into site/. All set up .venv first;
+# a second call is quick.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ STAMP := $(VENV)/.selkd-installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check setup
+.PHONY: demo test check docs setup
 
 demo: setup
 	$(BIN)/selkd demo
@@ -19,6 +20,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: setup
+	$(BIN)/mkdocs build
 
 setup: $(STAMP)
 

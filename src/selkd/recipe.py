@@ -22,21 +22,21 @@ KeepBest = Literal["perplexity", "kl_nats", "top1_agreement", "validation"]
 class TeacherOptions(Part):
     """The large model. ``model``: ``demo``, a local folder or a hub id."""
 
-    model: str
-    dtype: Dtype = "auto"
+    model: str = Field(description="demo, a local folder or a hub id")
+    dtype: Dtype = Field("auto", description="of its weights; auto: bfloat16 where the device computes in it")
 
 
 class PruneOptions(Part):
     """A student cut from the teacher: ``layers`` is how many are kept; those with the least block influence go."""
 
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, description="how many of the teacher's layers are kept")
 
 
 class StudentOptions(Part):
     """The small model: one to load, or one to cut from the teacher's own layers."""
 
-    model: str | None = None
-    prune_from_teacher: PruneOptions | None = None
+    model: str | None = Field(None, description="demo, a local folder or a hub id")
+    prune_from_teacher: PruneOptions | None = Field(None, description="in its place: cut one from the teacher")
 
     @model_validator(mode="after")
     def _one_source(self) -> "StudentOptions":
@@ -48,10 +48,10 @@ class StudentOptions(Part):
 class DataOptions(Part):
     """The text. ``path``: ``demo``, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id."""
 
-    path: str
+    path: str = Field(description="demo, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id")
     name: str | None = Field(None, description="configuration of a hub data set")
-    split: str = "train"
-    text_field: str = "text"
+    split: str = Field("train", description="split of a hub data set")
+    text_field: str = Field("text", description="the field or column that holds the text")
     tokens: int | None = Field(None, ge=2, description="how many tokens to train on at most; null: all there are")
     max_length: int = Field(512, ge=2, description="tokens of a sample at most")
     packing: bool = Field(True, description="fill samples with several documents, isolated from each other")
@@ -63,7 +63,9 @@ class DataOptions(Part):
 class CacheOptions(Part):
     """The teacher's drawn classes on disk. ``path`` null: inside the run."""
 
-    path: str | None = None
+    path: str | None = Field(
+        None, description="a folder, or an address of fsspec (s3://…); recipes may share it; null: inside the run"
+    )
 
 
 def _as_list(given: Any) -> Any:
@@ -125,17 +127,19 @@ class Recipe(Part):
     name: str | None = Field(
         None, pattern=r"^[\w][\w.-]*$", description="the run's folder below runs/, if none is given"
     )
-    teacher: TeacherOptions
-    student: StudentOptions
-    data: DataOptions
-    criterion: CriterionOptions = CriterionOptions()
-    positions: PositionOptions = PositionOptions()
-    classes: ClassOptions = ClassOptions.model_validate({})
-    samples: SampleOptions | None = None
-    cache: CacheOptions | None = None
-    training: Annotated[dict[str, Any], BeforeValidator(_checked_training)] = Field({})
-    evaluation: EvaluationOptions = EvaluationOptions()
-    seed: int = Field(1337, ge=0, lt=2**32)
+    teacher: TeacherOptions = Field(description="the large model")
+    student: StudentOptions = Field(description="the small model")
+    data: DataOptions = Field(description="the text")
+    criterion: CriterionOptions = Field(CriterionOptions(), description="how teacher and student are compared")
+    positions: PositionOptions = Field(PositionOptions(), description="which positions of a sample count")
+    classes: ClassOptions = Field(ClassOptions.model_validate({}), description="which vocabulary classes are compared")
+    samples: SampleOptions | None = Field(None, description="which samples are trained on; null: all")
+    cache: CacheOptions | None = Field(None, description="the teacher's drawn classes on disk; null: a live teacher")
+    training: Annotated[dict[str, Any], BeforeValidator(_checked_training)] = Field(
+        {}, description="names of transformers.TrainingArguments"
+    )
+    evaluation: EvaluationOptions = Field(EvaluationOptions(), description="what is measured, and when")
+    seed: int = Field(1337, ge=0, lt=2**32, description="of everything that is random")
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":

@@ -83,10 +83,10 @@ class FractionSchedule(Part):
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
-    start: Fraction = Field(alias="from")
-    to: Fraction
-    over: Fraction = 1.0
-    shape: Literal["linear", "cosine"] = "linear"
+    start: Fraction = Field(alias="from", description="the fraction at the first step")
+    to: Fraction = Field(description="the fraction from the end of the schedule on")
+    over: Fraction = Field(1.0, description="the share of the run's optimiser steps that the schedule takes")
+    shape: Literal["linear", "cosine"] = Field("linear", description="how it moves in between")
 
 
 MaybeScheduled = Annotated[
