@@ -79,8 +79,11 @@ class EvaluationOptions(Part):
     lm-evaluation-harness by name.
     """
 
-    suite: Annotated[list[str], AfterValidator(check_suite)] = Field(["fidelity"])
-    every_steps: int | None = Field(None, ge=1)
+    suite: Annotated[list[str], AfterValidator(check_suite)] = Field(
+        ["fidelity"],
+        description="fidelity, paper, validation, single benchmarks, or tasks of lm-evaluation-harness; []: nothing",
+    )
+    every_steps: int | None = Field(None, ge=1, description="measure also every so many optimiser steps; null: don't")
     keep_best: KeepBest | None = Field(
         None, description="keep the student that measured best by this, in best_student/"
     )
