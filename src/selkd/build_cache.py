@@ -174,9 +174,9 @@ def _by_sample(
     return [
         (
             sample.id,
-            lengths[positions[i] : positions[i + 1]].astype(np.uint16),
-            class_ids[entries[i] : entries[i + 1]].astype(np.uint32),
-            counts[entries[i] : entries[i + 1]].astype(np.uint16),
+            lengths[positions[i] : positions[i + 1]],
+            class_ids[entries[i] : entries[i + 1]],
+            counts[entries[i] : entries[i + 1]],
         )
         for i, sample in enumerate(group)
     ]

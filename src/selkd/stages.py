@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from selkd import evaluation_stage, plugins
 from selkd.build_cache import build_cache
+from selkd.cache.manifest import MANIFEST, Fingerprint
 from selkd.cache.reader import TeacherCache
 from selkd.cache.remote import fetch_cache, is_remote
 from selkd.data.samples import SampleDataset
@@ -199,27 +200,41 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
             opened = _copied(work, recipe.cache.path, fingerprint, samples)
             run.record["teacher_cache"] = opened.stats()
             return opened
-        tokens = build_cache(
-            directory,
-            fingerprint,
-            samples,
-            work.teacher,
-            recipe.classes,
-            recipe.criterion.temperature,
-            recipe.seed,
-            work.pad_token_id,
-        )
-        if tokens:
-            earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
-            count_teacher_tokens(work, run, cache=earlier + tokens)
-        opened = TeacherCache.open(directory, fingerprint)
+        opened = _finished(directory, fingerprint, samples)
+        if opened is None:
+            tokens = build_cache(
+                directory,
+                fingerprint,
+                samples,
+                work.teacher,
+                recipe.classes,
+                recipe.criterion.temperature,
+                recipe.seed,
+                work.pad_token_id,
+            )
+            if tokens:
+                earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
+                count_teacher_tokens(work, run, cache=earlier + tokens)
+            opened = TeacherCache.open(directory, fingerprint)
     run.record["teacher_cache"] = opened.stats()
     return opened
 
 
-def _copied(
-    work: Workspace, url: str, fingerprint: dict[str, str | int | float], samples: SampleDataset
-) -> TeacherCache:
+def _finished(directory: Path, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache | None:
+    """A complete cache that holds every sample, be it one that was built for more of them; else None.
+
+    Its blocks are not read here: each is checked when it is.
+    """
+    if not (directory / MANIFEST).is_file():
+        return None
+    try:
+        opened = TeacherCache.open(directory, fingerprint)
+        return opened if all(sample_id in opened for sample_id in samples.ids) else None
+    except InputError:
+        return None  # building tells what is wrong, or mends it
+
+
+def _copied(work: Workspace, url: str, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache:
     """A cache that was built elsewhere, copied to this machine; it must hold every sample."""
     with work.state.main_process_first():
         opened = TeacherCache.open(fetch_cache(url, work.cache_dir / "teacher_caches"), fingerprint)

@@ -152,6 +152,7 @@ def test_bad_plans_and_fingerprints_are_refused_before_anything_is_made(tmp_path
         (FINGERPRINT, [], "at least one shard"),
         (FINGERPRINT, [[]], "each shard at least one sample"),
         ({**FINGERPRINT, "draws": 0}, plan(), "fingerprint field draws must be an integer of at least 1; got 0"),
+        ({**FINGERPRINT, "draws": 2**16}, plan(), "sum to at most 65535; got 65536"),
         ({"draws": 64}, plan(), "fingerprint field vocabulary must be an integer of at least 1; got None"),
         ({**FINGERPRINT, "seed": None}, plan(), "strings, integers or floats; got 'seed': None"),
         ({**FINGERPRINT, "temperature": float("nan")}, plan(), "fingerprint field temperature must be finite; got nan"),

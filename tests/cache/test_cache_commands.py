@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 import yaml
 from cache_samples import contents
 from tiny_run import make_recipe, make_teacher
@@ -20,7 +21,9 @@ from selkd.cache.inspect import summary
 from selkd.cache.reader import TeacherCache
 from selkd.cache.rows import row_sums
 from selkd.cli import main
-from selkd.pipeline import cache_only
+from selkd.errors import InputError
+from selkd.pipeline import cache_only, start
+from selkd.recipe import Recipe, parse_part
 from selkd.recipe_files import load_recipe
 
 Command = Callable[..., tuple[int, dict[str, Any]]]
@@ -242,3 +245,38 @@ def test_covered_mass_is_estimated() -> None:
     )
     covered = np.mean([p[ids].sum() for ids, _ in drawn])
     assert covered - 1 / 64 < 1 - _singles(rows).mean() / 64 < covered
+
+
+def test_a_complete_cache_serves_any_selection_of_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built once for all samples; runs that keep fewer ask no teacher, and change no byte of it."""
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
+    recipe = make_recipe(tmp_path, cache={"path": str(tmp_path / "cache")})
+    everything = recipe | {"samples": None}
+    full = cache_only(parse_part(Recipe, everything), tmp_path / "full")
+    assert full.record["teacher_tokens"]["cache"] > 0
+    before = contents(tmp_path / "cache")
+    few = cache_only(parse_part(Recipe, recipe), tmp_path / "few")
+    assert few.record["teacher_tokens"].get("cache", 0) == 0
+    assert contents(tmp_path / "cache") == before
+    other = parse_part(Recipe, recipe | {"seed": 4})
+    with pytest.raises(InputError, match="seed: stored 3, expected 4"):
+        cache_only(other, tmp_path / "other")
+
+
+def test_rows_and_ids_are_what_the_document_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/cache-format.md: one row a valid position, none at a document's end; and how an id is made."""
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
+    recipe = make_recipe(tmp_path, samples=None)
+    parsed = parse_part(Recipe, recipe)
+    cache_only(parsed, tmp_path / "run")
+    samples = start(parsed, tmp_path / "run")[0].splits.train
+    cache = TeacherCache.open(tmp_path / "run" / "teacher_cache")
+    n_documents = set()
+    for sample in samples:
+        numbers = [len(sample.token_ids), *sample.token_ids.tolist(), *sample.document_starts.tolist()]
+        content = b"selkd sample 1" + b"".join(number.to_bytes(4, "little") for number in numbers)
+        n_documents.add(len(sample.document_starts))
+        rows = cache.get(xxhash.xxh3_128_digest(content))
+        assert len(rows.row_lengths) == len(sample.token_ids) - len(sample.document_starts)
+        assert rows.row_lengths.min() >= 1
+    assert len(n_documents) > 1

@@ -305,3 +305,13 @@ def test_a_sample_of_too_many_rows_is_refused() -> None:
     rows = Rows(np.zeros(2**24 + 1, np.uint16), np.zeros(0, np.uint32), np.zeros(0, np.uint16))
     with pytest.raises(InputError, match="at most 16777216 positions; got 16777217"):
         encode(fit([make_rows(1)]), rows)
+
+
+def test_classes_in_a_shard_without_any_are_refused() -> None:
+    """A block of another shard, whose model says that no class was ever drawn."""
+    empty = fit([rows_of([{}, {}])])
+    block = encode(fit([rows_of([{3: 1}, {4: 1}])]), rows_of([{3: 1}, {4: 1}]))
+    without_classes = Model(1, empty.classes, empty.octaves, empty.codes)
+    shapes = {table: np.ones(without_classes.shape(table), np.uint8) for table in TABLES}
+    with pytest.raises(InputError, match="damaged"):
+        decode(Model(1, empty.classes, empty.octaves, shapes), block)

@@ -1,5 +1,6 @@
 """``index.selkd`` at scale: a million ids are opened without being read, and found by binary search."""
 
+import os
 import time
 import tracemalloc
 from pathlib import Path
@@ -63,3 +64,18 @@ def test_another_cache_or_size_is_refused(folder: Path) -> None:
         SampleIndex(folder / "index.selkd", PLAN[::-1], N)
     with pytest.raises(InputError, match="expected 999999 samples"):
         SampleIndex(folder / "index.selkd", PLAN, N - 1)
+
+
+def test_an_index_that_was_cut_after_it_was_opened_is_refused(folder: Path, tmp_path: Path) -> None:
+    """A look-up in a memory map of a cut file would be killed by SIGBUS."""
+    path = tmp_path / "index.selkd"
+    path.write_bytes((folder / "index.selkd").read_bytes())
+    index = SampleIndex(path, PLAN, N)
+    os.truncate(path, 4096)
+    with pytest.raises(InputError, match=r"was cut to 4096 of .* bytes since it was opened"):
+        index.find(bytes(16))
+    with pytest.raises(InputError, match="was cut to 4096"):
+        index.ids()
+    path.unlink()
+    with pytest.raises(InputError, match="can't be read"):
+        index.find(bytes(16))

@@ -89,7 +89,7 @@ def decode(model: Model, data: bytes) -> Rows:
     try:
         words = np.frombuffer(data, "<u4", offset=_HEADER.size).astype(np.uint32)
         return _Decoder(model, constriction.stream.stack.AnsCoder(words)).rows(n_rows)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # IndexError: classes in a shard that has none
         raise InputError(f"an encoded sample is damaged: {error}") from error
 
 

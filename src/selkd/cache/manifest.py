@@ -11,6 +11,7 @@ import xxhash
 
 from selkd.cache import codec
 from selkd.cache.files import replacing
+from selkd.cache.rows import LARGEST_COUNT
 from selkd.cache.shard import Shard, ids_digest, shard_name
 from selkd.errors import InputError
 
@@ -138,7 +139,10 @@ def read_complete(directory: Path) -> dict[str, Any]:
 
 
 def check_fingerprint(fingerprint: Fingerprint) -> None:
-    """Raises InputError unless all are strings, integers or finite floats, with ``draws`` and ``vocabulary`` from 1."""
+    """Raises InputError unless all are strings, integers or finite floats, and the sizes are ones that can be stored.
+
+    ``draws`` and ``vocabulary`` are integers from 1; what the counts of a row sum to is at most 65,535.
+    """
     for field, value in fingerprint.items():
         if not isinstance(field, str) or isinstance(value, bool) or not isinstance(value, str | int | float):
             raise InputError(f"a fingerprint maps names to strings, integers or floats; got {field!r}: {value!r}")
@@ -148,6 +152,8 @@ def check_fingerprint(fingerprint: Fingerprint) -> None:
         count = fingerprint.get(field)
         if not isinstance(count, int) or count < 1:
             raise InputError(f"fingerprint field {field} must be an integer of at least 1; got {count!r}")
+    if (total := count_total(fingerprint)) > LARGEST_COUNT:
+        raise InputError(f"the counts of a row sum to at most {LARGEST_COUNT}; got {total} as draws or count_total")
 
 
 def count_total(fingerprint: Fingerprint) -> int:

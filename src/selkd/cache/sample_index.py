@@ -40,6 +40,7 @@ class SampleIndex:
                 f"{path.name} in {path.parent} is damaged or another cache's: expected {n_samples} samples of plan "
                 f"{plan_checksum}. `selkd cache verify --repair` makes it anew"
             )
+        self._size = size
         data = np.memmap(path, np.uint8, mode="r", offset=_HEADER.size) if n_samples else np.zeros(0, np.uint8)
         ends = np.cumsum([8 * n_samples, 8 * n_samples, 4 * n_samples])
         first, second, shards, rows = np.split(data, ends)
@@ -47,7 +48,8 @@ class SampleIndex:
         self._shards, self._rows = shards.view("<u4"), rows.view("<u4")
 
     def find(self, sample_id: bytes) -> tuple[int, int] | None:
-        """The shard of a sample and its row there, or None."""
+        """The shard of a sample and its row there, or None. Raises InputError where the file was cut meanwhile."""
+        self._require_size()
         first, second = (int.from_bytes(half, "big") for half in (sample_id[:8], sample_id[8:]))
         # Ids are digests: as a rule one stands alone with its first half.
         at = int(np.searchsorted(self._first, np.uint64(first)))
@@ -58,10 +60,23 @@ class SampleIndex:
         return None
 
     def ids(self) -> np.ndarray:
-        """V16 [N], in the order of the shards and of their rows."""
+        """V16 [N], in the order of the shards and of their rows. Raises InputError as ``find``."""
+        self._require_size()
         order = np.lexsort((self._rows, self._shards))
         halves = np.stack([self._first[order], self._second[order]], axis=1).astype(">u8")
         return np.ascontiguousarray(halves).view("V16").ravel()
+
+    def _require_size(self) -> None:
+        """A memory map of a file that was cut is a crash (SIGBUS) where it is touched; a size costs a microsecond."""
+        try:
+            size = self.path.stat().st_size
+        except OSError as error:
+            raise InputError(f"{self.path.name} in {self.path.parent} can't be read: {error}") from error
+        if size < self._size:
+            raise InputError(
+                f"{self.path.name} in {self.path.parent} was cut to {size} of {self._size} bytes since it was opened. "
+                "`selkd cache verify --repair` makes it anew"
+            )
 
 
 def write_sample_index(folder: Path, plan_checksum: str, shard_ids: Iterable[np.ndarray]) -> None:
