@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from selkd.cache.manifest import Fingerprint
 from selkd.cache.writer import CacheWriter, SampleRows
 from selkd.data.batching import collate
 from selkd.data.grouping import group_by_tokens
@@ -39,7 +40,7 @@ Observe = Callable[[Tensor, tuple[Tensor, Tensor], slice], None]
 
 def build_cache(
     directory: Path,
-    fingerprint: dict[str, str | int | float],
+    fingerprint: Fingerprint,
     samples: SampleDataset,
     teacher: Callable[[], PreTrainedModel],
     classes: ClassOptions,

@@ -193,29 +193,14 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     recipe = work.recipe
     if recipe.cache is None:
         return None
-    directory = cache_directory(work, run)
     with timed(run, "cache"):
-        fingerprint = cache_fingerprint(work)
-        if recipe.cache.path is not None and is_remote(recipe.cache.path):
-            opened = _copied(work, recipe.cache.path, fingerprint, samples)
-            run.record["teacher_cache"] = opened.stats()
-            return opened
-        opened = _finished(directory, fingerprint, samples)
-        if opened is None:
-            tokens = build_cache(
-                directory,
-                fingerprint,
-                samples,
-                work.teacher,
-                recipe.classes,
-                recipe.criterion.temperature,
-                recipe.seed,
-                work.pad_token_id,
-            )
-            if tokens:
-                earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
-                count_teacher_tokens(work, run, cache=earlier + tokens)
-            opened = TeacherCache.open(directory, fingerprint)
+        fingerprint, path = cache_fingerprint(work), recipe.cache.path
+        if path is not None and is_remote(path):
+            opened = _copied(work, path, fingerprint, samples)
+        else:
+            directory = cache_directory(work, run)
+            found = _finished(directory, fingerprint, samples)
+            opened = _built(work, run, directory, fingerprint, samples) if found is None else found
     run.record["teacher_cache"] = opened.stats()
     return opened
 
@@ -232,6 +217,27 @@ def _finished(directory: Path, fingerprint: Fingerprint, samples: SampleDataset)
         return opened if all(sample_id in opened for sample_id in samples.ids) else None
     except InputError:
         return None  # building tells what is wrong, or mends it
+
+
+def _built(
+    work: Workspace, run: RunDirectory, directory: Path, fingerprint: Fingerprint, samples: SampleDataset
+) -> TeacherCache:
+    """The cache of these samples, from the teacher; what an earlier build finished is kept."""
+    recipe = work.recipe
+    tokens = build_cache(
+        directory,
+        fingerprint,
+        samples,
+        work.teacher,
+        recipe.classes,
+        recipe.criterion.temperature,
+        recipe.seed,
+        work.pad_token_id,
+    )
+    if tokens:
+        earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
+        count_teacher_tokens(work, run, cache=earlier + tokens)
+    return TeacherCache.open(directory, fingerprint)
 
 
 def _copied(work: Workspace, url: str, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache:
