@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from selkd import stages
-from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
 from selkd.cache.verify import verify_cache
 from selkd.data.samples import SampleDataset
@@ -89,17 +88,7 @@ def repair(directory: Path, recipe: Recipe, run_path: Path | None) -> list[str]:
         RunError: the disk refused.
     """
     work, samples = _kept(directory, recipe, run_path)
-    build_cache(
-        directory,
-        stages.cache_fingerprint(work),
-        samples,
-        work.teacher,
-        recipe.classes,
-        recipe.criterion.temperature,
-        recipe.seed,
-        work.pad_token_id,
-        repair=True,
-    )
+    stages.build(work, directory, samples, repair=True)
     return verify_cache(directory)
 
 

@@ -65,7 +65,7 @@ def compare_again(
 
 
 def _compared(
-    draw: "Drawing", members: list[Sample], stored: Callable[[bytes], Rows], wanted: Container[bytes]
+    draw: Drawing, members: list[Sample], stored: Callable[[bytes], Rows], wanted: Container[bytes]
 ) -> Iterator[tuple[bytes, Again]]:
     """The ``wanted`` samples among those of one batch of the teacher."""
     n_valid = [int(sample.valid_mask.sum()) for sample in members]

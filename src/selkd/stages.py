@@ -223,21 +223,26 @@ def _built(
     work: Workspace, run: RunDirectory, directory: Path, fingerprint: Fingerprint, samples: SampleDataset
 ) -> TeacherCache:
     """The cache of these samples, from the teacher; what an earlier build finished is kept."""
+    if tokens := build(work, directory, samples):
+        earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
+        count_teacher_tokens(work, run, cache=earlier + tokens)
+    return TeacherCache.open(directory, fingerprint)
+
+
+def build(work: Workspace, directory: Path, samples: SampleDataset, *, repair: bool = False) -> int:
+    """Build or finish the recipe's cache of ``samples``, as ``build_cache``; the tokens that the teacher ran on."""
     recipe = work.recipe
-    tokens = build_cache(
+    return build_cache(
         directory,
-        fingerprint,
+        cache_fingerprint(work),
         samples,
         work.teacher,
         recipe.classes,
         recipe.criterion.temperature,
         recipe.seed,
         work.pad_token_id,
+        repair=repair,
     )
-    if tokens:
-        earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
-        count_teacher_tokens(work, run, cache=earlier + tokens)
-    return TeacherCache.open(directory, fingerprint)
 
 
 def _copied(work: Workspace, url: str, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache:
