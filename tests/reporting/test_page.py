@@ -188,8 +188,14 @@ def test_the_entropy_histogram_counts_every_valid_position_and_the_selected_ones
     samples = json.loads((run_dir / "selection" / "examples.json").read_text())["samples"]
     valid, selected = sum(sum(s["valid"]) for s in samples), sum(sum(s["selected"]) for s in samples)
     text = Seen(page_of(run_dir)).text
-    assert f"{valid} positions of unseen text" in text
+    assert f"{valid} positions of held-out text" in text
     assert f"The {selected} coloured ones are those that the recipe selects" in text
+
+
+def test_what_was_trained_on_is_not_called_held_out(run_dir: Path, record: dict[str, Any]) -> None:
+    record["data"]["held_out_samples"] = 0
+    (run_dir / "record.json").write_text(json.dumps(record))
+    assert "positions of training text by" in Seen(page_of(run_dir)).text
 
 
 def test_only_some_examples_are_shown_as_text(run_dir: Path) -> None:
