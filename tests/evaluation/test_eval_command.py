@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import make_tokenizer
 from tiny_benchmarks import ROWS, make_byte_tokenizer, save_model, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from selkd.errors import InputError
 from selkd.evaluation.subject import find_subject
 
 Run = Callable[..., tuple[int, str, str]]
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
 
 
 @pytest.fixture
@@ -181,6 +183,23 @@ def test_bad_input_exits_with_2(selkd_eval: Run, data: Path, tmp_path: Path, mon
         (model, "--suite", "piqa", "--data", data, "--chat-template"): "the tokenizer has none",
         (model, "--suite", "piqa", "--data", data, "--teacher", model): "add --suite fidelity",
         (model, "--text", tmp_path / "none.txt"): "there is no file or folder",
+        (model, "--text-field", "body", "--suite", "piqa", "--data", data): "text_field: only the suite fidelity looks",
+        (model, "--text", "x.txt", "--suite", "piqa", "--data", data): "text: only the suite fidelity looks at it",
+        (model, "--shots", 2): "shots: only benchmarks look at it, and the suite is fidelity. Leave it out, or add",
+        (model, "--chat-template"): "chat_template: only benchmarks look at it",
+        (model, "--batch-size", 2): "batch_size: only benchmarks look at it",
+        (model, "--data", data): "data: only benchmarks look at it",
+        (
+            model,
+            "--suite",
+            "lambada",
+            "--suite",
+            "piqa_train",
+            "--data",
+            data,
+            "--shots",
+            2,
+        ): "lambada, piqa_train can't",
     }
     for arguments, message in cases.items():
         code, out, err = selkd_eval(*arguments)
@@ -188,3 +207,65 @@ def test_bad_input_exits_with_2(selkd_eval: Run, data: Path, tmp_path: Path, mon
         assert message in err
         assert "Traceback" not in err
         assert out == ""
+
+
+def test_bad_input_is_found_before_any_weights_are_loaded(
+    selkd_eval: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what only the second model or the last task can't do."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("selkd.evaluation.subject.load_model", refuse)
+    monkeypatch.setattr("selkd.recipe_evaluation.harness_tasks", lambda: ["boolq"])
+    model, other = save_model(tmp_path / "model"), save_model(tmp_path / "other")
+    make_tokenizer().save_pretrained(other)
+    short = save_model(tmp_path / "short", max_position_embeddings=128)
+    chat = make_byte_tokenizer()
+    chat.chat_template = CHAT_TEMPLATE
+    chat.save_pretrained(save_model(tmp_path / "chat"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "piqa_valid.jsonl").write_text("{}\n")
+    cases: dict[tuple[object, ...], str] = {
+        (model, other, "--teacher", model): "teacher and student have different tokenizers",
+        (model, "--suite", "fidelity", "--suite", "piqa", "--data", tmp_path / "broken"): "piqa rows have goal, sol1",
+        (model, "--suite", "hellaswag", "--suite", "boolq", "--data", data): "boolq: has no local form",
+        (model, short, "--suite", "piqa", "--suite", "gsm8k", "--data", data): "the model has 128 positions",
+        (tmp_path / "chat", model, "--suite", "piqa", "--data", data, "--chat-template"): "the tokenizer has none",
+    }
+    for arguments, message in cases.items():
+        code, _, err = selkd_eval(*arguments)
+        assert code == 2, (arguments, err)
+        assert message in err
+        assert not (tmp_path / "kept").exists()
+    (tmp_path / "kept").write_text("a file")
+    code, _, err = selkd_eval(model, "--suite", "piqa", "--data", data)
+    assert code == 2
+    assert "kept: expected a folder that can be written" in err
+
+
+def test_an_answer_of_other_prompts_or_settings_is_not_found_again(
+    selkd_eval: Run, data: Path, tmp_path: Path, no_measuring: Callable[[], None]
+) -> None:
+    """A tokenizer without a chat template used to be answered with the plain prompts' result."""
+    model = save_model(tmp_path / "model")
+    plain = (model, "--suite", "piqa", "--data", data)
+    assert selkd_eval(*plain)[0] == 0
+    assert selkd_eval(*plain, "--chat-template")[0] == 2
+    chat = make_byte_tokenizer()
+    chat.chat_template = CHAT_TEMPLATE
+    chat.save_pretrained(model)
+    no_measuring()
+    assert selkd_eval(*plain)[0] == 0
+    settings = model / "generation_config.json"
+    with_penalty = json.dumps(json.loads(settings.read_text()) | {"repetition_penalty": 1.5})
+    for change in ("template", "template of other words", "penalty"):
+        if change == "template of other words":
+            chat.chat_template += " "
+            chat.save_pretrained(model)
+        if change == "penalty":
+            settings.write_text(with_penalty)
+        code, _, err = selkd_eval(*plain, *(() if change == "penalty" else ("--chat-template",)))
+        assert code == 1
+        assert "it was measured again" in err

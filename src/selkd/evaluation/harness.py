@@ -109,6 +109,29 @@ def _by_name(name: str, shots: int) -> dict[str, Any]:
     return tasks
 
 
+def require_answerable(
+    name: str, task: Any, positions: int | None, tokenizer: PreTrainedTokenizerBase, chat_template: bool
+) -> None:
+    """Whether a model of so many positions (None: no limit) can be asked this task; no weights are needed.
+
+    Raises:
+        InputError: answers may be longer than the model has positions, or the chat template is not there or not used.
+    """
+    if chat_template and not tokenizer.chat_template:
+        raise InputError("chat template: the tokenizer has none; measure without it.")
+    if chat_template and task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise InputError(
+            f"chat template: {name} measures text as it stands, without a prompt. Measure it in a call of its own, "
+            "without a chat template."
+        )
+    needed = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 256)
+    if task.OUTPUT_TYPE == "generate_until" and positions is not None and needed >= positions:
+        raise InputError(
+            f"{name}: answers may be {needed} tokens long, and the model has {positions} positions for prompt and "
+            "answer. Leave the task out, or take a model with more positions."
+        )
+
+
 def spread_rows(n_rows: int, limit: int | None) -> list[int]:
     """``limit`` row numbers spread evenly over ``n_rows``; all of them where there are no more.
 
@@ -149,12 +172,8 @@ def run_task(
         batch_size: None: found from the memory there is, and halved when it runs out.
 
     Raises:
-        InputError: a prompt and its answer need more positions than the model has, or there is no chat template.
         RunError: not even one example at a time fits in memory.
     """
-    if chat_template and not tokenizer.chat_template:
-        raise InputError("chat template: the tokenizer has none; measure without it.")
-    _require_positions(name, task, model)
     size = batch_size or rows_at_once(task, model, tokenizer)
     while True:
         lm = _language_model(model, tokenizer, dtype, size)
@@ -200,15 +219,6 @@ def _language_model(
         mixed_precision_dtype=None if model.dtype == dtype else dtype,
         trust_remote_code=False,
     )
-
-
-def _require_positions(name: str, task: Any, model: PreTrainedModel) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    needed = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 256)
-    if task.OUTPUT_TYPE == "generate_until" and limit is not None and needed >= limit:
-        raise InputError(
-            f"{name}: answers may be {needed} tokens long, and the model has {limit} positions for prompt and answer."
-        )
 
 
 def _output(name: str, task: Any, results: Mapping[str, Any]) -> Output:
