@@ -118,6 +118,21 @@ def test_what_was_measured_is_kept_and_what_is_damaged_is_not(
         assert "it was measured again" in err
 
 
+def test_cut_prompts_are_told(selkd_eval: Run, data: Path, tmp_path: Path) -> None:
+    long, short = save_model(tmp_path / "long"), save_model(tmp_path / "short", max_position_embeddings=48)
+    asked = (f"long={long}", f"short={short}", "--suite", "piqa", "--data", data)
+    code, out, err = selkd_eval(*asked, "--json")
+    assert code == 0, err
+    roomy, tight = json.loads(out)["models"]
+    assert "cut" not in roomy
+    told = "6 of 6 prompts were longer, with room for the answer, than the model's 48 tokens and were cut from the left"
+    assert tight["cut"] == {"piqa": told}
+    assert [m["tasks"]["piqa"]["prompts_cut"] for m in (roomy, tight)] == [0, 6]
+    code, out, _ = selkd_eval(*asked)  # found again, and told again
+    assert f"short, piqa: {told}." in " ".join(out.split())
+    assert "long, piqa:" not in out
+
+
 def test_two_models_are_compared_example_by_example(selkd_eval: Run, data: Path, tmp_path: Path) -> None:
     ours, theirs = save_model(tmp_path / "a"), save_model(tmp_path / "b", seed=1)
     suite = ("--suite", "hellaswag", "--suite", "lambada", "--data", data)

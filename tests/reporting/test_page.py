@@ -218,6 +218,13 @@ def test_overlaps_are_drawn_if_they_were_measured(run_dir: Path) -> None:
     assert "Sample filters" not in Seen(page_of(run_dir)).text
 
 
+def test_cut_prompts_are_told(run_dir: Path, record: dict[str, Any]) -> None:
+    told = "6 of 9 prompts were longer than the model's 48 tokens"
+    record["benchmarks"] = BENCHMARKS | {"after": BENCHMARKS["after"] | {"cut": {"arc_easy": told}}}
+    (run_dir / "record.json").write_text(json.dumps(record))
+    assert f"arc_easy: {told}." in Seen(page_of(run_dir)).text
+
+
 def test_benchmarks_show_with_their_standard_errors(run_dir: Path, record: dict[str, Any]) -> None:
     record["benchmarks"] = BENCHMARKS
     (run_dir / "record.json").write_text(json.dumps(record))

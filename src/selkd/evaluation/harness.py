@@ -38,12 +38,15 @@ class Output:
         kinds: metric -> the measure's kind.
         figures: metric -> the harness's own figure, for every metric, also those that are no measure.
         higher_is_better: metric -> bool.
+        positions: how many tokens of prompt and answer the model takes; an example whose prompt was cut from the left
+            to fit has ``cut`` true.
     """
 
     examples: list[dict[str, Any]]
     kinds: dict[str, str]
     figures: dict[str, float]
     higher_is_better: dict[str, bool]
+    positions: int | None = None
 
 
 def load_tasks(name: str, data: Sequence[str | Path] | None, shots: int) -> dict[str, Any]:
@@ -178,9 +181,10 @@ def run_task(
     while True:
         lm = _language_model(model, tokenizer, dtype, size)
         try:
-            output = _output(name, task, _evaluate(name, task, rows, lm, chat_template))
+            output = _output(name, task, _evaluate(name, task, rows, lm, chat_template), lm.max_length)
+            _mark_cut(output, task, lm)
             if name == "lambada":
-                pairs = [lm._encode_pair(*arguments) for arguments in _arguments(task)]
+                pairs = [_fitting(lm, *lm._encode_pair(*arguments)) for arguments in _arguments(task)]
                 _add_ece(output, greedy_confidences(model, tokenizer, pairs, dtype, size))
             return output
         except torch.OutOfMemoryError:
@@ -221,7 +225,33 @@ def _language_model(
     )
 
 
-def _output(name: str, task: Any, results: Mapping[str, Any]) -> Output:
+def _mark_cut(output: Output, task: Any, lm: Any) -> None:
+    """Say of each example whether the harness cut its prompt, with an answer or the room for one, from the left."""
+    from lm_eval.models import huggingface
+
+    cut = set()
+    for instance in task.instances:
+        if instance.request_type == "loglikelihood":
+            prompt, answer = instance.args
+            needed = len(lm.tok_encode(prompt + answer)) - 1  # the last token is predicted, not read
+        elif instance.request_type == "generate_until":
+            prompt, settings = instance.args
+            room = huggingface.normalize_gen_kwargs(settings, lm.max_gen_toks)["max_gen_toks"]
+            needed = len(lm.tok_encode(prompt)) + room
+        else:
+            continue  # a rolling log-likelihood reads the whole text, window by window
+        if needed > lm.max_length:
+            cut.add(instance.doc_id)
+    for number, example in enumerate(output.examples):
+        example["cut"] = number in cut  # the harness numbers the rows that it was given
+
+
+def _fitting(lm: Any, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+    """The pair as the harness scores it: a context that is too long loses its beginning."""
+    return context[-(lm.max_length + 1 - len(continuation)) :], continuation
+
+
+def _output(name: str, task: Any, results: Mapping[str, Any], positions: int | None = None) -> Output:
     examples: dict[int, dict[str, Any]] = {}
     kinds: dict[str, str] = {}
     is_choice = task.OUTPUT_TYPE == "multiple_choice"
@@ -243,7 +273,7 @@ def _output(name: str, task: Any, results: Mapping[str, Any]) -> Output:
             label = key if several else metric
             figures[label] = float(value)
             better[label] = bool(task.higher_is_better().get(metric, True))
-    return Output([examples[row] for row in sorted(examples)], kinds, figures, better)
+    return Output([examples[row] for row in sorted(examples)], kinds, figures, better, positions)
 
 
 def _arguments(task: Any) -> list[tuple[str, str]]:

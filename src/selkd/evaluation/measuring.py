@@ -139,6 +139,8 @@ def _measure(
             "rows": available,
             "counts": benchmark.metric if benchmark else None,
             "described": benchmark.described if benchmark else None,
+            "prompts_cut": sum(example["cut"] for example in output.examples),
+            "model_tokens": output.positions,
         },
         seconds=round(time.perf_counter() - started, 3),
     )
