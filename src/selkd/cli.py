@@ -235,7 +235,7 @@ def eval_command(
     benchmarks = BenchmarkOptions(suite or ["fidelity"], folders, limit, shots, chat_template, batch_size)
     answer = evaluate_models(Request(models, benchmarks, FidelityOptions(text, text_field, limit), teacher, dtype, out))
     if json_output:
-        typer.echo(json.dumps(answer, indent=2))
+        typer.echo(json.dumps(answer, indent=2, allow_nan=False))
         return
     from rich.console import Console
 

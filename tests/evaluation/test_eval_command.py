@@ -133,6 +133,35 @@ def test_cut_prompts_are_told(selkd_eval: Run, data: Path, tmp_path: Path) -> No
     assert "long, piqa:" not in out
 
 
+@pytest.mark.usefixtures("short_answers")
+def test_numbers_that_are_not_finite_are_an_error(selkd_eval: Run, data: Path, tmp_path: Path) -> None:
+    """PIQA's accuracy was 0.5, and GSM8K's 0, whatever the logits."""
+    broken = {"nan": save_model(tmp_path / "nan"), "huge": save_model(tmp_path / "huge")}
+    for kind, folder in broken.items():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            if kind == "nan":
+                model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+            else:
+                model.model.norm.weight.mul_(3000.0)
+        model.save_pretrained(folder)
+    cases = {
+        ("nan", "piqa"): (1, "piqa: the model's logits: expected a finite number, got nan. The model's weights"),
+        ("nan", "gsm8k"): (1, "gsm8k: the model's logits: expected a finite number, got nan"),
+        ("nan", "lambada"): (1, "lambada: the model's logits: expected a finite number, got nan"),
+        ("nan", "fidelity"): (2, "LlamaForCausalLM: expected numbers as logits, got nan on a few tokens"),
+        ("huge", "lambada"): (1, "lambada: one of its figures: expected a finite number, got inf"),
+        ("huge", "fidelity"): (1, "fidelity, perplexity: expected a finite number, got inf"),
+    }
+    for (kind, task), (expected, message) in cases.items():
+        local = () if task == "fidelity" else ("--data", data)
+        code, out, err = selkd_eval(broken[kind], "--suite", task, *local, "--limit", 2, "--json")
+        assert (code, out) == (expected, ""), (kind, task, err)
+        assert message in err
+        assert "Traceback" not in err
+    assert not list((tmp_path / "kept").rglob("result.json"))
+
+
 def test_two_models_are_compared_example_by_example(selkd_eval: Run, data: Path, tmp_path: Path) -> None:
     ours, theirs = save_model(tmp_path / "a"), save_model(tmp_path / "b", seed=1)
     suite = ("--suite", "hellaswag", "--suite", "lambada", "--data", data)

@@ -125,6 +125,19 @@ def test_the_figures_are_the_harnesss(tmp_path: Path) -> None:
     assert output.higher_is_better == {"perplexity": False, "acc": True}
 
 
+def test_scores_that_are_not_finite_are_an_error() -> None:
+    """A mask in the head gives -inf, a metric of the harness nan; neither is JSON."""
+    example = {"row": 4, "responses": [(-1.0, True)], "measures": {"acc": [1.0, 1.0]}}
+    for examples, figures, message in (
+        ([example | {"responses": [(float("-inf"), False)]}], {}, "x, row 4: expected a finite number, got -inf"),
+        ([example | {"measures": {"acc": [1.0, 1.0], "ece": [float("nan"), 1.0]}}], {}, "x, row 4: .* got nan"),
+        ([example], {"f1": float("nan")}, "x, f1: expected a finite number, got nan"),
+    ):
+        with pytest.raises(RunError, match=message):
+            harness._require_finite("x", harness.Output(examples, {}, figures, {}))
+    harness._require_finite("x", harness.Output([example, example | {"responses": ["nan"]}], {}, {"f1": 0.5}, {}))
+
+
 def test_aggregations_that_are_no_mean_keep_the_harnesss_figure() -> None:
     def f1(items: list[Any]) -> float:
         return float(len(items))

@@ -6,7 +6,8 @@ softmax's precision (it would follow the model's, and bfloat16 has three digits)
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from selkd.evaluation.calibration import choice_confidence
 from selkd.evaluation.ifeval import prepare_ifeval
 from selkd.evaluation.last_word import greedy_confidences
 from selkd.evaluation.local_data import local_splits
+from selkd.finite import not_finite
 from selkd.models.sources import default_cache_dir
 from selkd.recipe_evaluation import task_manager
 
@@ -175,18 +177,22 @@ def run_task(
         batch_size: None: found from the memory there is, and halved when it runs out.
 
     Raises:
-        RunError: not even one example at a time fits in memory.
+        RunError: not even one example at a time fits in memory, or the model's answers or their scores are not finite.
     """
     size = batch_size or rows_at_once(task, model, tokenizer)
     while True:
         lm = _language_model(model, tokenizer, dtype, size)
         try:
-            output = _output(name, task, _evaluate(name, task, rows, lm, chat_template), lm.max_length)
-            _mark_cut(output, task, lm)
-            if name == "lambada":
-                pairs = [_fitting(lm, *lm._encode_pair(*arguments)) for arguments in _arguments(task)]
-                _add_ece(output, greedy_confidences(model, tokenizer, pairs, dtype, size))
+            with _numbers_required(name, model):
+                output = _output(name, task, _evaluate(name, task, rows, lm, chat_template), lm.max_length)
+                _mark_cut(output, task, lm)
+                if name == "lambada":
+                    pairs = [_fitting(lm, *lm._encode_pair(*arguments)) for arguments in _arguments(task)]
+                    _add_ece(output, greedy_confidences(model, tokenizer, pairs, dtype, size))
+            _require_finite(name, output)
             return output
+        except OverflowError:  # the harness takes an exponential, such as a perplexity
+            raise not_finite(f"{name}: one of its figures", math.inf) from None
         except torch.OutOfMemoryError:
             if size == 1:
                 raise RunError(f"{name}: one example at a time is too much for this device's memory.") from None
@@ -223,6 +229,37 @@ def _language_model(
         mixed_precision_dtype=None if model.dtype == dtype else dtype,
         trust_remote_code=False,
     )
+
+
+@contextmanager
+def _numbers_required(name: str, model: PreTrainedModel) -> Iterator[None]:
+    """Inside, logits that are no numbers raise RunError: a choice or a written answer would not show them.
+
+    The last position is looked at, for that one is never padding on the left.
+    """
+
+    def check(_module: Any, _inputs: Any, output: Any) -> None:
+        if output.logits[:, -1].isnan().any():
+            raise not_finite(f"{name}: the model's logits", math.nan)
+
+    handle = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _require_finite(name: str, output: Output) -> None:
+    """Raises RunError if a log-likelihood, an example's measure or a figure is not finite."""
+    for example in output.examples:
+        answers = [answer[0] if isinstance(answer, tuple) else answer for answer in example["responses"]]
+        measures = [number for numbers in example["measures"].values() for number in numbers]
+        for number in (*answers, *measures):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise not_finite(f"{name}, row {example['row']}", number)
+    for metric, figure in output.figures.items():
+        if not math.isfinite(figure):
+            raise not_finite(f"{name}, {metric}", figure)
 
 
 def _mark_cut(output: Output, task: Any, lm: Any) -> None:
