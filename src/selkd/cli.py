@@ -235,7 +235,7 @@ def eval_command(
     benchmarks = BenchmarkOptions(suite or ["fidelity"], folders, limit, shots, chat_template, batch_size)
     answer = evaluate_models(Request(models, benchmarks, FidelityOptions(text, text_field, limit), teacher, dtype, out))
     if json_output:
-        typer.echo(json.dumps(answer, indent=2))
+        typer.echo(json.dumps(answer, indent=2, allow_nan=False))
         return
     from rich.console import Console
 
@@ -449,11 +449,14 @@ def _show(runs: list[Any], json_output: bool) -> None:
         return
     from rich.console import Console
 
+    from selkd.reporting.benchmarks import cut
     from selkd.reporting.tables import fidelity_table
 
     console = Console()
     console.print(fidelity_table([run.record for run in runs]))
     for run in runs:
+        for sentence in cut(run.record):
+            console.print(sentence, highlight=False, markup=False)
         console.print(f"student {run.student}   report {run.path / 'report.html'}", soft_wrap=True, highlight=False)
 
 

@@ -48,7 +48,7 @@ def measure(
     """
     found = None
     if work.state.is_main_process:
-        from selkd.evaluation.measuring import measure_benchmarks
+        from selkd.evaluation.measuring import load_benchmarks, measure_benchmarks
         from selkd.evaluation.subject import Subject
         from selkd.evaluation.summary import summarise
 
@@ -58,12 +58,15 @@ def measure(
             model_name="student",
             fingerprint=fingerprint,
             dtype=work.dtype,
-            positions=None,
+            positions=getattr(student.config.get_text_config(decoder=True), "max_position_embeddings", None),
             load=lambda: student,
             load_tokenizer=lambda: work.tokenizer,
+            generation=str(student.generation_config),
         )
         with evaluating(student), _random_states_kept():
-            results = measure_benchmarks(subject, options, work.run_path / "benchmarks" / when, reuse)
+            results = measure_benchmarks(
+                subject, load_benchmarks(options), options, work.run_path / "benchmarks" / when, reuse
+            )
         found = summarise(results, options.suite, options.names()[1])
     work.state.wait_for_everyone()
     return found

@@ -8,6 +8,14 @@ from torch import Tensor
 from selkd.errors import RunError
 
 
+def not_finite(what: str, value: float) -> RunError:
+    """The error that a model's ``what`` has no finite value; the caller raises it."""
+    return RunError(
+        f"{what}: expected a finite number, got {value}. The model's weights are damaged, its training diverged, or "
+        "its precision is too narrow: measure it in float32, or take weights from before they went wrong."
+    )
+
+
 def require_finite(values: Tensor, index: Tensor, batch: Mapping[str, Tensor], what: str) -> None:
     """Raises RunError if one of ``values`` [n] is not finite; its sample and position are named.
 

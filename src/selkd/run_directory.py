@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from selkd.errors import InputError, RunError
@@ -68,6 +69,16 @@ def write_whole(path: Path, text: str) -> None:
         raise RunError(
             f"{path}: can't be written ({error}). Free space or give another --out, then run again."
         ) from None
+
+
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` if it is not there. Raises InputError if no file can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: expected a folder that can be written ({error}). Give another --out.") from None
 
 
 def _partial(path: Path) -> Path:

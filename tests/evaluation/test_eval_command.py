@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import make_tokenizer
 from tiny_benchmarks import ROWS, make_byte_tokenizer, save_model, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from selkd.errors import InputError
 from selkd.evaluation.subject import find_subject
 
 Run = Callable[..., tuple[int, str, str]]
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
 
 
 @pytest.fixture
@@ -116,6 +118,50 @@ def test_what_was_measured_is_kept_and_what_is_damaged_is_not(
         assert "it was measured again" in err
 
 
+def test_cut_prompts_are_told(selkd_eval: Run, data: Path, tmp_path: Path) -> None:
+    long, short = save_model(tmp_path / "long"), save_model(tmp_path / "short", max_position_embeddings=48)
+    asked = (f"long={long}", f"short={short}", "--suite", "piqa", "--data", data)
+    code, out, err = selkd_eval(*asked, "--json")
+    assert code == 0, err
+    roomy, tight = json.loads(out)["models"]
+    assert "cut" not in roomy
+    told = "6 of 6 prompts were longer, with room for the answer, than the model's 48 tokens and were cut from the left"
+    assert tight["cut"] == {"piqa": told}
+    assert [m["tasks"]["piqa"]["prompts_cut"] for m in (roomy, tight)] == [0, 6]
+    code, out, _ = selkd_eval(*asked)  # found again, and told again
+    assert f"short, piqa: {told}." in " ".join(out.split())
+    assert "long, piqa:" not in out
+
+
+@pytest.mark.usefixtures("short_answers")
+def test_numbers_that_are_not_finite_are_an_error(selkd_eval: Run, data: Path, tmp_path: Path) -> None:
+    """PIQA's accuracy was 0.5, and GSM8K's 0, whatever the logits."""
+    broken = {"nan": save_model(tmp_path / "nan"), "huge": save_model(tmp_path / "huge")}
+    for kind, folder in broken.items():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            if kind == "nan":
+                model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+            else:
+                model.model.norm.weight.mul_(3000.0)
+        model.save_pretrained(folder)
+    cases = {
+        ("nan", "piqa"): (1, "piqa: the model's logits: expected a finite number, got nan. The model's weights"),
+        ("nan", "gsm8k"): (1, "gsm8k: the model's logits: expected a finite number, got nan"),
+        ("nan", "lambada"): (1, "lambada: the model's logits: expected a finite number, got nan"),
+        ("nan", "fidelity"): (2, "LlamaForCausalLM: expected numbers as logits, got nan on a few tokens"),
+        ("huge", "lambada"): (1, "lambada: one of its figures: expected a finite number, got inf"),
+        ("huge", "fidelity"): (1, "fidelity, perplexity: expected a finite number, got inf"),
+    }
+    for (kind, task), (expected, message) in cases.items():
+        local = () if task == "fidelity" else ("--data", data)
+        code, out, err = selkd_eval(broken[kind], "--suite", task, *local, "--limit", 2, "--json")
+        assert (code, out) == (expected, ""), (kind, task, err)
+        assert message in err
+        assert "Traceback" not in err
+    assert not list((tmp_path / "kept").rglob("result.json"))
+
+
 def test_two_models_are_compared_example_by_example(selkd_eval: Run, data: Path, tmp_path: Path) -> None:
     ours, theirs = save_model(tmp_path / "a"), save_model(tmp_path / "b", seed=1)
     suite = ("--suite", "hellaswag", "--suite", "lambada", "--data", data)
@@ -181,6 +227,23 @@ def test_bad_input_exits_with_2(selkd_eval: Run, data: Path, tmp_path: Path, mon
         (model, "--suite", "piqa", "--data", data, "--chat-template"): "the tokenizer has none",
         (model, "--suite", "piqa", "--data", data, "--teacher", model): "add --suite fidelity",
         (model, "--text", tmp_path / "none.txt"): "there is no file or folder",
+        (model, "--text-field", "body", "--suite", "piqa", "--data", data): "text_field: only the suite fidelity looks",
+        (model, "--text", "x.txt", "--suite", "piqa", "--data", data): "text: only the suite fidelity looks at it",
+        (model, "--shots", 2): "shots: only benchmarks look at it, and the suite is fidelity. Leave it out, or add",
+        (model, "--chat-template"): "chat_template: only benchmarks look at it",
+        (model, "--batch-size", 2): "batch_size: only benchmarks look at it",
+        (model, "--data", data): "data: only benchmarks look at it",
+        (
+            model,
+            "--suite",
+            "lambada",
+            "--suite",
+            "piqa_train",
+            "--data",
+            data,
+            "--shots",
+            2,
+        ): "lambada, piqa_train can't",
     }
     for arguments, message in cases.items():
         code, out, err = selkd_eval(*arguments)
@@ -188,3 +251,65 @@ def test_bad_input_exits_with_2(selkd_eval: Run, data: Path, tmp_path: Path, mon
         assert message in err
         assert "Traceback" not in err
         assert out == ""
+
+
+def test_bad_input_is_found_before_any_weights_are_loaded(
+    selkd_eval: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what only the second model or the last task can't do."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("selkd.evaluation.subject.load_model", refuse)
+    monkeypatch.setattr("selkd.recipe_evaluation.harness_tasks", lambda: ["boolq"])
+    model, other = save_model(tmp_path / "model"), save_model(tmp_path / "other")
+    make_tokenizer().save_pretrained(other)
+    short = save_model(tmp_path / "short", max_position_embeddings=128)
+    chat = make_byte_tokenizer()
+    chat.chat_template = CHAT_TEMPLATE
+    chat.save_pretrained(save_model(tmp_path / "chat"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "piqa_valid.jsonl").write_text("{}\n")
+    cases: dict[tuple[object, ...], str] = {
+        (model, other, "--teacher", model): "teacher and student have different tokenizers",
+        (model, "--suite", "fidelity", "--suite", "piqa", "--data", tmp_path / "broken"): "piqa rows have goal, sol1",
+        (model, "--suite", "hellaswag", "--suite", "boolq", "--data", data): "boolq: has no local form",
+        (model, short, "--suite", "piqa", "--suite", "gsm8k", "--data", data): "the model has 128 positions",
+        (tmp_path / "chat", model, "--suite", "piqa", "--data", data, "--chat-template"): "the tokenizer has none",
+    }
+    for arguments, message in cases.items():
+        code, _, err = selkd_eval(*arguments)
+        assert code == 2, (arguments, err)
+        assert message in err
+        assert not (tmp_path / "kept").exists()
+    (tmp_path / "kept").write_text("a file")
+    code, _, err = selkd_eval(model, "--suite", "piqa", "--data", data)
+    assert code == 2
+    assert "kept: expected a folder that can be written" in err
+
+
+def test_an_answer_of_other_prompts_or_settings_is_not_found_again(
+    selkd_eval: Run, data: Path, tmp_path: Path, no_measuring: Callable[[], None]
+) -> None:
+    """A tokenizer without a chat template used to be answered with the plain prompts' result."""
+    model = save_model(tmp_path / "model")
+    plain = (model, "--suite", "piqa", "--data", data)
+    assert selkd_eval(*plain)[0] == 0
+    assert selkd_eval(*plain, "--chat-template")[0] == 2
+    chat = make_byte_tokenizer()
+    chat.chat_template = CHAT_TEMPLATE
+    chat.save_pretrained(model)
+    no_measuring()
+    assert selkd_eval(*plain)[0] == 0
+    settings = model / "generation_config.json"
+    with_penalty = json.dumps(json.loads(settings.read_text()) | {"repetition_penalty": 1.5})
+    for change in ("template", "template of other words", "penalty"):
+        if change == "template of other words":
+            chat.chat_template += " "
+            chat.save_pretrained(model)
+        if change == "penalty":
+            settings.write_text(with_penalty)
+        code, _, err = selkd_eval(*plain, *(() if change == "penalty" else ("--chat-template",)))
+        assert code == 1
+        assert "it was measured again" in err

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_benchmarks import BYTES, make_byte_tokenizer, save_model, write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from selkd.errors import RunError
 from selkd.evaluation import batch_size, harness
@@ -22,10 +22,11 @@ def prepared(name: str, folder: Path) -> Any:
     return task
 
 
-def run(name: str, folder: Path, **options: Any) -> harness.Output:
-    model = AutoModelForCausalLM.from_pretrained(save_model(folder / "model")).eval()
+def run(name: str, folder: Path, positions: int = 4096, **options: Any) -> harness.Output:
+    saved = save_model(folder / "model", max_position_embeddings=positions)
+    model = AutoModelForCausalLM.from_pretrained(saved).eval()
     task = prepared(name, folder)
-    return run_task(name, task, list(range(6)), model, make_byte_tokenizer(), model.dtype, **options)
+    return run_task(name, task, list(range(len(task.eval_docs))), model, make_byte_tokenizer(), model.dtype, **options)
 
 
 def test_the_batch_size_follows_memory_and_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +81,35 @@ def test_a_chat_template_is_put_around_the_prompts(tmp_path: Path) -> None:
     assert output.examples[1]["prompt"] == "<user>Question: How do I ready cage 3?\nAnswer:</><assistant>"
 
 
+@pytest.mark.usefixtures("short_answers")
+def test_prompts_that_are_cut_are_marked(tmp_path: Path) -> None:
+    """A byte is a token: a prompt and its answer fit where all but the last token, which is not read, have a place."""
+    longest: dict[tuple[str, int], int] = {}
+    for name in ("piqa", "lambada"):
+        for instance in prepared(name, tmp_path).instances:
+            key = name, instance.doc_id
+            longest[key] = max(longest.get(key, 0), len("".join(instance.args)))
+    for name, positions in (("piqa", 57), ("piqa", 56), ("lambada", 62), ("lambada", 60)):
+        output = run(name, tmp_path, positions)
+        assert output.positions == positions
+        assert [e["cut"] for e in output.examples] == [longest[name, row] - 1 > positions for row in range(6)]
+    (prompt, _), *_ = (instance.args for instance in prepared("gsm8k", tmp_path).instances)
+    for positions, is_cut in ((len(prompt) + 4, False), (len(prompt) + 3, True)):
+        assert [example["cut"] for example in run("gsm8k", tmp_path, positions).examples] == [is_cut] * 4
+
+
+def test_learned_positions_are_not_exceeded(tmp_path: Path) -> None:
+    """The last word's confidence looks at the same tokens as its accuracy; it used to run beyond the table."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=BYTES, n_embd=32, n_layer=2, n_head=4, n_positions=32, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    output = run_task(
+        "lambada", prepared("lambada", tmp_path), list(range(6)), model, make_byte_tokenizer(), model.dtype
+    )
+    assert all(example["cut"] for example in output.examples)
+    assert [e["measures"]["ece"][1] for e in output.examples] == [e["measures"]["acc"][0] for e in output.examples]
+
+
 def test_the_figures_are_the_harnesss(tmp_path: Path) -> None:
     """What the resampled measures give over all examples is what the harness itself reports."""
     from selkd.evaluation.results import TaskResult
@@ -93,6 +123,19 @@ def test_the_figures_are_the_harnesss(tmp_path: Path) -> None:
         for metric, figure in output.figures.items():
             assert found.estimates[metric].value == pytest.approx(figure)
     assert output.higher_is_better == {"perplexity": False, "acc": True}
+
+
+def test_scores_that_are_not_finite_are_an_error() -> None:
+    """A mask in the head gives -inf, a metric of the harness nan; neither is JSON."""
+    example = {"row": 4, "responses": [(-1.0, True)], "measures": {"acc": [1.0, 1.0]}}
+    for examples, figures, message in (
+        ([example | {"responses": [(float("-inf"), False)]}], {}, "x, row 4: expected a finite number, got -inf"),
+        ([example | {"measures": {"acc": [1.0, 1.0], "ece": [float("nan"), 1.0]}}], {}, "x, row 4: .* got nan"),
+        ([example], {"f1": float("nan")}, "x, f1: expected a finite number, got nan"),
+    ):
+        with pytest.raises(RunError, match=message):
+            harness._require_finite("x", harness.Output(examples, {}, figures, {}))
+    harness._require_finite("x", harness.Output([example, example | {"responses": ["nan"]}], {}, {"f1": 0.5}, {}))
 
 
 def test_aggregations_that_are_no_mean_keep_the_harnesss_figure() -> None:

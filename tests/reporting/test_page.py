@@ -188,8 +188,14 @@ def test_the_entropy_histogram_counts_every_valid_position_and_the_selected_ones
     samples = json.loads((run_dir / "selection" / "examples.json").read_text())["samples"]
     valid, selected = sum(sum(s["valid"]) for s in samples), sum(sum(s["selected"]) for s in samples)
     text = Seen(page_of(run_dir)).text
-    assert f"{valid} positions of unseen text" in text
+    assert f"{valid} positions of held-out text" in text
     assert f"The {selected} coloured ones are those that the recipe selects" in text
+
+
+def test_what_was_trained_on_is_not_called_held_out(run_dir: Path, record: dict[str, Any]) -> None:
+    record["data"]["held_out_samples"] = 0
+    (run_dir / "record.json").write_text(json.dumps(record))
+    assert "positions of training text by" in Seen(page_of(run_dir)).text
 
 
 def test_only_some_examples_are_shown_as_text(run_dir: Path) -> None:
@@ -210,6 +216,13 @@ def test_overlaps_are_drawn_if_they_were_measured(run_dir: Path) -> None:
         assert re.sub(r"\s+", " ", told) in text, told
     path.write_text(json.dumps(OVERLAP | {"samples": None}))
     assert "Sample filters" not in Seen(page_of(run_dir)).text
+
+
+def test_cut_prompts_are_told(run_dir: Path, record: dict[str, Any]) -> None:
+    told = "6 of 9 prompts were longer than the model's 48 tokens"
+    record["benchmarks"] = BENCHMARKS | {"after": BENCHMARKS["after"] | {"cut": {"arc_easy": told}}}
+    (run_dir / "record.json").write_text(json.dumps(record))
+    assert f"arc_easy: {told}." in Seen(page_of(run_dir)).text
 
 
 def test_benchmarks_show_with_their_standard_errors(run_dir: Path, record: dict[str, Any]) -> None:

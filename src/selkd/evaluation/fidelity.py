@@ -3,6 +3,7 @@
 Legend: S samples, K entropy buckets, N positions of a batch, V classes.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from selkd.data.batching import collate
 from selkd.data.grouping import group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
+from selkd.finite import not_finite
 from selkd.maths.chunked import chunk_size, chunks, wide
 from selkd.maths.head import Head
 from selkd.models.head import evaluating, head_of, hidden_states
@@ -97,6 +99,9 @@ def fidelity(
 
     The student's products run in ``dtype`` (autocast), the teacher's in its own dtype; sums are float64. Several
     processes share the work; each returns the whole result. ``n_classes``: how many classes both models share.
+
+    Raises:
+        RunError: a figure is not finite.
     """
     state = PartialState()
     groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
@@ -116,11 +121,17 @@ def fidelity(
         tokens = sum(count for _, count, *_ in found)
         columns, owners = [part for *_, part, _ in found], [part for *_, part in found]
     positions, student_nll, teacher_nll, kl, agreed = sums.sum(dim=(0, 1)).tolist()
+    figures = {
+        "perplexity": float(torch.tensor(student_nll / positions, dtype=torch.float64).exp()),
+        "kl_nats": kl / positions,
+        "top1_agreement": agreed / positions,
+        "teacher_perplexity": float(torch.tensor(teacher_nll / positions, dtype=torch.float64).exp()),
+    }
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise not_finite(f"fidelity, {name}", value)
     return Fidelity(
-        perplexity=float(torch.tensor(student_nll / positions, dtype=torch.float64).exp()),
-        kl_nats=kl / positions,
-        top1_agreement=agreed / positions,
-        teacher_perplexity=float(torch.tensor(teacher_nll / positions, dtype=torch.float64).exp()),
+        **figures,
         positions=int(positions),
         teacher_tokens=tokens,
         sums=sums,

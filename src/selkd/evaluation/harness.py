@@ -6,7 +6,8 @@ softmax's precision (it would follow the model's, and bfloat16 has three digits)
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from selkd.evaluation.calibration import choice_confidence
 from selkd.evaluation.ifeval import prepare_ifeval
 from selkd.evaluation.last_word import greedy_confidences
 from selkd.evaluation.local_data import local_splits
+from selkd.finite import not_finite
 from selkd.models.sources import default_cache_dir
 from selkd.recipe_evaluation import task_manager
 
@@ -38,12 +40,15 @@ class Output:
         kinds: metric -> the measure's kind.
         figures: metric -> the harness's own figure, for every metric, also those that are no measure.
         higher_is_better: metric -> bool.
+        positions: how many tokens of prompt and answer the model takes; an example whose prompt was cut from the left
+            to fit has ``cut`` true.
     """
 
     examples: list[dict[str, Any]]
     kinds: dict[str, str]
     figures: dict[str, float]
     higher_is_better: dict[str, bool]
+    positions: int | None = None
 
 
 def load_tasks(name: str, data: Sequence[str | Path] | None, shots: int) -> dict[str, Any]:
@@ -109,6 +114,29 @@ def _by_name(name: str, shots: int) -> dict[str, Any]:
     return tasks
 
 
+def require_answerable(
+    name: str, task: Any, positions: int | None, tokenizer: PreTrainedTokenizerBase, chat_template: bool
+) -> None:
+    """Whether a model of so many positions (None: no limit) can be asked this task; no weights are needed.
+
+    Raises:
+        InputError: answers may be longer than the model has positions, or the chat template is not there or not used.
+    """
+    if chat_template and not tokenizer.chat_template:
+        raise InputError("chat template: the tokenizer has none; measure without it.")
+    if chat_template and task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise InputError(
+            f"chat template: {name} measures text as it stands, without a prompt. Measure it in a call of its own, "
+            "without a chat template."
+        )
+    needed = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 256)
+    if task.OUTPUT_TYPE == "generate_until" and positions is not None and needed >= positions:
+        raise InputError(
+            f"{name}: answers may be {needed} tokens long, and the model has {positions} positions for prompt and "
+            "answer. Leave the task out, or take a model with more positions."
+        )
+
+
 def spread_rows(n_rows: int, limit: int | None) -> list[int]:
     """``limit`` row numbers spread evenly over ``n_rows``; all of them where there are no more.
 
@@ -149,21 +177,22 @@ def run_task(
         batch_size: None: found from the memory there is, and halved when it runs out.
 
     Raises:
-        InputError: a prompt and its answer need more positions than the model has, or there is no chat template.
-        RunError: not even one example at a time fits in memory.
+        RunError: not even one example at a time fits in memory, or the model's answers or their scores are not finite.
     """
-    if chat_template and not tokenizer.chat_template:
-        raise InputError("chat template: the tokenizer has none; measure without it.")
-    _require_positions(name, task, model)
     size = batch_size or rows_at_once(task, model, tokenizer)
     while True:
         lm = _language_model(model, tokenizer, dtype, size)
         try:
-            output = _output(name, task, _evaluate(name, task, rows, lm, chat_template))
-            if name == "lambada":
-                pairs = [lm._encode_pair(*arguments) for arguments in _arguments(task)]
-                _add_ece(output, greedy_confidences(model, tokenizer, pairs, dtype, size))
+            with _numbers_required(name, model):
+                output = _output(name, task, _evaluate(name, task, rows, lm, chat_template), lm.max_length)
+                _mark_cut(output, task, lm)
+                if name == "lambada":
+                    pairs = [_fitting(lm, *lm._encode_pair(*arguments)) for arguments in _arguments(task)]
+                    _add_ece(output, greedy_confidences(model, tokenizer, pairs, dtype, size))
+            _require_finite(name, output)
             return output
+        except OverflowError:  # the harness takes an exponential, such as a perplexity
+            raise not_finite(f"{name}: one of its figures", math.inf) from None
         except torch.OutOfMemoryError:
             if size == 1:
                 raise RunError(f"{name}: one example at a time is too much for this device's memory.") from None
@@ -202,16 +231,64 @@ def _language_model(
     )
 
 
-def _require_positions(name: str, task: Any, model: PreTrainedModel) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    needed = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 256)
-    if task.OUTPUT_TYPE == "generate_until" and limit is not None and needed >= limit:
-        raise InputError(
-            f"{name}: answers may be {needed} tokens long, and the model has {limit} positions for prompt and answer."
-        )
+@contextmanager
+def _numbers_required(name: str, model: PreTrainedModel) -> Iterator[None]:
+    """Inside, logits that are no numbers raise RunError: a choice or a written answer would not show them.
+
+    The last position is looked at, for that one is never padding on the left.
+    """
+
+    def check(_module: Any, _inputs: Any, output: Any) -> None:
+        if output.logits[:, -1].isnan().any():
+            raise not_finite(f"{name}: the model's logits", math.nan)
+
+    handle = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def _output(name: str, task: Any, results: Mapping[str, Any]) -> Output:
+def _require_finite(name: str, output: Output) -> None:
+    """Raises RunError if a log-likelihood, an example's measure or a figure is not finite."""
+    for example in output.examples:
+        answers = [answer[0] if isinstance(answer, tuple) else answer for answer in example["responses"]]
+        measures = [number for numbers in example["measures"].values() for number in numbers]
+        for number in (*answers, *measures):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise not_finite(f"{name}, row {example['row']}", number)
+    for metric, figure in output.figures.items():
+        if not math.isfinite(figure):
+            raise not_finite(f"{name}, {metric}", figure)
+
+
+def _mark_cut(output: Output, task: Any, lm: Any) -> None:
+    """Say of each example whether the harness cut its prompt, with an answer or the room for one, from the left."""
+    from lm_eval.models import huggingface
+
+    cut = set()
+    for instance in task.instances:
+        if instance.request_type == "loglikelihood":
+            prompt, answer = instance.args
+            needed = len(lm.tok_encode(prompt + answer)) - 1  # the last token is predicted, not read
+        elif instance.request_type == "generate_until":
+            prompt, settings = instance.args
+            room = huggingface.normalize_gen_kwargs(settings, lm.max_gen_toks)["max_gen_toks"]
+            needed = len(lm.tok_encode(prompt)) + room
+        else:
+            continue  # a rolling log-likelihood reads the whole text, window by window
+        if needed > lm.max_length:
+            cut.add(instance.doc_id)
+    for number, example in enumerate(output.examples):
+        example["cut"] = number in cut  # the harness numbers the rows that it was given
+
+
+def _fitting(lm: Any, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+    """The pair as the harness scores it: a context that is too long loses its beginning."""
+    return context[-(lm.max_length + 1 - len(continuation)) :], continuation
+
+
+def _output(name: str, task: Any, results: Mapping[str, Any], positions: int | None = None) -> Output:
     examples: dict[int, dict[str, Any]] = {}
     kinds: dict[str, str] = {}
     is_choice = task.OUTPUT_TYPE == "multiple_choice"
@@ -233,7 +310,7 @@ def _output(name: str, task: Any, results: Mapping[str, Any]) -> Output:
             label = key if several else metric
             figures[label] = float(value)
             better[label] = bool(task.higher_is_better().get(metric, True))
-    return Output([examples[row] for row in sorted(examples)], kinds, figures, better)
+    return Output([examples[row] for row in sorted(examples)], kinds, figures, better, positions)
 
 
 def _arguments(task: Any) -> list[tuple[str, str]]:

@@ -54,11 +54,9 @@ def measure_fidelity(
     """Perplexity, and with a teacher KL and top-1 agreement, over windows of up to 512 tokens of packed text.
 
     Raises:
-        InputError: no such text, too little of it, or a teacher with another tokenizer.
+        InputError: as ``text_windows``.
     """
-    if teacher is not None:
-        require_same_tokenizer(teacher.tokenizer, subject.tokenizer)
-    samples = _windows(subject, options)
+    samples = text_windows(subject, teacher, options)
     fingerprint = {
         "model": subject.identity,
         "dtype": str(subject.dtype).removeprefix("torch."),
@@ -110,9 +108,18 @@ def _by_entropy(buckets: Sequence[Bucket], has_teacher: bool) -> list[Bucket]:
     return [{key: value for key, value in bucket.items() if has_teacher or key not in comparing} for bucket in buckets]
 
 
-def _windows(subject: Subject, options: FidelityOptions) -> SampleDataset:
-    """The first windows of the text, packed, each as long as the model has positions for, 512 tokens at most."""
-    length = min(WINDOW_TOKENS, subject.positions or WINDOW_TOKENS)
+def text_windows(subject: Subject, teacher: Subject | None, options: FidelityOptions) -> SampleDataset:
+    """The first windows of the text, packed, each as long as both have positions for, 512 tokens at most.
+
+    No weights are needed.
+
+    Raises:
+        InputError: no such text, too little of it, or a teacher with another tokenizer.
+    """
+    if teacher is not None:
+        require_same_tokenizer(teacher.tokenizer, subject.tokenizer)
+    limits = [model.positions for model in (subject, teacher) if model is not None]
+    length = min([WINDOW_TOKENS, *(limit for limit in limits if limit is not None)])
     corpus = open_corpus(DataOptions.model_validate({"path": options.text, "text_field": options.text_field}))
     tokens = (encode(subject.tokenizer, [document])[0] for document in corpus.documents())
     samples = list(islice(pack(tokens, length), options.windows or WINDOWS))

@@ -1,7 +1,7 @@
 """From names of suites to results: what is measured, what was measured before, what had to be left out."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from selkd.errors import InputError
 from selkd.evaluation.benchmarks import KNOWN
-from selkd.evaluation.harness import build_requests, load_tasks, run_task, spread_rows
+from selkd.evaluation.harness import build_requests, load_tasks, require_answerable, run_task, spread_rows
 from selkd.evaluation.local_data import find_file, require_folders
 from selkd.evaluation.results import TaskResult, digest, stored
 from selkd.evaluation.subject import Subject
@@ -59,24 +59,49 @@ class BenchmarkOptions:
         return [name for name in asked if name not in lacking], lacking
 
 
+def load_benchmarks(options: BenchmarkOptions) -> dict[str, Any]:
+    """Name -> harness task, for every benchmark and task of the suites. No model is needed.
+
+    Raises:
+        InputError: as ``BenchmarkOptions.names`` and ``load_tasks``, or shots that none of them takes.
+    """
+    tasks: dict[str, Any] = {}
+    for asked in options.names()[0]:
+        tasks |= load_tasks(asked, options.data, options.shots)
+    if options.shots and tasks and not any(task.get_config("num_fewshot") for task in tasks.values()):
+        raise InputError(
+            f"shots: {', '.join(tasks)} can't take solved examples, so {options.shots} would have no effect. Leave "
+            "shots out, or measure a benchmark that has training rows beside those that are measured."
+        )
+    return tasks
+
+
+def require_answerable_by(subject: Subject, tasks: Mapping[str, Any], options: BenchmarkOptions) -> None:
+    """Raises InputError if the model can't be asked one of the tasks so; its weights are not loaded."""
+    for name, task in tasks.items():
+        require_answerable(name, task, subject.positions, subject.tokenizer, options.chat_template)
+
+
 def measure_benchmarks(
-    subject: Subject, options: BenchmarkOptions, keep: Path | None = None, reuse: bool = True
+    subject: Subject,
+    tasks: Mapping[str, Any],
+    options: BenchmarkOptions,
+    keep: Path | None = None,
+    reuse: bool = True,
 ) -> dict[str, TaskResult]:
-    """Task -> its result, for every benchmark and task of the suites.
+    """Task -> its result, for every one of ``tasks``.
 
     Args:
+        tasks: as ``load_benchmarks`` gives them.
         keep: results are kept below this folder; None: nowhere.
         reuse: results that were kept for the same model, task, rows, shots and precision are not measured again.
 
     Raises:
-        InputError: as ``load_tasks`` and ``run_task``.
+        InputError: as ``require_answerable_by``.
         RunError: memory or disk refused.
     """
-    results = {}
-    for asked in options.names()[0]:
-        for name, task in load_tasks(asked, options.data, options.shots).items():
-            results[name] = _measure(subject, name, task, options, keep, reuse)
-    return results
+    require_answerable_by(subject, tasks, options)
+    return {name: _measure(subject, name, task, options, keep, reuse) for name, task in tasks.items()}
 
 
 def _measure(
@@ -114,6 +139,8 @@ def _measure(
             "rows": available,
             "counts": benchmark.metric if benchmark else None,
             "described": benchmark.described if benchmark else None,
+            "prompts_cut": sum(example["cut"] for example in output.examples),
+            "model_tokens": output.positions,
         },
         seconds=round(time.perf_counter() - started, 3),
     )

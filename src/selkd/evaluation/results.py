@@ -83,7 +83,7 @@ class TaskResult:
             RunError: the disk refused.
         """
         own = folder_of(folder, self.name, self.fingerprint)
-        text = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
+        text = "".join(json.dumps(example, ensure_ascii=False, allow_nan=False) + "\n" for example in self.examples)
         write_whole(own / _EXAMPLES, text)
         content = {
             "format": FORMAT,

@@ -10,10 +10,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selkd.errors import InputError
+from selkd.evaluation.results import digest
 from selkd.models.loading import load_model, n_positions, resolve_dtype
 from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, tokenizer_fingerprint
 from selkd.run_directory import RECORD
+
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,7 @@ class Subject:
         positions: how many it was made for; None: no limit.
         load: gives the model in evaluation mode.
         load_tokenizer: gives its tokenizer.
+        generation: the settings that it writes text with, such as a repetition penalty, in whatever form.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Subject:
     positions: int | None
     load: Callable[[], PreTrainedModel]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    generation: str = ""
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -48,8 +53,8 @@ class Subject:
 
     @cached_property
     def identity(self) -> str:
-        """What makes its answers: weights, configuration and tokenizer."""
-        return f"{self.fingerprint} {tokenizer_fingerprint(self.tokenizer)}"
+        """What makes its answers: weights, configuration, tokenizer and settings for writing text."""
+        return f"{self.fingerprint} {tokenizer_fingerprint(self.tokenizer)} {digest(self.generation)}"
 
     def release(self) -> None:
         """Give the weights' memory back."""
@@ -79,6 +84,7 @@ def find_subject(given: str, dtype: str, device: torch.device) -> Subject:
             raise InputError(f"{folder}: a run without a finished student. Finish it with selkd distill.")
     source = locate(model, default_cache_dir())
     resolved = resolve_dtype(dtype, device)
+    generation = source.path / GENERATION
     return Subject(
         name,
         source.name,
@@ -87,6 +93,7 @@ def find_subject(given: str, dtype: str, device: torch.device) -> Subject:
         n_positions(source),
         lambda: load_model(source, resolved, device),
         lambda: load_tokenizer(source),
+        generation.read_text(encoding="utf-8") if generation.is_file() else "",
     )
 
 

@@ -17,6 +17,7 @@ def summarise(results: Results, suite: Sequence[str], left_out: Sequence[str]) -
     """Every task's figures, and those of the suites, as plain data.
 
     ``paper.acc`` is the mean over HellaSwag, PIQA, ARC-Easy, GSM8K and LAMBADA, null unless all five were measured.
+    ``cut``, where there is any, tells of the tasks whose prompts were too long for the model.
     ``paper.ece_choices`` is the mean ECE of the three multiple-choice benchmarks, ``paper.ece_last_word`` LAMBADA's.
     """
     answer: dict[str, Any] = {"tasks": {name: result.summary() for name, result in results.items()}}
@@ -27,6 +28,9 @@ def summarise(results: Results, suite: Sequence[str], left_out: Sequence[str]) -
     if "validation" in suite:
         measured = _measured(results, SUITES["validation"])
         answer["validation"] = {**asdict(validation_accuracy(results)), "accuracy_is_the_mean_of": measured}
+    cut = {name: _cut(result) for name, result in results.items() if result.details.get("prompts_cut")}
+    if cut:
+        answer["cut"] = cut
     if left_out:
         answer["left_out"] = {name: f"no file {KNOWN[name].file} in the data folders" for name in left_out}
     return answer
@@ -83,6 +87,13 @@ def _differences(ours: TaskResult, theirs: TaskResult) -> dict[str, Estimate]:
         elif (a := ours.figures.get(metric)) is not None and (b := theirs.figures.get(metric)) is not None:
             found[metric] = Estimate(a - b, None)
     return {metric: found[metric] for metric in sorted(found)}
+
+
+def _cut(result: TaskResult) -> str:
+    return (
+        f"{result.details['prompts_cut']:,} of {len(result.examples):,} prompts were longer, with room for the answer, "
+        f"than the model's {result.details['model_tokens']:,} tokens and were cut from the left"
+    )
 
 
 def _measured(results: Results, names: Sequence[str]) -> list[str]:

@@ -66,6 +66,9 @@ def notes(answer: Mapping[str, Any]) -> Iterator[str]:
             )
         for name, reason in model.get("left_out", {}).items():
             yield f"{name} was left out: {reason}."
+    for model in answer["models"]:
+        for task, told in model.get("cut", {}).items():
+            yield f"{model['name']}, {task}: {told}."
 
 
 def comparison_lines(answer: Mapping[str, Any]) -> Iterator[str]:

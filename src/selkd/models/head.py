@@ -126,6 +126,11 @@ def check_head(model: PreTrainedModel) -> None:
     with evaluating(model):
         expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         actual = head_of(model).logits(hidden_states(model, ids, positions))
+    if expected.isnan().any():
+        raise InputError(
+            f"{type(model).__name__}: expected numbers as logits, got nan on a few tokens. Its weights are damaged, or "
+            f"{str(expected.dtype).removeprefix('torch.')} is too narrow for them: save them anew, or use float32."
+        )
     if difference := disagreement(actual.to(expected.dtype), expected):
         raise InputError(
             f"{type(model).__name__} computes its logits in a way that selkd does not know: hidden states x head "

@@ -1,7 +1,8 @@
 """What the record's ``benchmarks`` hold: under ``before`` and ``after`` the tasks' figures and the suites' means.
 
 {"after": {"tasks": {TASK: {"counts": METRIC, "metrics": {METRIC: {"value", "standard_error"}}}},
-           "paper": {"acc": {"value", "standard_error"}, …}, "validation": {"value", "standard_error"}}}
+           "paper": {"acc": {"value", "standard_error"}, …}, "validation": {"value", "standard_error"},
+           "cut": {TASK: how many prompts were too long for the model, in words}}}
 """
 
 import math
@@ -32,6 +33,12 @@ def scores(record: Mapping[str, Any], when: str = "after") -> dict[tuple[str, ..
         for metric, figure in (dig(result, "metrics") or {}).items():
             found[str(task), str(metric)] = _score(figure)
     return {path: score for path, score in found.items() if score is not None}
+
+
+def cut(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for each task whose prompts were too long for the student; they are the same before and after."""
+    told = dig(record, "benchmarks", "after", "cut") or dig(record, "benchmarks", "before", "cut") or {}
+    return [f"{task}: {sentence}." for task, sentence in told.items()]
 
 
 def accuracy(record: Mapping[str, Any]) -> Score | None:

@@ -8,7 +8,7 @@ import jinja2
 from markupsafe import Markup
 
 from selkd.errors import RunError
-from selkd.reporting import formats, selection_views, tokens, views, words
+from selkd.reporting import benchmarks, formats, selection_views, tokens, views, words
 from selkd.reporting.formats import dig
 from selkd.reporting.run_files import RunFiles, read_run
 
@@ -77,6 +77,7 @@ def render(run: RunFiles) -> str:
         training=views.training(run),
         selection=selection_views.selection(run),
         benchmarks=views.benchmark_table(run.record),
+        cut=benchmarks.cut(run.record),
         text=_text(run),
         storage=views.storage(run.record),
         costs=views.costs(run.record),

@@ -39,7 +39,7 @@ def selection(run: RunFiles) -> dict[str, Any]:
         "axes": axes,
         "teacher_tokens": formats.count(dig(counts, "teacher_tokens")),
         "samples": _sample_histogram(run.sample_scores, dig(recipe, "samples", "metric")),
-        "positions": _position_histogram(run.examples),
+        "positions": _position_histogram(run),
         "overlaps": _overlaps(run),
     }
 
@@ -55,9 +55,9 @@ def _sample_histogram(found: SampleScores | None, metric: str | None) -> dict[st
     }
 
 
-def _position_histogram(examples: dict[str, Any] | None) -> dict[str, Any] | None:
+def _position_histogram(run: RunFiles) -> dict[str, Any] | None:
     """Over every sample of the examples, also those whose text the page does not show."""
-    scores, selected = [], []
+    examples, scores, selected = run.examples, [], []
     for sample in dig(examples, "samples") or []:
         for score, is_selected, is_valid in zip(sample["scores"], sample["selected"], sample["valid"], strict=True):
             if is_valid and score is not None and np.isfinite(score):
@@ -73,6 +73,8 @@ def _position_histogram(examples: dict[str, Any] | None) -> dict[str, Any] | Non
         "selected": formats.count(sum(selected)),
         "scored": formats.count(len(scores)),
         "by": words.metric(metric),
+        # A run that holds nothing out shows what it trained on.
+        "text": "training text" if dig(run.record, "data", "held_out_samples") == 0 else "held-out text",
     }
 
 

@@ -51,7 +51,7 @@ def headline(record: dict[str, Any]) -> list[dict[str, str]]:
             "perplexity",
             "Perplexity",
             formats.perplexity,
-            "How surprised the student is by unseen text; lower is better",
+            "How surprised the student is by held-out text; lower is better",
         ),
         ("kl_nats", "KL to the teacher", formats.nats, "How far its predictions lie from the teacher’s, in nats"),
         ("top1_agreement", "Top-1 agreement", formats.percent, "How often both rank the same next token first"),
