@@ -133,6 +133,25 @@ def test_cut_prompts_are_told(selkd_eval: Run, data: Path, tmp_path: Path) -> No
     assert "long, piqa:" not in out
 
 
+def test_a_kept_result_of_another_format_is_refused(selkd_eval: Run, data: Path, tmp_path: Path) -> None:
+    arguments = (save_model(tmp_path / "model"), "--suite", "piqa", "--data", data)
+    assert selkd_eval(*arguments)[0] == 0
+    (kept,) = (tmp_path / "kept").rglob("piqa-*/result.json")
+    written = kept.read_text()
+    assert '"format": "selkd-eval-2"' in written
+    for other in ('"selkd-eval-99"', "null"):
+        kept.write_text(written.replace('"selkd-eval-2"', other))
+        code, _, err = selkd_eval(*arguments)
+        assert code == 2
+        told = " ".join(err.split())
+        assert "result.json: expected the format 'selkd-eval-2', got " in told
+        assert "Move its folder away to measure again" in told
+        assert other in kept.read_text()
+    kept.write_text("[]")  # damaged: measured anew
+    assert selkd_eval(*arguments)[0] == 0
+    assert json.loads(kept.read_text())["format"] == "selkd-eval-2"
+
+
 @pytest.mark.usefixtures("short_answers")
 def test_numbers_that_are_not_finite_are_an_error(selkd_eval: Run, data: Path, tmp_path: Path) -> None:
     """PIQA's accuracy was 0.5, and GSM8K's 0, whatever the logits."""

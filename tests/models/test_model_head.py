@@ -107,7 +107,7 @@ def test_check_head_refuses_logits_that_are_not_numbers() -> None:
     model = tiny_model("llama", torch.float32)
     with torch.no_grad():
         model.lm_head.weight[3, 0] = float("nan")
-    with pytest.raises(InputError, match="max abs difference nan"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM: expected numbers as logits, got nan.*use float32"):
         check_head(model)
 
 

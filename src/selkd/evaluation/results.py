@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from selkd.errors import InputError
 from selkd.evaluation.statistics import Estimate, Measure, estimate
 from selkd.run_directory import write_whole
 
-FORMAT = "selkd-eval-1"
+FORMAT = "selkd-eval-2"
 _SUMMARY, _EXAMPLES = "result.json", "examples.jsonl"
 Fingerprint = dict[str, Any]
 
@@ -100,10 +101,21 @@ class TaskResult:
 
 
 def stored(folder: Path, name: str, fingerprint: Fingerprint) -> TaskResult | None:
-    """The kept result of exactly this fingerprint; None if there is none, or if it is not whole."""
+    """The kept result of exactly this fingerprint; None if there is none, or if it is not whole.
+
+    Raises:
+        InputError: it is of another format.
+    """
     own = folder_of(folder, name, fingerprint)
+    content = _read(own / _SUMMARY)
+    if content is None:
+        return None
+    if (found := content.get("format")) != FORMAT:
+        raise InputError(
+            f"{own / _SUMMARY}: expected the format {FORMAT!r}, got {found!r}: another version of selkd kept it. Move "
+            "its folder away to measure again, or give another --out; nothing was changed."
+        )
     try:
-        content = json.loads((own / _SUMMARY).read_text(encoding="utf-8"))
         text = (own / _EXAMPLES).read_text(encoding="utf-8")
         if content["fingerprint"] != fingerprint or content["examples_sha256"] != _sha256(text):
             return None
@@ -112,6 +124,15 @@ def stored(folder: Path, name: str, fingerprint: Fingerprint) -> TaskResult | No
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return TaskResult(name, fingerprint, examples, **parts)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A summary as it was written; None if it is not there or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def folder_of(folder: Path, name: str, fingerprint: Fingerprint) -> Path:

@@ -116,7 +116,7 @@ def disagreement(actual: torch.Tensor, expected: torch.Tensor) -> str | None:
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Raises InputError unless body and head reproduce the model's own logits on a few tokens.
+    """Raises InputError unless body and head reproduce the model's own logits, which are numbers, on a few tokens.
 
     Called once when a model is loaded: a scale, a softcap or an adapter that the halves don't know would otherwise
     train the student on wrong numbers.
