@@ -152,7 +152,7 @@ def measure_size(data: Path, positions: int, texts: list[str]) -> dict[str, Any]
             clock = time.process_time()
         for kind, draw in kinds.items():
             figures[f"{text}, {kind}"] = _cache_figures(samples, rows[kind], draw, teacher, forward) | {
-                "draw_seconds": draw_seconds[kind],
+                "draw_share_of_forward": draw_seconds[kind] / forward,
             }
             print(text, kind, figures[f"{text}, {kind}"], file=sys.stderr)
     return figures

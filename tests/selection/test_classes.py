@@ -64,6 +64,28 @@ def test_a_class_without_probability_is_never_drawn() -> None:
     assert class_ids[counts > 0].tolist() == [1, 3]
 
 
+@given(st.integers(1, 300), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_a_draw_is_the_class_that_its_point_lies_in(n_classes: int, dtype: torch.dtype, seed: int) -> None:
+    """Also where whole blocks of classes have no probability, and at the borders between blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(5, n_classes, generator=generator, dtype=torch.float64).pow(4)
+    weights[torch.rand(5, n_classes, generator=generator) < torch.rand(5, 1, generator=generator)] = 0
+    weights[:, int(torch.randint(n_classes, (), generator=generator))] += 1e-3
+    p = (weights / weights.sum(-1, keepdim=True)).to(dtype)
+    uniforms = torch.rand(5, 40, generator=generator, dtype=torch.float64)
+    uniforms[0, :2] = torch.tensor([0.0, 1 - 2**-53])
+    class_ids, counts = rs_kd(p, uniforms, 40)
+    cumulative = p.double().cumsum(-1) / p.double().sum(-1, keepdim=True)
+    for row in range(5):
+        drawn = torch.repeat_interleave(class_ids[row], counts[row])
+        points = uniforms[row].sort().values
+        assert (p[row, drawn] > 0).all()
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+        assert (cumulative[row, drawn] >= points - tolerance).all()
+        assert (cumulative[row, drawn] - p[row, drawn] <= points + tolerance).all()
+
+
 def test_the_target_is_unbiased_with_the_multinomials_variance() -> None:
     draws, repeats = 16, 20000
     p = torch.softmax(torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0]), dim=-1).double()
