@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from selkd import evaluation_stage, plugins
@@ -94,6 +95,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
                 "train_positions": n_valid,
                 "held_out_samples": len(splits.held_out),
                 "fingerprint": splits.fingerprint,
+                "held_out_fingerprint": xxhash.xxh3_128_hexdigest(b"".join(splits.held_out.ids)),
             },
         )
         run.record.setdefault("counts", dict.fromkeys(COUNTS))["samples"] = len(splits.train)
@@ -161,8 +163,10 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
         own = run.path / "selection" / "samples.parquet"
         is_new = not path.exists()
         if not is_new:
-            scores = SampleScores.read(path, fingerprint).scores
+            stored = SampleScores.read(path, fingerprint)
+            scores, cost = stored.scores, stored.cost
         else:
+            started = time.perf_counter()
             scores, tokens = score_samples(
                 options.metric,
                 train,
@@ -173,11 +177,14 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
                 work.n_classes,
                 work.recipe.seed,
             )
+            cost = _cost(time.perf_counter() - started, tokens)
             if tokens:
                 count_teacher_tokens(work, run, score=tokens)
+        if options.path:
+            _note_shared(run, "score", cost)
         kept = highest(scores, options.fraction)
         if work.state.is_main_process:
-            found = SampleScores([sample_id.hex() for sample_id in train.ids], scores, fingerprint)
+            found = SampleScores([sample_id.hex() for sample_id in train.ids], scores, fingerprint, cost)
             if is_new:
                 found.write(path, kept)
             if own != path:  # a shared file keeps the choice of the run that wrote it
@@ -198,7 +205,9 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
         if recipe.cache.path is not None and is_remote(recipe.cache.path):
             opened = _copied(work, recipe.cache.path, fingerprint, samples)
             run.record["teacher_cache"] = opened.stats()
+            _note_shared(run, "cache", None)
             return opened
+        started = time.perf_counter()
         tokens = build_cache(
             directory,
             fingerprint,
@@ -212,9 +221,41 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
         if tokens:
             earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
             count_teacher_tokens(work, run, cache=earlier + tokens)
+            if work.state.is_main_process:
+                _add_cost(directory / COST, _cost(time.perf_counter() - started, tokens))
+            work.state.wait_for_everyone()
+        if recipe.cache.path is not None:
+            _note_shared(run, "cache", _read_cost(directory / COST))
         opened = TeacherCache.open(directory, fingerprint)
     run.record["teacher_cache"] = opened.stats()
     return opened
+
+
+COST = "cost.json"  # beside a cache's shards: what building it took, for the runs that share it
+Cost = dict[str, float]
+
+
+def _cost(seconds: float, teacher_tokens: int) -> Cost:
+    return {"seconds": round(seconds, 3), "teacher_tokens": teacher_tokens}
+
+
+def _note_shared(run: RunDirectory, stage: str, cost: Cost | None) -> None:
+    """Write down what a part that other runs may use took whoever made it; None: nobody knows."""
+    run.record.setdefault("shared", {})[stage] = cost
+
+
+def _read_cost(path: Path) -> Cost | None:
+    try:
+        cost: Cost = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return cost
+
+
+def _add_cost(path: Path, cost: Cost) -> None:
+    """A cache may be built in several goes."""
+    earlier = _read_cost(path) or {}
+    write_whole(path, json.dumps({key: round(earlier.get(key, 0) + more, 3) for key, more in cost.items()}) + "\n")
 
 
 def _copied(
