@@ -65,6 +65,15 @@ def test_a_variant_that_the_grid_does_not_touch_is_one_recipe() -> None:
     assert names(content) == ["se-fraction-0.1", "se-fraction-0.5", "full"]
 
 
+def test_a_key_of_the_grid_without_effect_on_a_variant_is_left_out_there() -> None:
+    content = study(
+        variants={"se": {}, "full": {"positions.policy": "all"}},
+        grid={"positions.fraction": [0.1, 0.5], "samples.fraction": [0.2, 0.4]},
+    )
+    assert len(names(content)) == 6
+    assert names(content)[4:] == ["full-samples.fraction-0.2", "full-samples.fraction-0.4"]
+
+
 def test_overrides_win_over_the_study() -> None:
     content = study(set={"positions.fraction": 0.3}, variants={"a": {}, "b": {"positions.fraction": 0.4}})
     given = {run.name: run.recipe.positions.fraction for run in expand(content, Path())}
@@ -114,6 +123,7 @@ def test_recipes_that_differ_in_a_place_alone_are_refused(key: str) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"seedz": [1]}, r"seedz: unknown key.*Did you mean 'seeds'\?"),
     "seed twice": ({"seeds": [1, 1]}, "holds a seed twice"),
+    "value twice": ({"grid": {"positions.fraction": [0.1, 0.1]}}, "positions.fraction: .* holds a value twice"),
     "no seed": ({"seeds": []}, "seeds: list should have at least 1 item"),
     "empty values": ({"grid": {"positions.fraction": []}}, "grid.positions.fraction: list should have at least 1"),
     "seed in the grid": ({"grid": {"seed": [1, 2]}}, "grid.seed: not set here; give seeds"),

@@ -99,6 +99,8 @@ def memory(student: Architecture, teacher: Architecture, setting: Setting) -> Me
         # At the worst moment of the backward pass, or once all gradients are there.
         without = together - parts["gradients"] - parts["activations"]
         train = without + max(body.peak, parts["gradients"])
+    if shards > 1:  # each process has loaded the whole student before it is sharded
+        train = max(train, process + weights + weights // shards + parts["teacher_weights"])
     chunk = _chunk(setting.is_cpu)
     narrow = _narrow_head(student, setting.student_dtype)
     scoring = weights + narrow + inference[0].peak + _CHUNK_TENSORS["score"] * chunk
@@ -126,7 +128,7 @@ def _sharding(shards: int) -> str:
         return "training.fsdp: planned for one process, which shards nothing; --gpus says how many there will be"
     return (
         f"training.fsdp: weights, gradients and optimiser state of the training are sharded over {shards} processes; "
-        "layers are gathered whole while they run, and the other stages hold whole models"
+        "layers are gathered whole while they run; each process loads the whole student, and so do the other stages"
     )
 
 

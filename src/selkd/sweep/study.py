@@ -59,6 +59,9 @@ class Study(BaseModel):
     def _consistent(self) -> "Study":
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds a seed twice; each runs once")
+        for key, values in self.grid.items():
+            if len({json.dumps(value, sort_keys=True, default=str) for value in values}) < len(values):
+                raise ValueError(f"grid.{key}: {values} holds a value twice; each is one recipe")
         variants = {f"variants.{name}": keys for name, keys in self.variants.items()}
         for part, keys in {"set": self.set, "grid": self.grid, **variants}.items():
             if owned := _owned_key(keys, part):
@@ -135,14 +138,14 @@ def expand(study: Study, folder: Path, overrides: Mapping[str, Any] | None = Non
     base = _base(study, folder)
     recipes: dict[str, Recipe] = {}
     for variant, changes in (study.variants or {"": {}}).items():
-        cells = {}
-        for label, cell in _labelled(variant, study.grid, str(base.get("name"))).items():
-            layers = (study.set, changes, cell, overrides or {})
-            cells[label] = _recipe(base, layers, label, study.seeds[0])
-        if len(cells) > 1 and len({_identity(recipe) for recipe in cells.values()}) == 1:
-            # Nothing of the grid matters here: a fraction beside ``policy: all``.
-            label = variant or str(base.get("name"))
-            cells = {label: next(iter(cells.values())).model_copy(update={"name": label})}
+        name = variant or str(base.get("name"))
+
+        def made(cell: Mapping[str, Any], label: str, changes: Mapping[str, Any] = changes) -> Recipe:
+            return _recipe(base, (study.set, changes, cell, overrides or {}), label, study.seeds[0])
+
+        identities = [_identity(made(cell, name)) for cell in _cells(study.grid)]
+        labelled = _labelled(variant, study.grid, _without_effect(study.grid, identities), name)
+        cells = {label: made(cell, label) for label, cell in labelled.items()}
         if twice := cells.keys() & recipes.keys():
             raise InputError(f"variants: two recipes would be called {sorted(twice)[0]!r}; rename a variant.")
         recipes |= cells
@@ -170,10 +173,29 @@ def _cells(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _labelled(variant: str, grid: Mapping[str, list[Any]], otherwise: str) -> dict[str, dict[str, Any]]:
-    """Label -> cell of the grid. Labels that would be the same, or too long for a folder, end in a digest of values."""
-    cells = _cells(grid)
-    labels = ["-".join(part for part in (variant, _label(cell, grid)) if part) or otherwise for cell in cells]
+def _without_effect(grid: Mapping[str, list[Any]], identities: list[str]) -> set[str]:
+    """Keys that change no recipe of this variant, whatever the others are: a fraction beside ``policy: all``."""
+    cells = [{key: json.dumps(value, sort_keys=True) for key, value in cell.items()} for cell in _cells(grid)]
+    found = set()
+    for key in grid:
+        told: dict[tuple[str, ...], set[str]] = {}
+        for cell, identity in zip(cells, identities, strict=True):
+            told.setdefault(tuple(v for k, v in cell.items() if k != key), set()).add(identity)
+        if len(grid[key]) > 1 and all(len(same) == 1 for same in told.values()):
+            found.add(key)
+    return found
+
+
+def _labelled(
+    variant: str, grid: Mapping[str, list[Any]], without_effect: set[str], otherwise: str
+) -> dict[str, dict[str, Any]]:
+    """Label -> cell of the grid, one alone where keys are without effect.
+
+    Labels that would be the same, or too long for a folder, end in a digest of values.
+    """
+    cells = _cells({key: values[:1] if key in without_effect else values for key, values in grid.items()})
+    shown = [{key: value for key, value in cell.items() if key not in without_effect} for cell in cells]
+    labels = ["-".join(part for part in (variant, _label(cell, grid)) if part) or otherwise for cell in shown]
     found = {}
     for label, cell in zip(labels, cells, strict=True):
         is_plain = len(label) <= _LONGEST and labels.count(label) == 1
