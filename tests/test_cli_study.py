@@ -59,6 +59,9 @@ def test_report_of_several_runs(selkd: Command, tmp_path: Path) -> None:
     code, out, _ = selkd("report", *runs, "--out", out_dir)
     assert code == 0
     assert "| top_k | 1 | 31.5 (+1.50) |" in out
+    (tmp_path / "all" / "record.json").write_text("{")
+    code, out, err = selkd("report", *runs, "--out", out_dir)
+    assert (code, f"Failed: {tmp_path / 'all'}" in out, "1 damaged runs were left out" in err) == (1, True, True)
     code, _, err = selkd("report", tmp_path, runs[0], "--out", out_dir)
     assert (code, "is not a run directory" in err) == (2, True)
 

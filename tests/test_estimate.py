@@ -1,6 +1,7 @@
 """Estimates against what really happens: counts of a run, bytes that autograd saves, bytes of a cache."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import LlamaConfig
 from selkd import distill
 from selkd.errors import InputError
 from selkd.estimate.architecture import describe
-from selkd.estimate.body import body_memory, optimiser_bytes_per_parameter
+from selkd.estimate.body import body_memory
+from selkd.estimate.cache_size import MEASURED, typical_bytes
 from selkd.estimate.estimate import estimate
+from selkd.estimate.optimiser import optimiser_bytes_per_parameter
 from selkd.models.head import hidden_states
 from selkd.recipe import Recipe, parse_part
 
@@ -153,3 +156,90 @@ def test_what_can_not_be_estimated_is_refused(tmp_path: Path) -> None:
     assert estimate(recipe_of(tmp_path, data=hub), tokens=3200)["data"]["samples"] == 100
     with pytest.raises(InputError, match="layers is 4: the teacher has 4 layers, so 1 to 3 can be kept"):
         estimate(recipe_of(tmp_path, student={"prune_from_teacher": {"layers": 4}}))
+
+
+FSDP = {"fsdp": "full_shard", "fsdp_config": {"version": 2}}
+
+
+def training(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {"training": make_recipe(folder)["training"] | changes}
+
+
+def test_fsdp_shards_what_the_processes_hold(tmp_path: Path) -> None:
+    plain = estimate(recipe_of(tmp_path), gpus=4)["memory_bytes"]["training_parts"]
+    answer = estimate(recipe_of(tmp_path, **training(tmp_path, **FSDP)), gpus=4)
+    parts = answer["memory_bytes"]["training_parts"]
+    for name in ("gradients", "optimiser"):
+        assert parts[name] == plain[name] // 4
+    assert plain["student_weights"] // 4 < parts["student_weights"] < plain["student_weights"]
+    assert parts["communication"] == 0
+    assert any("sharded over 4 processes" in note for note in answer["notes"])
+    # Kept whole between forward and backward: all weights once more.
+    whole = FSDP | {"fsdp": "shard_grad_op"}
+    kept = estimate(recipe_of(tmp_path, **training(tmp_path, **whole)), gpus=4)["memory_bytes"]["training_parts"]
+    assert kept["student_weights"] == plain["student_weights"] // 4 + plain["student_weights"]
+
+
+def test_fsdp_without_a_number_of_processes_is_planned_for_this_one(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, **training(tmp_path, **FSDP))
+    answer = estimate(recipe, with_probe=True)
+    assert answer["memory_bytes"]["training_parts"]["gradients"] == 4 * answer["parameters"]["student"]
+    assert answer["seconds"]["train"] > 0
+    assert any("shards nothing; --gpus says how many" in note for note in answer["notes"])
+
+
+def test_the_probe_leaves_out_what_only_benchmarks_and_the_best_student_need(tmp_path: Path) -> None:
+    best = {"suite": ["fidelity"], "every_steps": 2, "keep_best": "perplexity"}
+    assert estimate(recipe_of(tmp_path, evaluation=best), with_probe=True)["seconds"]["evaluate"] > 0
+    pytest.importorskip("lm_eval")
+    (tmp_path / "rows").mkdir()
+    rows = {"suite": ["fidelity", "arc_easy"], "data": [str(tmp_path / "rows")], "limit": 3, "shots": 1}
+    answer = estimate(recipe_of(tmp_path, evaluation=rows), with_probe=True)
+    assert answer["seconds"]["evaluate"] > 0
+    assert any("the benchmarks (arc_easy) are not counted" in note for note in answer["notes"])
+
+
+def test_optimisers_of_8_bits_keep_the_embedding_in_float32(tmp_path: Path) -> None:
+    plain = estimate(recipe_of(tmp_path), gpus=1)["memory_bytes"]["training_parts"]["optimiser"]
+    made = describe(make_model(0, layers=2).config)
+    embedding, rest = made.classes * made.hidden, made.parameters - made.classes * made.hidden
+
+    def kept(name: str) -> int:
+        recipe = recipe_of(tmp_path, **training(tmp_path, optim=name))
+        return int(estimate(recipe, gpus=1)["memory_bytes"]["training_parts"]["optimiser"])
+
+    assert plain == 8 * made.parameters
+    # By hand: a byte a number and a float32 scale for 256 of them.
+    for name, states in (("adamw_8bit", 2), ("paged_adamw_8bit", 2), ("lion_8bit", 1), ("ademamix_8bit", 3)):
+        assert kept(name) == pytest.approx(states * (rest * (1 + 4 / 256) + 4 * embedding), abs=2)
+    assert kept("adamw_torch_8bit") == pytest.approx(2 * made.parameters * (1 + 4 / 256), abs=1)
+
+
+def measured_bytes() -> list[tuple[str, int, float]]:
+    """(sampler, U, bytes a position) of both tables in docs/results/cache.md."""
+    page = (Path(__file__).parents[1] / "docs" / "results" / "cache.md").read_text(encoding="utf-8")
+    of_text = re.findall(
+        r"^\| [a-z ]+ \| (rs_kd|systematic|top_k) (\d+) \| [\d,]+ \| [\d.]+ \| ([\d.]+) \|", page, re.M
+    )
+    found = [(sampler, int(draws), float(size)) for sampler, draws, size in of_text]
+    for row in re.findall(
+        r"^\| (\d+) \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \| [\d.]+ \|$", page, re.M
+    ):
+        found += [(sampler, int(row[0]), float(size)) for sampler, size in zip(MEASURED, row[1:], strict=True)]
+    return found
+
+
+def test_cache_bytes_without_a_probe_are_near_the_measured_ones() -> None:
+    points = measured_bytes()
+    assert len(points) == 9 + 3 * 7
+    for sampler, draws, size in points:
+        assert typical_bytes(sampler, draws) == pytest.approx(size, rel=0.15)
+    # 96 draws are not among what is interpolated.
+    for sampler, size in (("rs_kd", 34.3), ("systematic", 36.5), ("top_k", 176.3)):
+        assert typical_bytes(sampler, 96) == pytest.approx(size, rel=0.02)
+
+
+def test_the_answer_says_whose_cache_bytes_they_are(tmp_path: Path) -> None:
+    answer = estimate(recipe_of(tmp_path, classes={"sampler": "top_k", "draws": 64}))
+    assert answer["teacher_cache"]["bytes_per_position"] == pytest.approx(126.7)
+    assert any("as measured of SmolLM2-135M over textbooks" in note for note in answer["notes"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import statistics
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from tiny import V, make_model
 from tiny_run import make_recipe, make_text
 
 from selkd.errors import InputError
@@ -63,6 +65,15 @@ def test_a_variant_that_the_grid_does_not_touch_is_one_recipe() -> None:
     assert names(content) == ["se-fraction-0.1", "se-fraction-0.5", "full"]
 
 
+def test_a_key_of_the_grid_without_effect_on_a_variant_is_left_out_there() -> None:
+    content = study(
+        variants={"se": {}, "full": {"positions.policy": "all"}},
+        grid={"positions.fraction": [0.1, 0.5], "samples.fraction": [0.2, 0.4]},
+    )
+    assert len(names(content)) == 6
+    assert names(content)[4:] == ["full-samples.fraction-0.2", "full-samples.fraction-0.4"]
+
+
 def test_overrides_win_over_the_study() -> None:
     content = study(set={"positions.fraction": 0.3}, variants={"a": {}, "b": {"positions.fraction": 0.4}})
     given = {run.name: run.recipe.positions.fraction for run in expand(content, Path())}
@@ -71,9 +82,48 @@ def test_overrides_win_over_the_study() -> None:
         expand(content, Path(), {"positions.fraction": 0.9})
 
 
+def test_what_comes_later_wins_key_by_key() -> None:
+    """base, set, the variant, the grid, --set: a whole part is replaced, whatever key stood first in a mapping."""
+    content = study(set={"samples": {"fraction": 0.1}}, variants={"a": {"samples.fraction": 0.5}})
+    (run,) = expand(content, Path())
+    assert run.recipe.samples is not None
+    assert run.recipe.samples.fraction == 0.5
+    (run,) = expand(content, Path(), {"samples": None})
+    assert run.recipe.samples is None
+    (run,) = expand(study(set={"samples.fraction": 0.1}, grid={"samples.fraction": [0.3]}), Path())
+    assert run.recipe.samples is not None
+    assert run.recipe.samples.fraction == 0.3
+    (run,) = expand(content, Path(), {"samples": None, "samples.fraction": 0.7})
+    assert run.recipe.samples is not None
+    assert run.recipe.samples.fraction == 0.7
+
+
+def test_every_recipe_of_a_grid_has_a_name_of_its_own() -> None:
+    given = ["org/m", "org m", "org:m", "x" * 300]
+    planned = expand(study(grid={"teacher.model": given}), Path())
+    assert [run.recipe.teacher.model for run in planned] == given
+    assert len({run.name for run in planned}) == 4
+    assert all(run.name.startswith("model-org_m-") for run in planned[:3])
+    assert max(len(run.name) for run in planned) < 140
+    # What it is called does not depend on where its value stands.
+    assert {run.name for run in expand(study(grid={"teacher.model": given[::-1]}), Path())} == {r.name for r in planned}
+
+
+def test_a_grid_without_effect_and_without_variants_is_the_base() -> None:
+    content = study(set={"positions.policy": "all"}, grid={"positions.fraction": [0.1, 0.2]})
+    assert [(run.id, run.recipe.name) for run in expand(content, Path())] == [("base/seed-1337", "base")]
+
+
+@pytest.mark.parametrize("key", ["cache.path", "samples.path"])
+def test_recipes_that_differ_in_a_place_alone_are_refused(key: str) -> None:
+    with pytest.raises(InputError, match="where scores and caches are kept changes no result"):
+        expand(study(variants={"a": {}, "b": {key: "elsewhere"}}), Path())
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"seedz": [1]}, r"seedz: unknown key.*Did you mean 'seeds'\?"),
     "seed twice": ({"seeds": [1, 1]}, "holds a seed twice"),
+    "value twice": ({"grid": {"positions.fraction": [0.1, 0.1]}}, "positions.fraction: .* holds a value twice"),
     "no seed": ({"seeds": []}, "seeds: list should have at least 1 item"),
     "empty values": ({"grid": {"positions.fraction": []}}, "grid.positions.fraction: list should have at least 1"),
     "seed in the grid": ({"grid": {"seed": [1, 2]}}, "grid.seed: not set here; give seeds"),
@@ -149,6 +199,26 @@ def test_scores_and_caches_are_shared_exactly_where_they_are_the_same() -> None:
     assert paths(samples={"path": "mine.parquet"}, cache={"path": "mine"}) == ("mine.parquet", "mine")
 
 
+def test_caches_of_students_with_other_vocabularies_are_apart(tmp_path: Path) -> None:
+    for name, extra in (("plain", 0), ("same", 0), ("larger", 64)):
+        model = make_model(1, layers=2)
+        if extra:
+            model.resize_token_embeddings(V + extra)
+        model.save_pretrained(tmp_path / name)
+
+    def cache(student: dict[str, Any], **changes: Any) -> str | None:
+        content = {**BASE, "samples": None, "student": student, **changes}
+        return with_shared_paths(parse_part(Recipe, content), Path("shared")).cache.path  # type: ignore[union-attr]
+
+    plain, same, larger = (cache({"model": str(tmp_path / name)}) for name in ("plain", "same", "larger"))
+    assert plain == same
+    assert len({plain, larger, cache({"model": "org/one"}), cache({"model": "org/other"})}) == 4
+    # One that is cut from the teacher has the teacher's classes, however many layers are kept.
+    layers = [cache({"prune_from_teacher": {"layers": n}}) for n in (10, 20)]
+    assert layers[0] == layers[1]
+    assert cache({"model": "org/one"}, training={"use_cpu": True}) != cache({"model": "org/one"})
+
+
 def test_a_killed_process_is_told_as_such() -> None:
     assert _how_it_ended(-9) == "its process was ended by SIGKILL; the system may have run out of memory"
     assert _how_it_ended(3) == "its process ended with exit code 3"
@@ -206,6 +276,13 @@ def test_a_whole_study_shares_survives_a_failure_and_continues(tmp_path: Path, m
         for run in ("full/seed-1", "full/seed-2", "se/seed-1", "se/seed-2")
     }
     assert [count > 0 for count in tokens.values()] == [True, True, False, False]
+    # Yet in the table it costs each of them the same.
+    shared = {run: json.loads((out / "runs" / run / "record.json").read_text())["shared"] for run in tokens}
+    for seed in ("1", "2"):
+        assert shared[f"full/seed-{seed}"] == shared[f"se/seed-{seed}"]
+    assert [cost["cache"]["teacher_tokens"] for cost in list(shared.values())[:2]] == list(tokens.values())[:2]
+    queries = [recipe["figures"]["teacher_tokens"]["mean"] for recipe in result.table["recipes"]]  # type: ignore[index]
+    assert queries[0] == queries[1]
 
     assert result.table is not None
     full, se = (recipe["figures"]["kl_nats"] for recipe in result.table["recipes"])
@@ -228,6 +305,19 @@ def test_a_whole_study_shares_survives_a_failure_and_continues(tmp_path: Path, m
     assert again.table["recipes"] == result.table["recipes"]
     assert [line.rpartition(": ")[2] for line in told] == ["done before"] * 4
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()} == stamps
+
+    # Moved to another place, with a run that is not finished and one whose record is damaged.
+    moved = out.rename(tmp_path / "moved")
+    shutil.rmtree(moved / "runs" / "se" / "seed-2" / "student")
+    (moved / "runs" / "full" / "seed-2" / "record.json").write_text("{")
+    told.clear()
+    after = sweep("toy", mended, tmp_path, moved, tell=told.append)
+    assert after.failed.keys() == {"full/seed-2"}
+    assert "record.json: damaged" in after.failed["full/seed-2"]
+    assert after.table is not None
+    assert [len(recipe["runs"]) for recipe in after.table["recipes"]] == [1, 2]
+    assert str(out) not in (moved / "runs" / "se" / "seed-2" / "recipe.yaml").read_text()
+    out = moved
 
     changed = mended.model_copy(update={"set": {"training.learning_rate": 0.5}})
     with pytest.raises(InputError, match="the run of another recipe of that name"):

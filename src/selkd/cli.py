@@ -337,8 +337,9 @@ def report(
     json_output: Json = False,
 ) -> None:
     """The page of one run, or a table, plots and a page of several side by side."""
-    from selkd.reporting.comparison import as_markdown, compare
+    from selkd.reporting.comparison import compare
     from selkd.reporting.comparison_page import PAGE, write_comparison
+    from selkd.reporting.comparison_tables import as_markdown
     from selkd.reporting.page import write_page
 
     if len(runs) == 1:
@@ -353,6 +354,9 @@ def report(
         typer.echo(json.dumps({"report": str(folder / PAGE), **content}, indent=2))
     else:
         typer.echo(f"{as_markdown(comparison)}\nreport  {folder / PAGE}")
+    if comparison.failed:
+        typer.echo(f"selkd: {len(comparison.failed)} damaged runs were left out; the table names them.", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()

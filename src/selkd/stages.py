@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from selkd import evaluation_stage, plugins
@@ -27,6 +28,7 @@ from selkd.run_directory import RunDirectory, write_whole
 from selkd.scoring import NEEDS_TEACHER, score_samples
 from selkd.selection.classes import class_sampler
 from selkd.selection.samples import SampleScores, highest
+from selkd.shared_costs import CACHE_COST, add_cost, cost_of, note_shared, read_cost
 from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress, read_metrics
 from selkd.training.checkpoints import last_whole_checkpoint
 from selkd.training.trainer import DistillTrainer
@@ -95,6 +97,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
                 "train_positions": n_valid,
                 "held_out_samples": len(splits.held_out),
                 "fingerprint": splits.fingerprint,
+                "held_out_fingerprint": xxhash.xxh3_128_hexdigest(b"".join(splits.held_out.ids)),
             },
         )
         run.record.setdefault("counts", dict.fromkeys(COUNTS))["samples"] = len(splits.train)
@@ -162,8 +165,10 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
         own = run.path / "selection" / "samples.parquet"
         is_new = not path.exists()
         if not is_new:
-            scores = SampleScores.read(path, fingerprint).scores
+            stored = SampleScores.read(path, fingerprint)
+            scores, cost = stored.scores, stored.cost
         else:
+            started = time.perf_counter()
             scores, tokens = score_samples(
                 options.metric,
                 train,
@@ -174,11 +179,14 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
                 work.n_classes,
                 work.recipe.seed,
             )
+            cost = cost_of(time.perf_counter() - started, tokens)
             if tokens:
                 count_teacher_tokens(work, run, score=tokens)
+        if options.path:
+            note_shared(run, "score", cost)
         kept = highest(scores, options.fraction)
         if work.state.is_main_process:
-            found = SampleScores([sample_id.hex() for sample_id in train.ids], scores, fingerprint)
+            found = SampleScores([sample_id.hex() for sample_id in train.ids], scores, fingerprint, cost)
             if is_new:
                 found.write(path, kept)
             if own != path:  # a shared file keeps the choice of the run that wrote it
@@ -197,10 +205,14 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
         fingerprint, path = cache_fingerprint(work), recipe.cache.path
         if path is not None and is_remote(path):
             opened = _copied(work, path, fingerprint, samples)
+            cost = None
         else:
             directory = cache_directory(work, run)
             found = _finished(directory, fingerprint, samples)
             opened = _built(work, run, directory, fingerprint, samples) if found is None else found
+            cost = read_cost(directory / CACHE_COST)
+        if path is not None:
+            note_shared(run, "cache", cost)
     run.record["teacher_cache"] = opened.stats()
     return opened
 
@@ -223,9 +235,13 @@ def _built(
     work: Workspace, run: RunDirectory, directory: Path, fingerprint: Fingerprint, samples: SampleDataset
 ) -> TeacherCache:
     """The cache of these samples, from the teacher; what an earlier build finished is kept."""
+    started = time.perf_counter()
     if tokens := build(work, directory, samples):
         earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
         count_teacher_tokens(work, run, cache=earlier + tokens)
+        if work.state.is_main_process:
+            add_cost(directory / CACHE_COST, cost_of(time.perf_counter() - started, tokens))
+        work.state.wait_for_everyone()
     return TeacherCache.open(directory, fingerprint)
 
 

@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import version
@@ -60,8 +62,11 @@ class Workspace:
         self._teacher: PreTrainedModel | None = None
 
     @cached_property
-    def arguments(self) -> DistillArguments:
-        """The trainer's arguments; precision is bfloat16 where the device computes in it, unless the recipe says."""
+    def planned_arguments(self) -> DistillArguments:
+        """The trainer's arguments, whether or not they can train here: this many processes, these packages.
+
+        Precision is bfloat16 where the device computes in it, unless the recipe says.
+        """
         recipe = self.recipe
         given: dict[str, Any] = {
             "report_to": "none",
@@ -74,8 +79,8 @@ class Workspace:
             given["use_cpu"] = True  # Transformers takes bfloat16 on a CPU only where the CPU was asked for
         if "bf16" not in given:
             given["bf16"] = native_dtype(device) == torch.bfloat16
-        try:
-            arguments = DistillArguments(
+        with _refusals_told():
+            return DistillArguments(
                 output_dir=str(self.run_path / "checkpoints"),
                 seed=recipe.seed,
                 criterion=recipe.criterion.model_dump(),
@@ -83,11 +88,15 @@ class Workspace:
                 classes=recipe.classes.model_dump(),
                 **given,
             )
+
+    @cached_property
+    def arguments(self) -> DistillArguments:
+        """The trainer's arguments, checked against this machine."""
+        arguments = self.planned_arguments
+        with _refusals_told():
             Trainer.get_optimizer_cls_and_kwargs(arguments)
             for callback in get_reporting_integration_callbacks(arguments.report_to):
                 callback()
-        except (ValueError, ImportError, TypeError, RuntimeError) as error:
-            raise InputError(f"training: Transformers refuses it: {error}") from error
         require_one_device(arguments)
         if arguments.fsdp and self.state.num_processes == 1:
             raise InputError("training.fsdp: shards over several processes, and this is one. Start with torchrun.")
@@ -101,7 +110,7 @@ class Workspace:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the student's products."""
-        return torch.bfloat16 if self.arguments.bf16 else torch.float32
+        return torch.bfloat16 if self.planned_arguments.bf16 else torch.float32
 
     @cached_property
     def teacher_source(self) -> ModelSource:
@@ -207,6 +216,15 @@ class Workspace:
             self.teacher_tokens["prune"] = sum(batch["input_ids"].numel() for batch in batches)
             save_model(student, self.tokenizer, folder, {"kept_layers": kept, "influence": influence})
         return locate(str(folder), self.cache_dir)
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """What Transformers refuses of ``training``, as bad input."""
+    try:
+        yield
+    except (ValueError, ImportError, TypeError, RuntimeError) as error:
+        raise InputError(f"training: Transformers refuses it: {error}") from error
 
 
 def save_model(

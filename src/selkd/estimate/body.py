@@ -6,7 +6,6 @@ is alive when.
 
 import logging
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -92,22 +91,3 @@ def _rule_of_thumb(
         return BodyMemory(one_result, int(layer / 2) + one_result, is_exact=False)
     kept = architecture.layers * one_result + layer if checkpointing else architecture.layers * layer
     return BodyMemory(int(kept), int(kept + layer), is_exact=False)
-
-
-@cache
-def optimiser_bytes_per_parameter(
-    optimiser: type[torch.optim.Optimizer], options: tuple[tuple[str, Any], ...]
-) -> float:
-    """What the optimiser keeps a parameter, found by one step of it on a small matrix."""
-    side = 256
-    weight = torch.nn.Parameter(torch.zeros(side, side))
-    weight.grad = torch.zeros_like(weight)
-    try:
-        made = optimiser([weight], **dict(options))
-        made.step()
-        state = made.state[weight].values()
-    except Exception as error:  # noqa: BLE001  some run on an accelerator alone
-        _logger.debug("no step of %s here: %s", optimiser.__name__, error)
-        return 2.0 if "8bit" in optimiser.__name__.lower() else 8.0
-    kept = sum(v.numel() * v.element_size() for v in state if isinstance(v, torch.Tensor) and v.numel() > 1)
-    return kept / weight.numel()

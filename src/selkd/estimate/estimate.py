@@ -7,16 +7,15 @@ import torch
 
 from selkd.errors import InputError
 from selkd.estimate.architecture import Architecture, describe, find, read_config, student_config
+from selkd.estimate.cache_size import MEASURED, SOURCE, typical_bytes
 from selkd.estimate.memory import Memory, Setting, memory
 from selkd.estimate.plan import Plan, make_plan, teacher_tokens
 from selkd.estimate.probe import Rates, probe
 from selkd.models.loading import resolve_dtype
 from selkd.recipe import Recipe
+from selkd.recipe_evaluation import benchmarks_of
 from selkd.scoring import NEEDS_TEACHER
 from selkd.workspace import Workspace
-
-# Bytes a position of a teacher over English text, at U = 64 draws and for other U: without a probe, a guess.
-TYPICAL_BYTES_AT_64, TYPICAL_EXPONENT = 36.0, 0.75
 
 
 def estimate(
@@ -88,16 +87,15 @@ def _setting(recipe: Recipe, work: Workspace, plan: Plan, is_cpu: bool) -> Setti
         student = torch.bfloat16 if recipe.training.get("bf16", True) else torch.float32
         name = recipe.teacher.dtype
         teacher = torch.bfloat16 if name == "auto" else resolve_dtype(name, torch.device("cpu"))
-    return Setting(recipe, plan, work.arguments, student, teacher, is_cpu)
+    return Setting(recipe, plan, work.planned_arguments, student, teacher, is_cpu)
 
 
 def _cache(recipe: Recipe, plan: Plan, rates: Rates | None) -> dict[str, Any] | None:
     if recipe.cache is None:
         return None
     measured = None if rates is None else rates.cache_bytes_per_position
-    draws = recipe.classes.draws or 1
-    typical = TYPICAL_BYTES_AT_64 * (draws / 64) ** TYPICAL_EXPONENT
-    each = typical if measured is None else measured
+    assert recipe.classes.draws is not None, "a cache holds drawn classes"
+    each = typical_bytes(recipe.classes.sampler, recipe.classes.draws) if measured is None else measured
     return {
         "positions": plan.positions_kept,
         "bytes": round(each * plan.positions_kept),
@@ -134,14 +132,25 @@ def _seconds(recipe: Recipe, plan: Plan, rates: Rates) -> dict[str, float | None
     return {"step": rates.step_seconds, **found, "total": sum(value or 0.0 for value in found.values())}
 
 
+def _cache_note(recipe: Recipe) -> str:
+    known = recipe.classes.sampler in MEASURED
+    taken = "" if known else f"{recipe.classes.sampler} is taken for rs_kd; "
+    return f"cache bytes: {taken}as measured of {SOURCE}; other text or teachers differ, --probe measures them"
+
+
 def _notes(recipe: Recipe, plan: Plan, needed: Memory, rates: Rates | None, gpus: int | None) -> list[str]:
     notes = list(needed.notes)
     if rates is None:
         notes.append("time: not known without --probe, which runs a few steps here")
         if recipe.cache is not None:
-            notes.append("cache bytes: typical of English text, off by a half at times; --probe measures them")
-    elif plan.devices > 1:
-        notes.append("time: one device's, divided by their number; communication is not counted")
+            notes.append(_cache_note(recipe))
+    else:
+        if plan.devices > 1:
+            notes.append("time: one device's, divided by their number; communication is not counted")
+        if names := benchmarks_of([name for name in recipe.evaluation.suite if name != "fidelity"]):
+            notes.append(
+                f"time: the benchmarks ({', '.join(names)}) are not counted, and may take longer than the rest"
+            )
     if gpus is not None:
         notes.append("memory: tensors on one accelerator; its context and fragmentation take some more")
     if recipe.samples is not None and recipe.samples.metric in NEEDS_TEACHER:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from transformers import Trainer
 
 from selkd.build_cache import TOKENS_AT_ONCE
 from selkd.estimate.architecture import Architecture
-from selkd.estimate.body import BodyMemory, body_memory, optimiser_bytes_per_parameter
+from selkd.estimate.body import BodyMemory, body_memory
+from selkd.estimate.optimiser import optimiser_bytes
 from selkd.estimate.plan import Plan
 from selkd.maths.chunked import CHUNK_BYTES
 from selkd.recipe import Recipe
@@ -73,14 +73,16 @@ def memory(student: Architecture, teacher: Architecture, setting: Setting) -> Me
         notes.append("activations: a rule of thumb, as this architecture does not run on fake tensors")
 
     weights, teacher_weights = 4 * student.parameters, setting.teacher_dtype.itemsize * teacher.parameters
-    optimiser, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    state = optimiser_bytes_per_parameter(optimiser, tuple((k, v) for k, v in options.items()))
-    gathered = 4 * (student.largest_layer + student.classes * student.hidden) if shards > 1 else 0
+    optimiser, note = optimiser_bytes(arguments, student)
+    notes += [note] if note else []
+    gathered = _gathered(student, arguments) if shards > 1 else 0
+    if arguments.fsdp:
+        notes.append(_sharding(shards))
     parts = {
         "process": process,
         "student_weights": weights // shards + gathered,
         "gradients": weights // shards,
-        "optimiser": round(state * student.parameters) // shards,
+        "optimiser": optimiser // shards,
         "activations": body.activations,
         "loss": loss_bytes(student, setting, length),
         "teacher_weights": teacher_weights if is_live else 0,
@@ -97,6 +99,8 @@ def memory(student: Architecture, teacher: Architecture, setting: Setting) -> Me
         # At the worst moment of the backward pass, or once all gradients are there.
         without = together - parts["gradients"] - parts["activations"]
         train = without + max(body.peak, parts["gradients"])
+    if shards > 1:  # each process has loaded the whole student before it is sharded
+        train = max(train, process + weights + weights // shards + parts["teacher_weights"])
     chunk = _chunk(setting.is_cpu)
     narrow = _narrow_head(student, setting.student_dtype)
     scoring = weights + narrow + inference[0].peak + _CHUNK_TENSORS["score"] * chunk
@@ -110,6 +114,22 @@ def memory(student: Architecture, teacher: Architecture, setting: Setting) -> Me
     if recipe.evaluation.suite:
         stages["evaluate"] = process + scoring + drawing
     return Memory(parts, stages, notes)
+
+
+def _gathered(student: Architecture, arguments: DistillArguments) -> int:
+    """Weights that FSDP has whole on every device at once: the largest layer and the head, or all of them."""
+    if arguments.fsdp_plugin_args["reshard_after_forward"] in (False, "shard_grad_op"):
+        return 4 * student.parameters
+    return 4 * (student.largest_layer + student.classes * student.hidden)
+
+
+def _sharding(shards: int) -> str:
+    if shards == 1:
+        return "training.fsdp: planned for one process, which shards nothing; --gpus says how many there will be"
+    return (
+        f"training.fsdp: weights, gradients and optimiser state of the training are sharded over {shards} processes; "
+        "layers are gathered whole while they run; each process loads the whole student, and so do the other stages"
+    )
 
 
 def loss_bytes(student: Architecture, setting: Setting, length: int) -> int:

@@ -96,8 +96,10 @@ def _shard_bytes(cache: TeacherCache) -> int:
 
 def _shortened(recipe: Recipe) -> Recipe:
     content = recipe.resolved()
+    # One process trains here, so there is nothing to shard.
+    own = {key: value for key, value in content["training"].items() if key not in ("fsdp", "fsdp_config")}
     training = {
-        **content["training"],
+        **own,
         "max_steps": STEPS,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -110,7 +112,7 @@ def _shortened(recipe: Recipe) -> Recipe:
     if recipe.cache is not None:
         changed["cache"] = {"path": None}
     suite = [name for name in recipe.evaluation.suite if name == "fidelity"]  # benchmarks take longer than a probe may
-    changed["evaluation"] = {**content["evaluation"], "suite": suite, "every_steps": None}
+    changed["evaluation"] = {"suite": suite}
     if not is_local(recipe):  # so much of it is fetched and tokenised, and no more
         length = recipe.data.max_length
         changed["data"] = {**content["data"], "tokens": length * (_samples_needed(recipe) + HELD_OUT_SAMPLES)}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from selkd.recipe_evaluation import SUITES
 from selkd.reporting.formats import dig
 
 
@@ -41,16 +42,37 @@ def cut(record: Mapping[str, Any]) -> list[str]:
     return [f"{task}: {sentence}." for task, sentence in told.items()]
 
 
-def accuracy(record: Mapping[str, Any]) -> Score | None:
-    """The paper suite's Acc; else the validation suite's mean; else the mean of the metric that counts in each task."""
+@dataclass(frozen=True)
+class Mean:
+    """A mean accuracy over ``tasks``: name -> how many examples were asked."""
+
+    value: float
+    tasks: dict[str, int | None]
+
+
+def accuracies(record: Mapping[str, Any]) -> dict[str, Mean]:
+    """The mean accuracies after training, by what each is the mean of.
+
+    The suites' own, as ``paper suite`` and ``validation suite``; and, called by its tasks, the mean of what counts in
+    the tasks that are part of neither.
+    """
     content = dig(record, "benchmarks", "after")
-    for figure in (dig(content, "paper", "acc"), dig(content, "validation")):
-        if (found := _score(figure)) is not None:
-            return found
     tasks = dig(content, "tasks") or {}
-    counted = [_score(dig(result, "metrics", str(dig(result, "counts")))) for result in tasks.values()]
-    known = [score.value for score in counted if score is not None]
-    return Score(sum(known) / len(known)) if known else None
+    found = {}
+    suites = {
+        "paper": (dig(content, "paper", "acc"), dig(content, "paper", "acc_is_the_mean_of")),
+        "validation": (dig(content, "validation"), dig(content, "validation", "accuracy_is_the_mean_of")),
+    }
+    counted = {name: _score(dig(result, "metrics", str(dig(result, "counts")))) for name, result in tasks.items()}
+    rest = {str(name): score.value for name, score in counted.items() if score is not None}
+    for suite, (figure, parts) in suites.items():
+        if (mean := _score(figure)) is not None:
+            found[f"{suite} suite"] = Mean(mean.value, {str(n): dig(tasks, n, "examples") for n in parts or ()})
+            rest = {name: value for name, value in rest.items() if name not in SUITES[suite]}
+    if rest:
+        asked = {name: dig(tasks, name, "examples") for name in rest}
+        found[", ".join(sorted(rest))] = Mean(sum(rest.values()) / len(rest), asked)
+    return found
 
 
 def _score(figure: Any) -> Score | None:

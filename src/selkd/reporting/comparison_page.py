@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError, RunError
-from selkd.reporting import comparison as tables
+from selkd.reporting import comparison_tables as tables
 from selkd.reporting import figure, formats
 from selkd.reporting.comparison import Comparison
 from selkd.reporting.comparison_plots import Plot, comparison_plots
@@ -70,6 +70,7 @@ def render(comparison: Comparison, title: str, plots: list[Plot]) -> str:
         rows=rows,
         plots=drawn,
         keys=_different_keys(comparison),
+        notes=[*tables.legend(comparison), *tables.not_compared(comparison)],
         failed=comparison.failed,
         text={"levels": 1},
         dash=formats.DASH,

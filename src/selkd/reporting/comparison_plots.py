@@ -13,13 +13,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, Percent
 
 from selkd.reporting import formats
 from selkd.reporting.comparison import Comparison, Group
-from selkd.reporting.figure import INK, MUTED, PAPER, QUIET, SERIES, one_plot, unit
+from selkd.reporting.figure import INK, MUTED, PAPER, SERIES, one_plot, unit
 from selkd.reporting.formats import dig
-from selkd.reporting.measures import ACCURACY, KL, PERPLEXITY, Measure
+from selkd.reporting.measures import KL, PERPLEXITY, STAGES, VALIDATION, Measure, alone
 
 _WIDTH = 420
 _MARKERS = "osD^vP"
-_STAGES = ("prepare", "score", "cache", "train", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -35,34 +34,51 @@ class Plot:
 def comparison_plots(comparison: Comparison) -> list[Plot]:
     """Those plots for which the runs have the figures."""
     groups = comparison.groups
-    quality = ACCURACY if sum(group.summary(ACCURACY) is not None for group in groups) > 1 else KL
+    accuracies = [measure for measure in comparison.measures if measure.key.startswith("accuracy_")]
+    quality = _first_plotted(comparison, [*accuracies, KL])
     plots = []
-    if sum(g.summary(quality) is not None and g.summary(PERPLEXITY) is not None for g in groups) > 1:
+    if len(shown := [group for group in comparison.alike(quality) if group in comparison.alike(PERPLEXITY)]) > 1:
         plots.append(
             Plot(
                 "quality",
                 f"{quality.name[:1].upper()}{quality.name[1:]} against perplexity",
-                "A point a recipe, the mean over its seeds; bars are one deviation.",
-                lambda: _trade(groups, PERPLEXITY, quality),
+                "A point a recipe, the mean over its seeds; bars are one deviation." + _left_out(comparison, shown),
+                lambda: _trade(shown, PERPLEXITY, quality),
             )
         )
+    # A budget is a choice, and no choice is made by the rows that are reported, where there are others.
+    to_choose_by = [m for m in accuracies if m.key == VALIDATION.key]
+    quality_of_budgets = _first_plotted(comparison, [*to_choose_by, *accuracies, KL])
     for part, what in (("positions", "positions"), ("samples", "samples")):
-        for measure in (quality, PERPLEXITY):
-            if lines := budget_lines(groups, part, measure):
+        for measure in (quality_of_budgets, PERPLEXITY):
+            alike = comparison.alike(measure)
+            if lines := budget_lines(alike, part, measure):
                 plots.append(
                     Plot(
                         f"budget-{part}-{measure.key}",
                         f"{measure.name[:1].upper()}{measure.name[1:]} by budget of {what}",
-                        f"Recipes that differ in {part}.fraction alone, joined; bars are one deviation over seeds. "
-                        f"Dashed: every one of the {what}.",
+                        f"{measure.rows} Recipes that differ in {part}.fraction alone, joined; bars are one deviation "
+                        f"over seeds. Dashed: every one of the {what}." + _left_out(comparison, alike),
                         lambda lines=lines, what=what, measure=measure: _budget(lines, what, measure),  # type: ignore[misc]
                     )
                 )
-    if any(dig(m.record, "seconds", "total") for g in groups for m in g.members):
-        plots.append(Plot("time", "Wall time", "By stage, the mean over seeds.", lambda: _time(groups)))
+    if any(alone(m.record, stage, "seconds") for g in groups for m in g.members for stage in STAGES):
+        caption = "By stage, the mean over seeds; scores and caches that runs share count in full for each."
+        plots.append(Plot("time", "Wall time", caption, lambda: _time(groups)))
     if any(dig(m.record, "peak_memory_bytes", "process") for g in groups for m in g.members):
         plots.append(Plot("memory", "Peak memory", "The largest of the seeds' runs.", lambda: _memory(groups)))
     return plots
+
+
+def _first_plotted(comparison: Comparison, measures: Sequence[Measure]) -> Measure:
+    """The first that two recipes have, or the last."""
+    return next((measure for measure in measures if len(comparison.alike(measure)) > 1), measures[-1])
+
+
+def _left_out(comparison: Comparison, shown: Sequence[Group]) -> str:
+    """Which recipes are not shown, as they lack the figures or measured them on something else."""
+    names = [group.name for group in comparison.groups if group not in shown]
+    return f" Not measured on the same: {', '.join(names)}." if names else ""
 
 
 @dataclass(frozen=True)
@@ -163,14 +179,14 @@ def _budget(lines: Sequence[BudgetLine], what: str, measure: Measure) -> Iterato
 @contextmanager
 def _time(groups: Sequence[Group]) -> Iterator[Figure]:
     stages = {
-        stage: [_mean([dig(m.record, "seconds", stage) for m in group.members]) for group in groups]
-        for stage in _STAGES
+        stage: [_mean([alone(m.record, stage, "seconds") for m in group.members]) for group in groups]
+        for stage in STAGES
     }
     with _bars(groups, "wall time") as (figure, axes):
         left = [0.0] * len(groups)
         for number, (stage, seconds) in enumerate(stages.items()):
             if any(seconds):
-                colour = QUIET if stage == "prepare" else SERIES[(number - 1) % len(SERIES)]
+                colour = SERIES[number % len(SERIES)]
                 axes.barh(range(len(groups)), seconds, left=left, color=colour, height=0.55, label=stage)
                 left = [begun + more for begun, more in zip(left, seconds, strict=True)]
         for row, total in enumerate(left):
@@ -256,4 +272,6 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _short(text: str, room: int = 24) -> str:
-    return text if len(text) <= room else text[: room - 1] + "…"
+    """Begin and end: a study's recipes may differ in either."""
+    half = (room - 1) // 2
+    return text if len(text) <= room else f"{text[:half]}…{text[half + 1 - room :]}"

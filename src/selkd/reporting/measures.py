@@ -1,8 +1,9 @@
 """What runs are compared by: the figures of a record, and their mean, deviation and paired differences over seeds."""
 
 import math
+import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ class Measure:
         read: the figure of a record, None where it was not measured.
         form: as people read it.
         is_outcome: whether it tells how good the student is (else what it cost): only then differences are told.
+        asked: what the figure was measured on, in words -> value: figures of other questions are not compared.
+        rows: for an outcome, whether its rows are to choose by or to report.
     """
 
     key: str
@@ -29,6 +32,8 @@ class Measure:
     read: Callable[[Record], float | None]
     form: Callable[[float | None], str]
     is_outcome: bool = True
+    asked: Callable[[Record], Mapping[str, Any]] = lambda _: {}
+    rows: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,25 +53,92 @@ def _share(part: str, whole: str) -> Callable[[Record], float | None]:
     return lambda record: formats.share(dig(record, "counts", part), dig(record, "counts", whole))
 
 
-def _accuracy(record: Record) -> float | None:
-    found = benchmarks.accuracy(record)
-    return None if found is None else found.value
+def _fidelity_asked(record: Record) -> dict[str, Any]:
+    """Perplexity too: it is over the classes that student and teacher share."""
+    digest = dig(record, "data", "held_out_fingerprint") or dig(record, "data", "fingerprint")
+    return {"held-out text": digest, "teacher": dig(record, "teacher", "fingerprint")}
 
 
-ACCURACY = Measure("accuracy", "accuracy", _accuracy, formats.percent)
-PERPLEXITY = Measure("perplexity", "perplexity", _at("fidelity", "after", "perplexity"), formats.perplexity)
-KL = Measure("kl_nats", "KL to the teacher, nats", _at("fidelity", "after", "kl_nats"), formats.nats)
-AGREEMENT = Measure("top1_agreement", "top-1 agreement", _at("fidelity", "after", "top1_agreement"), formats.percent)
-SECONDS = Measure("total_seconds", "time", _at("seconds", "total"), formats.duration, is_outcome=False)
+def _fidelity(key: str, name: str, form: Callable[[float | None], str]) -> Measure:
+    rows = "On the held-out text."
+    return Measure(key, name, _at("fidelity", "after", key), form, asked=_fidelity_asked, rows=rows)
+
+
+def accuracy(of: str) -> Measure:
+    """The mean accuracy that ``benchmarks.accuracies`` calls ``of``."""
+
+    def read(record: Record) -> float | None:
+        found = benchmarks.accuracies(record).get(of)
+        return None if found is None else found.value
+
+    def asked(record: Record) -> dict[str, Any]:
+        found = benchmarks.accuracies(record).get(of)
+        options = {key: dig(record, "recipe", "evaluation", key) for key in ("shots", "limit", "data")}
+        return {"tasks": None if found is None else found.tasks, **options}
+
+    rows = "On validation rows, to choose by." if of == "validation suite" else TEST_ROWS
+    key = "accuracy_" + re.sub(r"\W+", "_", of.removesuffix(" suite"))
+    return Measure(key, f"accuracy ({of})", read, formats.percent, asked=asked, rows=rows)
+
+
+TEST_ROWS = "On test rows, to report and not to choose by; evaluation.suite has validation for that."
+VALIDATION = accuracy("validation suite")
+PERPLEXITY = _fidelity("perplexity", "perplexity", formats.perplexity)
+KL = _fidelity("kl_nats", "KL to the teacher, nats", formats.nats)
+AGREEMENT = _fidelity("top1_agreement", "top-1 agreement", formats.percent)
+
+# What is kept on the machine for every later run, tokenised text and a student that was cut, is no recipe's own cost.
+STAGES = ("score", "cache", "train", "evaluate")
+_KEPT = "prune"
+
+
+def alone(record: Record, stage: str, what: str) -> float | None:
+    """``seconds`` or ``teacher_tokens`` of a stage if no other run had made its scores or its cache before."""
+    shared = dig(record, "shared") or {}
+    if stage in shared:
+        return dig(shared, stage, what)
+    return dig(record, what, stage)
+
+
+def _seconds_alone(record: Record) -> float | None:
+    if any(alone(record, stage, "seconds") is None for stage in dig(record, "shared") or {}):
+        return None
+    known = [seconds for stage in STAGES if (seconds := alone(record, stage, "seconds")) is not None]
+    return sum(known) if known else None
+
+
+def _tokens_alone(record: Record) -> float | None:
+    by_stage, shared = dig(record, "teacher_tokens"), dig(record, "shared") or {}
+    if by_stage is None:
+        return dig(record, "counts", "teacher_tokens")
+    known = [alone(record, stage, "teacher_tokens") for stage in (by_stage.keys() | shared) - {_KEPT}]
+    return None if None in known else sum(value for value in known if value is not None)
+
+
+def _paid_seconds(record: Record) -> float | None:
+    """Told where something is shared; elsewhere it is what the recipe takes alone."""
+    if not dig(record, "shared"):
+        return None
+    return sum(dig(record, "seconds", stage) or 0.0 for stage in STAGES)
+
+
+def _paid_tokens(record: Record) -> float | None:
+    if not dig(record, "shared"):
+        return None
+    return sum(value for stage, value in (dig(record, "teacher_tokens") or {}).items() if stage != _KEPT)
+
+
+PAID_SECONDS = Measure("paid_seconds", "time, paid here", _paid_seconds, formats.duration, is_outcome=False)
 MEASURES = (
-    ACCURACY,
     PERPLEXITY,
     KL,
     AGREEMENT,
     Measure("positions_share", "positions", _share("positions_selected", "positions_valid"), formats.percent, False),
     Measure("samples_share", "samples", _share("samples_kept", "samples"), formats.percent, False),
-    Measure("teacher_tokens", "teacher tokens", _at("counts", "teacher_tokens"), formats.parameters, False),
-    SECONDS,
+    Measure("teacher_tokens", "teacher tokens", _tokens_alone, formats.parameters, False),
+    Measure("paid_teacher_tokens", "teacher tokens, paid here", _paid_tokens, formats.parameters, False),
+    Measure("total_seconds", "time", _seconds_alone, formats.duration, False),
+    PAID_SECONDS,
     Measure("train_seconds", "training time", _at("seconds", "train"), formats.duration, False),
     Measure("process_peak_bytes", "peak memory", _at("peak_memory_bytes", "process"), formats.data_size, False),
     Measure(
@@ -78,6 +150,15 @@ MEASURES = (
     ),
     Measure("cache_bytes", "cache", _at("teacher_cache", "bytes"), formats.data_size, False),
 )
+
+
+def measures_of(records: Iterable[Record]) -> list[Measure]:
+    """Those that at least one record has: a column for each mean accuracy, suites first, then the others."""
+    records = list(records)
+    means = {of for record in records for of in benchmarks.accuracies(record)}
+    suites = [f"{suite} suite" for suite in ("paper", "validation") if f"{suite} suite" in means]
+    found = [accuracy(of) for of in [*suites, *sorted(means - set(suites))]]
+    return [*found, *(m for m in MEASURES if any(m.read(record) is not None for record in records))]
 
 
 def summarise(values: Sequence[float | None]) -> Summary | None:

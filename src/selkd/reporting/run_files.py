@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from selkd.errors import InputError
 from selkd.reporting.formats import dig
 
+_RECORD, _RECIPE = "record.json", "recipe.yaml"
+
 
 @dataclass(frozen=True)
 class SampleScores:
@@ -42,25 +44,34 @@ class RunFiles:
     sample_overlap: Overlap | None
 
 
+def require_run(run_dir: Path) -> None:
+    """Raises InputError where the folder is not a run; nothing in it is read."""
+    for name in (_RECORD, _RECIPE):
+        if not (run_dir / name).is_file():
+            raise InputError(
+                f"{run_dir} is not a run directory: expected {name} in it, found none. "
+                "Give the folder that `selkd distill` wrote."
+            )
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """What was measured, alone. Raises InputError where the folder is not a run, or its record is damaged."""
+    require_run(run_dir)
+    return _json_object(run_dir / _RECORD)
+
+
 def read_run(run_dir: Path) -> RunFiles:
     """Read a run directory.
 
     Raises InputError where the folder is not a run, or a file in it can't be read as what it should be.
     """
-    record_path, recipe_path = run_dir / "record.json", run_dir / "recipe.yaml"
-    for path in (record_path, recipe_path):
-        if not path.is_file():
-            raise InputError(
-                f"{run_dir} is not a run directory: expected {path.name} in it, found none. "
-                "Give the folder that `selkd distill` wrote."
-            )
-    record = _json_object(record_path)
+    record = read_record(run_dir)
     examples_path, scores_path = run_dir / "selection" / "examples.json", run_dir / "selection" / "samples.parquet"
     overlap_path = run_dir / "selection" / "overlap.json"
     overlaps = _json_object(overlap_path) if overlap_path.is_file() else {}
     return RunFiles(
         record=record,
-        recipe_yaml=_text(recipe_path),
+        recipe_yaml=_text(run_dir / _RECIPE),
         metrics=_metrics(run_dir / "metrics.jsonl"),
         sample_scores=_sample_scores(scores_path) if scores_path.is_file() else None,
         examples=_examples(examples_path) if examples_path.is_file() else None,

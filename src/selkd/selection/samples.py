@@ -37,11 +37,13 @@ class SampleScores:
         sample_ids: 32 hex digits each.
         scores: float64 [N].
         fingerprint: everything the scores depend on, field -> value.
+        cost: ``seconds`` and ``teacher_tokens`` that scoring took, for the runs that share the file; None: not known.
     """
 
     sample_ids: list[str]
     scores: np.ndarray
     fingerprint: dict[str, str]
+    cost: dict[str, float] | None = None
 
     def write(self, path: Path, kept: np.ndarray) -> None:
         """Write the scores and which samples are ``kept`` (indices), whole or not at all."""
@@ -49,6 +51,7 @@ class SampleScores:
         is_kept[kept] = True
         table = pa.table({"sample_id": self.sample_ids, "score": self.scores, "kept": is_kept})
         meta = {"selkd.format": str(FORMAT), "selkd.fingerprint": json.dumps(self.fingerprint, sort_keys=True)}
+        meta |= {"selkd.cost": json.dumps(self.cost)}
         temporary = path.with_name(path.name + ".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,4 +85,5 @@ class SampleScores:
                     f"{path}: these scores are of another {field}: stored {fingerprint.get(field)!r}, expected "
                     f"{value!r}. Give another samples.path; nothing was changed."
                 )
-        return cls(table["sample_id"].to_pylist(), table["score"].to_numpy(), fingerprint)
+        cost = json.loads(meta.get(b"selkd.cost", b"null"))  # files of earlier versions have none
+        return cls(table["sample_id"].to_pylist(), table["score"].to_numpy(), fingerprint, cost)

@@ -10,6 +10,9 @@ from typing import Any
 
 import xxhash
 
+from selkd.errors import InputError
+from selkd.models.loading import n_rows
+from selkd.models.sources import ModelSource
 from selkd.recipe import Recipe, parse_part
 
 # Scores that are the same whatever the seed is; others (chance, a user's own metric) may depend on it.
@@ -29,11 +32,27 @@ def with_shared_paths(recipe: Recipe, folder: Path) -> Recipe:
             "classes": content["classes"],
             "temperature": content["criterion"]["temperature"],
             "seed": recipe.seed,
+            "classes_shared_with": _vocabulary(recipe.student.model),
+            "use_cpu": recipe.training.get("use_cpu"),  # it decides the teacher's precision
             # A cache is planned for certain samples.
             "samples": None if recipe.samples is None else [parts, content["samples"]["fraction"]],
         }
         content["cache"]["path"] = str(folder / "caches" / _digest(depends))
     return parse_part(Recipe, content)
+
+
+def _vocabulary(student: str | None) -> int | str | None:
+    """What a student that is not cut from the teacher changes of a cache: which classes both have.
+
+    Their number for a folder here; the name for a model of the hub, of which nothing is fetched to name a folder.
+    """
+    if student is None:
+        return None
+    folder = Path(student).expanduser()
+    try:
+        return n_rows(ModelSource(student, folder, "")) if folder.is_dir() else student
+    except InputError:  # the run will say what is wrong with it
+        return student
 
 
 def _what_scores_depend_on(recipe: Recipe) -> dict[str, Any]:

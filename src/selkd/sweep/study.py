@@ -3,26 +3,33 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from selkd.errors import InputError
 from selkd.recipe import Recipe, parse_part
 from selkd.recipe_errors import explain, nearest
 from selkd.recipe_files import read_mapping, recipe_content
+from selkd.reporting.comparison import comparable
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _NAME = r"[\w][\w.-]*"
+_LONGEST = 120  # letters of a recipe's name, which is a folder's
 
 
 class Study(BaseModel):
     """What a study's file says.
+
+    Later ones win, key by key and in the order in which they stand: ``base``, ``set``, the variant, the grid's values,
+    then ``overrides`` of ``expand`` (the command's ``--set``). A whole part (``samples: null``) replaces what was set
+    of it before, and a key of it (``samples.fraction: 0.5``) that comes later begins it anew.
 
     Attributes:
         base: a named recipe, a YAML file beside the study's, or a recipe's keys.
@@ -52,6 +59,9 @@ class Study(BaseModel):
     def _consistent(self) -> "Study":
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds a seed twice; each runs once")
+        for key, values in self.grid.items():
+            if len({json.dumps(value, sort_keys=True, default=str) for value in values}) < len(values):
+                raise ValueError(f"grid.{key}: {values} holds a value twice; each is one recipe")
         variants = {f"variants.{name}": keys for name, keys in self.variants.items()}
         for part, keys in {"set": self.set, "grid": self.grid, **variants}.items():
             if owned := _owned_key(keys, part):
@@ -128,14 +138,14 @@ def expand(study: Study, folder: Path, overrides: Mapping[str, Any] | None = Non
     base = _base(study, folder)
     recipes: dict[str, Recipe] = {}
     for variant, changes in (study.variants or {"": {}}).items():
-        cells = {}
-        for cell in _cells(study.grid):
-            label = "-".join(part for part in (variant, _label(cell, study.grid)) if part) or str(base.get("name"))
-            keys = {**study.set, **changes, **cell, **(overrides or {})}
-            cells[label] = _recipe(base, keys, label, study.seeds[0])
-        if len(cells) > 1 and len({_identity(recipe) for recipe in cells.values()}) == 1:
-            # Nothing of the grid matters here: a fraction beside ``policy: all``.
-            cells = {variant: next(iter(cells.values())).model_copy(update={"name": variant})}
+        name = variant or str(base.get("name"))
+
+        def made(cell: Mapping[str, Any], label: str, changes: Mapping[str, Any] = changes) -> Recipe:
+            return _recipe(base, (study.set, changes, cell, overrides or {}), label, study.seeds[0])
+
+        identities = [_identity(made(cell, name)) for cell in _cells(study.grid)]
+        labelled = _labelled(variant, study.grid, _without_effect(study.grid, identities), name)
+        cells = {label: made(cell, label) for label, cell in labelled.items()}
         if twice := cells.keys() & recipes.keys():
             raise InputError(f"variants: two recipes would be called {sorted(twice)[0]!r}; rename a variant.")
         recipes |= cells
@@ -163,6 +173,37 @@ def _cells(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
+def _without_effect(grid: Mapping[str, list[Any]], identities: list[str]) -> set[str]:
+    """Keys that change no recipe of this variant, whatever the others are: a fraction beside ``policy: all``."""
+    cells = [{key: json.dumps(value, sort_keys=True) for key, value in cell.items()} for cell in _cells(grid)]
+    found = set()
+    for key in grid:
+        told: dict[tuple[str, ...], set[str]] = {}
+        for cell, identity in zip(cells, identities, strict=True):
+            told.setdefault(tuple(v for k, v in cell.items() if k != key), set()).add(identity)
+        if len(grid[key]) > 1 and all(len(same) == 1 for same in told.values()):
+            found.add(key)
+    return found
+
+
+def _labelled(
+    variant: str, grid: Mapping[str, list[Any]], without_effect: set[str], otherwise: str
+) -> dict[str, dict[str, Any]]:
+    """Label -> cell of the grid, one alone where keys are without effect.
+
+    Labels that would be the same, or too long for a folder, end in a digest of values.
+    """
+    cells = _cells({key: values[:1] if key in without_effect else values for key, values in grid.items()})
+    shown = [{key: value for key, value in cell.items() if key not in without_effect} for cell in cells]
+    labels = ["-".join(part for part in (variant, _label(cell, grid)) if part) or otherwise for cell in shown]
+    found = {}
+    for label, cell in zip(labels, cells, strict=True):
+        is_plain = len(label) <= _LONGEST and labels.count(label) == 1
+        digest = xxhash.xxh3_64_hexdigest(json.dumps(cell, sort_keys=True).encode())[:8]
+        found[label if is_plain else f"{label[:_LONGEST]}-{digest}"] = cell
+    return found
+
+
 def _label(cell: Mapping[str, Any], grid: Mapping[str, Any]) -> str:
     """``fraction-0.1`` for ``positions.fraction: 0.1``; the whole key where two end alike."""
     last = [key.rpartition(".")[2] for key in grid]
@@ -174,10 +215,11 @@ def _label(cell: Mapping[str, Any], grid: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.-]+", "_", "-".join(parts)).strip("_")
 
 
-def _recipe(base: dict[str, Any], keys: Mapping[str, Any], label: str, seed: int) -> Recipe:
+def _recipe(base: dict[str, Any], layers: Sequence[Mapping[str, Any]], label: str, seed: int) -> Recipe:
     content = deepcopy(base)
-    for key, value in keys.items():
-        _put(content, key, value)
+    for keys in layers:
+        for key, value in keys.items():
+            _put(content, key, value)
     try:
         return parse_part(Recipe, {**content, "name": label, "seed": seed})
     except InputError as error:
@@ -196,7 +238,7 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _identity(recipe: Recipe) -> str:
-    return json.dumps({**recipe.resolved(), "name": None}, sort_keys=True)
+    return json.dumps(comparable(recipe.resolved()), sort_keys=True)
 
 
 def _require_different(recipes: Mapping[str, Recipe]) -> None:
@@ -206,5 +248,6 @@ def _require_different(recipes: Mapping[str, Recipe]) -> None:
         if other != name:
             raise InputError(
                 f"recipes {other!r} and {name!r} of the study are the same once resolved; leave one out (a key may "
-                "have no effect beside another, as a fraction beside policy: all)."
+                "have no effect beside another, as a fraction beside policy: all, and where scores and caches are kept "
+                "changes no result)."
             )

@@ -11,15 +11,16 @@ from typing import Any
 
 from selkd.errors import InputError
 from selkd.recipe import Recipe
-from selkd.recipe_files import load_recipe
+from selkd.recipe_files import load_recipe, to_yaml
 from selkd.reporting.comparison import compare
 from selkd.reporting.comparison_page import write_comparison
-from selkd.run_directory import write_whole
+from selkd.reporting.run_files import read_record
+from selkd.run_directory import RECIPE, write_whole
 from selkd.sweep.runner import run_apart
 from selkd.sweep.sharing import with_shared_paths
 from selkd.sweep.study import PlannedRun, Study, expand
 
-STATUS = "study.json"
+STATUS, SHARED = "study.json", "shared"
 Tell = Callable[[str], None]
 
 
@@ -43,7 +44,7 @@ def sweep(
     """Run a study into ``out``: ``runs/<recipe>/seed-<seed>/``, ``shared/``, ``logs/`` and ``comparison/``.
 
     The same study into the same folder goes on: finished runs are kept, interrupted and failed ones continue. More
-    variants, values or seeds may have been added.
+    variants, values or seeds may have been added, and the folder may have been moved.
 
     Args:
         folder: where the study's own paths start.
@@ -57,10 +58,12 @@ def sweep(
         raise InputError("sweep: its runs are processes of its own, one after another. Start it without torchrun.")
     planned = expand(study, folder, overrides)
     status = _claim(out)
-    recipes = {run.id: with_shared_paths(run.recipe, (out / "shared").absolute()) for run in planned}
+    recipes = {run.id: with_shared_paths(run.recipe, (out / SHARED).absolute()) for run in planned}
     for run in planned:
         _require_same(_path(out, run), recipes[run.id])
     _save(out, name, status)  # from here on the folder is ours
+    for run in planned:
+        _follow_move(_path(out, run), recipes[run.id])
     for number, run in enumerate(planned, start=1):
         begin = f"[{number}/{len(planned)}] {run.id}"
         if status.get(run.id, {}).get("status") == "done" and _is_finished(_path(out, run)):
@@ -119,12 +122,43 @@ def _claim(out: Path) -> dict[str, dict[str, Any]]:
 
 def _require_same(path: Path, recipe: Recipe) -> None:
     """Refuse before the first run what ``distill`` would refuse at the last."""
-    if (path / "recipe.yaml").is_file() and load_recipe(path / "recipe.yaml") != recipe:
+    stored = _stored(path)
+    if stored is not None and _without_shared_folder(stored) != _without_shared_folder(recipe):
         raise InputError(
             f"{path}: the run of another recipe of that name. Rename the variant or give another --out; nothing was "
             "changed."
         )
 
 
+def _stored(path: Path) -> Recipe | None:
+    """The recipe that a run began with; None also where it is damaged, which the run itself will tell."""
+    try:
+        return load_recipe(path / RECIPE) if (path / RECIPE).is_file() else None
+    except InputError:
+        return None
+
+
+def _follow_move(path: Path, recipe: Recipe) -> None:
+    """Let a run begun where the study's folder was before go on with the shared files where they are now."""
+    stored = _stored(path)
+    if stored is not None and stored != recipe:
+        write_whole(path / RECIPE, to_yaml(recipe))
+
+
+def _without_shared_folder(recipe: Recipe) -> dict[str, Any]:
+    """Of shared scores and caches the name alone, which tells what they depend on, not the folder around it."""
+    content = recipe.resolved()
+    for part in ("samples", "cache"):
+        place = (content[part] or {}).get("path")
+        if place is not None and Path(place).parent.parent.name == SHARED:
+            content[part]["path"] = str(Path(*Path(place).parts[-3:]))
+    return content
+
+
 def _is_finished(path: Path) -> bool:
-    return (path / "record.json").is_file() and (path / "student" / "config.json").is_file()
+    """Whether the run has all that the table needs; one that is damaged runs again, and fails if that can't mend it."""
+    try:
+        read_record(path)
+    except InputError:
+        return False
+    return (path / "student" / "config.json").is_file()

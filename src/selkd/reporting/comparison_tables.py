@@ -1,0 +1,129 @@
+"""A comparison as tables: JSON, CSV, Markdown."""
+
+import csv
+import io
+from typing import Any
+
+from selkd.reporting import formats
+from selkd.reporting.comparison import Comparison, Group
+from selkd.reporting.measures import PAID_SECONDS, Measure, Summary
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Everything as plain data: a recipe its figures (mean, deviation, n, difference) and its runs."""
+
+    def plain(summary: Summary | None) -> dict[str, Any] | None:
+        return None if summary is None else {"mean": summary.mean, "deviation": summary.deviation, "n": summary.n}
+
+    recipes = []
+    for group in comparison.groups:
+        figures = {
+            measure.key: (plain(group.summary(measure)) or dict.fromkeys(("mean", "deviation", "n")))
+            | {"difference": plain(comparison.difference(group, measure))}
+            for measure in comparison.measures
+        }
+        members = [
+            {"path": str(member.path), "seed": member.seed}
+            | {measure.key: measure.read(member.record) for measure in comparison.measures}
+            for member in group.members
+        ]
+        whys = {measure.key: comparison.why_not(group, measure) for measure in comparison.measures}
+        not_compared = {key: why for key, why in whys.items() if why is not None}
+        recipes.append({"name": group.name, "figures": figures, "not_compared": not_compared, "runs": members})
+    return {"baseline": comparison.baseline, "recipes": recipes, "failed": comparison.failed}
+
+
+def as_csv(comparison: Comparison) -> str:
+    """A row a recipe; unknown figures are empty."""
+    measures = comparison.measures
+    columns = ("mean", "deviation", "n", "difference", "difference_deviation", "difference_n")
+    rows: list[list[Any]] = [["recipe", *(f"{measure.key}_{column}" for measure in measures for column in columns)]]
+    for group in comparison.groups:
+        row: list[Any] = [group.name]
+        for measure in measures:
+            for summary in (group.summary(measure), comparison.difference(group, measure)):
+                row += ["", "", ""] if summary is None else [summary.mean, summary.deviation, summary.n]
+        rows.append(row)
+    return _csv(rows)
+
+
+def runs_as_csv(comparison: Comparison) -> str:
+    """A row a run."""
+    measures = comparison.measures
+    rows: list[list[Any]] = [["recipe", "seed", "path", *(measure.key for measure in measures)]]
+    for group in comparison.groups:
+        for member in group.members:
+            figures = [measure.read(member.record) for measure in measures]
+            rows.append([group.name, member.seed, member.path, *figures])
+    return _csv(rows)
+
+
+def _csv(rows: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(["" if cell is None else cell for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def cell(summary: Summary | None, measure: Measure) -> str:
+    """7.31 ± 0.26 (the deviation over seeds)."""
+    if summary is None:
+        return formats.DASH
+    told = measure.form(summary.mean)
+    return told if summary.deviation is None else f"{told} ± {measure.form(summary.deviation)}"
+
+
+def difference_cell(summary: Summary | None, measure: Measure) -> str:
+    """+0.4 ± 0.3, with the sign always said."""
+    if summary is None:
+        return ""
+    return ("+" if summary.mean > 0 else "") + cell(summary, measure)
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The table for a README: mean ± deviation, and the paired difference to the baseline beneath."""
+    measures = comparison.measures
+    lines = [
+        "| | seeds | " + " | ".join(measure.name for measure in measures) + " |",
+        "|---|---:|" + "---:|" * len(measures),
+    ]
+    for group in comparison.groups:
+        cells = [_markdown_cell(comparison, group, measure) for measure in measures]
+        lines.append(f"| {_plain(group.name)} | {len(group.members)} | " + " | ".join(cells) + " |")
+    notes = ["Mean ± deviation over seeds (n − 1)."]
+    if comparison.baseline is not None:
+        notes.append(f"In brackets the paired difference to {_plain(comparison.baseline)}, seed by seed.")
+    notes += [_plain(note) for note in (*legend(comparison), *not_compared(comparison))]
+    notes += [f"Failed: {_plain(name)} ({_plain(why)})." for name, why in comparison.failed.items()]
+    return "\n".join(lines) + "\n\n" + " ".join(notes) + "\n"
+
+
+def legend(comparison: Comparison) -> list[str]:
+    """What the columns of costs count."""
+    told = "Time is that of scoring, caching, training and evaluating, without preparing the text and the student"
+    if PAID_SECONDS not in comparison.measures:
+        return [f"{told}."]
+    return [
+        f"{told}. Some runs share scores or a cache. Time and teacher tokens are what each would cost alone: a shared "
+        "part counts in full for every run that uses it, as it was measured where it was made.",
+        "Paid here: what it really took, a shared part only for the run that made it.",
+    ]
+
+
+def not_compared(comparison: Comparison) -> list[str]:
+    """Why figures have no mean or no difference, a sentence for each recipe and reason."""
+    whys: dict[tuple[str, str], list[str]] = {}
+    for group in comparison.groups:
+        for measure in comparison.measures:
+            if (why := comparison.why_not(group, measure)) is not None:
+                whys.setdefault((group.name, why), []).append(measure.name)
+    return [f"{name}, {', '.join(names)}: {why}." for (name, why), names in whys.items()]
+
+
+def _markdown_cell(comparison: Comparison, group: Group, measure: Measure) -> str:
+    told = cell(group.summary(measure), measure)
+    difference = difference_cell(comparison.difference(group, measure), measure)
+    return f"{told} ({difference})" if difference else told
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
