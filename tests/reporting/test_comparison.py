@@ -196,6 +196,10 @@ def test_a_shared_part_counts_in_full_for_every_run_that_uses_it(tmp_path: Path)
     ]
     assert tokens == [[1100, 1100], [1100, 100], [None, 100]]
     assert "a shared part counts in full for every run that uses it" in as_markdown(comparison)
+    (time,) = [plot for plot in comparison_plots(comparison) if plot.name == "time"]
+    with time.drawn() as drawn:
+        beside = [text.get_text() for text in drawn.axes[0].texts]
+    assert [text for text in beside if text.endswith(" s")] == ["30.0 s", "30.0 s", "more than 10.0 s"]
     # Without sharing there is one column of time.
     plain = compare(make_runs(tmp_path / "plain"))
     assert "paid_seconds" not in [measure.key for measure in plain.measures]

@@ -15,7 +15,7 @@ from selkd.reporting import formats
 from selkd.reporting.comparison import Comparison, Group
 from selkd.reporting.figure import INK, MUTED, PAPER, SERIES, one_plot, unit
 from selkd.reporting.formats import dig
-from selkd.reporting.measures import KL, PERPLEXITY, STAGES, VALIDATION, Measure, alone
+from selkd.reporting.measures import KL, PERPLEXITY, SECONDS, STAGES, VALIDATION, Measure, alone
 
 _WIDTH = 420
 _MARKERS = "osD^vP"
@@ -189,8 +189,9 @@ def _time(groups: Sequence[Group]) -> Iterator[Figure]:
                 colour = SERIES[number % len(SERIES)]
                 axes.barh(range(len(groups)), seconds, left=left, color=colour, height=0.55, label=stage)
                 left = [begun + more for begun, more in zip(left, seconds, strict=True)]
-        for row, total in enumerate(left):
-            axes.annotate(formats.duration(total), (total, row), (4, 0), **_BESIDE)
+        for row, (group, total) in enumerate(zip(groups, left, strict=True)):
+            at_least = "" if group.summary(SECONDS) is not None else "more than "  # a shared part's cost is not known
+            axes.annotate(at_least + formats.duration(total), (total, row), (4, 0), **_BESIDE)
         axes.set_xlim(0, max(left) * 1.22 or 1)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.duration(value) if value else "0"))
         _legend(axes)

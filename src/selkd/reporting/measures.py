@@ -128,6 +128,7 @@ def _paid_tokens(record: Record) -> float | None:
     return sum(value for stage, value in (dig(record, "teacher_tokens") or {}).items() if stage != _KEPT)
 
 
+SECONDS = Measure("total_seconds", "time", _seconds_alone, formats.duration, is_outcome=False)
 PAID_SECONDS = Measure("paid_seconds", "time, paid here", _paid_seconds, formats.duration, is_outcome=False)
 MEASURES = (
     PERPLEXITY,
@@ -137,7 +138,7 @@ MEASURES = (
     Measure("samples_share", "samples", _share("samples_kept", "samples"), formats.percent, False),
     Measure("teacher_tokens", "teacher tokens", _tokens_alone, formats.parameters, False),
     Measure("paid_teacher_tokens", "teacher tokens, paid here", _paid_tokens, formats.parameters, False),
-    Measure("total_seconds", "time", _seconds_alone, formats.duration, False),
+    SECONDS,
     PAID_SECONDS,
     Measure("train_seconds", "training time", _at("seconds", "train"), formats.duration, False),
     Measure("process_peak_bytes", "peak memory", _at("peak_memory_bytes", "process"), formats.data_size, False),
