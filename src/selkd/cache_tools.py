@@ -39,6 +39,7 @@ class Rescored:
             adds its squared distance; one whose draws scatter less makes it negative.
         is_exact: whether the expectation is known exactly; of a user's own sampler it is an upper bound.
         standard_error: of ``excess``, over positions.
+        outlying_samples: how many have an excess of their own beyond the limit and five of their own standard errors.
         worst_sample: id, in hex, of the sample with the largest excess; ``worst_excess`` its excess.
     """
 
@@ -50,14 +51,20 @@ class Rescored:
     excess: float
     standard_error: float
     is_exact: bool
+    outlying_samples: int
     worst_sample: str
     worst_excess: float
 
     @property
     def agrees(self) -> bool:
-        """Whether the excess is within its limit; few positions get the benefit of their own scatter."""
+        """Whether all draws are the same again, or the excess is within its limit: of all together, and of each sample.
+
+        Few positions get the benefit of their own scatter: three standard errors of the mean over all.
+        """
+        if self.identical_positions == self.positions:
+            return True
         excess = abs(self.excess) if self.is_exact else self.excess
-        return excess <= LARGEST_EXCESS + 2 * self.standard_error
+        return excess <= LARGEST_EXCESS + 3 * self.standard_error and self.outlying_samples == 0
 
 
 def recipe_of(directory: Path, recipe: str | None, overrides: list[str] | None = None) -> tuple[Recipe, Path | None]:
@@ -126,11 +133,15 @@ def judged(found: Mapping[bytes, Again], is_exact: bool) -> Rescored:
         np.concatenate([getattr(again, name) for again in found.values()])
         for name in ("is_identical", "squared_error", "expected")
     )
-    excesses = {
-        sample_id: float((again.squared_error - again.expected).mean())
-        for sample_id, again in found.items()
-        if len(again.expected)
+    each = {
+        sample_id: again.squared_error - again.expected for sample_id, again in found.items() if len(again.expected)
     }
+    excesses = {sample_id: float(values.mean()) for sample_id, values in each.items()}
+    outlying = [
+        sample_id
+        for sample_id, values in each.items()
+        if excesses[sample_id] > LARGEST_EXCESS + 5 * _standard_error(values)
+    ]
     worst = max(excesses, key=lambda sample_id: excesses[sample_id])
     excess = errors - expected
     return Rescored(
@@ -140,11 +151,17 @@ def judged(found: Mapping[bytes, Again], is_exact: bool) -> Rescored:
         squared_error=float(errors.mean()),
         expected_squared_error=float(expected.mean()),
         excess=float(excess.mean()),
-        standard_error=float(excess.std(ddof=1) / len(excess) ** 0.5) if len(excess) > 1 else 0.0,
+        standard_error=_standard_error(excess),
         is_exact=is_exact,
+        outlying_samples=len(outlying),
         worst_sample=worst.hex(),
         worst_excess=excesses[worst],
     )
+
+
+def _standard_error(values: np.ndarray) -> float:
+    """Of the mean of these; of one alone nothing is known."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("inf")
 
 
 def as_answer(rescored: Rescored) -> dict[str, Any]:

@@ -45,9 +45,10 @@ def compare_again(
     pad_token_id: int,
     stored: Callable[[bytes], Rows],
 ) -> dict[int, Again]:
-    """Some samples of a cache against the teacher, in the batches in which ``build_cache`` ran it.
+    """Some samples of a cache against the teacher, in the batches in which ``build_cache`` runs it on ``samples``.
 
-    So on the same hardware the draws are the same to the last count. ``stored`` gives the rows of a sample.
+    So on the same hardware the draws are the same to the last count, where the cache was built for these samples and no
+    others. ``stored`` gives the rows of a sample.
     """
     draw = Drawing(model, classes, temperature, seed, n_classes, pad_token_id)
     wanted = {samples.ids[index]: index for index in indices}

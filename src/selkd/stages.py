@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from selkd import evaluation_stage, plugins
 from selkd.build_cache import build_cache
-from selkd.cache.manifest import MANIFEST, Fingerprint
+from selkd.cache.manifest import Fingerprint
 from selkd.cache.reader import TeacherCache
 from selkd.cache.remote import fetch_cache, is_remote
+from selkd.cache.verify import verify_cache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
@@ -208,7 +210,7 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
             cost = None
         else:
             directory = cache_directory(work, run)
-            found = _finished(directory, fingerprint, samples)
+            found = _larger(work, directory, fingerprint, samples)
             opened = _built(work, run, directory, fingerprint, samples) if found is None else found
             cost = read_cost(directory / CACHE_COST)
         if path is not None:
@@ -217,18 +219,29 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     return opened
 
 
-def _finished(directory: Path, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache | None:
-    """A complete cache that holds every sample, be it one that was built for more of them; else None.
+def _larger(work: Workspace, directory: Path, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache | None:
+    """A complete cache that was built for more samples and holds all of these; None where theirs is to be built.
 
-    Its blocks are not read here: each is checked when it is.
+    Raises:
+        InputError: it is damaged: this recipe can't mend it.
     """
-    if not (directory / MANIFEST).is_file():
-        return None
     try:
-        opened = TeacherCache.open(directory, fingerprint)
-        return opened if all(sample_id in opened for sample_id in samples.ids) else None
+        found = TeacherCache.open(directory, fingerprint)
     except InputError:
-        return None  # building tells what is wrong, or mends it
+        found = None  # building tells what is wrong
+    if found is not None:
+        wanted = set(samples.ids)
+        if len(found) <= len(wanted) or not all(sample_id in found for sample_id in wanted):
+            found = None
+    seen = [found is not None]
+    if not all(gather_object(seen) if work.state.num_processes > 1 else seen):  # all go the same way
+        return None
+    if problems := verify_cache(directory, decode=False):
+        raise InputError(
+            f"the teacher cache in {directory} holds more samples than this recipe's and is damaged: {problems[0]}. "
+            "`selkd cache verify --repair`, with the recipe that built it, mends it"
+        )
+    return found
 
 
 def _built(

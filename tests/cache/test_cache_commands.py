@@ -20,11 +20,13 @@ from selkd.cache.inspect import contents as contents_of
 from selkd.cache.inspect import summary
 from selkd.cache.reader import TeacherCache
 from selkd.cache.rows import row_sums
+from selkd.cache_tools import judged
 from selkd.cli import main
 from selkd.errors import InputError
 from selkd.pipeline import cache_only, start
 from selkd.recipe import Recipe, parse_part
 from selkd.recipe_files import load_recipe
+from selkd.rescoring import Again
 
 Command = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -133,6 +135,18 @@ def test_a_cache_outside_its_run_needs_its_recipe(run_path: Path, selkd_json: Co
     code, answer = selkd_json("cache", "verify", cache, "--repair", "--recipe", recipe, *shared)
     assert code == 0, answer
     assert contents(cache) == before
+
+
+@pytest.mark.parametrize("sampler", ["systematic", "top_k"])
+def test_other_samplers_draws_are_judged_by_their_own_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, selkd_json: Command, sampler: str
+) -> None:
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(make_recipe(tmp_path, classes={"sampler": sampler, "draws": 16})))
+    cache_only(load_recipe(tmp_path / "toy.yaml"), tmp_path / "run")
+    rescored = selkd_json("cache", "verify", tmp_path / "run" / "teacher_cache", "--rescore", 1000)[1]["rescored"]
+    assert rescored["identical_positions"] == rescored["positions"] > 100
+    assert abs(rescored["excess"]) < 4 * rescored["standard_error"] + 1e-6
 
 
 def test_rescoring_with_the_same_teacher_finds_the_same_draws(run_path: Path, selkd_json: Command) -> None:
@@ -261,6 +275,72 @@ def test_a_complete_cache_serves_any_selection_of_its_samples(tmp_path: Path, mo
     other = parse_part(Recipe, recipe | {"seed": 4})
     with pytest.raises(InputError, match="seed: stored 3, expected 4"):
         cache_only(other, tmp_path / "other")
+    flip(tmp_path / "cache" / "shard-00000.selkd", -200)
+    with pytest.raises(InputError, match=r"more samples than this recipe's and is damaged: .*shard-00000\.selkd"):
+        cache_only(parse_part(Recipe, recipe), tmp_path / "few again")
+
+
+def test_a_cache_that_lacks_a_sample_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold more samples than the recipe keeps, and yet not the same ones."""
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
+    shared = {"cache": {"path": str(tmp_path / "cache")}}
+    larger = make_recipe(tmp_path, samples={"metric": "random", "fraction": 0.6}, **shared)
+    cache_only(parse_part(Recipe, larger), tmp_path / "larger")
+    with pytest.raises(InputError, match="was planned for other samples"):
+        cache_only(parse_part(Recipe, make_recipe(tmp_path, **shared)), tmp_path / "few")
+
+
+@pytest.mark.parametrize("lost", ["a shard", "half a shard", "a bit", "the index", "the plan's content"])
+def test_the_recipe_that_built_a_cache_mends_it(run_path: Path, lost: str) -> None:
+    cache = run_path / "teacher_cache"
+    before = contents(cache)
+    shard = cache / "shard-00001.selkd"
+    match lost:
+        case "a shard":
+            shard.unlink()
+        case "half a shard":
+            shard.write_bytes(shard.read_bytes()[:1000])
+        case "a bit":
+            flip(shard, -200)
+        case "the index":
+            (cache / "index.selkd").unlink()
+        case _:
+            (cache / "plan.json").write_text("{}")
+            with pytest.raises(InputError, match=r"plan\.json in .* is damaged"):
+                cache_only(load_recipe(run_path / "recipe.yaml"), run_path)
+            return
+    cache_only(load_recipe(run_path / "recipe.yaml"), run_path)
+    after = contents(cache)
+    for file in before.keys() - {"cost.json"}:
+        assert after[file] == before[file], file
+
+
+def again(n: int, squared_error: float, expected: float, scatter: float = 0.001, identical: bool = False) -> Again:
+    noise = np.random.default_rng(0).normal(0, scatter, n)
+    return Again(np.full(n, identical), squared_error + noise - noise.mean(), np.full(n, expected))
+
+
+def test_what_is_judged_is_the_excess_of_all_and_of_each_sample() -> None:
+    """On made-up comparisons of 300 samples of 100 positions."""
+    fine = {number.to_bytes(16, "big"): again(100, 0.0101, 0.01) for number in range(300)}
+    assert judged(fine, is_exact=True).agrees
+    assert judged(fine, is_exact=True).excess == pytest.approx(0.0001)
+    further = {sample_id: again(100, 0.0117, 0.01) for sample_id in fine}
+    assert not judged(further, is_exact=True).agrees
+    too_even = {sample_id: again(100, 0.0083, 0.01) for sample_id in fine}
+    assert not judged(too_even, is_exact=True).agrees
+    assert judged(too_even, is_exact=False).agrees
+    alien = bytes(15) + b"\x07"
+    one_alien = judged({**fine, alien: again(100, 0.4, 0.01, scatter=0.1)}, is_exact=True)
+    assert one_alien.excess < 0.0015
+    assert not one_alien.agrees
+    assert (one_alien.outlying_samples, one_alien.worst_sample) == (1, alien.hex())
+    assert one_alien.worst_excess == pytest.approx(0.39)
+
+
+def test_draws_that_are_all_the_same_again_agree_however_far_they_scatter() -> None:
+    same = {bytes(16): again(100, 0.5, 0.01, identical=True)}
+    assert judged(same, is_exact=True).agrees
 
 
 def test_rows_and_ids_are_what_the_document_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

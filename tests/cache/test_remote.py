@@ -125,3 +125,12 @@ def test_any_error_of_the_network_names_the_address(
     monkeypatch.setattr(type(remote), "cat_file", refuse)
     with pytest.raises(RunError, match=r"memory://bucket/cache can't be read: Forbidden: 403"):
         fetch_cache(URL, tmp_path / "copies")
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_copy_that_lost_a_file_or_a_part_of_one_is_mended(tmp_path: Path) -> None:
+    copy = fetch_cache(URL, tmp_path / "copies")
+    (copy / "shard-00001.selkd").write_bytes((copy / "shard-00001.selkd").read_bytes()[:100])
+    assert contents(fetch_cache(URL, tmp_path / "copies")) == contents(tmp_path / "original")
+    (copy / "index.selkd").unlink()
+    assert contents(fetch_cache(URL, tmp_path / "copies")) == contents(tmp_path / "original")

@@ -54,10 +54,11 @@ def remove_temporaries(folder: Path) -> None:
 
     Where the file system has no locks, the two can't be told apart: remains stay. They do no harm.
     """
-    for path in folder.iterdir():
-        if is_temporary(path.name):
-            with suppress(OSError):  # being written, just finished, or not ours to remove
-                _remove_unless_written(path)
+    with suppress(OSError):  # a folder that can't be listed keeps them
+        for path in folder.iterdir():
+            if is_temporary(path.name):
+                with suppress(OSError):  # being written, just finished, or not ours to remove
+                    _remove_unless_written(path)
 
 
 def _new_temporary(path: Path) -> BinaryIO:

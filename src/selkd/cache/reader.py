@@ -1,6 +1,7 @@
 """Reading a cache: open it, look samples up by content."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,8 @@ class TeacherCache:
             InputError: the sample is not in the cache, or what is stored is not what was written.
         """
         shard, row = self._locate(sample_id)
-        try:
+        with self._damage_told():
             return shard.read(self.directory / shard.name, row)
-        except InputError as error:
-            raise InputError(f"{error}. `selkd cache verify {self.directory} --repair` rebuilds that shard") from error
 
     def stored_bytes(self, sample_id: bytes) -> int:
         """How many bytes the sample's block takes. Raises InputError where the sample is not in the cache."""
@@ -119,11 +118,22 @@ class TeacherCache:
             )
         number, row = found
         if number < len(self._manifest["shards"]):
-            shard = self._shard(number)
+            with self._damage_told():
+                shard = self._shard(number)
             if row < len(shard.index) and shard.index["sample_id"][row].tobytes() == sample_id:
                 return shard, row
         self._check_index()
         raise InputError(f"{INDEX_FILE} in {self.directory} leads to another sample than {sample_id.hex()}")
+
+    @contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        """Says which cache a damaged shard is of, and what to do."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(
+                f"{error} (in {self.directory}). `selkd cache verify --repair`, with the recipe that built it, mends it"
+            ) from error
 
     def verify(self) -> list[str]:
         """Reads every byte of the folder as it is now; the problems found, each naming its file. Empty: all is well."""

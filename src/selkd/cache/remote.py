@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import xxhash
@@ -43,8 +44,6 @@ def fetch_cache(url: str, folder: Path) -> Path:
     except Exception as error:
         raise _broken_off(url, error) from error
     local = folder / xxhash.xxh3_128_hexdigest(manifest_bytes)
-    if (local / MANIFEST).exists() and (local / MANIFEST).read_bytes() == manifest_bytes:
-        return local
     # Read under a name that no cache has: the copy is not complete before its own manifest is in place.
     listing = local / f"{MANIFEST}.{os.getpid()}.listing"
     try:
@@ -56,6 +55,8 @@ def fetch_cache(url: str, folder: Path) -> Path:
         manifest = read_manifest(listing)
     finally:
         listing.unlink(missing_ok=True)
+    if _is_copied(local, manifest, manifest_bytes):
+        return local
 
     def copy(name: str) -> None:
         try:
@@ -109,6 +110,19 @@ def fetch_cache(url: str, folder: Path) -> Path:
     with replacing(local / MANIFEST) as file:
         file.write(manifest_bytes)
     return local
+
+
+def _is_copied(local: Path, manifest: dict[str, Any], manifest_bytes: bytes) -> bool:
+    """Whether a finished copy still has all its files, each in its size; their bytes are checked as they are read."""
+    sizes = {entry["name"]: entry["bytes"] for entry in manifest["shards"]} | {INDEX_FILE: manifest["index"]["bytes"]}
+    try:
+        return (
+            (local / MANIFEST).read_bytes() == manifest_bytes
+            and (local / PLAN).is_file()
+            and all((local / name).stat().st_size == size for name, size in sizes.items())
+        )
+    except OSError:
+        return False
 
 
 def _broken_off(what: str, error: Exception) -> RunError:

@@ -8,8 +8,12 @@ from selkd.cache.shard import check_shard, shard_name
 from selkd.errors import InputError
 
 
-def verify_cache(directory: str | Path) -> list[str]:
-    """Every problem of a cache's folder, each naming its file; works where ``TeacherCache.open`` refuses."""
+def verify_cache(directory: str | Path, *, decode: bool = True) -> list[str]:
+    """Every problem of a cache's folder, each naming its file; works where ``TeacherCache.open`` refuses.
+
+    Args:
+        decode: not only read every byte and compare the checksums, but also decode every sample.
+    """
     directory = Path(directory)
     problems: list[str] = []
     manifest = plan = None
@@ -31,7 +35,7 @@ def verify_cache(directory: str | Path) -> list[str]:
         return problems
     for number, entry in enumerate(shards):
         try:
-            shard = check_shard(directory / entry["name"], number, checksum, entry["ids_digest"], decode=True)
+            shard = check_shard(directory / entry["name"], number, checksum, entry["ids_digest"], decode=decode)
             if manifest is not None:
                 check_same_shard(number, shard, entry)
         except InputError as error:
