@@ -107,7 +107,9 @@ def test_approximate_scoring_says_how_far_it_agrees_and_is_another_file(tmp_path
     assert "estimated from 40 frequent and 20 other classes" in SampleScores.read(Path(scores)).fingerprint["metric"]
     for samples in ({"fraction": 0.3}, {**approximate, "tail_classes": 21}):
         with pytest.raises(InputError, match="these scores are of another metric: stored 'student_entropy, estimated"):
-            score_only(parse_part(Recipe, recipe | {"samples": {**samples, "path": scores}}), tmp_path / "other")
+            score_only(
+                parse_part(Recipe, recipe | {"samples": samples | {"path": scores}}), tmp_path / f"other {len(samples)}"
+            )
 
 
 @pytest.mark.parametrize(

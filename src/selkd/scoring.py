@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 from selkd.data.batching import collate
 from selkd.data.grouping import group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
-from selkd.maths.chunked import chunked_statistics
+from selkd.maths.chunked import ChunkedLogits, chunked_statistics
 from selkd.maths.estimate import ClassSubset, weighted_entropy
 from selkd.maths.head import Head
 from selkd.maths.importance import ce_ratio, statistics
 from selkd.models.head import head_of, hidden_states
 from selkd.selection.noise import sample_generator
-from selkd.teacher import head_logits
 
 TOKENS_AT_ONCE = 4096
 
@@ -108,9 +107,9 @@ class _Scoring:
         valid_mask, inputs = batch["valid_mask"], (batch["input_ids"], batch["position_ids"])
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             hidden = hidden_states(self.student, *inputs)[valid_mask]
-        teacher_hidden = None
-        if self.teacher is not None:
-            teacher_hidden = hidden_states(self.teacher, *inputs)[valid_mask]
+        teachers_logits = None
+        if self.teacher is not None and self.teacher_head is not None:
+            teachers_logits = ChunkedLogits(hidden_states(self.teacher, *inputs)[valid_mask], self.teacher_head)
             self.teacher_tokens += valid_mask.numel()
         names, targets = STATISTICS[self.metric], batch["targets"][valid_mask]
 
@@ -118,9 +117,7 @@ class _Scoring:
             if self.subset is not None:
                 estimate = weighted_entropy(student_logits, self.subset.n_frequent, self.subset.tail_weight)
                 return estimate.unsqueeze(-1)
-            teacher_logits = None
-            if self.teacher_head is not None and teacher_hidden is not None:
-                teacher_logits = head_logits(self.teacher_head, teacher_hidden[rows])
+            teacher_logits = None if teachers_logits is None else teachers_logits(rows)
             return statistics(names, student_logits, teacher_logits, targets[rows])
 
         columns = chunked_statistics(hidden, self.head, compute)

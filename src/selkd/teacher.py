@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from selkd.cache.reader import TeacherCache
 from selkd.errors import InputError
-from selkd.maths.chunked import wide
+from selkd.maths.chunked import ChunkedLogits, wide
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 from selkd.recipe_choices import ClassOptions
@@ -104,18 +104,18 @@ class LiveTeacher:
         return _LiveTargets(hidden.flatten(0, 1), self, uniforms)
 
 
-@dataclass(frozen=True)
 class _LiveTargets:
-    hidden_states: Tensor  # [B * T, D], or [N, D] once narrowed
-    teacher: LiveTeacher
-    uniforms: Tensor | None
+    """Targets at hidden states [B * T, D], or [N, D] once narrowed; the head's product is made a chunk at a time."""
+
+    def __init__(self, hidden_states: Tensor, teacher: LiveTeacher, uniforms: Tensor | None) -> None:
+        self.hidden_states = hidden_states
+        self.teacher = teacher
+        self.uniforms = uniforms
+        self.logits = ChunkedLogits(hidden_states, teacher.head)
 
     def at(self, index: Tensor) -> "_LiveTargets":
         uniforms = None if self.uniforms is None else self.uniforms[index]
         return _LiveTargets(self.hidden_states[index], self.teacher, uniforms)
-
-    def logits(self, rows: slice) -> Tensor:
-        return head_logits(self.teacher.head, self.hidden_states[rows])
 
     def chunk(self, rows: slice) -> Target:
         logits = self.logits(rows)

@@ -109,6 +109,7 @@ class Objective:
         sample_of = picked // valid_mask.shape[1]
         targets = batch["targets"].flatten()[picked]
         comparison = Comparison(self.criterion, teacher.at(picked), targets, sample_of, head.n_classes)
+        weights = weights / max(1, int(normaliser))
         total, values = chunked_loss(flat_hidden[picked], head, weights, comparison, narrow_head=narrow_head)
         _require_finite(values, picked, batch, place)
 
@@ -120,7 +121,7 @@ class Objective:
             sums[f"selected_{name}"], sums[f"valid_{name}"] = each.flatten()[picked].sum(), each.flatten()[valid].sum()
         if self.positions.scoring == "two_stage" and total.requires_grad and place.step % AGREEMENT_EVERY == 0:
             sums |= self.agreement(hidden_states.detach(), head, batch, place)
-        return {"loss": total / max(1, int(normaliser)), "scores": scored.values, **sums}
+        return {"loss": total, "scores": scored.values, **sums}
 
     def score(
         self, hidden_states: Tensor, head: Head, batch: Batch, teacher: TeacherTargets | None, place: Place
