@@ -1,6 +1,7 @@
 """What several tests share: oracle cases, tiny models and a tiny tokenizer, made on the spot."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ def case(request: pytest.FixtureRequest) -> dict[str, Any]:
         content[name] = torch.tensor(content[name], dtype=dtype)
     content["valid_mask"] = torch.tensor(content["valid_mask"], dtype=torch.bool)
     return content
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models this small lose more to a second thread than they gain; the real ones keep theirs."""
+    threads = torch.get_num_threads()
+    if request.node.get_closest_marker("real_teacher") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,18 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("demo", "distill", "score", "cache", "recipes", "prune-student"):
+    for command in (
+        "demo",
+        "distill",
+        "score",
+        "cache",
+        "recipes",
+        "tokens",
+        "prune-student",
+        "report",
+        "estimate",
+        "sweep",
+    ):
         assert command in done.stdout
 
 

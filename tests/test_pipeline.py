@@ -76,6 +76,10 @@ def test_a_run_writes_what_the_contract_names(tmp_path: Path) -> None:
     assert counts["samples_kept"] == len(kept) == -(-3 * len(scores) // 10)
     assert min(row["score"] for row in kept) >= max(row["score"] for row in scores if not row["kept"])
 
+    overlap = json.loads((run.path / "selection" / "overlap.json").read_text())
+    assert set(overlap["samples"]["metrics"]) == {"student_entropy", "kl", "ce_ratio"}
+    assert overlap["positions"]["fraction"] == record["recipe"]["positions"]["fraction"]
+
     cache = TeacherCache.open(run.path / "teacher_cache")
     assert sorted(id.hex() for id in cache.sample_ids()) == sorted(row["sample_id"] for row in kept)
     assert record["teacher_cache"]["positions"] * 3 == counts["positions_valid"]
@@ -263,7 +267,13 @@ def test_scores_and_cache_are_shared_between_runs(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A toy recipe whose teacher, text and pruned student are made once for all."""
-    return make_recipe(tmp_path_factory.mktemp("toy"), samples=None, cache=None)
+    recipe = make_recipe(tmp_path_factory.mktemp("toy"), samples=None, cache=None)
+    quick = {"num_train_epochs": 2, "save_strategy": "no", "learning_rate": 0.002}
+    return recipe | {"training": {**without_saving(recipe["training"]), **quick}}
+
+
+def without_saving(training: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in training.items() if key != "save_steps"}
 
 
 @pytest.mark.parametrize("name", [name for name in named_recipes() if name != "demo"])

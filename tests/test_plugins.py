@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny import make_samples
 from tiny_run import make_recipe
 
-from selkd import plugins
-from selkd.errors import InputError
+from selkd import distill, plugins
+from selkd.data.batching import collate
+from selkd.errors import InputError, RunError
 from selkd.recipe import Recipe, parse_part
-from selkd.recipe_choices import ClassOptions
+from selkd.recipe_choices import ClassOptions, PositionOptions
 from selkd.selection.classes import class_sampler
+from selkd.selection.positions import Place
+from selkd.selection.scores import choose_positions
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_parts"
 
@@ -35,6 +39,22 @@ def test_the_worked_example_runs_where_it_lies(name: str, tmp_path: Path) -> Non
     assert record["train"]["loss_last"] < record["train"]["loss_first"]
     if "positions" in own:
         assert 0 < record["counts"]["positions_selected"] < record["counts"]["positions_valid"]
+
+
+def test_a_part_that_changed_is_not_taken_for_the_one_that_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "def wide(student_logits):\n    return student_logits.amax(-1) - student_logits.amin(-1)\n"
+    module = tmp_path / "changing_part.py"
+    module.write_text(code)
+    recipe = make_recipe(tmp_path, samples=None, cache=None, classes={"sampler": "all"}, evaluation={"suite": []})
+    recipe["positions"] = {"metric": "changing_part:wide"}
+    distill(recipe, tmp_path / "run")
+    assert distill(recipe, tmp_path / "run").record["own_parts"].keys() == {"metric"}
+    module.write_text(code + "# another\n")
+    with pytest.raises(InputError, match="the source of this recipe's own metric changed since the run began"):
+        distill(recipe, tmp_path / "run")
 
 
 def test_the_examples_sampler_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +83,46 @@ def test_a_samplers_answer_is_checked(name: str, monkeypatch: pytest.MonkeyPatch
     answer, message = BAD_ANSWERS[name]
     monkeypatch.setitem(plugins._registered["sampler"], "bad", lambda: answer)
     draw = class_sampler(ClassOptions.model_validate({"sampler": "bad", "draws": 4}))
-    with pytest.raises(ValueError, match=f"classes.sampler: bad returned .*{message}"):
+    with pytest.raises(RunError, match=f"classes.sampler: bad returned .*{message}"):
         draw(torch.full((2, 5), 0.2), torch.zeros(2, 4, dtype=torch.float64))
+
+
+def test_faults_are_told_by_key_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def boom(student_logits: torch.Tensor) -> torch.Tensor:
+        return student_logits.no_such_thing
+
+    for kind in ("metric", "criterion"):
+        monkeypatch.setitem(plugins._registered[kind], "boom", boom)
+        monkeypatch.setitem(plugins._registered[kind], "number", lambda: 5)
+        monkeypatch.setitem(plugins._registered[kind], "flat", lambda targets: targets.sum())
+    logits, targets = torch.zeros(3, 4), torch.zeros(3).long()
+    for kind, function_of in (("metric", plugins.metric_function), ("criterion", plugins.criterion_function)):
+        key = plugins.KEYS[kind]
+        for name, message in (
+            ("boom", "raised AttributeError: .*no_such_thing"),
+            ("number", "returned int, expected a tensor"),
+            ("flat", r"returned shape \(\), expected \(3,\)"),
+        ):
+            with pytest.raises(RunError, match=f"{key}: {name} {message}"):
+                function_of(name)(logits, logits, targets)
+
+
+def test_a_policys_own_randomness_is_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(uniforms: torch.Tensor, valid_mask: torch.Tensor, floor: float = 0.5) -> torch.Tensor:
+        picked = valid_mask & (uniforms > floor)
+        valid_mask |= True  # its own copy
+        return picked / picked.sum(-1, keepdim=True).clamp(min=1)
+
+    monkeypatch.setitem(plugins._registered["policy"], "half", half)
+    options = PositionOptions.model_validate({"policy": "half"})
+    batch = collate(list(make_samples(4)), 1)
+    mask = batch["valid_mask"].clone()
+    scores = torch.zeros(mask.shape)
+    first = choose_positions(options, scores, batch, Place(0, 0.2, 0.0, None), seed=1)
+    assert torch.equal(batch["valid_mask"], mask)
+    assert 0 < int((first > 0).sum()) < int(mask.sum())
+    assert torch.equal(first, choose_positions(options, scores, batch, Place(0, 0.2, 0.0, None), seed=1))
+    assert not torch.equal(first, choose_positions(options, scores, batch, Place(1, 0.2, 0.0, None), seed=1))
 
 
 def test_a_decorated_function_has_a_name_in_recipes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -81,6 +139,10 @@ def test_a_decorated_function_has_a_name_in_recipes(monkeypatch: pytest.MonkeyPa
         parse_part(Recipe, recipe | {"classes": {"sampler": "rs_kd"}, "cache": {"path": None}})
     with pytest.raises(InputError, match=r"'gab' is not known.*Did you mean 'gap'\?"):
         parse_part(Recipe, recipe | {"positions": {"metric": "gab"}})
+    with pytest.raises(ValueError, match="'kl' is a built-in metric"):
+        plugins.metric("kl")(gap)
+    with pytest.raises(ValueError, match=r"'gap' is already the metric .*gap"):
+        plugins.metric("gap")(lambda student_logits: student_logits.amax(-1))
     with pytest.raises(ValueError, match=r"a metric may ask for .* but this one asks for temperature"):
         plugins.metric("wrong")(lambda student_logits, temperature: student_logits / temperature)
 
@@ -88,5 +150,10 @@ def test_a_decorated_function_has_a_name_in_recipes(monkeypatch: pytest.MonkeyPa
 def test_a_module_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fails_at_import.py").write_text("raise RuntimeError('no luck')")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "leaves_at_import.py").write_text("import sys\nsys.exit(0)")
     with pytest.raises(ValueError, match=r"fails_at_import can't be imported \(RuntimeError: no luck\)"):
         plugins.resolve("metric", "fails_at_import:f")
+    with pytest.raises(ValueError, match=r"leaves_at_import can't be imported \(SystemExit: 0\)"):
+        plugins.resolve("metric", "leaves_at_import:f")
+    with pytest.raises(ValueError, match="collections has no function 'OrderedDict'"):
+        plugins.resolve("metric", "collections:OrderedDict")

@@ -72,7 +72,7 @@ def test_models_are_loaded_only_for_what_needs_them() -> None:
 
 
 def test_the_recipe_knows_the_metrics_that_there_are() -> None:
-    assert set(SampleMetric.__args__) == {"student_entropy", "kl", "ce_ratio", "random"}
+    assert set(SampleMetric.__args__) == {"student_entropy", "kl", "ce_ratio", "random", "all"}
 
 
 def test_approximate_scores_are_the_means_of_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:

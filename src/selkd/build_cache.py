@@ -4,7 +4,8 @@ Draws depend on (seed, sample content) alone and the teacher's batches on the da
 by several processes, is the same.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from selkd.cache.writer import CacheWriter
+from selkd.cache.rows import Rows
+from selkd.cache.writer import CacheWriter, SampleRows
 from selkd.data.batching import collate
 from selkd.data.grouping import group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
+from selkd.finite import require_finite
 from selkd.maths.chunked import chunk_size, chunks
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
@@ -26,10 +29,9 @@ from selkd.selection.classes import class_sampler
 from selkd.selection.noise import position_uniforms
 from selkd.teacher import head_logits
 
-SHARD_TOKENS = 32768
+# A shard stores how often each class is drawn: some 30 kB at 50,000 classes, which a small shard would not repay.
+SHARD_TOKENS = 2**17
 TOKENS_AT_ONCE = 4096
-
-SampleRows = tuple[bytes, np.ndarray, np.ndarray, np.ndarray]
 
 
 def build_cache(
@@ -41,12 +43,15 @@ def build_cache(
     temperature: float,
     seed: int,
     pad_token_id: int,
+    *,
+    repair: bool = False,
 ) -> int:
     """Build, or finish, the cache of ``samples`` in ``directory``. Shards that are there and whole are kept.
 
     Args:
         fingerprint: everything that determines the draws; ``vocabulary`` is how many classes both models share.
         teacher: gives the model; called only if a shard is missing.
+        repair: also write a lost or damaged plan anew, where the folder's shards show that it is this cache's.
 
     Returns:
         The tokens, padding included, that the teacher's body ran on, all processes together.
@@ -57,21 +62,22 @@ def build_cache(
     state = PartialState()
     shards = plan_shards(samples)
     with state.main_process_first():  # the first one claims the folder
-        writer = CacheWriter(directory, fingerprint, [[samples.ids[i] for i in shard] for shard in shards])
-    missing = writer.missing_shards()
-    state.wait_for_everyone()  # all have looked before any writes
+        shard_ids = [[samples.ids[i] for i in shard] for shard in shards]
+        writer = CacheWriter(directory, fingerprint, shard_ids, repair=repair)
+    # Each process reads its share; all have looked before any writes.
+    missing = writer.missing_shards(range(state.process_index, len(shards), state.num_processes))
+    missing = sorted(gather_object(missing)) if state.num_processes > 1 else missing
     mine = missing[state.process_index :: state.num_processes]
     tokens = 0
     if mine:
+        writer.require_writable()
         model = teacher()
         draw = _Drawing(model, classes, temperature, seed, int(fingerprint["vocabulary"]), pad_token_id)
         n_samples = sum(len(shards[number]) for number in mine)
         with tqdm(
             total=n_samples, desc="caching the teacher", unit=" samples", disable=not state.is_main_process
         ) as bar:
-            for number in mine:
-                rows = draw.rows([samples[index] for index in shards[number]])
-                writer.write_shard(number, _counting(rows, bar))
+            _write_all(writer, mine, lambda number: draw.rows([samples[index] for index in shards[number]]), bar)
         tokens = draw.tokens
     state.wait_for_everyone()
     if state.is_main_process:
@@ -97,6 +103,37 @@ def plan_shards(samples: SampleDataset) -> list[list[int]]:
     return shards
 
 
+def draw_again(
+    model: PreTrainedModel,
+    samples: SampleDataset,
+    indices: Sequence[int],
+    classes: ClassOptions,
+    temperature: float,
+    seed: int,
+    n_classes: int,
+    pad_token_id: int,
+) -> dict[int, Rows]:
+    """The rows of some samples of a cache, drawn anew in the batches in which ``build_cache`` drew them.
+
+    So on the same hardware they are the same to the last count.
+    """
+    draw = _Drawing(model, classes, temperature, seed, n_classes, pad_token_id)
+    wanted = {samples.ids[index]: index for index in indices}
+    found: dict[int, Rows] = {}
+    for shard in plan_shards(samples):
+        if wanted.keys().isdisjoint(samples.ids[index] for index in shard):
+            continue
+        lengths = samples.lengths[shard]
+        for group in group_by_tokens(lengths, TOKENS_AT_ONCE):
+            members = [shard[place] for place in group]
+            if wanted.keys().isdisjoint(samples.ids[index] for index in members):
+                continue
+            for sample_id, *rows in draw.group([samples[index] for index in members]):
+                if sample_id in wanted:
+                    found[wanted[sample_id]] = Rows(*rows)
+    return found
+
+
 class _Drawing:
     def __init__(
         self,
@@ -120,13 +157,13 @@ class _Drawing:
         done: dict[int, SampleRows] = {}
         following = 0
         for group in group_by_tokens([len(sample.token_ids) for sample in samples], TOKENS_AT_ONCE):
-            done.update(zip(group, self._group([samples[index] for index in group]), strict=True))
+            done.update(zip(group, self.group([samples[index] for index in group]), strict=True))
             while following in done:
                 yield done.pop(following)
                 following += 1
 
     @torch.inference_mode()
-    def _group(self, group: list[Sample]) -> list[SampleRows]:
+    def group(self, group: list[Sample]) -> list[SampleRows]:
         batch = collate(group, self.pad_token_id)
         self.tokens += batch["input_ids"].numel()
         ids, valid = batch["sample_ids"].numpy(), batch["valid_mask"].numpy()
@@ -136,9 +173,11 @@ class _Drawing:
         )
         hidden = hidden_states(self.model, batch["input_ids"].to(device), batch["position_ids"].to(device))
         hidden = hidden[batch["valid_mask"].to(device)]
+        index = batch["valid_mask"].flatten().nonzero().flatten()
         lengths, class_ids, counts = [], [], []
         for rows in chunks(len(hidden), chunk_size(self.head.n_classes, device)):
             probabilities = torch.softmax(head_logits(self.head, hidden[rows]) / self.temperature, dim=-1)
+            require_finite(probabilities.sum(dim=-1), index[rows], batch, "the teacher's logits, for its cache")
             chunk_ids, chunk_counts = self.sampler.integers(probabilities, uniforms[rows].to(device))
             drawn = chunk_counts > 0
             lengths.append(drawn.sum(dim=-1).cpu().numpy())
@@ -166,7 +205,17 @@ def _by_sample(
     ]
 
 
-def _counting(rows: Iterator[SampleRows], bar: tqdm) -> Iterator[SampleRows]:
-    for row in rows:
-        yield row
-        bar.update(1)
+def _write_all(writer: CacheWriter, numbers: list[int], rows: Callable[[int], Iterator[SampleRows]], bar: tqdm) -> None:
+    """Write these shards, each while the teacher goes on to the next: coding does not keep an accelerator waiting."""
+    with ThreadPoolExecutor(1) as pool:
+        written: Future[None] | None = None
+        for number in numbers:
+            found = []
+            for row in rows(number):
+                found.append(row)
+                bar.update(1)
+            if written is not None:
+                written.result()
+            written = pool.submit(writer.write_shard, number, found)
+        if written is not None:
+            written.result()

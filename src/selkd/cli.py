@@ -136,25 +136,117 @@ def cache_build(recipe: RecipeName, out: Out = None, overrides: Overrides = None
 
 
 @cache_app.command("verify")
-def cache_verify(directory: CacheFolder, json_output: Json = False) -> None:
+def cache_verify(
+    directory: CacheFolder,
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild what is damaged, from the teacher.")] = False,
+    rescore: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Run the teacher again on N random samples and compare.")
+    ] = 0,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="What it was built by; its run's own recipe if not given.")
+    ] = None,
+    out: Out = None,
+    overrides: Overrides = None,
+    json_output: Json = False,
+) -> None:
     """Read every byte of a cache and name each damaged part; exit code 1 if there is one."""
-    from selkd.cache.reader import verify_cache
+    from selkd.cache.verify import verify_cache
 
     if not directory.is_dir():
         raise InputError(f"{directory}: no such folder.")
     problems = verify_cache(directory)
-    _answer({"problems": problems}, json_output, empty="every shard is whole")
-    if problems:
+    answer: dict[str, Any] = {"problems": problems}
+    failed = bool(problems)
+    if (problems and repair) or rescore:
+        from selkd import cache_tools
+
+        _quiet()
+        loaded, own = cache_tools.recipe_of(directory, recipe, overrides)
+        if problems and repair:
+            answer["problems_left"] = cache_tools.repair(directory, loaded, out or own)
+            failed = bool(answer["problems_left"])
+        if rescore and not failed:
+            rescored = cache_tools.rescore(directory, loaded, out or own, rescore)
+            answer["rescored"] = cache_tools.as_answer(rescored)
+            failed = not rescored.agrees
+    _answer(answer, json_output, empty="every shard is whole")
+    if failed:
         raise typer.Exit(1)
 
 
 @cache_app.command("inspect")
-def cache_inspect(directory: CacheFolder, json_output: Json = False) -> None:
-    """Size, bytes a position against plainer layouts, and what the cache was built from."""
+def cache_inspect(
+    directory: CacheFolder,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Write histograms there, as SVG files.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many random samples to read for the distributions.")] = 1000,
+    json_output: Json = False,
+) -> None:
+    """Size, bytes a position against plainer layouts, what was drawn, and what the cache was built from."""
+    from selkd.cache.inspect import contents, summary
     from selkd.cache.reader import TeacherCache
 
     cache = TeacherCache.open(directory)
-    _answer({**cache.stats(), "fingerprint": cache.fingerprint}, json_output)
+    found = contents(cache, samples)
+    answer: dict[str, Any] = {**cache.stats(), **summary(found), "fingerprint": cache.fingerprint}
+    if plots is not None:
+        from selkd.reporting.cache_plots import write_plots
+
+        answer["plots"] = [str(path) for path in write_plots(found, plots)]
+    _answer(answer, json_output)
+
+
+@app.command("eval")
+def eval_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]MODEL...", help="demo, a folder, a run's folder or a hub id; several compare."),
+    ],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="fidelity, paper, validation, a benchmark or a harness task; may be repeated. [fidelity]"),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="For fidelity: demo, a local folder or a hub id.")] = None,
+    text: Annotated[
+        str, typer.Option(help="For fidelity: demo, a text file, a folder of them or a hub data set.")
+    ] = "demo",
+    text_field: Annotated[str, typer.Option(help="The field of .jsonl and .parquet text.")] = "text",
+    data: Annotated[
+        list[Path] | None, typer.Option(help="A folder of the benchmarks' .jsonl files; no hub. May be repeated.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples of a task at most, spread evenly; of fidelity, windows of text.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Solved examples before a question.")] = 0,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put prompts into the chat template.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompts at once; found from the memory if not given.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Where results are kept, and found again.")] = Path("evals"),
+    json_output: Json = False,
+) -> None:
+    """Measure models: fidelity to a teacher, the paper's benchmarks, any task; the first against the others."""
+    from selkd.evaluation.command import Request, evaluate_models
+    from selkd.evaluation.held_out import FidelityOptions
+    from selkd.evaluation.measuring import BenchmarkOptions
+
+    _quiet()
+    folders = [str(folder) for folder in data] if data else None
+    benchmarks = BenchmarkOptions(suite or ["fidelity"], folders, limit, shots, chat_template, batch_size)
+    answer = evaluate_models(Request(models, benchmarks, FidelityOptions(text, text_field, limit), teacher, dtype, out))
+    if json_output:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from rich.console import Console
+
+    from selkd.evaluation.tables import comparison_lines, figures_table, notes, suites_table
+
+    console = Console()
+    console.print(figures_table(answer))
+    if (suites := suites_table(answer)) is not None:
+        console.print("", suites)
+    for line in (*comparison_lines(answer), *notes(answer)):
+        console.print(line, highlight=False, markup=False)
 
 
 @app.command()
@@ -210,6 +302,156 @@ def bench(
     console.print(bench_table(answer))
     if trace is not None:
         console.print(f"memory over time  {trace / 'memory.svg'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def estimate(
+    recipe: RecipeName,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many accelerators; this machine's device if not given.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Plan for so many training tokens; the recipe's if not given.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run a few steps here to measure time and cache bytes.")
+    ] = False,
+    overrides: Overrides = None,
+    json_output: Json = False,
+) -> None:
+    """Memory, teacher queries, cache and time of a recipe, before they are spent."""
+    from selkd.estimate.estimate import estimate as estimated
+    from selkd.recipe_files import load_recipe
+    from selkd.reporting.tables import estimate_tables
+
+    _quiet()
+    answer = estimated(load_recipe(recipe, overrides), gpus=gpus, tokens=tokens, with_probe=probe)
+    if json_output:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from rich.console import Console
+
+    for table in estimate_tables(answer):
+        Console().print(table)
+
+
+@app.command("sweep")
+def sweep_command(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A named study (demo_positions) or a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="The study's folder; runs/<study name> if not given.")] = None,
+    overrides: Overrides = None,
+    json_output: Json = False,
+) -> None:
+    """Recipes x seeds into one table. Repeat the command to continue; one failed run does not sink the rest."""
+    from selkd.recipe_files import parse_override
+    from selkd.sweep.study import load_study
+    from selkd.sweep.sweep import sweep
+
+    name, content, folder = load_study(study)
+    keys = dict(parse_override(override) for override in overrides or [])
+    result = sweep(name, content, folder, out or Path("runs") / name, keys)
+    comparison = result.out / "comparison"
+    if json_output:
+        typer.echo(json.dumps({"study": name, "failed": result.failed, "table": result.table}, indent=2))
+    elif result.table is not None:
+        typer.echo(f"{(comparison / 'table.md').read_text(encoding='utf-8')}\nreport  {comparison / 'report.html'}")
+    if result.failed:
+        typer.echo(f"selkd: {len(result.failed)} runs failed; the same command tries them again.", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `selkd distill` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; the run's own folder, or `comparison` for several runs.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The recipe that differences are told against; the first one if not given.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """The page of one run, or a table, plots and a page of several side by side."""
+    from selkd.reporting.comparison import as_markdown, compare
+    from selkd.reporting.comparison_page import PAGE, write_comparison
+    from selkd.reporting.page import write_page
+
+    if len(runs) == 1:
+        if baseline is not None:
+            raise InputError("--baseline: one run has nothing to differ from; give several.")
+        _answer({"report": str(write_page(runs[0], out))}, json_output)
+        return
+    folder = out or Path("comparison")
+    comparison = compare(runs, baseline)
+    content = write_comparison(comparison, folder, "Runs side by side")
+    if json_output:
+        typer.echo(json.dumps({"report": str(folder / PAGE), **content}, indent=2))
+    else:
+        typer.echo(f"{as_markdown(comparison)}\nreport  {folder / PAGE}")
+
+
+@app.command()
+def tokens(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The student: demo, a local folder or a hub id.")],
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="[TEXT]", help="The text; what is piped in, or a demo passage, if not given."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A UTF-8 file that holds the text.")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="For metrics that look at a teacher.")] = None,
+    metric: Annotated[
+        str, typer.Option(help="What colours the tokens, and ranks them: a metric's name or module:function.")
+    ] = "student_entropy",
+    policies: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            metavar="NAME[,KEY=VALUE...]",
+            help="A policy with its options, as in pos_rs,smoothing=2; again for another beside it. "
+            "progress=0.5 is half-way through a run. top_k if not given.",
+        ),
+    ] = None,
+    fraction: Annotated[float, typer.Option(help="The share of the positions that a policy picks.")] = 0.2,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a sample at most; longer text is cut. 512, or what fits.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of policies that draw.")] = 1337,
+    json_output: Json = False,
+) -> None:
+    """What a policy picks of a text, coloured by a metric: in the terminal and as a page."""
+    from selkd.policy_choice import check_metric, parse_policy
+    from selkd.reporting.policy_views import compare
+    from selkd.reporting.tokens_page import check_page_path, write_tokens_page
+
+    check_metric(metric)
+    choices = [parse_policy(given, metric, fraction) for given in policies or ["top_k"]]
+    if html is not None:
+        check_page_path(html)
+        if file is not None and file.exists() and html.exists() and html.samefile(file):
+            raise InputError(f"--html {html}: this is the text; the page would replace it. Give another file.")
+
+    from selkd.tokens import demo_passage, look, text_given
+
+    _quiet()
+    shown = text_given(text, file)
+    if shown is None:
+        typer.echo("no TEXT: a passage of the demo text", err=True)
+        shown = demo_passage()
+    found = look(model, shown, metric, choices, teacher=teacher, max_length=max_length, seed=seed)
+    if teacher is not None and found["teacher"] is None:
+        typer.echo("--teacher: no metric that was asked for looks at it, so it was not loaded", err=True)
+    if html is not None:
+        write_tokens_page(html, compare(found))
+        typer.echo(f"page {html}", err=True)
+    if json_output:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    from selkd.reporting.tokens_terminal import print_comparison
+
+    print_comparison(Console(), compare(found))
 
 
 @app.command("prune-student")

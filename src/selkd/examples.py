@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selkd.data.batching import collate
 from selkd.data.samples import Sample
 from selkd.models.head import evaluating, head_of, hidden_states
+from selkd.models.tokenizers import token_texts
 from selkd.recipe_choices import ClassOptions, PositionOptions
 from selkd.selection.positions import Place, place_of
 from selkd.selection.scores import choose_positions, score_positions
@@ -25,7 +26,7 @@ def examine(
     n_classes: int,
     seed: int,
     *,
-    place: Place | None = None,
+    places: Sequence[Place] | None = None,
 ) -> dict[str, Any]:
     """The samples' tokens, the metric at each position, and what each policy makes of it.
 
@@ -34,8 +35,8 @@ def examine(
 
     Args:
         teacher: needed if a metric needs it.
-        place: where in a run the policies are; by default at its first step. gls has no queue here, so its start
-            is shown: the top scores of each sample.
+        places: where in a run each policy is, all at the same step; by default at the first. gls has no queue here,
+            so its start is shown: the top scores of each sample.
 
     Returns:
         ``metric``; ``policies``, their names; ``samples``, a list of ``sample_id``, ``tokens``, ``scores`` (None where
@@ -49,11 +50,12 @@ def examine(
     if teacher is not None:
         targets = LiveTeacher(teacher, ClassOptions.model_validate({}), 1.0, seed, n_classes).targets(batch, 0)
     names = {metric, *(options.metric for options in policies)}
-    step = 0 if place is None else place.step
+    places = places or [place_of(options, 0, 1) for options in policies]
+    step = places[0].step if places else 0
     scores = {name: score_positions(name, hidden, head, batch, targets, seed=seed, step=step).values for name in names}
     coefficients = [
-        choose_positions(options, scores[options.metric], batch, place or place_of(options, 0, 1), seed=seed)
-        for options in policies
+        choose_positions(options, scores[options.metric], batch, place, seed=seed)
+        for options, place in zip(policies, places, strict=True)
     ]
 
     def row_of(tensor: torch.Tensor, row: int) -> list[Any]:
@@ -65,7 +67,7 @@ def examine(
         "samples": [
             {
                 "sample_id": sample.id.hex(),
-                "tokens": [tokenizer.decode([token]) for token in sample.token_ids.tolist()],
+                "tokens": token_texts(tokenizer, sample.token_ids.tolist()),
                 "scores": [
                     round(value, 4) if valid else None
                     for value, valid in zip(row_of(scores[metric], row), row_of(valid_mask, row), strict=True)

@@ -13,6 +13,7 @@ import torch
 from selkd import stages
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, RunError
+from selkd.evaluation_stage import require_benchmarks
 from selkd.examples import examine
 from selkd.models.loading import load_model
 from selkd.models.sources import locate
@@ -25,7 +26,7 @@ from selkd.run_directory import RunDirectory, write_whole
 from selkd.selection.positions import place_of
 from selkd.workspace import CALIBRATION_SAMPLES, Workspace
 
-EXAMPLES = 3  # samples shown on the page
+EXAMPLES = 8  # held-out samples whose scores are kept: the page shows the text of some, the histogram counts all
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | N
     with _recorded(run, work):
         samples = stages.score(work, run)
     if not stages.is_trained(work, run):
-        if checked.evaluation.suite and not (run.record["fidelity"] or {}).get("before"):
+        if not stages.is_measured(work, run, "before"):
             with _recorded(run, work):
                 stages.evaluate(work, run, work.student, "before")
         with _recorded(run, work):
             teacher = stages.cache(work, run, samples)
         with _recorded(run, work):
             stages.train(work, run, samples, teacher)
-            (run.record["fidelity"] or {})["after"] = None
+            stages.forget_after(run)
     _finish(work, run)
     return Run(run.path, run.record)
 
@@ -103,6 +104,7 @@ def start(recipe: Recipe, out: Path | None) -> tuple[Workspace, RunDirectory]:
     path = out or Path("runs") / (recipe.name or "recipe")
     work = Workspace(recipe, path)
     work.arguments  # noqa: B018  refused, if at all, before anything is loaded or written
+    require_benchmarks(recipe.evaluation)
     run = RunDirectory.claim(path, recipe)
     work.state.wait_for_everyone()  # all have looked before the main process writes
     with _recorded(run, work):
@@ -112,7 +114,7 @@ def start(recipe: Recipe, out: Path | None) -> tuple[Workspace, RunDirectory]:
 
 def _finish(work: Workspace, run: RunDirectory) -> None:
     """Measure the saved student and write what people read."""
-    unmeasured = work.recipe.evaluation.suite and not run.record["fidelity"]["after"]
+    unmeasured = not stages.is_measured(work, run, "after")
     examples = run.path / "selection" / "examples.json"
     if unmeasured or not examples.exists():
         work.__dict__.pop("student", None)  # the trained one in memory; what is measured is what was saved
@@ -132,7 +134,7 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
                 [recipe.positions],
                 work.n_classes,
                 recipe.seed,
-                place=place_of(recipe.positions, run.record["train"]["steps"], run.record["train"]["steps"]),
+                places=[place_of(recipe.positions, run.record["train"]["steps"], run.record["train"]["steps"])],
             )
             write_whole(examples, json.dumps(found) + "\n")
     card = run.path / "student" / "README.md"

@@ -6,15 +6,17 @@ effect; a key that a choice makes meaningless (a fraction beside ``policy: all``
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from selkd.errors import InputError
 from selkd.recipe_choices import ClassOptions, CriterionOptions, Part, PositionOptions, SampleOptions, needs_teacher
 from selkd.recipe_errors import explain
+from selkd.recipe_evaluation import benchmarks_of, check_suite
 
 P = TypeVar("P", bound=BaseModel)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KeepBest = Literal["perplexity", "kl_nats", "top1_agreement", "validation"]
 
 
 class TeacherOptions(Part):
@@ -64,17 +66,54 @@ class CacheOptions(Part):
     path: str | None = None
 
 
-class EvaluationOptions(Part):
-    """What is measured on the held-out split, before and after training, and every so many steps if asked."""
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
 
-    suite: list[Literal["fidelity"]] = Field(["fidelity"])
-    every_steps: int | None = Field(None, ge=1)
+
+class EvaluationOptions(Part):
+    """What is measured before and after training, and every so many steps if asked.
+
+    ``suite``: ``fidelity`` (on the held-out split), ``paper``, ``validation``, single benchmarks, or tasks of
+    lm-evaluation-harness by name.
+    """
+
+    suite: Annotated[list[str], AfterValidator(check_suite)] = Field(
+        ["fidelity"],
+        description="fidelity, paper, validation, single benchmarks, or tasks of lm-evaluation-harness; []: nothing",
+    )
+    every_steps: int | None = Field(None, ge=1, description="measure also every so many optimiser steps; null: don't")
+    keep_best: KeepBest | None = Field(
+        None, description="keep the student that measured best by this, in best_student/"
+    )
+    data: Annotated[list[str], BeforeValidator(_as_list)] | None = Field(
+        None, description="folders of local benchmark files; null: the hub"
+    )
+    limit: int | None = Field(None, ge=1, description="rows of a benchmark at most, spread evenly")
+    shots: int = Field(0, ge=0, description="solved examples before each question, where a benchmark has some")
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> "EvaluationOptions":
         if self.every_steps is not None and not self.suite:
             raise ValueError("evaluation.every_steps measures evaluation.suite, which is empty; give [fidelity]")
+        if not benchmarks_of([name for name in self.suite if name != "fidelity"]):
+            for key in ("data", "limit", "shots"):
+                if getattr(self, key):
+                    raise ValueError(
+                        f"evaluation.{key}: only benchmarks have {key}, and evaluation.suite is {self.suite}; "
+                        "add paper, validation or a task's name"
+                    )
+        if self.keep_best is not None:
+            self._require_measured(self.keep_best)
         return self
+
+    def _require_measured(self, keep_best: str) -> None:
+        if self.every_steps is None:
+            raise ValueError("evaluation.keep_best compares what is measured on the way; give evaluation.every_steps")
+        needed = "validation" if keep_best == "validation" else "fidelity"
+        if needed not in self.suite:
+            raise ValueError(
+                f"evaluation.keep_best: {keep_best} is measured by the suite {needed}; add it to evaluation.suite"
+            )
 
 
 def _checked_training(given: Any) -> Any:
@@ -101,21 +140,16 @@ class Recipe(Part):
     evaluation: EvaluationOptions = EvaluationOptions()
     seed: int = Field(1337, ge=0, lt=2**32)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _every_sample(cls, given: Any) -> Any:
-        """``samples: {metric: all}`` is ``samples: null``."""
-        if (
-            isinstance(given, dict)
-            and isinstance(given.get("samples"), dict)
-            and given["samples"].get("metric") == "all"
-        ):
-            return given | {"samples": None}
-        return given
-
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
+        if self.samples is not None and self.samples.metric == "all":  # no filter
+            object.__setattr__(self, "samples", None)
         check_parts(self.criterion, self.positions, self.classes)
+        if (self.positions.skip_first or 0) >= self.data.max_length - 1:
+            raise ValueError(
+                f"positions.skip_first: {self.positions.skip_first} leaves no position of samples of data.max_length = "
+                f"{self.data.max_length} tokens; lower it"
+            )
         if self.cache is not None and self.classes.sampler == "all":
             raise ValueError(
                 "cache: the full distribution (classes.sampler: all) is too large to store; "
@@ -127,10 +161,10 @@ class Recipe(Part):
                 "and a cache holds drawn classes alone; take a metric of the student (student_entropy, student_ce), or "
                 "set cache: null for a live teacher"
             )
-        if self.evaluation.suite and self.data.held_out_fraction == 0:
+        if "fidelity" in self.evaluation.suite and self.data.held_out_fraction == 0:
             raise ValueError(
                 "evaluation.suite: [fidelity] measures held-out text, and data.held_out_fraction is 0; "
-                "raise it, or set evaluation.suite: []"
+                "raise it, or leave fidelity out of evaluation.suite"
             )
         if self.evaluation.every_steps is not None and self.training.get("fsdp"):
             raise ValueError(

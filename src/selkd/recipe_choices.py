@@ -7,50 +7,35 @@ meaningless (a fraction beside ``policy: all``) is null once read.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from selkd import plugins
-
-POSITION_METRICS = (
-    "student_entropy",
-    "teacher_entropy",
-    "student_ce",
-    "teacher_ce",
-    "kl",
-    "reverse_kl",
-    "kl_plus_student_entropy",
-    "ce_ratio",
-    "ce_ratio_plus_student_entropy",
-    "soft_or",
-    "random",
+from selkd.builtin import (
+    CLASS_SAMPLERS,
+    CRITERIA,
+    HARD_POLICIES,
+    METRICS_OF_THE_STUDENT,
+    POLICIES,
+    POSITION_METRICS,
+    SAMPLED_POLICIES,
 )
-_OF_THE_STUDENT = ("student_entropy", "student_ce", "random")
-POLICIES = ("all", "top_k", "random", "gls", "curriculum", "pos_rs", "pos_rs_corrected", "weighted")
-SAMPLED_POLICIES = ("pos_rs", "pos_rs_corrected")
-# Policies whose K picked positions share one coefficient; ``gls`` is always counted over the whole step.
-HARD_POLICIES = ("all", "top_k", "random", "curriculum")
-CLASS_SAMPLERS = ("all", "rs_kd", "systematic", "top_k")
-# Each criterion with the options it has, and their defaults.
-CRITERIA: dict[str, dict[str, float]] = {
-    "forward_kl": {},
-    "reverse_kl": {},
-    "jsd": {"beta": 0.5},
-    "skew_kl": {"alpha": 0.1},
-    "skew_reverse_kl": {"alpha": 0.1},
-    "total_variation": {},
-    "dkd": {"alpha": 1.0, "beta": 8.0},
-    "at_kd": {},
-}
-_WITHIN_0_AND_1 = ("jsd", "skew_kl", "skew_reverse_kl")
 
 CriterionName = Annotated[str, AfterValidator(lambda name: plugins.check_name("criterion", name, CRITERIA))]
 MetricName = Annotated[str, AfterValidator(lambda name: plugins.check_name("metric", name, POSITION_METRICS))]
 PolicyName = Annotated[str, AfterValidator(lambda name: plugins.check_name("policy", name, POLICIES))]
 SamplerName = Annotated[str, AfterValidator(lambda name: plugins.check_name("sampler", name, CLASS_SAMPLERS))]
-SampleMetric = Literal["student_entropy", "kl", "ce_ratio", "random"]
+SampleMetric = Literal["student_entropy", "kl", "ce_ratio", "random", "all"]
 # An estimate of the student's entropy looks at so many classes, in place of the whole vocabulary.
 ESTIMATE_CLASSES = {"frequent_classes": 4096, "tail_classes": 1024}
-Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def _no_boolean(given: Any) -> Any:
+    if isinstance(given, bool):
+        raise ValueError(f"expected a number, but got {str(given).lower()}")
+    return given
+
+
+Fraction = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0, le=1)]
 
 
 class Part(BaseModel):
@@ -88,8 +73,10 @@ class CriterionOptions(Part):
                     raise ValueError(f"criterion.{key}: {self.name} has no {key}; leave it out")
             elif given is None:
                 self._settle(**{key: defaults[key]})
-            elif self.name in _WITHIN_0_AND_1 and not 0 < given < 1:
+            elif self.name in ("jsd", "skew_kl", "skew_reverse_kl") and not 0 < given < 1:
                 raise ValueError(f"criterion.{key}: {self.name} mixes two distributions; give a share between 0 and 1")
+        if self.name == "dkd" and self.alpha == self.beta == 0:
+            raise ValueError("criterion: dkd with alpha and beta 0 compares nothing; give one of them weight")
         return self
 
 
@@ -105,13 +92,20 @@ class FractionSchedule(Part):
 
 
 MaybeScheduled = Annotated[
-    Annotated[Fraction, Tag("number")] | Annotated[FractionSchedule, Tag("schedule")],
-    Discriminator(lambda given: "schedule" if isinstance(given, dict | FractionSchedule) else "number"),
+    Annotated[Fraction, Tag("<number>")] | Annotated[FractionSchedule, Tag("<schedule>")],
+    Discriminator(lambda given: "<schedule>" if isinstance(given, dict | FractionSchedule) else "<number>"),
 ]
-StepsOrShare = Annotated[
-    Annotated[int, Field(ge=1), Tag("steps")] | Annotated[Fraction, Tag("share")],
-    Discriminator(lambda given: "steps" if isinstance(given, int) else "share"),
-]
+
+
+def _steps_or_share(given: Any) -> Any:
+    if given is None:
+        return None
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    if is_number and given > 1 and given == int(given):
+        return int(given)
+    if is_number and (0 < given <= 1):
+        return given
+    raise ValueError("expected a whole number of optimiser steps, or a share of the run's in (0, 1] such as 0.5 or 1.0")
 
 
 class PositionOptions(Part):
@@ -130,7 +124,7 @@ class PositionOptions(Part):
         "picked positions of the step (hard policies; gls always)",
     )
     queue_size: int | None = Field(None, ge=10, description="gls: how many recent scores set the threshold; 30000")
-    curriculum_steps: StepsOrShare | None = Field(
+    curriculum_steps: Annotated[int | float | None, BeforeValidator(_steps_or_share)] = Field(
         None, description="curriculum: optimiser steps from easy to hard, or a share of the run's (1.0, the default)"
     )
     smoothing: float | None = Field(
@@ -272,6 +266,6 @@ def _refuse_without(part: Part, name: str, scoring: str, keys: tuple[str, ...]) 
 
 def needs_teacher(metric: str | None) -> bool:
     """Whether a position metric is computed from the teacher's full distribution."""
-    if metric is None or metric in _OF_THE_STUDENT:
+    if metric is None or metric in METRICS_OF_THE_STUDENT:
         return False
     return metric in POSITION_METRICS or "teacher_logits" in plugins.wanted("metric", metric)

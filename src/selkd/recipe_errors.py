@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-_TAGS = ("number", "schedule", "steps", "share")  # which branch of a choice was read, not a key
+_TAGS = ("<number>", "<schedule>")  # which branch of a choice was read, not a key
 
 
 def nearest(given: object, names: Iterable[str]) -> str:

@@ -39,16 +39,31 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     Raises:
         InputError: no such recipe, unreadable YAML, or anything that the recipe's models refuse.
     """
+    given = recipe_content(source)
+    for override in overrides or []:
+        _apply(given, override)
+    return parse_part(Recipe, given)
+
+
+def recipe_content(source: str | Path) -> dict[str, Any]:
+    """The keys of the recipe named or filed as ``source``, as they stand there, not yet checked; with a name.
+
+    Raises:
+        InputError: no such recipe, or unreadable YAML.
+    """
     name, text = _read(source)
+    return {"name": name, **read_mapping(text, str(source), "a recipe")}
+
+
+def read_mapping(text: str, source: str, what: str) -> dict[str, Any]:
+    """YAML that has to be a mapping, a key twice refused. Raises InputError, which names ``source``."""
     try:
         given = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not readable as YAML: {error}") from None
     if not isinstance(given, dict):
-        raise InputError(f"{source}: a recipe is a mapping of keys to values, but this is {type(given).__name__}.")
-    for override in overrides or []:
-        _apply(given, override)
-    return parse_part(Recipe, {"name": name, **given})
+        raise InputError(f"{source}: {what} is a mapping of keys to values, but this is {type(given).__name__}.")
+    return given
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -71,15 +86,20 @@ def _read(source: str | Path) -> tuple[str, str]:
         raise InputError(f"{source}: not a text file; a recipe is YAML in UTF-8.") from None
 
 
-def _apply(given: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """``key.path=value`` as key and value. Raises InputError where it is not of that form."""
     key, equals, text = override.partition("=")
-    steps = key.strip().split(".")
-    if not equals or not all(steps):
+    if not equals or not all(key.strip().split(".")):
         raise InputError(f"--set {override}: expected key.path=value, as in --set positions.fraction=0.1.")
     try:
-        value = yaml.load(text, _StrictLoader)
+        return key.strip(), yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override}: the value is not readable as YAML: {error}") from None
+
+
+def _apply(given: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override)
+    steps = key.split(".")
     part = given
     for step in steps[:-1]:
         if part.get(step) is None:

@@ -187,7 +187,8 @@ def select(
                 n_sure = math.ceil(coverage * k - 1e-9)
                 rest = sorted(from_highest[n_sure:])
                 weights = u[rest] if clip is None else np.minimum(u[rest], np.quantile(u[positions].clip(min=0), clip))
-                r = _proportional(weights.clip(min=0) ** (1 / smoothing))
+                weights = weights.clip(min=0) / max(weights.max(initial=0), 1e-300)  # no power of it overflows
+                r = _proportional(weights ** (1 / smoothing))
                 points = draw_uniforms(seed, sample_ids[row : row + 1], np.array([k]), "position draws", step)[0]
                 drawn = np.searchsorted(r.cumsum(), points[: k - n_sure] * r.sum(), side="right")
                 times = np.bincount(drawn, minlength=len(rest))[: len(rest)]

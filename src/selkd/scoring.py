@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from selkd.data.batching import collate
 from selkd.data.grouping import group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
+from selkd.finite import require_finite
 from selkd.maths.chunked import ChunkedLogits, chunked_statistics
 from selkd.maths.estimate import ClassSubset, weighted_entropy
 from selkd.maths.head import Head
@@ -121,6 +122,8 @@ class _Scoring:
             return statistics(names, student_logits, teacher_logits, targets[rows])
 
         columns = chunked_statistics(hidden, self.head, compute)
+        index = valid_mask.flatten().nonzero().flatten()
+        require_finite(columns.sum(dim=-1), index, batch, "the initial student's or the teacher's logits, in scoring")
         sums = columns.new_zeros(len(group), columns.shape[1]).index_add_(0, valid_mask.nonzero()[:, 0], columns)
         means = sums / valid_mask.sum(dim=-1, keepdim=True).clamp(min=1)
         scores = ce_ratio(means[:, 0], means[:, 1]) if self.metric == "ce_ratio" else means[:, 0]

@@ -1,28 +1,32 @@
 """The stages of a run: score -> cache -> train -> evaluate. Each is skipped where its finished output verifies."""
 
-import resource
-import sys
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
+from selkd import evaluation_stage, plugins
 from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
+from selkd.cache.remote import fetch_cache, is_remote
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
+from selkd.evaluation.overlap import overlaps
 from selkd.maths.estimate import ClassSubset
 from selkd.models.loading import n_parameters
 from selkd.models.sources import locate
 from selkd.models.tokenizers import tokenizer_fingerprint
-from selkd.run_directory import RunDirectory
+from selkd.peaks import PLACES, peaks, restart_peaks
+from selkd.recipe_choices import FractionSchedule, PositionOptions, SampleOptions
+from selkd.run_directory import RunDirectory, write_whole
 from selkd.scoring import NEEDS_TEACHER, score_samples
+from selkd.selection.classes import class_sampler
 from selkd.selection.noise import sample_generator
 from selkd.selection.samples import SampleScores, highest
 from selkd.selection.two_stage import by_frequency, class_subset
@@ -37,21 +41,38 @@ COMPARED_SAMPLES = 32  # at least so many approximate sample scores are compared
 @contextmanager
 def timed(run: RunDirectory, stage: str) -> Iterator[None]:
     """Add a stage's seconds to the record; the peak of memory, too."""
-    started = time.perf_counter()
+    is_alone, started = begin_peaks(run), time.perf_counter()
     yield
-    add_seconds(run, stage, time.perf_counter() - started)
+    add_seconds(run, stage, time.perf_counter() - started, is_alone)
 
 
-def add_seconds(run: RunDirectory, stage: str, seconds: float) -> None:
-    """Add to a stage's time in the record, and keep total and peak memory up to date."""
+def add_seconds(run: RunDirectory, stage: str, seconds: float, is_alone: bool) -> None:
+    """Add to a stage's time in the record, and keep total and peak memory up to date.
+
+    ``is_alone``: the peaks were begun anew for this stage, so they are its own.
+    """
     times = run.record.setdefault("seconds", dict.fromkeys(("prepare", "score", "cache", "train", "evaluate", "total")))
     times[stage] = round((times[stage] or 0.0) + seconds, 3)
     times["total"] = round(sum(value or 0.0 for name, value in times.items() if name != "total"), 3)
-    peak = run.record.setdefault("peak_memory_bytes", {"process": None, "accelerator": None})
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak["process"] = max(peak["process"] or 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    if torch.cuda.is_available():
-        peak["accelerator"] = max(peak["accelerator"] or 0, torch.cuda.max_memory_allocated())
+    by_stage = note_peaks(run).setdefault("by_stage", {}).setdefault(stage, dict.fromkeys(PLACES))
+    for place, value in peaks().items():
+        if value is not None and is_alone:
+            by_stage[place] = max(by_stage[place] or 0, value)
+
+
+def begin_peaks(run: RunDirectory) -> bool:
+    """Begin anew to look for a stage's peak of memory; False where the system can't tell it from the whole run's."""
+    note_peaks(run)
+    return restart_peaks()
+
+
+def note_peaks(run: RunDirectory) -> dict[str, Any]:
+    """The record's peaks of the whole run, with what the present one adds."""
+    whole: dict[str, Any] = run.record.setdefault("peak_memory_bytes", dict.fromkeys(PLACES))
+    for place, value in peaks().items():
+        if value is not None:
+            whole[place] = max(whole[place] or 0, value)
+    return whole
 
 
 def prepare(work: Workspace, run: RunDirectory) -> None:
@@ -60,7 +81,15 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         work.require_positions()
         splits, recipe = work.splits, work.recipe
         n_valid = int(splits.train.n_valid.sum())
+        own = own_parts(work)
+        changed = [kind for kind, digest in run.record.get("own_parts", own).items() if own.get(kind) != digest]
+        if changed:
+            raise InputError(
+                f"{run.path}: the source of this recipe's own {changed[0]} changed since the run began. Give another "
+                "--out, or restore it; nothing was changed."
+            )
         run.record.update(
+            own_parts=own,
             name=recipe.name or run.path.name,
             recipe=recipe.resolved(),
             environment=environment(work),
@@ -74,7 +103,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
             },
         )
         run.record.setdefault("counts", dict.fromkeys(COUNTS))["samples"] = len(splits.train)
-        for part in ("fidelity", "train", "teacher_cache"):
+        for part in ("fidelity", "train", "teacher_cache", "benchmarks"):
             run.record.setdefault(part, None)
         source = work.student_source
         run.record["student"] = {
@@ -85,6 +114,17 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         teacher = {"model": work.teacher_source.name, "fingerprint": work.teacher_source.fingerprint}
         run.record["teacher"] = {**(run.record.get("teacher") or {}), **teacher}
         count_teacher_tokens(work, run)
+
+
+def own_parts(work: Workspace) -> dict[str, str]:
+    """A digest of the source of each part that is a user's own."""
+    recipe = work.recipe
+    return plugins.digests(
+        metric=recipe.positions.metric,
+        policy=recipe.positions.policy,
+        criterion=recipe.criterion.name,
+        sampler=recipe.classes.sampler,
+    )
 
 
 COUNTS = ("samples", "samples_kept", "positions_valid", "positions_selected", "teacher_tokens")
@@ -203,6 +243,10 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     directory = cache_directory(work, run)
     with timed(run, "cache"):
         fingerprint = cache_fingerprint(work)
+        if recipe.cache.path is not None and is_remote(recipe.cache.path):
+            opened = _copied(work, recipe.cache.path, fingerprint, samples)
+            run.record["teacher_cache"] = opened.stats()
+            return opened
         tokens = build_cache(
             directory,
             fingerprint,
@@ -221,6 +265,20 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     return opened
 
 
+def _copied(
+    work: Workspace, url: str, fingerprint: dict[str, str | int | float], samples: SampleDataset
+) -> TeacherCache:
+    """A cache that was built elsewhere, copied to this machine; it must hold every sample."""
+    with work.state.main_process_first():
+        opened = TeacherCache.open(fetch_cache(url, work.cache_dir / "teacher_caches"), fingerprint)
+    if missing := [sample_id for sample_id in samples.ids if sample_id not in opened]:
+        raise InputError(
+            f"cache.path: the cache at {url} lacks {len(missing)} of the {len(samples)} kept samples, the first "
+            f"{missing[0].hex()}. Build a cache for this data in a local folder."
+        )
+    return opened
+
+
 def cache_directory(work: Workspace, run: RunDirectory) -> Path:
     """Where the recipe keeps its teacher cache."""
     assert work.recipe.cache is not None
@@ -232,12 +290,14 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
     recipe = work.recipe
     assert recipe.classes.draws is not None
     return {
+        **{f"{kind}_source": digest for kind, digest in own_parts(work).items() if kind == "sampler"},
         "teacher": work.teacher_source.fingerprint,
         "teacher_dtype": str(work.teacher_dtype),
         "tokenizer": tokenizer_fingerprint(work.tokenizer),
         "vocabulary": work.n_classes,
         "sampler": recipe.classes.sampler,
         "draws": recipe.classes.draws,
+        "count_total": class_sampler(recipe.classes).total,
         "temperature": recipe.criterion.temperature,
         "seed": recipe.seed,
     }
@@ -246,6 +306,7 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
 def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: TeacherCache | None) -> None:
     """Train the student, from its last checkpoint if there is one, and save it."""
     student_path = run.path / "student"
+    is_alone = begin_peaks(run)
     if teacher is not None:
         work.release_teacher()
     trainer = DistillTrainer(
@@ -259,7 +320,10 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
     for theirs in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the answer
         trainer.remove_callback(theirs)
     if (every := work.recipe.evaluation.every_steps) is not None:
-        trainer.add_callback(EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=teacher is not None)))
+        also_last = work.recipe.evaluation.keep_best is not None
+        trainer.add_callback(
+            EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=teacher is not None), also_last)
+        )
     last = last_whole_checkpoint(Path(work.arguments.output_dir))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_fsdp_enabled:  # a sharded state is no student that Transformers loads
@@ -269,14 +333,16 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
         (student_path / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
     # Looked up now: resuming has replaced the callback by the checkpoint's.
     metrics = next(found for found in trainer.callback_handler.callbacks if isinstance(found, MetricsFile))
-    add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0))
-    losses = [line["loss"] for line in read_metrics(metrics.path) if "loss" in line]
+    add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0), is_alone)
+    lines = read_metrics(metrics.path)
+    losses = [line["loss"] for line in lines if "loss" in line]
     run.record["train"] = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
     }
+    _record_on_the_way(run, lines)
     totals = trainer.totals
     run.record["counts"].update(positions_valid=totals.positions_valid, positions_selected=totals.positions_selected)
     count_teacher_tokens(work, run, train=totals.teacher_tokens)
@@ -302,22 +368,82 @@ def is_trained(work: Workspace, run: RunDirectory) -> bool:
     return True
 
 
+def is_measured(work: Workspace, run: RunDirectory, when: str) -> bool:
+    """Whether all of ``evaluation.suite`` was measured ``before`` or ``after`` training."""
+    options = work.recipe.evaluation
+    wanted = {"fidelity": "fidelity" in options.suite, "benchmarks": evaluation_stage.has_benchmarks(options)}
+    return all((run.record[part] or {}).get(when) for part, is_wanted in wanted.items() if is_wanted)
+
+
+def forget_after(run: RunDirectory) -> None:
+    """The student has been trained anew: what was measured after training counts no more."""
+    for part in ("fidelity", "benchmarks"):
+        if run.record[part]:
+            run.record[part]["after"] = None
+
+
 def evaluate(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
-    """Fidelity of ``student`` on the held-out split into ``record.fidelity.before`` or ``.after``."""
+    """Measure ``student`` ``before`` or ``after`` training, into ``record.fidelity`` and ``record.benchmarks``."""
+    options = work.recipe.evaluation
     with timed(run, "evaluate"):
-        found = _measure(work, student, f"evaluating {when} training")
-        record = run.record["fidelity"] or {"before": None, "after": None}
-        record[when] = {
-            "perplexity": found.perplexity,
-            "kl_nats": found.kl_nats,
-            "top1_agreement": found.top1_agreement,
-        }
-        record["teacher"] = {"perplexity": found.teacher_perplexity}
-        record["positions"] = found.positions
-        run.record["fidelity"] = record
-        run.record["teacher"] |= size(work.teacher())
         run.record["student"] |= size(student)
-        count_teacher_tokens(work, run, **{f"evaluate_{when}": found.teacher_tokens})
+        if "fidelity" in options.suite:
+            _record_fidelity(work, run, student, when)
+        if evaluation_stage.has_benchmarks(options):
+            stored = run.record["student"]
+            fingerprint = stored["initial_fingerprint"] if when == "before" else stored["fingerprint"]
+            measured = evaluation_stage.measure(work, student, when, fingerprint)
+            _benchmarks(run)[when] = measured
+
+
+def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
+    found = _measure(work, student, f"evaluating {when} training")
+    record = run.record["fidelity"] or {"before": None, "after": None}
+    record[when] = {
+        "perplexity": found.perplexity,
+        "kl_nats": found.kl_nats,
+        "top1_agreement": found.top1_agreement,
+    }
+    record["teacher"] = {"perplexity": found.teacher_perplexity}
+    record["positions"] = found.positions
+    record.setdefault("by_entropy", {})[when] = found.by_entropy()
+    run.record["fidelity"] = record
+    run.record["teacher"] |= size(work.teacher())
+    count_teacher_tokens(work, run, **{f"evaluate_{when}": found.teacher_tokens})
+    if when == "before" and work.state.is_main_process:
+        (run.path / "selection").mkdir(exist_ok=True)
+        write_whole(run.path / "selection" / "overlap.json", json.dumps(_overlaps(work, found)) + "\n")
+
+
+def _overlaps(work: Workspace, found: Fidelity) -> dict[str, Any]:
+    """How far the metrics agree on the held-out split under the initial student, at the recipe's fractions."""
+    recipe = work.recipe
+    fraction = recipe.positions.fraction
+    if isinstance(fraction, FractionSchedule):
+        fraction = fraction.to
+    kept = SampleOptions().fraction if recipe.samples is None else recipe.samples.fraction
+    usual = PositionOptions.model_fields["fraction"].default
+    return overlaps(found.statistics, found.sample_of, fraction or usual, kept)
+
+
+def _benchmarks(run: RunDirectory) -> dict[str, Any]:
+    """``record.benchmarks``, made when there is something to write."""
+    if run.record["benchmarks"] is None:
+        run.record["benchmarks"] = {"before": None, "after": None, "steps": [], "best": None}
+    benchmarks: dict[str, Any] = run.record["benchmarks"]
+    return benchmarks
+
+
+def _record_on_the_way(run: RunDirectory, lines: list[dict[str, Any]]) -> None:
+    """What was measured during training, and which student was best, into ``record.benchmarks``."""
+    steps = []
+    for line in lines:
+        found = {name: value for name, value in line.items() if name.startswith(evaluation_stage.LOGGED)}
+        if found:
+            steps.append({"step": line["step"], **found})
+    best = evaluation_stage.read_best(run.path)
+    if steps or best:
+        _benchmarks(run).update(steps=steps, best=best)
 
 
 def _measure(work: Workspace, student: PreTrainedModel, description: str) -> Fidelity:
@@ -327,8 +453,20 @@ def _measure(work: Workspace, student: PreTrainedModel, description: str) -> Fid
 
 
 def _log_held_out(work: Workspace, trainer: DistillTrainer, is_cached: bool) -> None:
-    found = asdict(_measure(work, work.student, "evaluating"))
-    if is_cached:  # the teacher is not to stay in memory while the student trains
-        work.release_teacher()
-    trainer.totals.teacher_tokens += found["teacher_tokens"]
-    trainer.log({f"held_out_{name}": found[name] for name in ("perplexity", "kl_nats", "top1_agreement")})
+    """Measure the student as it is now, log the figures, and keep it if it is the best so far."""
+    options, step = work.recipe.evaluation, trainer.state.global_step
+    logs: dict[str, float] = {}
+    measured: dict[str, float] = {}
+    if "fidelity" in options.suite:
+        found = _measure(work, work.student, "evaluating")
+        if is_cached:  # the teacher is not to stay in memory while the student trains
+            work.release_teacher()
+        trainer.totals.teacher_tokens += found.teacher_tokens
+        measured = {name: getattr(found, name) for name in ("perplexity", "kl_nats", "top1_agreement")}
+        logs = {f"held_out_{name}": value for name, value in measured.items()}
+    if evaluation_stage.has_benchmarks(options):
+        summary = evaluation_stage.measure(work, work.student, f"step-{step}", f"step {step}", reuse=False)
+        if summary is not None:
+            logs |= evaluation_stage.figures(summary)
+    trainer.log(logs)
+    evaluation_stage.keep_if_best(work, work.student, step, measured | logs)

@@ -7,6 +7,7 @@ once over the batch and its head at selected positions alone.
 Shapes: B batch, T positions, N selected positions, n of a chunk, V classes, D hidden, U draws, C distinct classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selkd.cache.reader import TeacherCache
+from selkd.cache.rows import Rows
+from selkd.data.samples import Sample
 from selkd.errors import InputError
+from selkd.finite import require_finite
 from selkd.maths.chunked import ChunkedLogits, wide
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
@@ -101,21 +105,29 @@ class LiveTeacher:
             uniforms = torch.from_numpy(noise).flatten(0, 1).to(batch["input_ids"].device)
         with torch.autocast(batch["input_ids"].device.type, enabled=False):
             hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
-        return _LiveTargets(hidden.flatten(0, 1), self, uniforms)
+        everywhere = torch.arange(batch["input_ids"].numel(), device=hidden.device)
+        return _LiveTargets(hidden.flatten(0, 1), self, uniforms, everywhere, batch)
 
 
 class _LiveTargets:
-    """Targets at hidden states [B * T, D], or [N, D] once narrowed; the head's product is made a chunk at a time."""
+    """Targets at hidden states [B * T, D], or [N, D] once narrowed; the head's product is made a chunk at a time.
 
-    def __init__(self, hidden_states: Tensor, teacher: LiveTeacher, uniforms: Tensor | None) -> None:
+    ``index``: of these positions in the batch.
+    """
+
+    def __init__(
+        self, hidden_states: Tensor, teacher: LiveTeacher, uniforms: Tensor | None, index: Tensor, batch: Batch
+    ) -> None:
         self.hidden_states = hidden_states
         self.teacher = teacher
         self.uniforms = uniforms
+        self.index = index
+        self.batch = batch
         self.logits = ChunkedLogits(hidden_states, teacher.head)
 
     def at(self, index: Tensor) -> "_LiveTargets":
         uniforms = None if self.uniforms is None else self.uniforms[index]
-        return _LiveTargets(self.hidden_states[index], self.teacher, uniforms)
+        return _LiveTargets(self.hidden_states[index], self.teacher, uniforms, self.index[index], self.batch)
 
     def chunk(self, rows: slice) -> Target:
         logits = self.logits(rows)
@@ -123,7 +135,9 @@ class _LiveTargets:
         if sampler is None:
             return FullDistribution(logits)
         assert self.uniforms is not None, "a sampler's uniforms come with the targets"
-        return DrawnClasses(*sampler(torch.softmax(logits / self.teacher.temperature, dim=-1), self.uniforms[rows]))
+        probabilities = torch.softmax(logits / self.teacher.temperature, dim=-1)
+        require_finite(probabilities.sum(dim=-1), self.index[rows], self.batch, "the teacher's logits")
+        return DrawnClasses(*sampler(probabilities, self.uniforms[rows]))
 
 
 @torch.no_grad()
@@ -142,43 +156,65 @@ class CachedTeacher:
         self.cache = cache
 
     def targets(self, batch: Batch, step: int) -> "_CachedTargets":  # noqa: ARG002  the draws were made once
+        """What ``CachedCollator`` read for the batch, or what is read now."""
+        if "teacher_class_ids" not in batch:
+            device = batch["input_ids"].device
+            batch = {name: tensor.to(device) for name, tensor in self.read(batch).items()}
+        return _CachedTargets(batch["teacher_class_ids"].flatten(0, 1), batch["teacher_counts"].flatten(0, 1))
+
+    def read(self, batch: Batch) -> Batch:
+        """``teacher_class_ids`` and ``teacher_counts`` of a batch: int32 [B, T, C] on the CPU, padded with count 0."""
         valid_mask = batch["valid_mask"].cpu().numpy()
         rows = [
-            self._padded(sample_id.tobytes(), int(valid.sum())) if valid.any() else None
+            self._rows(sample_id.tobytes(), int(valid.sum())) if valid.any() else None
             for sample_id, valid in zip(batch["sample_ids"].cpu().numpy(), valid_mask, strict=True)
         ]
-        width = max((ids.shape[1] for ids, _ in filter(None, rows)), default=1)
-        class_ids = np.zeros((*valid_mask.shape, width), dtype=np.int64)
+        width = max((int(found.row_lengths.max()) for found in rows if found is not None), default=1)
+        class_ids = np.zeros((*valid_mask.shape, width), dtype=np.int32)
         counts = np.zeros_like(class_ids)
         for row, (valid, found) in enumerate(zip(valid_mask, rows, strict=True)):
             if found is not None:
-                class_ids[row, valid, : found[0].shape[1]], counts[row, valid, : found[1].shape[1]] = found
-        device = batch["input_ids"].device
-        return _CachedTargets(
-            torch.from_numpy(class_ids).flatten(0, 1).to(device), torch.from_numpy(counts).flatten(0, 1).to(device)
-        )
+                lengths = found.row_lengths.astype(np.int64)
+                position = np.repeat(np.flatnonzero(valid), lengths)
+                place = np.arange(len(position)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+                class_ids[row, position, place], counts[row, position, place] = found.class_ids, found.counts
+        return {"teacher_class_ids": torch.from_numpy(class_ids), "teacher_counts": torch.from_numpy(counts)}
 
-    def _padded(self, sample_id: bytes, n_valid: int) -> tuple[np.ndarray, np.ndarray]:
-        """Class ids and counts [n_valid, C] of one sample, its ragged rows padded with count 0."""
-        row_lengths, class_ids, counts = self.cache.get(sample_id)
-        if len(row_lengths) != n_valid:
+    def _rows(self, sample_id: bytes, n_valid: int) -> Rows:
+        """The stored rows of one sample; they must be as many as the batch has valid positions."""
+        rows = self.cache.get(sample_id)
+        if len(rows.row_lengths) != n_valid:
             raise InputError(
-                f"{self.cache.directory}: sample {sample_id.hex()} has {len(row_lengths)} stored positions, the batch "
-                f"{n_valid} valid ones. The cache was built with other masks; build it again in another folder."
+                f"{self.cache.directory}: sample {sample_id.hex()} has {len(rows.row_lengths)} stored positions, the "
+                f"batch {n_valid} valid ones. The cache was built with other masks; build it again in another folder."
             )
-        filled = np.arange(int(row_lengths.max())) < row_lengths[:, None]
-        padded_ids, padded_counts = np.zeros(filled.shape, np.int64), np.zeros(filled.shape, np.int64)
-        padded_ids[filled], padded_counts[filled] = class_ids, counts
-        return padded_ids, padded_counts
+        return rows
+
+
+@dataclass(frozen=True)
+class CachedCollator:
+    """A collator that also reads the teacher's classes, so that a ``DataLoader``'s workers do so ahead of training.
+
+    Args:
+        collate: samples in, a batch of ``selkd.data.batching.collate`` out.
+        teacher: holds every sample that has a valid position.
+    """
+
+    collate: Callable[[list[Sample]], Batch]
+    teacher: CachedTeacher
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        batch = self.collate(samples)
+        return batch | self.teacher.read(batch)
 
 
 @dataclass(frozen=True)
 class _CachedTargets:
-    class_ids: Tensor  # [B * T, C], or [N, C] once narrowed
+    class_ids: Tensor  # int32 [B * T, C], or int64 [N, C] once narrowed
     counts: Tensor
 
     def at(self, index: Tensor) -> "_CachedTargets":
-        return _CachedTargets(self.class_ids[index], self.counts[index])
+        return _CachedTargets(self.class_ids[index].long(), self.counts[index].long())
 
     def logits(self, rows: slice) -> Tensor:  # noqa: ARG002
         raise AssertionError("what needs the full distribution is refused before a cache is opened for training")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from selkd.cache.codec import Rows
+from selkd.cache.rows import Rows
 from selkd.cache.writer import CacheWriter, SampleRows
 
 VOCABULARY = 2**18
@@ -24,13 +24,15 @@ def sample_id(number: int) -> bytes:
 
 
 def make_rows(number: int, n_positions: int = 20) -> Rows:
-    """Rows of about eight classes; every fifth row is empty."""
+    """Rows of about eight classes drawn 64 times together; every fifth row is empty."""
     rng = np.random.default_rng(number)
     lengths = rng.integers(1, 16, n_positions)
     lengths[::5] = 0
     ids = [np.sort(rng.choice(VOCABULARY, size=length, replace=False)) for length in lengths]
-    counts = rng.integers(1, 65, lengths.sum())
-    return Rows(lengths.astype(np.uint16), np.concatenate(ids).astype(np.uint32), counts.astype(np.uint16))
+    counts = [1 + rng.multinomial(64 - length, np.full(length, 1 / length)) for length in lengths if length]
+    return Rows(
+        lengths.astype(np.uint16), np.concatenate(ids).astype(np.uint32), np.concatenate(counts).astype(np.uint16)
+    )
 
 
 def plan(n_shards: int = 3, n_per_shard: int = 4) -> list[list[bytes]]:

@@ -49,7 +49,7 @@ def test_the_manifest_says_what_there_is(tmp_path: Path) -> None:
     build(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["format"] == "selkd-teacher-cache"
-    assert manifest["version"] == 1
+    assert manifest["version"] == 2
     assert manifest["complete"] is True
     assert manifest["fingerprint"] == FINGERPRINT
     assert manifest["n_samples"] == 12
@@ -68,7 +68,7 @@ def test_a_rebuild_is_byte_identical(tmp_path: Path) -> None:
     assert first == contents(tmp_path / "two")
     build(tmp_path / "one")
     assert first == contents(tmp_path / "one")
-    assert len(first) == 5
+    assert len(first) == 6
 
 
 def test_a_partial_build_continues_and_ends_the_same(tmp_path: Path) -> None:
@@ -113,6 +113,25 @@ def test_samples_that_are_not_as_planned_are_refused_and_leave_no_shard(tmp_path
     with pytest.raises(InputError, match="shard 3 is not planned: there are shards 0 to 2"):
         writer.write_shard(3, samples)
     assert list(contents(tmp_path)) == ["plan.json"]
+
+
+def test_counts_that_do_not_sum_to_the_draws_are_refused(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path, FINGERPRINT, plan())
+    samples = shard_samples(0)
+    counts = samples[2][3].copy()
+    counts[0] += 1
+    samples[2] = (*samples[2][:3], counts)
+    with pytest.raises(InputError, match=f"sample {sample_id(2).hex()}: the counts of a row must sum to 64; got 65 at"):
+        writer.write_shard(0, samples)
+    assert list(contents(tmp_path)) == ["plan.json"]
+
+
+def test_a_fingerprint_may_say_another_total_than_its_draws(tmp_path: Path) -> None:
+    fingerprint = {**FINGERPRINT, "draws": 12, "count_total": 64}
+    writer = CacheWriter(tmp_path, fingerprint, plan(1))
+    writer.write_shard(0, shard_samples(0))
+    writer.finish()
+    assert_same_rows(TeacherCache.open(tmp_path, fingerprint).get(sample_id(3)), make_rows(3))
 
 
 def test_a_class_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:

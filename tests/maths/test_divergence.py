@@ -12,8 +12,8 @@ from selkd.maths.divergence import (
     POSITION_WEIGHTS,
     adaptive_weights,
     cross_entropy,
+    differentiated,
     sampled_forward_kl,
-    users_criterion,
 )
 
 N, V = 37, 29
@@ -111,14 +111,31 @@ def test_adaptive_weights_average_to_the_means_of_hard_and_easy() -> None:
         assert float(weights["beta"][hard].sum() / m) == pytest.approx(0.8 if m > 1 else 1.0)
 
 
-def test_a_users_criterion_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
-    from selkd import plugins
+@pytest.mark.parametrize("offset", [0.0, 30.0, 100.0])
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_float32_is_no_worse_than_the_plain_path(name: str, options: dict[str, float], offset: float) -> None:
+    """Logits of real models lie far from 0; float64 is the truth, plain float32 on torch's own softmax the bound."""
+    student, teacher, targets = make(torch.float32)
+    student, teacher = (student.detach() + offset).requires_grad_(), teacher + offset
+    wide_student = student.detach().double().requires_grad_()
+    truth = reference.divergence(name, wide_student[None], teacher.double()[None], targets[None], **options)[0]
+    (true_gradient,) = torch.autograd.grad(truth.sum(), wide_student)
+    plain = reference.divergence(name, student[None], teacher[None], targets[None], **options)[0]
+    (plain_gradient,) = torch.autograd.grad(plain.sum(), student)
+    values, gradient = compared(name, options, student, teacher, targets)
+    assert (values.double() - truth).norm() <= 1.5 * (plain.double() - truth).norm() + 1e-6
+    assert (gradient.double() - true_gradient).norm() <= 1.5 * (plain_gradient.double() - true_gradient).norm() + 1e-6
 
-    def squared(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+
+def test_what_is_differentiated_must_depend_on_the_student_and_be_finite() -> None:
+    def squared(student_logits: Tensor, teacher_logits: Tensor, _: Tensor) -> Tensor:
         return ((student_logits - teacher_logits) ** 2).mean(-1)
 
-    monkeypatch.setitem(plugins._registered["criterion"], "squared", squared)
     student, teacher, targets = make()
-    values, gradient = users_criterion("squared")(student.detach().clone(), teacher, targets)
-    torch.testing.assert_close(values, squared(student, teacher).detach())
+    with pytest.raises(ValueError, match="mine does not depend on student_logits"):
+        differentiated(lambda _, teacher_logits, __: teacher_logits.sum(-1), "mine")(student, teacher, targets)
+    with pytest.raises(ValueError, match="mine has a gradient that is not finite"):
+        differentiated(lambda logits, *_: (logits * 0).sqrt().sum(-1), "mine")(student, teacher, targets)
+    values, gradient = differentiated(squared, "mine")(student.detach().clone(), teacher, targets)
+    torch.testing.assert_close(values, squared(student, teacher, targets).detach())
     torch.testing.assert_close(gradient, (2 * (student - teacher) / V).detach())

@@ -67,7 +67,6 @@ def demo_record() -> dict[str, Any]:
     dropped = set(sorted(range(30), key=lambda layer: influence[layer])[:10])
     return {
         "name": "demo",
-        "selkd_version": "0.1.0",
         "recipe": copy.deepcopy(RECIPE),
         "environment": {
             "selkd": "0.1.0",
@@ -101,7 +100,17 @@ def demo_record() -> dict[str, Any]:
             "teacher_tokens": 46_000,
         },
         "seconds": {"prepare": 21.4, "score": 91.2, "cache": 24.9, "train": 127.3, "evaluate": 48.0, "total": 316.9},
-        "peak_memory_bytes": {"process": 3_412_000_000, "accelerator": None},
+        "peak_memory_bytes": {
+            "process": 3_412_000_000,
+            "accelerator": None,
+            "by_stage": {
+                "prepare": {"process": 702_000_000, "accelerator": None},
+                "score": {"process": 1_640_000_000, "accelerator": None},
+                "cache": {"process": 1_210_000_000, "accelerator": None},
+                "train": {"process": 3_412_000_000, "accelerator": None},
+                "evaluate": {"process": 1_905_000_000, "accelerator": None},
+            },
+        },
         "teacher_cache": {
             "bytes": 678_000,
             "positions": 21_357,
@@ -135,6 +144,33 @@ def demo_metrics() -> list[dict[str, Any]]:
         }
         for step in range(1, 23)
     ]
+
+
+OVERLAP: dict[str, Any] = {
+    "positions": {
+        "metrics": ["student_entropy", "teacher_entropy", "kl", "ce_ratio_plus_student_entropy"],
+        "overlap": [[1.0, 0.62, 0.41, 0.87], [0.62, 1.0, 0.33, 0.55], [0.41, 0.33, 1.0, None], [0.87, 0.55, None, 1.0]],
+    },
+    "samples": {"metrics": ["student_entropy", "kl"], "overlap": [[1.0, 0.22], [0.22, 1.0]]},
+}
+BENCHMARKS: dict[str, Any] = {
+    "before": {"tasks": {"arc_easy": {"counts": "acc", "metrics": {"acc": {"value": 0.33, "standard_error": None}}}}},
+    "after": {
+        "tasks": {
+            "arc_easy": {"counts": "acc", "metrics": {"acc": {"value": 0.4551, "standard_error": 0.012}}},
+            "lambada": {
+                "counts": "acc",
+                "metrics": {
+                    "acc": {"value": 0.3, "standard_error": 0.01},
+                    "perplexity": {"value": 23.4, "standard_error": 1.25},
+                },
+            },
+        },
+        "paper": {"acc": {"value": 0.412, "standard_error": None}, "acc_is_the_mean_of": {"arc_easy": "raw"}},
+    },
+    "steps": [],
+    "best": None,
+}
 
 
 def write_run(folder: Path, record: dict[str, Any]) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import write_run
+from made_run import BENCHMARKS, OVERLAP, write_run
 
 from selkd.errors import InputError, RunError
 from selkd.reporting.page import write_page
@@ -55,11 +55,14 @@ def test_the_page_tells_the_run(run_dir: Path) -> None:
         "64 random draws",
         "3,101×",
         "3.41 GB",
+        "1.64 GB",
+        "made by selkd 0.1.0",
         "max_length: 256",
     ):
-        assert told in seen.text, told
-    assert seen.tags.count("svg") == 4
-    assert seen.tags.count("figcaption") == 4
+        assert told.lower() in seen.text.lower(), told
+    # loss, divergence, entropy, share; positions and samples by score; bytes a position
+    assert seen.tags.count("svg") == 7
+    assert seen.tags.count("figcaption") == 7
 
 
 def test_the_gap_closed_is_reckoned_in_nats_for_perplexity(run_dir: Path) -> None:
@@ -91,7 +94,6 @@ def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
 def test_hostile_text_stays_text_everywhere(run_dir: Path, record: dict[str, Any]) -> None:
     plain_tags = Seen(page_of(run_dir)).tags
     record["name"] = HOSTILE
-    record["selkd_version"] = HOSTILE
     record["teacher"] = {"model": HOSTILE.replace("/", ""), "parameters": 1, "layers": 30, "fingerprint": HOSTILE}
     record["environment"] = dict.fromkeys(record["environment"], HOSTILE)
     record["recipe"]["positions"] = {"policy": HOSTILE, "metric": HOSTILE, "fraction": 0.2}
@@ -165,11 +167,58 @@ def test_steps_logged_again_after_a_resume_count_once(run_dir: Path) -> None:
     assert page_of(run_dir) == clean
 
 
-def test_a_share_that_varies_gets_its_plot(run_dir: Path) -> None:
+def test_agreement_of_approximate_scoring_gets_its_plot_where_it_was_logged(run_dir: Path) -> None:
     log = run_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    log.write_text("".join(json.dumps(line | {"selected_share": 1 / line["step"]}) + "\n" for line in lines))
-    assert Seen(page_of(run_dir)).tags.count("svg") == 5
+    log.write_text("".join(json.dumps(line | {"held_out_top1_agreement": 0.5}) + "\n" for line in lines))
+    assert "Approximate scoring" not in page_of(run_dir)
+    log.write_text("".join(json.dumps(line | {"scoring_agreement": 0.98}) + "\n" for line in lines))
+    assert "Approximate scoring" in page_of(run_dir)
+
+
+def test_a_step_keeps_its_loss_beside_the_held_out_fidelity(run_dir: Path) -> None:
+    clean = Seen(page_of(run_dir)).tags.count("circle") + page_of(run_dir).count("<use")
+    log = run_dir / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 10, "held_out_kl_nats": 1.2}) + "\n")
+    # One more point on the held-out line, and none less on the others.
+    assert page_of(run_dir).count("<use") == clean + 1
+
+
+def test_the_entropy_histogram_counts_every_valid_position_and_the_selected_ones(run_dir: Path) -> None:
+    samples = json.loads((run_dir / "selection" / "examples.json").read_text())["samples"]
+    valid, selected = sum(sum(s["valid"]) for s in samples), sum(sum(s["selected"]) for s in samples)
+    text = Seen(page_of(run_dir)).text
+    assert f"{valid} positions of unseen text" in text
+    assert f"The {selected} coloured ones are those that the recipe selects" in text
+
+
+def test_only_some_examples_are_shown_as_text(run_dir: Path) -> None:
+    path = run_dir / "selection" / "examples.json"
+    examples = json.loads(path.read_text())
+    examples["samples"] = examples["samples"] * 4
+    path.write_text(json.dumps(examples))
+    page = page_of(run_dir)
+    assert page.count('<div class="tokens"') == 3
+    assert f"{4 * sum(sum(s['valid']) for s in examples['samples'][:2])} positions" in Seen(page).text
+
+
+def test_overlaps_are_drawn_if_they_were_measured(run_dir: Path) -> None:
+    path = run_dir / "selection" / "overlap.json"
+    path.write_text(json.dumps(OVERLAP))
+    text = Seen(page_of(run_dir)).text
+    for told in ("Position metrics: how far they agree", "Sample filters", "ce_ratio_plus_student_entropy  4", " 62 "):
+        assert re.sub(r"\s+", " ", told) in text, told
+    path.write_text(json.dumps(OVERLAP | {"samples": None}))
+    assert "Sample filters" not in Seen(page_of(run_dir)).text
+
+
+def test_benchmarks_show_with_their_standard_errors(run_dir: Path, record: dict[str, Any]) -> None:
+    record["benchmarks"] = BENCHMARKS
+    (run_dir / "record.json").write_text(json.dumps(record))
+    text = Seen(page_of(run_dir)).text
+    assert "arc_easy acc 0.330 0.455 ± 0.012" in text
+    assert "lambada perplexity – 23.40 ± 1.25" in text
+    assert "paper acc – 0.412 –" in text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -186,6 +235,11 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"step": 1, "loss": 2}\n{"step": 2, "lo\n', r"metrics\.jsonl, line 2: expected JSON"),
         ("metrics.jsonl", '{"loss": 2}\n', r'metrics\.jsonl, line 1: expected an object with a whole "step"'),
         ("selection/samples.parquet", "text", r"samples\.parquet: expected a Parquet table"),
+        (
+            "selection/overlap.json",
+            '{"positions": {"metrics": ["a"], "overlap": [[1, 2]]}}',
+            r"overlap\.json, positions",
+        ),
         ("selection/examples.json", "{}", r'examples\.json: expected a list "samples"'),
         (
             "selection/examples.json",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from made_run import demo_metrics
 
-from selkd.reporting import plots
+from selkd.reporting import plots, selection_plots
 
 SCORES = np.linspace(0.0, 5.0, 101)
 
@@ -18,7 +18,11 @@ def all_plots() -> list[str]:
         plots.loss_plot(metrics),
         plots.entropy_plot(metrics),
         plots.share_plot(metrics),
-        plots.score_histogram(SCORES, SCORES >= 4.0, "entropy"),
+        plots.divergence_plot(metrics, [(0, 1.8), (22, 0.9)]),
+        plots.agreement_plot([line | {"scoring_agreement": 0.97} for line in metrics], "scoring_agreement"),
+        selection_plots.position_histogram(SCORES, SCORES >= 4.0, "entropy"),
+        selection_plots.overlap_map(["a", "b"], np.array([[1.0, 0.2], [np.nan, 1.0]]), "Overlap", "overlap"),
+        selection_plots.score_histogram(SCORES, SCORES >= 4.0, "entropy"),
         plots.storage_plot([("this run’s cache", 31.7), ("full logits", 98_304.0)]),
     ]
 
@@ -68,21 +72,28 @@ def test_the_names_of_two_lines_that_meet_do_not_lie_on_each_other() -> None:
 
 
 def test_the_cut_is_drawn_only_where_scores_decided() -> None:
-    assert "cut 4.00" in texts(plots.score_histogram(SCORES, SCORES >= 4.0, "entropy"))
+    assert "cut 4.00" in texts(selection_plots.score_histogram(SCORES, SCORES >= 4.0, "entropy"))
     mixed = np.arange(len(SCORES)) % 5 == 0
-    assert not any(text.startswith("cut") for text in texts(plots.score_histogram(SCORES, mixed, "entropy")))
+    assert not any(text.startswith("cut") for text in texts(selection_plots.score_histogram(SCORES, mixed, "entropy")))
+
+
+def test_an_overlap_is_told_in_percent_and_what_is_unknown_by_a_dash() -> None:
+    overlap = np.array([[1.0, 0.223], [np.nan, 1.0]])
+    found = texts(selection_plots.overlap_map(["kl", "student_entropy"], overlap, "Overlap", "overlap"))
+    assert found[-4:] == ["100", "22", "–", "100"]
+    assert [text for text in found if text.endswith(("  1", "  2"))] == ["kl  1", "student_entropy  2"]
 
 
 def test_equal_scores_and_a_single_sample_are_drawn() -> None:
-    assert plots.score_histogram(np.full(3, 2.0), np.array([True, True, False]), "entropy").startswith("<svg")
-    assert plots.score_histogram(np.array([1.5]), np.array([True]), "entropy").startswith("<svg")
+    assert selection_plots.score_histogram(np.full(3, 2.0), np.array([True, True, False]), "entropy").startswith("<svg")
+    assert selection_plots.score_histogram(np.array([1.5]), np.array([True]), "entropy").startswith("<svg")
 
 
 def test_every_score_lies_in_a_bin_and_none_straddles_the_cut() -> None:
     rng = np.random.default_rng(5)
     scores = rng.gamma(3.0, 1.0, 500)
     cut = float(np.sort(scores)[-100])
-    edges = np.array(plots._bins(scores, cut))
+    edges = np.array(selection_plots._bins(scores, cut))
     assert np.isclose(edges, cut).any()
     assert np.histogram(scores, edges)[0].sum() == 500
 
@@ -95,6 +106,6 @@ def test_a_long_log_is_thinned_and_an_empty_or_broken_one_still_drawn() -> None:
 
 
 def test_names_in_a_plot_are_text_and_no_formula() -> None:
-    svg = plots.score_histogram(SCORES, SCORES >= 4.0, "$\\frac{ <script>")
+    svg = selection_plots.score_histogram(SCORES, SCORES >= 4.0, "$\\frac{ <script>")
     assert "<script" not in svg
     assert "$\\frac{ <script>" in texts(svg)

@@ -1,4 +1,4 @@
-from selkd.reporting.tokens import HEAT_LEVELS, heat_scale, token_views, visible
+from selkd.reporting.tokens import HEAT_LEVELS, HEAVY, LIGHT, PLAIN, heat_scale, marked_part, token_views, visible
 
 SAMPLE = {
     "tokens": ["a", "b", "c", "d"],
@@ -34,3 +34,17 @@ def test_control_characters_become_visible() -> None:
     assert visible("\x00\x1b\x7f") == "␀␛␡"
     assert visible("\ud800") == "\ufffd"
     assert visible("\té") == "\té"
+    assert visible("\x9b\u202e\u2066") == "\ufffd" * 3
+
+
+def test_a_mark_leaves_out_the_white_space_around() -> None:
+    assert marked_part("  a b↵\n") == ("  ", "a b↵", "\n")
+    assert marked_part("   ") == ("", "   ", "")
+    assert marked_part("") == ("", "", "")
+
+
+def test_weights_far_from_the_mean_are_told() -> None:
+    sample = SAMPLE | {"selected": [True, True, False, False], "weights": [0.2, 0.8, 0.0, 0.0]}
+    views = token_views(sample, (0.0, 4.0))
+    assert [view.weight for view in views] == [PLAIN, LIGHT, HEAVY, PLAIN]
+    assert views[2].told == "4.00 nats, selected, 1.60 times the mean weight"

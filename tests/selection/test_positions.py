@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selkd import plugins, recipe_choices, reference
+from selkd.errors import RunError
 from selkd.recipe_choices import POLICIES as NAMES
 from selkd.recipe_choices import FractionSchedule, PositionOptions
 from selkd.selection.noise import draw_uniforms, position_uniforms
@@ -54,7 +55,7 @@ def test_select_is_the_specification(batch: Scored, policy: str, progress: float
 @given(
     scored_batches(),
     st.sampled_from(["pos_rs", "pos_rs_corrected"]),
-    st.sampled_from([0.5, 1.0, 3.0]),
+    st.sampled_from([0.001, 0.5, 1.0, 3.0]),
     st.sampled_from([None, 0.1, 0.9, 1.0]),
     st.integers(0, 3),
     st.sampled_from([0.0, 0.25, 1.0]),
@@ -224,8 +225,8 @@ def test_a_users_policy_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, place = torch.tensor([[1.0, 3.0, 9.0]]), Place(0, 0.5, 0.0, None)
     assert select(options_of("good"), scores, mask, place).tolist() == [[1.0, 3.0, 0.0]]
     assert options_of("nan", metric="kl").metric is None, "it asks for no scores"
-    for name, message in (("shape", "expected coefficients of shape"), ("mask", "not valid"), ("nan", "not finite")):
-        with pytest.raises(ValueError, match=message):
+    for name, message in (("shape", "returned shape"), ("mask", "not valid"), ("nan", "not finite")):
+        with pytest.raises(RunError, match=f"positions.policy: {name} .*{message}"):
             select(options_of(name), scores, mask, place)
 
 

@@ -150,13 +150,21 @@ def test_what_is_logged_is_what_was_selected(tmp_path: Path) -> None:
     assert trainer.totals.positions_valid == int(batch["valid_mask"].sum())
 
 
-def test_resuming_gives_the_same_student(tmp_path: Path) -> None:
+RESUMED = {
+    "drawn anew each step": {**RECIPES["random"], "classes": {"sampler": "rs_kd", "draws": 4}},
+    "a queue": {"positions": {"policy": "gls", "fraction": 0.3, "queue_size": 60}},
+    "a schedule": {"positions": {"fraction": {"from": 1.0, "to": 0.1}}},
+    "a curriculum": {"positions": {"policy": "curriculum", "fraction": 0.3, "curriculum_steps": 5}},
+}
+
+
+@pytest.mark.parametrize("recipe", RESUMED.values(), ids=RESUMED)
+def test_resuming_gives_the_same_student(recipe: dict[str, Any], tmp_path: Path) -> None:
     samples = make_samples(7)
     options = {
         "max_steps": 6, "per_device_train_batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-2,
         "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear",
     }  # fmt: skip
-    recipe = RECIPES["random"] | {"classes": {"sampler": "rs_kd", "draws": 4}}
     straight = trainer_of(tmp_path / "straight", samples, recipe, **options)
     straight.train()
     resumed = trainer_of(tmp_path / "resumed", samples, recipe, **options)
@@ -165,6 +173,33 @@ def test_resuming_gives_the_same_student(tmp_path: Path) -> None:
     assert_same(weights(straight.model), weights(resumed.model), tolerance=0)
     assert vars(resumed.totals) == vars(straight.totals)
     assert straight.totals.teacher_tokens > 0
+    if straight.queue is not None:
+        assert np.array_equal(straight.queue.scores, resumed.queue.scores)
+        assert len(straight.queue.scores) == 60
+
+
+def test_the_queue_decides_what_gls_selects(tmp_path: Path) -> None:
+    """The second step's threshold is the quantile of the first step's scores, in the order of its samples."""
+    samples, student = make_samples(8), make_model(1)
+    batch = collate(list(samples), 1)
+    trainer = trainer_of(
+        tmp_path, samples, RECIPES["gls"], student=student, max_steps=2, learning_rate=0.0,
+        per_device_train_batch_size=3, gradient_accumulation_steps=3,
+    )  # fmt: skip
+    entropies = reference.importance("student_entropy", logits_of(student, batch), None, batch["targets"]).detach()
+    order = list(trainer._get_train_sampler())[:8]
+    expected = torch.cat([entropies[i][batch["valid_mask"][i]] for i in order])
+    trainer.train()
+    of_first_step = trainer.queue.scores[: 200 - len(expected)]  # the queue holds 200, the second step came after
+    assert 0 < len(of_first_step) < len(expected)
+    assert of_first_step.tolist() == pytest.approx(expected[-len(of_first_step) :].tolist(), rel=1e-4)
+    logs = trainer.state.log_history[1]
+    assert logs["threshold"] == pytest.approx(float(np.quantile(expected.numpy(), 0.7)), rel=1e-4)
+    assert logs["selected_share"] == pytest.approx(float((expected >= logs["threshold"]).float().mean()))
+    trainer.eval_dataset = trainer.train_dataset
+    before = trainer.queue.scores.copy()
+    trainer.evaluate()
+    assert np.array_equal(trainer.queue.scores, before), "evaluation pushes nothing"
 
 
 def test_epochs_are_shuffled_differently_and_last_batches_filled(tmp_path: Path) -> None:
@@ -188,10 +223,13 @@ def test_epochs_are_shuffled_differently_and_last_batches_filled(tmp_path: Path)
     assert trainer.totals.positions_valid == 2 * int(samples.n_valid.sum())
 
 
-def cached(samples: SampleDataset, folder: Path, draws: int = 8, temperature: float = 1.0) -> TeacherCache:
+def cached(
+    samples: SampleDataset, folder: Path, draws: int = 8, temperature: float = 1.0, teacher: Any = None
+) -> TeacherCache:
     fingerprint = {"sampler": "rs_kd", "draws": draws, "temperature": temperature, "vocabulary": V, "seed": 11}
     options = ClassOptions(sampler="rs_kd", draws=draws)
-    build_cache(folder, fingerprint, samples, lambda: make_model(0, layers=3), options, temperature, 11, 1)
+    model = make_model(0, layers=3) if teacher is None else teacher
+    build_cache(folder, fingerprint, samples, lambda: model, options, temperature, 11, 1)
     return TeacherCache.open(folder)
 
 
@@ -331,7 +369,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     with torch.no_grad():
         student.model.norm.weight[0] = float("nan")
     before = weights(student)
-    with pytest.raises(RunError, match="at optimiser step 0, before its update: the student's or the teacher's"):
+    with pytest.raises(
+        RunError, match="of the student's or the teacher's logits at optimiser step 0, before its update"
+    ):
         trainer.train()
     for name, value in weights(student).items():
         torch.testing.assert_close(value, before[name], equal_nan=True)
@@ -347,8 +387,33 @@ def test_logits_that_are_not_finite_are_named_by_sample_and_position(recipe: str
     hidden[2, position, 0] = float("inf")
     sample_id = batch["sample_ids"][2].numpy().tobytes().hex()
     place = place_of(objective.positions, 7, 10)
-    with pytest.raises(RunError, match=f"position {position} of sample {sample_id} give nan at optimiser step 7"):
+    with pytest.raises(RunError, match=f"position {position} of sample {sample_id} gives nan .* at optimiser step 7"):
         objective(hidden, head_of(student), batch, teacher.targets(batch, 7), place=place, normaliser=4)
+
+
+@pytest.mark.parametrize("sampler", ["rs_kd", "systematic", "top_k"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_teacher_that_is_not_finite_is_named_before_classes_are_drawn(sampler: str, bad: float) -> None:
+    batch, teacher = collate(list(make_samples(3)), 1), make_model(0, tie_word_embeddings=False)
+    with torch.no_grad():
+        teacher.lm_head.weight[7] = bad
+    live = LiveTeacher(teacher, ClassOptions.model_validate({"sampler": sampler, "draws": 4}), 1.0, 0, V)
+    index = batch["valid_mask"].flatten().nonzero().flatten()[5:]
+    row, position = divmod(int(index[0]), batch["valid_mask"].shape[1])
+    sample_id = batch["sample_ids"][row].numpy().tobytes().hex()
+    with pytest.raises(
+        RunError, match=f"position {position} of sample {sample_id} gives nan from the teacher's logits"
+    ):
+        live.targets(batch, 0).at(index).chunk(slice(0, 9))
+
+
+def test_a_teacher_that_is_not_finite_leaves_no_cache(tmp_path: Path) -> None:
+    teacher = make_model(0, layers=3, tie_word_embeddings=False)
+    with torch.no_grad():
+        teacher.lm_head.weight[7] = float("inf")
+    with pytest.raises(RunError, match="gives nan from the teacher's logits, for its cache"):
+        cached(make_samples(3), tmp_path / "cache", teacher=teacher)
+    assert not list((tmp_path / "cache").glob("shard*.selkd"))
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:

@@ -1,159 +1,245 @@
 """How the drawn classes of one sample become bytes and come back. Replace this module to change the coding.
 
-The rest of the package uses ``NAME``, ``Rows``, ``encode`` and ``decode`` only. ``docs/cache-format.md`` has the bytes.
+The rest of the package uses ``NAME``, ``fit``, ``encode`` and ``decode``. ``docs/cache-format.md`` has the bytes.
+
+A row is two sets of classes: the *singles*, drawn once, and the *heavies*, drawn more often. A set is coded as the
+gaps between its ascending ranks, so neither the order of the draws nor the counts of the singles cost anything. All
+sets of a sample go side by side: the first gap of each, then the second of those that have one, and so on.
 """
 
 import struct
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
+import constriction
 import numpy as np
-import zstandard
 
+from selkd.cache import model as models
+from selkd.cache.model import Model, Table
+from selkd.cache.rows import Rows, check_totals
 from selkd.errors import InputError
 
-NAME: Final = "gap-planes-zstd"
+NAME: Final = "ranked-gaps-ans"
 
-# On real draws 15 costs 0.2% more bytes than 19 and half the time. The level is not part of the format.
-_LEVEL = 15
-_HEADER = struct.Struct("<IIBBB")
-_LENGTH = struct.Struct("<I")
-_LARGEST_UINT16 = 2**16 - 1
-_LARGEST_UINT32 = 2**32 - 1
-# The most bytes a value of each array can take: row lengths, gaps between class ids, counts.
-_LARGEST_PLANES = (2, 4, 2)
+_LARGEST_ROWS: Final = 2**24
+_HEADER = struct.Struct("<I")
+_CATEGORICAL = constriction.stream.model.Categorical(perfect=False)
+_UNIFORM = constriction.stream.model.Uniform()
 
 
-class Rows(NamedTuple):
-    """The drawn classes of one sample of n positions: ragged rows, flat. A position without a target has an empty row.
+class _Column(NamedTuple):
+    """Symbols that are coded together: ``cells`` say context and symbol in their table, then their low bits."""
 
-    Attributes:
-        row_lengths: uint16 [n], the distinct classes of each position.
-        class_ids: uint32 [sum(row_lengths)], strictly ascending within a row.
-        counts: uint16 [sum(row_lengths)], how often each class was drawn, at least 1.
-    """
-
-    row_lengths: np.ndarray
-    class_ids: np.ndarray
-    counts: np.ndarray
+    table: Table
+    cells: np.ndarray  # int64, context * symbols + symbol
+    values: np.ndarray  # int64, what was coded
+    context: np.ndarray  # int64
 
 
-def encode(row_lengths: np.ndarray, class_ids: np.ndarray, counts: np.ndarray) -> bytes:
+def fit(samples: Iterable[Rows]) -> Model:
+    """The model of a shard with these samples. Raises InputError where the counts of rows do not sum to one number."""
+
+    def cells(model: Model, rows: Rows) -> dict[Table, np.ndarray]:
+        check_totals(rows, model.total)
+        found: dict[Table, list[np.ndarray]] = {table: [] for table in models.TABLES}
+        for column in _columns(model, rows):
+            found[column.table].append(column.cells)
+        return {table: np.concatenate(parts) for table, parts in found.items() if parts}
+
+    return models.fit(samples, cells)
+
+
+def encode(model: Model, rows: Rows) -> bytes:
     """The bytes of one sample; ``decode`` gives back exactly these integers.
 
     Args:
-        row_lengths, class_ids, counts: as in ``Rows``, in any integer dtype.
+        model: of a shard that holds the sample.
+        rows: as ``rows.checked_rows`` gives them.
 
     Raises:
-        InputError: an array is not one-dimensional or not of integers, a value is out of range (nothing is ever cut to
-            fit), lengths do not agree, or the class ids of a row do not ascend strictly.
+        InputError: the sample has more than 2^24 rows.
     """
-    lengths = _checked("row_lengths", row_lengths, 0, _LARGEST_UINT16)
-    ids = _checked("class_ids", class_ids, 0, _LARGEST_UINT32)
-    counts = _checked("counts", counts, 1, _LARGEST_UINT16)
-    if not lengths.sum() == ids.size == counts.size:
-        raise InputError(
-            f"expected as many class_ids and counts as the sum of row_lengths, {lengths.sum()}; "
-            f"got {ids.size} class_ids and {counts.size} counts"
-        )
-    if max(lengths.size, ids.size) > _LARGEST_UINT32:
-        raise InputError(
-            f"a sample holds at most {_LARGEST_UINT32} positions and classes; got {lengths.size}, {ids.size}"
-        )
-    starts = _row_starts(lengths)
-    # Gaps are small where ids are close, so their high bytes are mostly zero. The first id of a row stands as it is.
-    gaps = np.diff(ids, prepend=0) - 1
-    gaps[starts] = ids[starts]
-    if gaps.size and gaps.min() < 0:
-        at = int(np.argmin(gaps))
-        raise InputError(
-            f"class_ids must ascend strictly within a row; got {ids[at]} after {ids[at - 1]} at index {at}: "
-            "sort each row and merge equal ids into one count"
-        )
-    arrays = (lengths, gaps, counts)
-    n_planes = [_n_planes(array) for array in arrays]
-    frames = []
-    compressor = zstandard.ZstdCompressor(level=_LEVEL)
-    for array, n in zip(arrays, n_planes, strict=True):
-        # One frame a plane: planes have different statistics, and one frame would share one Huffman table among them.
-        for plane in array.astype("<u4").view(np.uint8).reshape(-1, 4).T[:n]:
-            frame = compressor.compress(plane.tobytes())
-            frames += [_LENGTH.pack(len(frame)), frame]
-    return _HEADER.pack(lengths.size, ids.size, *n_planes) + b"".join(frames)
+    if len(rows.row_lengths) > _LARGEST_ROWS:
+        raise InputError(f"a sample has at most {_LARGEST_ROWS} positions; got {len(rows.row_lengths)}")
+    coder = constriction.stream.stack.AnsCoder()
+    for column in reversed(_columns(model, rows)):
+        buckets = model.buckets[column.table]
+        symbols = column.cells - column.context * model.shape(column.table)[1]
+        sizes = buckets.size[symbols]
+        is_wide = sizes > 1
+        if is_wide.any():
+            low = (column.values - buckets.first[symbols])[is_wide]
+            coder.encode_reverse(low.astype(np.int32), _UNIFORM, sizes[is_wide])
+        coder.encode_reverse(symbols.astype(np.int32), _CATEGORICAL, model.weights[column.table][column.context])
+    return _HEADER.pack(len(rows.row_lengths)) + coder.get_compressed().astype("<u4").tobytes()
 
 
-def decode(data: bytes) -> Rows:
+def decode(model: Model, data: bytes) -> Rows:
     """The rows that ``encode`` was given.
 
     Raises:
-        InputError: these are not the bytes of one encoded sample.
+        InputError: these are not the bytes of a sample encoded with this model.
     """
-    if len(data) < _HEADER.size:
-        raise InputError(f"expected an encoded sample of at least {_HEADER.size} bytes, got {len(data)}")
-    n_rows, n_classes, *n_planes = _HEADER.unpack_from(data)
-    at = _HEADER.size
-    decompressor = zstandard.ZstdDecompressor()
-    arrays = []
-    for size, n, largest in zip((n_rows, n_classes, n_classes), n_planes, _LARGEST_PLANES, strict=True):
-        if n > largest or (n == 0) != (size == 0):
-            raise InputError(f"an encoded sample is damaged: {n} byte planes for {size} values")
-        planes = []
-        for _ in range(n):
-            contents, at = _read_frame(decompressor, data, at, size)
-            planes.append(np.frombuffer(contents, np.uint8))
-        values = np.zeros((size, 4), np.uint8)
-        for place, plane in enumerate(planes):
-            values[:, place] = plane
-        arrays.append(values.view("<u4").ravel())
-    lengths, gaps, counts = arrays
-    if at != len(data):
-        raise InputError(f"an encoded sample is damaged: {len(data) - at} bytes follow its end")
-    if lengths.sum(dtype=np.uint64) != n_classes or not counts.all():
-        raise InputError("an encoded sample is damaged: its row lengths, class ids and counts do not agree")
-    return Rows(lengths.astype(np.uint16), _ids_of(gaps, lengths), counts.astype(np.uint16))
-
-
-def _checked(name: str, values: np.ndarray, smallest: int, largest: int) -> np.ndarray:
-    array = np.asarray(values)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InputError(f"{name} must be a one-dimensional array of integers; got {array.dtype} {list(array.shape)}")
-    if array.size and not (smallest <= array.min() and array.max() <= largest):
-        raise InputError(f"{name} must lie from {smallest} to {largest}; got {array.min()} to {array.max()}")
-    return array.astype(np.int64)
-
-
-def _row_starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each row that is not empty starts in the flat arrays."""
-    return (np.cumsum(lengths) - lengths)[lengths > 0]
-
-
-def _n_planes(array: np.ndarray) -> int:
-    """How many bytes the largest value takes: none only where there is no value."""
-    return max(1, (int(array.max()).bit_length() + 7) // 8) if array.size else 0
-
-
-def _read_frame(decompressor: zstandard.ZstdDecompressor, data: bytes, at: int, size: int) -> tuple[bytes, int]:
-    start = at + _LENGTH.size
-    if start > len(data):
-        raise InputError("an encoded sample is damaged: it ends early")
-    (length,) = _LENGTH.unpack_from(data, at)
-    frame = data[start : start + length]
-    if len(frame) < length:
-        raise InputError("an encoded sample is damaged: it ends early")
+    if len(data) < _HEADER.size or len(data) % 4:
+        raise InputError(f"an encoded sample is damaged: {len(data)} bytes, expected a positive multiple of 4")
+    (n_rows,) = _HEADER.unpack_from(data)
+    # A row takes no memory before it is decoded, but a damaged number of rows would.
+    if n_rows > _LARGEST_ROWS:
+        raise InputError(f"an encoded sample is damaged: {n_rows} rows")
     try:
-        # Checked before anything is decompressed, so that a damaged frame can't ask for any amount of memory.
-        if zstandard.get_frame_parameters(frame).content_size != size:
-            raise InputError("an encoded sample is damaged: a byte plane has the wrong size")
-        return decompressor.decompress(frame, allow_extra_data=False), start + length
-    except zstandard.ZstdError as error:
+        words = np.frombuffer(data, "<u4", offset=_HEADER.size).astype(np.uint32)
+        return _Decoder(model, constriction.stream.stack.AnsCoder(words)).rows(n_rows)
+    except ValueError as error:
         raise InputError(f"an encoded sample is damaged: {error}") from error
 
 
-def _ids_of(gaps: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    # Sums wrap around in 64 bits, and differences of them stay exact: a row alone sums to less than 2^64.
-    sums = np.cumsum(gaps.astype(np.uint64) + np.uint64(1))
-    starts = _row_starts(lengths.astype(np.int64))
-    before_row = sums[starts] - gaps[starts] - np.uint64(1)
-    ids = sums - np.repeat(before_row, lengths[lengths > 0]) - np.uint64(1)
-    if ids.size and ids.max() > _LARGEST_UINT32:
-        raise InputError("an encoded sample is damaged: a class id is beyond 32 bits")
-    return ids.astype(np.uint32)
+def _columns(model: Model, rows: Rows) -> list[_Column]:
+    """What is coded of a sample, in the order in which it is decoded."""
+    n_rows = len(rows.row_lengths)
+    row = np.repeat(np.arange(n_rows), rows.row_lengths)
+    is_single = rows.counts == 1
+    ranks = model.ranks(rows.class_ids)
+    # Lists: the heavies of each row, then the singles of each row; ranks ascend within a list.
+    lists = row + is_single * n_rows
+    order = np.argsort(lists * (len(model.classes) + 1) + ranks)
+    lists, ranks, counts = lists[order], ranks[order], rows.counts[order].astype(np.int64)
+    sizes = np.bincount(lists, minlength=2 * n_rows)
+    place = np.arange(len(lists)) - (np.cumsum(sizes) - sizes)[lists]
+    left = sizes[lists] - place
+
+    heavies, singles = sizes[:n_rows], sizes[n_rows:]
+    columns = [_column(model, "singles", singles, np.zeros(n_rows, np.int64))]
+    columns.append(_column(model, "heavies", heavies, model.buckets["singles"].of(singles)))
+
+    is_first = place == 0
+    previous = np.where(is_first, -1, np.roll(ranks, 1))
+    of_rank = np.where(is_first, 0, model.context_of_rank[np.roll(ranks, 1)]) if len(ranks) else ranks
+    contexts = model.gap_context((lists >= n_rows).astype(np.int64), of_rank, left)
+    gaps = _column(model, "gaps", ranks - previous - 1, contexts)
+    columns += _split(gaps, place, lists, sizes)
+
+    is_heavy = lists < n_rows
+    lists, place, left, counts = lists[is_heavy], place[is_heavy], left[is_heavy], counts[is_heavy]
+    before = np.cumsum(counts) - counts
+    before -= np.repeat(before[place == 0], heavies[heavies > 0])
+    excess = model.total - singles[lists] - before - 2 * left
+    is_open = left > 1  # the last count of a row is what is left
+    counted = _column(model, "counts", (counts - 2)[is_open], model.count_context(excess[is_open], left[is_open]))
+    return columns + _split(counted, place[is_open], lists[is_open], heavies)
+
+
+def _column(model: Model, table: Table, values: np.ndarray, context: np.ndarray) -> _Column:
+    return _Column(table, context * model.shape(table)[1] + model.buckets[table].of(values), values, context)
+
+
+def _split(column: _Column, place: np.ndarray, lists: np.ndarray, sizes: np.ndarray) -> list[_Column]:
+    """One column for each place in the lists; in each, the longest list first."""
+    turn = np.empty(len(sizes), np.int64)
+    turn[_longest_first(sizes)] = np.arange(len(sizes))
+    order = np.lexsort((turn[lists], place))
+    parts = np.split(order, np.cumsum(np.bincount(place))[:-1]) if len(order) else []
+    return [_Column(column.table, *(array[part] for array in column[1:])) for part in parts]
+
+
+def _longest_first(sizes: np.ndarray) -> np.ndarray:
+    return np.argsort(-sizes, kind="stable")
+
+
+def _active(sizes: np.ndarray, least: int) -> Sequence[int]:
+    """How many lists have more than 0, 1, 2, … classes beyond ``least``."""
+    beyond = np.maximum(sizes - least, 0)
+    n_with = np.bincount(beyond)
+    active: Sequence[int] = (len(sizes) - np.cumsum(n_with))[:-1].tolist()
+    return active
+
+
+def _places(active: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each value, column by column: which of the lists, longest first, and which place in it."""
+    n_active = np.array(active, np.int64)
+    place = np.repeat(np.arange(len(active)), n_active)
+    return np.arange(len(place)) - np.repeat(np.cumsum(n_active) - n_active, n_active), place
+
+
+class _Decoder:
+    """One sample's symbols, taken off the coder in order."""
+
+    def __init__(self, model: Model, coder: Any) -> None:
+        self.model = model
+        self.coder = coder
+
+    def rows(self, n_rows: int) -> Rows:
+        model = self.model
+        singles = self.values("singles", np.zeros(n_rows, np.int64))
+        heavies = self.values("heavies", model.buckets["singles"].of(singles))
+        sizes = np.concatenate([heavies, singles])
+        excess = model.total - singles - 2 * heavies
+        is_empty = (singles == 0) & (heavies == 0)
+        if (excess[~is_empty] < 0).any() or (excess[(heavies == 0) & ~is_empty] > 0).any():
+            raise ValueError("classes of a row do not fit its draws")
+        lists, ranks = self.ranks(sizes, n_rows)
+        row, counts = lists % max(n_rows, 1), np.ones(len(lists), np.int64)
+        counts[lists < n_rows] = 2 + self.excesses(heavies, excess)
+        if not self.coder.is_empty():
+            raise ValueError("bytes follow its end")
+        ids = model.classes[ranks]
+        keys = row.astype(np.uint64) << np.uint64(32) | ids
+        order = np.argsort(keys)
+        keys = keys[order]
+        if (keys[1:] == keys[:-1]).any():
+            raise ValueError("a class comes twice in a row")
+        return Rows((heavies + singles).astype(np.uint16), ids[order], counts[order].astype(np.uint16))
+
+    def values(self, table: Table, context: np.ndarray) -> np.ndarray:
+        """int64: one value of the table for each context."""
+        if not len(context):
+            return context
+        buckets = self.model.buckets[table]
+        symbols = self.coder.decode(_CATEGORICAL, self.model.weights[table].take(context, axis=0))
+        values: np.ndarray = buckets.first.take(symbols, mode="clip")
+        sizes = buckets.size.take(symbols, mode="clip")
+        (is_wide,) = (sizes > 1).nonzero()
+        if is_wide.size:
+            values[is_wide] += self.coder.decode(_UNIFORM, sizes[is_wide])
+        return values
+
+    def ranks(self, sizes: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """The list and the rank of each class, by list and ascending."""
+        model = self.model
+        order, active = _longest_first(sizes), _active(sizes, 0)
+        turn, place = _places(active)
+        is_single = (order >= n_rows).astype(np.int64)
+        contexts = model.gap_context(is_single[turn], np.int64(0), sizes[order][turn] - place)
+        rank, of_rank = np.full(len(order), -1), np.zeros(len(order), np.int64)
+        columns, at = [np.zeros(0, np.int64)], 0
+        for n in active:
+            gaps = self.values("gaps", contexts[at : at + n] + of_rank[:n])
+            rank = rank[:n] + gaps + 1
+            columns.append(rank)
+            of_rank = model.context_of_rank.take(rank, mode="clip")
+            at += n
+        out = np.empty(len(turn), np.int64)
+        out[(np.cumsum(sizes) - sizes)[order][turn] + place] = np.concatenate(columns)
+        if out.size and out.max() >= len(model.classes):
+            raise ValueError("a rank is beyond the last class")
+        return np.repeat(np.arange(len(sizes)), sizes), out
+
+    def excesses(self, heavies: np.ndarray, excess: np.ndarray) -> np.ndarray:
+        """What each heavy class was drawn beyond two times, by row and ascending rank."""
+        order, active = _longest_first(heavies), _active(heavies, 1)
+        turn, place = _places(active)
+        left, excess = heavies[order][turn] - place, excess[order]
+        columns, at = [np.zeros(0, np.int64)], 0
+        for n in active:
+            beyond = self.values("counts", self.model.count_context(excess[:n], left[at : at + n]))
+            excess[:n] -= beyond
+            if excess[:n].min() < 0:
+                raise ValueError("the counts of a row are more than its draws")
+            columns.append(beyond)
+            at += n
+        begin = (np.cumsum(heavies) - heavies)[order]
+        out = np.empty(int(heavies.sum()), np.int64)
+        out[begin[turn] + place] = np.concatenate(columns)
+        # The last class of each row takes what the others leave.
+        has_any = heavies[order] > 0
+        out[(begin + heavies[order] - 1)[has_any]] = excess[has_any]
+        return out

@@ -1,5 +1,6 @@
 """Files that are either whole or not there: written under a temporary name, synced, renamed."""
 
+import fcntl
 import os
 import re
 import secrets
@@ -10,11 +11,11 @@ from typing import BinaryIO
 
 from selkd.errors import RunError
 
-_TEMPORARY = re.compile(r"(plan\.json|manifest\.json|shard-\d{5,}\.selkd)\.[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r"(plan\.json|manifest\.json|index\.selkd|shard-\d{5,}\.selkd)\.[0-9a-f]{16}\.tmp")
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is the remains of an interrupted write of ours."""
+    """Whether a file of this name is a write of ours, under way or interrupted."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
@@ -25,19 +26,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         RunError: the operating system refused (disk full, no permission, …).
     """
-    # A name of its own for each attempt: two processes that write the same file do not mix their bytes.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        try:
-            with temporary.open("xb") as file:
+        with _new_temporary(path) as file:
+            temporary = Path(file.name)
+            try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_folder(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+                temporary.replace(path)
+                _sync_folder(path.parent)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise RunError(
             f"{path.name} in {path.parent} could not be finished: {error}. Nothing finished before it was touched; "
@@ -46,13 +46,40 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes the remains of interrupted writes of ours. Raises RunError where the operating system refuses."""
+    """Removes the remains of interrupted writes of ours, not the files that another process is writing.
+
+    Raises:
+        RunError: the operating system refuses.
+    """
     try:
         for path in folder.iterdir():
             if is_temporary(path.name):
-                path.unlink(missing_ok=True)
+                _remove_unless_written(path)
     except OSError as error:
         raise RunError(f"the remains of an interrupted write in {folder} can't be removed: {error}") from error
+
+
+def _new_temporary(path: Path) -> BinaryIO:
+    """A new locked file beside ``path``; the lock ends with the process, however it ends, and tells remains apart.
+
+    A name of its own for each attempt: two processes that write the same file do not mix their bytes.
+    """
+    while True:
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+        file = temporary.open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return file
+        file.close()  # removed as a remnant in the moment between its making and its lock
+
+
+def _remove_unless_written(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except (BlockingIOError, FileNotFoundError):  # being written, or just finished
+        return
 
 
 def _sync_folder(folder: Path) -> None:

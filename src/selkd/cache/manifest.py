@@ -15,7 +15,7 @@ from selkd.cache.shard import Shard, ids_digest, shard_name
 from selkd.errors import InputError
 
 FORMAT = "selkd-teacher-cache"
-VERSION = 1
+VERSION = 2
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
 _NO_CHECKSUM = b"0" * 32
@@ -32,14 +32,21 @@ def make_plan(fingerprint: Fingerprint, shard_ids: Sequence[Sequence[bytes]]) ->
     )
 
 
-def make_manifest(plan: dict[str, Any], plan_checksum: str, shards: Sequence[Shard]) -> dict[str, Any]:
-    """What a complete cache holds; it exists only once every planned shard does."""
+def make_manifest(
+    plan: Mapping[str, Any], plan_checksum: str, shards: Sequence[Mapping[str, Any]], index: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a complete cache holds; it exists only once every planned shard does.
+
+    Args:
+        shards: ``describe_shard`` of each. index: ``sample_index.describe_index``.
+    """
     return _document(
         complete=True,
         plan=plan_checksum,
         fingerprint=plan["fingerprint"],
         n_samples=plan["n_samples"],
-        shards=[describe_shard(number, shard) for number, shard in enumerate(shards)],
+        shards=list(shards),
+        index=dict(index),
     )
 
 
@@ -96,7 +103,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         InputError: as ``read_plan``, or it does not describe a complete cache.
     """
     content, _ = _read_document(path)
-    shards, fingerprint = content.get("shards"), content.get("fingerprint")
+    shards, fingerprint, index = (content.get(key) for key in ("shards", "fingerprint", "index"))
     if (
         content.get("complete") is not True
         or not _is_digest(content.get("plan"))
@@ -104,11 +111,30 @@ def read_manifest(path: Path) -> dict[str, Any]:
         or not all(_is_count(fingerprint.get(field)) for field in ("draws", "vocabulary"))
         or not isinstance(shards, list)
         or not shards
+        or not isinstance(index, dict)
+        or not _is_count(index.get("bytes"))
+        or not _is_digest(index.get("digest"))
         or not all(_is_shard_entry(entry, number) for number, entry in enumerate(shards))
         or content.get("n_samples") != sum(entry["samples"] for entry in shards)
     ):
         raise InputError(f"{path.name} in {path.parent} does not describe a complete teacher cache: build it again")
     return content
+
+
+def read_complete(directory: Path) -> dict[str, Any]:
+    """The manifest of a complete cache. Raises InputError where there is none, saying what is there instead."""
+    if not directory.is_dir():
+        raise InputError(f"there is no teacher cache at {directory}: build it first, or set cache.path to one")
+    if not (directory / MANIFEST).exists():
+        if not (directory / PLAN).exists():
+            raise InputError(f"{directory} is not a teacher cache: it has neither {MANIFEST} nor {PLAN}")
+        plan, _ = read_plan(directory / PLAN)
+        n_there = sum((directory / shard_name(number)).exists() for number in range(len(plan["shards"])))
+        raise InputError(
+            f"the teacher cache in {directory} is incomplete: {n_there} of {len(plan['shards'])} shards are there and "
+            "it was not finished: build it again to the end"
+        )
+    return read_manifest(directory / MANIFEST)
 
 
 def check_fingerprint(fingerprint: Fingerprint) -> None:
@@ -118,10 +144,15 @@ def check_fingerprint(fingerprint: Fingerprint) -> None:
             raise InputError(f"a fingerprint maps names to strings, integers or floats; got {field!r}: {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"fingerprint field {field} must be finite; got {value}")
-    for field in ("draws", "vocabulary"):
+    for field in ("draws", "vocabulary", *(["count_total"] if "count_total" in fingerprint else [])):
         count = fingerprint.get(field)
         if not isinstance(count, int) or count < 1:
             raise InputError(f"fingerprint field {field} must be an integer of at least 1; got {count!r}")
+
+
+def count_total(fingerprint: Fingerprint) -> int:
+    """What the counts of each stored row sum to: ``count_total``, or ``draws`` where there is none."""
+    return int(fingerprint.get("count_total", fingerprint["draws"]))
 
 
 def check_same_fingerprint(stored: Fingerprint, expected: Fingerprint, folder: Path) -> None:
@@ -137,6 +168,13 @@ def check_same_fingerprint(stored: Fingerprint, expected: Fingerprint, folder: P
             f"the teacher cache in {folder} was built for something else ({'; '.join(differences)}): "
             "set these back, or use another cache.path"
         )
+
+
+def check_same_shard(number: int, shard: Shard, entry: Mapping[str, Any]) -> None:
+    """Raises InputError unless the shard is the one of the manifest's entry."""
+    there = describe_shard(number, shard)
+    if differences := [f"{key} {there[key]}, listed {entry[key]}" for key in there if there[key] != entry[key]]:
+        raise InputError(f"{entry['name']} is not the shard that the manifest lists: {'; '.join(differences)}")
 
 
 def _read_document(path: Path) -> tuple[dict[str, Any], str]:

@@ -1,40 +1,34 @@
-"""Reading a cache: open it, look samples up by content, verify every byte."""
+"""Reading a cache: open it, look samples up by content."""
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from selkd.cache.codec import Rows
 from selkd.cache.manifest import (
     MANIFEST,
     PLAN,
     Fingerprint,
     check_fingerprint,
     check_same_fingerprint,
-    describe_shard,
-    read_manifest,
-    read_plan,
+    check_same_shard,
+    read_complete,
 )
-from selkd.cache.shard import ID_BYTES, Shard, check_shard, read_block, read_shard, shard_name
+from selkd.cache.rows import Rows
+from selkd.cache.sample_index import INDEX_FILE, SampleIndex, describe_index
+from selkd.cache.shard import ID_BYTES, Shard, read_shard, shard_name
+from selkd.cache.verify import verify_cache
 from selkd.errors import InputError
 
-
-class _Table(NamedTuple):
-    """The indices of all shards. Ids are digests, so their first halves alone, sorted, lead to a sample."""
-
-    first_halves: np.ndarray  # uint64 [N], ascending
-    rows: np.ndarray  # int64 [N], the row below of each first half
-    entries: np.ndarray  # shard.INDEX [N], in the order of the shards
-    shards: np.ndarray  # uint32 [N], the shard of each entry
+# Of each, model and index stay in memory: some 0.5 MB, so that memory does not grow with the cache.
+SHARDS_IN_MEMORY = 64
 
 
 class TeacherCache:
     """A complete teacher cache: the drawn classes at every position of every kept sample, found by its content.
 
-    Holds no open file and no lock: it may be shared by threads, forked, or sent to worker processes.
+    Holds no open file and no lock: it may be shared by threads, forked, or sent to worker processes. Memory does not
+    grow with the number of samples.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
@@ -54,7 +48,7 @@ class TeacherCache:
                 fingerprint that differs or is on one side only (named, with the stored and the expected value).
         """
         directory = Path(directory)
-        manifest = _read_manifest(directory)
+        manifest = read_complete(directory)
         missing = [entry["name"] for entry in manifest["shards"] if not (directory / entry["name"]).is_file()]
         if missing:
             raise InputError(
@@ -64,7 +58,12 @@ class TeacherCache:
         if expected is not None:
             check_fingerprint(expected)
             check_same_fingerprint(manifest["fingerprint"], expected, directory)
-        return cls(directory, manifest)
+        cache = cls(directory, manifest)
+        cache._index  # noqa: B018  a missing or foreign index is refused now
+        return cache
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TeacherCache, (self.directory, self._manifest)
 
     @property
     def fingerprint(self) -> dict[str, str | int | float]:
@@ -75,36 +74,45 @@ class TeacherCache:
         return int(self._manifest["n_samples"])
 
     def __contains__(self, sample_id: object) -> bool:
-        return isinstance(sample_id, bytes) and len(sample_id) == ID_BYTES and self._find(sample_id) is not None
+        return isinstance(sample_id, bytes) and len(sample_id) == ID_BYTES and self._index.find(sample_id) is not None
 
     def sample_ids(self) -> list[bytes]:
         """The ids (16 raw bytes) of all samples, in the order of the shards."""
-        ids = self._table.entries["sample_id"].tobytes()
+        ids = self._index.ids().tobytes()
         return [ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES)]
 
     def get(self, sample_id: bytes) -> Rows:
         """The rows of one sample: row_lengths uint16 [n], class_ids uint32 [sum], counts uint16 [sum]; see ``Rows``.
 
         Raises:
-            InputError: the sample is not in the cache, or what is stored is not what was written. The first look-up
-                reads and checks the index of every shard, so a damaged index anywhere is refused then.
+            InputError: the sample is not in the cache, or what is stored is not what was written.
         """
+        shard, row = self._locate(sample_id)
+        return shard.read(self.directory / shard.name, row)
+
+    def stored_bytes(self, sample_id: bytes) -> int:
+        """How many bytes the sample's block takes. Raises InputError where the sample is not in the cache."""
+        shard, row = self._locate(sample_id)
+        return int(shard.index["length"][row])
+
+    def _locate(self, sample_id: bytes) -> tuple[Shard, int]:
+        """The shard of a sample and its row there."""
         if not isinstance(sample_id, bytes) or len(sample_id) != ID_BYTES:
             raise InputError(f"a sample id must be {ID_BYTES} raw bytes; got {sample_id!r}")
-        row = self._find(sample_id)
-        if row is None:
+        found = self._index.find(sample_id)
+        if found is None:
+            self._check_index()
             raise InputError(
                 f"sample {sample_id.hex()} is not in the teacher cache in {self.directory} ({len(self)} samples): "
                 "build the cache for this data"
             )
-        # Opened for each look-up: a memory map would turn a file that was cut meanwhile into a crash (SIGBUS), and one
-        # open handle a shard would meet the limit on open files.
-        path = self.directory / shard_name(int(self._table.shards[row]))
-        try:
-            with path.open("rb") as file:
-                return read_block(file, path.name, self._table.entries[row])
-        except OSError as error:
-            raise InputError(f"{path.name} in {self.directory} can't be read: {error}") from error
+        number, row = found
+        if number < len(self._manifest["shards"]):
+            shard = self._shard(number)
+            if row < len(shard.index) and shard.index["sample_id"][row].tobytes() == sample_id:
+                return shard, row
+        self._check_index()
+        raise InputError(f"{INDEX_FILE} in {self.directory} leads to another sample than {sample_id.hex()}")
 
     def verify(self) -> list[str]:
         """Reads every byte of the folder as it is now; the problems found, each naming its file. Empty: all is well."""
@@ -118,7 +126,7 @@ class TeacherCache:
         shards = self._manifest["shards"]
         positions = sum(entry["positions"] for entry in shards)
         classes = sum(entry["classes"] for entry in shards)
-        names = [MANIFEST, PLAN, *(entry["name"] for entry in shards)]
+        names = [MANIFEST, PLAN, INDEX_FILE, *(entry["name"] for entry in shards)]
         try:
             size_bytes = sum((self.directory / name).stat().st_size for name in names)
         except OSError as error:
@@ -135,74 +143,22 @@ class TeacherCache:
         }
 
     @cached_property
-    def _table(self) -> _Table:
-        shards = []
-        for number, entry in enumerate(self._manifest["shards"]):
-            shard = read_shard(self.directory / entry["name"], number, self._manifest["plan"])
-            _check_against_manifest(number, shard, entry)
-            shards.append(shard)
-        entries = np.concatenate([shard.index for shard in shards])
-        numbers = np.repeat(np.arange(len(shards), dtype=np.uint32), [len(shard.index) for shard in shards])
-        halves = np.frombuffer(entries["sample_id"].tobytes(), ">u8")[::2].astype(np.uint64)
-        rows = np.argsort(halves, kind="stable")
-        return _Table(halves[rows], rows, entries, numbers)
+    def _index(self) -> SampleIndex:
+        return SampleIndex(self.directory / INDEX_FILE, self._manifest["plan"], len(self))
 
-    def _find(self, sample_id: bytes) -> int | None:
-        """The sample's row in the table's entries."""
-        half = np.uint64(int.from_bytes(sample_id[:8], "big"))
-        table = self._table
-        # Ids that share their first half stand together; as a rule there is one.
-        at = int(np.searchsorted(table.first_halves, half))
-        while at < len(table.first_halves) and table.first_halves[at] == half:
-            row = int(table.rows[at])
-            if table.entries[row]["sample_id"].tobytes() == sample_id:
-                return row
-            at += 1
-        return None
+    @cached_property
+    def _shard(self) -> Callable[[int], Shard]:
+        def read(number: int) -> Shard:
+            entry = self._manifest["shards"][number]
+            shard = read_shard(self.directory / shard_name(number), number, self._manifest["plan"])
+            check_same_shard(number, shard, entry)
+            return shard
 
+        return lru_cache(SHARDS_IN_MEMORY)(read)
 
-def verify_cache(directory: str | Path) -> list[str]:
-    """Every problem of a cache's folder, each naming its file; works where ``TeacherCache.open`` refuses."""
-    directory = Path(directory)
-    try:
-        manifest = _read_manifest(directory)
-    except InputError as error:
-        return [str(error)]
-    problems = []
-    try:
-        if read_plan(directory / PLAN)[1] != manifest["plan"]:
-            problems.append(f"{PLAN} in {directory} is another cache's")
-    except InputError as error:
-        problems.append(str(error))
-    for number, entry in enumerate(manifest["shards"]):
-        try:
-            shard = check_shard(directory / entry["name"], number, manifest["plan"], entry["ids_digest"])
-            _check_against_manifest(number, shard, entry)
-        except InputError as error:
-            problems.append(str(error))
-    known = {entry["name"] for entry in manifest["shards"]}
-    for path in sorted(directory.iterdir()):
-        if path.suffix == ".selkd" and path.name not in known:
-            problems.append(f"{path.name} is no shard of this cache: it has {len(known)} shards")
-    return problems
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise InputError(f"there is no teacher cache at {directory}: build it first, or set cache.path to one")
-    if not (directory / MANIFEST).exists():
-        if not (directory / PLAN).exists():
-            raise InputError(f"{directory} is not a teacher cache: it has neither {MANIFEST} nor {PLAN}")
-        plan, _ = read_plan(directory / PLAN)
-        n_there = sum((directory / shard_name(number)).exists() for number in range(len(plan["shards"])))
-        raise InputError(
-            f"the teacher cache in {directory} is incomplete: {n_there} of {len(plan['shards'])} shards are there and "
-            "it was not finished: build it again to the end"
-        )
-    return read_manifest(directory / MANIFEST)
-
-
-def _check_against_manifest(number: int, shard: Shard, entry: Mapping[str, Any]) -> None:
-    there = describe_shard(number, shard)
-    if differences := [f"{key} {there[key]}, listed {entry[key]}" for key in there if there[key] != entry[key]]:
-        raise InputError(f"{entry['name']} is not the shard that the manifest lists: {'; '.join(differences)}")
+    def _check_index(self) -> None:
+        if describe_index(self.directory / INDEX_FILE) != self._manifest["index"]:
+            raise InputError(
+                f"{INDEX_FILE} in {self.directory} is damaged: it does not match its digest. "
+                "`selkd cache verify --repair` makes it anew"
+            )

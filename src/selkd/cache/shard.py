@@ -1,9 +1,10 @@
-"""One shard file: a header, the blocks of its samples, an index, a footer. ``docs/cache-format.md`` has the layout."""
+"""One shard file: header, model, blocks of its samples, index, footer. ``docs/cache-format.md`` has the layout."""
 
 import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,14 +12,15 @@ import numpy as np
 import xxhash
 
 from selkd.cache import codec
-from selkd.cache.codec import Rows
+from selkd.cache.model import Model
+from selkd.cache.rows import Rows
 from selkd.errors import InputError
 
-VERSION = 1
+VERSION = 2
 ID_BYTES = 16
 _MAGIC = b"SELKDSHD"
 _END_MAGIC = b"SELKDEND"
-_HEADER = struct.Struct("<8sI16sI")
+_HEADER = struct.Struct("<8sI16sII")
 _FOOTER = struct.Struct("<QQ16s8s")
 INDEX = np.dtype(
     [
@@ -34,17 +36,29 @@ INDEX = np.dtype(
 
 @dataclass(frozen=True)
 class Shard:
-    """What the index of one shard file says; the blocks are still unread.
+    """What a shard file says of itself; the blocks are still unread.
 
     Attributes:
+        name: the file's name.
         size_bytes: the file's size.
-        digest: 32 hex digits over header and index, and through the index's checksums over the blocks.
+        digest: 32 hex digits over header, model and index, and through the index's checksums over the blocks.
+        model_bytes: the model that the blocks are coded with, stored.
         index: one ``INDEX`` record a sample, in file order.
     """
 
+    name: str
     size_bytes: int
     digest: str
+    model_bytes: bytes
     index: np.ndarray
+
+    @cached_property
+    def model(self) -> Model:
+        """Raises InputError where the stored bytes are no model."""
+        try:
+            return Model.from_bytes(self.model_bytes)
+        except InputError as error:
+            raise InputError(f"{self.name} is damaged: {error}") from error
 
     @property
     def positions(self) -> int:
@@ -58,6 +72,32 @@ class Shard:
     @property
     def ids_digest(self) -> str:
         return ids_digest([self.index["sample_id"].tobytes()])
+
+    def read(self, path: Path, row: int) -> Rows:
+        """The rows of the sample at ``row`` of the index.
+
+        Raises:
+            InputError: the block is not what was written; the message starts with the shard's name.
+        """
+        try:
+            # Opened for each sample: a memory map would turn a file that was cut meanwhile into a crash (SIGBUS), and
+            # one open handle a shard would meet the limit on open files.
+            with path.open("rb") as file:
+                return self.decode(row, _read_block(file, self, row))
+        except OSError as error:
+            raise InputError(f"{self.name} can't be read: {error}") from error
+
+    def decode(self, row: int, block: bytes) -> Rows:
+        """The rows of a block whose checksum is right. Raises InputError where it does not mean what the index says."""
+        entry = self.index[row]
+        where = f"{self.name} is damaged at sample {entry['sample_id'].tobytes().hex()}"
+        try:
+            rows = codec.decode(self.model, block)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if np.count_nonzero(rows.row_lengths) != entry["positions"] or len(rows.counts) != entry["classes"]:
+            raise InputError(f"{where}: its rows do not agree with the index")
+        return rows
 
 
 def shard_name(number: int) -> str:
@@ -73,24 +113,27 @@ def ids_digest(sample_ids: Iterable[bytes]) -> str:
 
 
 def write_shard(file: BinaryIO, number: int, plan_checksum: str, samples: Iterable[tuple[bytes, Rows]]) -> None:
-    """Writes a whole shard file, a sample at a time: memory does not grow with the shard but for its index."""
-    header = _HEADER.pack(_MAGIC, VERSION, bytes.fromhex(plan_checksum), number)
-    file.write(header)
-    offset = len(header)
+    """Writes a whole shard file. The model is made from all its samples, so one shard's rows are held in memory."""
+    samples = list(samples)
+    model = codec.fit(rows for _, rows in samples)
+    model_bytes = model.to_bytes()
+    header = _HEADER.pack(_MAGIC, VERSION, bytes.fromhex(plan_checksum), number, len(model_bytes))
+    file.write(header + model_bytes)
+    offset = len(header) + len(model_bytes)
     entries = []
     for sample_id, rows in samples:
-        block = codec.encode(*rows)
+        block = codec.encode(model, rows)
         file.write(block)
         n_positions = np.count_nonzero(rows.row_lengths)
-        entries.append((sample_id, xxhash.xxh3_64_intdigest(block), offset, len(block), n_positions, len(rows.counts)))
+        entries.append((sample_id, _checksum(sample_id, block), offset, len(block), n_positions, len(rows.counts)))
         offset += len(block)
     index = np.array(entries, INDEX).tobytes()
     file.write(index)
-    file.write(_FOOTER.pack(offset, len(entries), xxhash.xxh3_128_digest(header + index), _END_MAGIC))
+    file.write(_FOOTER.pack(offset, len(entries), xxhash.xxh3_128_digest(header + model_bytes + index), _END_MAGIC))
 
 
 def read_shard(path: Path, number: int, plan_checksum: str) -> Shard:
-    """Reads header, index and footer, and checks that this is shard ``number`` of the cache with this plan.
+    """Reads header, model, index and footer, and checks that this is shard ``number`` of the cache with this plan.
 
     Raises:
         InputError: the file is missing, cut, damaged, another shard or another cache's; the message starts with its
@@ -103,72 +146,21 @@ def read_shard(path: Path, number: int, plan_checksum: str) -> Shard:
         raise InputError(f"{path.name} can't be read: {error}") from error
 
 
-def _read_shard(file: BinaryIO, name: str, number: int, plan_checksum: str) -> Shard:
-    size = os.fstat(file.fileno()).st_size
-    if size < _HEADER.size + _FOOTER.size:
-        raise InputError(f"{name} is truncated: {size} bytes, and a shard has at least {_HEADER.size + _FOOTER.size}")
-    header = file.read(_HEADER.size)
-    magic, version, stored_plan, stored_number = _HEADER.unpack(header)
-    if magic != _MAGIC:
-        raise InputError(f"{name} is damaged or not a selkd shard: it starts with {magic!r}, not {_MAGIC!r}")
-    if version != VERSION:
-        raise InputError(f"{name} has shard version {version}; this selkd reads version {VERSION}")
-    if stored_plan.hex() != plan_checksum:
-        raise InputError(f"{name} belongs to another cache: plan {stored_plan.hex()}, expected {plan_checksum}")
-    if stored_number != number:
-        raise InputError(f"{name} holds shard {stored_number} under the name of shard {number}: swapped or copied")
-    file.seek(size - _FOOTER.size)
-    index_offset, n_samples, digest, end_magic = _FOOTER.unpack(file.read(_FOOTER.size))
-    if end_magic != _END_MAGIC or index_offset + n_samples * INDEX.itemsize + _FOOTER.size != size:
-        raise InputError(f"{name} is truncated or damaged: its footer does not fit a file of {size} bytes")
-    file.seek(index_offset)
-    raw_index = file.read(n_samples * INDEX.itemsize)
-    if xxhash.xxh3_128_digest(header + raw_index) != digest:
-        raise InputError(f"{name} is damaged: its index does not match its digest")
-    index = np.frombuffer(raw_index, INDEX)
-    ends = _HEADER.size + np.cumsum(index["length"], dtype=np.uint64)
-    starts = np.concatenate([[np.uint64(_HEADER.size)], ends])
-    if not np.array_equal(starts, np.append(index["offset"], np.uint64(index_offset))):
-        raise InputError(f"{name} is damaged: its blocks do not follow one another up to the index")
-    return Shard(size_bytes=size, digest=digest.hex(), index=index)
-
-
-def read_block(file: BinaryIO, name: str, entry: np.void) -> Rows:
-    """The rows of one sample, by its record of the index.
+def check_shard(path: Path, number: int, plan_checksum: str, expected_ids_digest: str, *, decode: bool) -> Shard:
+    """Reads every byte of a shard and checks each block's checksum; with ``decode`` also what it means.
 
     Raises:
-        InputError: the block is not what was written; the message starts with the shard's name.
-    """
-    sample_id = entry["sample_id"].tobytes().hex()
-    try:
-        file.seek(int(entry["offset"]))
-        block = file.read(int(entry["length"]))
-    except OSError as error:
-        raise InputError(f"{name} can't be read at sample {sample_id}: {error}") from error
-    if xxhash.xxh3_64_intdigest(block) != int(entry["checksum"]):
-        raise InputError(f"{name} is damaged at sample {sample_id}: its {len(block)} bytes do not match their checksum")
-    try:
-        rows = codec.decode(block)
-    except InputError as error:
-        raise InputError(f"{name} is damaged at sample {sample_id}: {error}") from error
-    if np.count_nonzero(rows.row_lengths) != entry["positions"] or len(rows.counts) != entry["classes"]:
-        raise InputError(f"{name} is damaged at sample {sample_id}: its rows do not agree with the index")
-    return rows
-
-
-def check_shard(path: Path, number: int, plan_checksum: str, expected_ids_digest: str) -> Shard:
-    """Reads every byte of a shard and decodes every sample.
-
-    Raises:
-        InputError: as ``read_shard`` and ``read_block``, or the shard holds other samples than planned.
+        InputError: as ``read_shard`` and ``Shard.read``, or the shard holds other samples than planned.
     """
     shard = read_shard(path, number, plan_checksum)
     if shard.ids_digest != expected_ids_digest:
         raise InputError(f"{path.name} holds other samples than planned, or in another order")
     try:
         with path.open("rb") as file:
-            for entry in shard.index:
-                read_block(file, path.name, entry)
+            for row in range(len(shard.index)):
+                block = _read_block(file, shard, row)
+                if decode:
+                    shard.decode(row, block)
     except OSError as error:
         raise InputError(f"{path.name} can't be read: {error}") from error
     return shard
@@ -183,3 +175,53 @@ def check_sample_ids(sample_ids: Sequence[bytes]) -> None:
         if sample_id in seen:
             raise InputError(f"sample {sample_id.hex()} is planned twice: pass each sample of the same content once")
         seen.add(sample_id)
+
+
+def _checksum(sample_id: bytes, block: bytes) -> int:
+    """Over the id too, so that no block passes as another sample's."""
+    return xxhash.xxh3_64_intdigest(sample_id + block)
+
+
+def _read_block(file: BinaryIO, shard: Shard, row: int) -> bytes:
+    entry = shard.index[row]
+    sample_id = entry["sample_id"].tobytes()
+    file.seek(int(entry["offset"]))
+    block = file.read(int(entry["length"]))
+    if _checksum(sample_id, block) != int(entry["checksum"]):
+        raise InputError(
+            f"{shard.name} is damaged at sample {sample_id.hex()}: its {len(block)} bytes do not match their checksum"
+        )
+    return block
+
+
+def _read_shard(file: BinaryIO, name: str, number: int, plan_checksum: str) -> Shard:
+    size = os.fstat(file.fileno()).st_size
+    if size < _HEADER.size + _FOOTER.size:
+        raise InputError(f"{name} is truncated: {size} bytes, and a shard has at least {_HEADER.size + _FOOTER.size}")
+    header = file.read(_HEADER.size)
+    magic, version, stored_plan, stored_number, model_length = _HEADER.unpack(header)
+    if magic != _MAGIC:
+        raise InputError(f"{name} is damaged or not a selkd shard: it starts with {magic!r}, not {_MAGIC!r}")
+    if version != VERSION:
+        raise InputError(f"{name} has shard version {version}; this selkd reads version {VERSION}")
+    if stored_plan.hex() != plan_checksum:
+        raise InputError(f"{name} belongs to another cache: plan {stored_plan.hex()}, expected {plan_checksum}")
+    if stored_number != number:
+        raise InputError(f"{name} holds shard {stored_number} under the name of shard {number}: swapped or copied")
+    if _HEADER.size + model_length + _FOOTER.size > size:
+        raise InputError(f"{name} is truncated or damaged: a model of {model_length} bytes in a file of {size}")
+    model_bytes = file.read(model_length)
+    file.seek(size - _FOOTER.size)
+    index_offset, n_samples, digest, end_magic = _FOOTER.unpack(file.read(_FOOTER.size))
+    if end_magic != _END_MAGIC or index_offset + n_samples * INDEX.itemsize + _FOOTER.size != size:
+        raise InputError(f"{name} is truncated or damaged: its footer does not fit a file of {size} bytes")
+    file.seek(index_offset)
+    raw_index = file.read(n_samples * INDEX.itemsize)
+    if xxhash.xxh3_128_digest(header + model_bytes + raw_index) != digest:
+        raise InputError(f"{name} is damaged: header, model or index do not match their digest")
+    index = np.frombuffer(raw_index, INDEX)
+    begin = _HEADER.size + model_length
+    starts = np.concatenate([[np.uint64(begin)], begin + np.cumsum(index["length"], dtype=np.uint64)])
+    if not np.array_equal(starts, np.append(index["offset"], np.uint64(index_offset))):
+        raise InputError(f"{name} is damaged: its blocks do not follow one another up to the index")
+    return Shard(name, size, digest.hex(), model_bytes, index)

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 import numpy as np
 
-from selkd.cache.codec import Rows
 from selkd.cache.files import is_temporary, remove_temporaries, replacing
 from selkd.cache.manifest import (
     MANIFEST,
@@ -13,12 +14,18 @@ from selkd.cache.manifest import (
     Fingerprint,
     check_fingerprint,
     check_same_fingerprint,
+    check_same_shard,
+    count_total,
+    describe_shard,
     make_manifest,
     make_plan,
+    read_manifest,
     read_plan,
     render,
     write_document,
 )
+from selkd.cache.rows import Rows, check_totals, checked_rows
+from selkd.cache.sample_index import INDEX_FILE, describe_index, write_sample_index
 from selkd.cache.shard import check_sample_ids, check_shard, read_shard, shard_name, write_shard
 from selkd.errors import InputError, RunError
 
@@ -33,14 +40,23 @@ class CacheWriter:
     cache.
     """
 
-    def __init__(self, directory: Path, fingerprint: Fingerprint, shard_ids: Sequence[Sequence[bytes]]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        fingerprint: Fingerprint,
+        shard_ids: Sequence[Sequence[bytes]],
+        *,
+        repair: bool = False,
+    ) -> None:
         """Opens the folder for this plan, or makes it.
 
         Args:
             directory: a new or empty folder, or one in which this same cache was begun.
             fingerprint: everything that determines the content; strings, integers and finite floats, with at least
-                ``draws`` (U) and ``vocabulary`` (V).
+                ``draws`` (U) and ``vocabulary`` (V); ``count_total`` where the counts of a row sum to another number
+                than U.
             shard_ids: the sample ids (16 raw bytes) of each shard in order; a function of the data alone.
+            repair: write a lost or damaged ``plan.json`` anew where the manifest or a shard carries its checksum.
 
         Raises:
             InputError: a bad argument, a folder that is not ours, or one of another fingerprint or plan; it stays
@@ -54,13 +70,27 @@ class CacheWriter:
         self.directory = Path(directory)
         self._shard_ids = [list(ids) for ids in shard_ids]
         self._vocabulary = int(fingerprint["vocabulary"])
+        self._count_total = count_total(fingerprint)
         self._plan = make_plan(fingerprint, shard_ids)
         _, self._plan_checksum = render(self._plan)
-        self._claim_folder()
+        self._claim_folder(repair)
 
-    def missing_shards(self) -> list[int]:
-        """The numbers of the shards that are not there, or not whole: each finished one is read and checked in full."""
-        return [number for number in range(len(self._shard_ids)) if not self._is_whole(number)]
+    def missing_shards(self, among: Iterable[int] | None = None) -> list[int]:
+        """The numbers of the shards, of all or of ``among``, that are not there or not as they were written.
+
+        Every byte of each is read, and compared with the manifest where there is one.
+        """
+        listed = self._listed()
+        numbers = range(len(self._shard_ids)) if among is None else among
+        return [number for number in numbers if not self._is_whole(number, listed)]
+
+    def require_writable(self) -> None:
+        """Raises RunError if no file can be made in the folder: better before the teacher runs than after."""
+        try:
+            with TemporaryFile(dir=self.directory):
+                pass
+        except OSError as error:
+            raise RunError(f"the teacher cache folder {self.directory} can't be written: {error}") from error
 
     def write_shard(self, number: int, samples: Iterable[SampleRows]) -> None:
         """Writes one shard: it appears under its name only once it is whole and on disk.
@@ -68,10 +98,11 @@ class CacheWriter:
         Args:
             number: which shard of the plan.
             samples: (sample_id, row_lengths, class_ids, counts) of each planned sample in the planned order; the arrays
-                as in ``codec.Rows``. May be a generator: a sample is written as it comes.
+                as in ``rows.Rows``. May be a generator; its rows are held in memory until all are there.
 
         Raises:
-            InputError: other samples than planned, or rows that can't be stored exactly.
+            InputError: other samples than planned, rows that can't be stored exactly, or counts of a row that do not
+                sum to the fingerprint's draws (or its ``count_total``).
             RunError: the disk refused; finished shards are untouched.
         """
         if not 0 <= number < len(self._shard_ids):
@@ -89,8 +120,7 @@ class CacheWriter:
         """
         if read_plan(self.directory / PLAN)[1] != self._plan_checksum:
             raise RunError(f"{PLAN} in {self.directory} changed during the build: another build uses the same folder")
-        shards = []
-        problems = []
+        shards, sample_ids, problems = [], [], []
         for number, planned in enumerate(self._plan["shards"]):
             try:
                 shard = read_shard(self._path(number), number, self._plan_checksum)
@@ -99,28 +129,42 @@ class CacheWriter:
                 continue
             if shard.ids_digest != planned["ids_digest"]:
                 problems.append(f"{shard_name(number)} holds other samples than planned")
-            shards.append(shard)
+            shards.append(describe_shard(number, shard))
+            sample_ids.append(shard.index["sample_id"].copy())  # the shard itself need not stay in memory
         if problems:
             raise RunError(
                 f"the teacher cache in {self.directory} is incomplete: {len(problems)} of {len(self._shard_ids)} "
                 f"shards are missing or damaged ({'; '.join(problems[:3])}): build these, then finish"
             )
         remove_temporaries(self.directory)
-        manifest, path = make_manifest(self._plan, self._plan_checksum, shards), self.directory / MANIFEST
+        write_sample_index(self.directory, self._plan_checksum, sample_ids)
+        index = describe_index(self.directory / INDEX_FILE)
+        manifest, path = make_manifest(self._plan, self._plan_checksum, shards, index), self.directory / MANIFEST
         if not path.exists() or path.read_bytes() != render(manifest)[0]:
             write_document(path, manifest)
 
     def _path(self, number: int) -> Path:
         return self.directory / shard_name(number)
 
-    def _is_whole(self, number: int) -> bool:
+    def _is_whole(self, number: int, listed: Sequence[dict[str, Any]] | None) -> bool:
+        planned = self._plan["shards"][number]["ids_digest"]
         try:
-            check_shard(self._path(number), number, self._plan_checksum, self._plan["shards"][number]["ids_digest"])
+            shard = check_shard(self._path(number), number, self._plan_checksum, planned, decode=False)
+            if listed is not None:
+                check_same_shard(number, shard, listed[number])
         except InputError:
             return False
         return True
 
-    def _claim_folder(self) -> None:
+    def _listed(self) -> list[dict[str, Any]] | None:
+        """The shards of a manifest of this plan, if there is one."""
+        try:
+            manifest = read_manifest(self.directory / MANIFEST)
+        except InputError:
+            return None
+        return manifest["shards"] if manifest["plan"] == self._plan_checksum else None
+
+    def _claim_folder(self, repair: bool) -> None:
         plan_path = self.directory / PLAN
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -131,16 +175,32 @@ class CacheWriter:
             raise InputError(f"{self.directory} is no folder: use another cache.path") from error
         except OSError as error:
             raise RunError(f"the teacher cache folder {self.directory} can't be used: {error}") from error
-        if is_begun:
-            self._check_same_plan(plan_path)
-            return
-        # Remains of a build that was killed before its plan was in place are ours; anything else is not.
-        if foreign := sorted(name for name in names if not is_temporary(name)):
-            raise InputError(
-                f"{self.directory} is not a teacher cache and not empty (it holds {foreign[0]!r}): "
-                "use a new or empty folder as cache.path; nothing in it was changed"
-            )
+        try:
+            if is_begun:
+                self._check_same_plan(plan_path)
+                return
+            # Remains of a build that was killed before its plan was in place are ours; anything else is not.
+            if foreign := sorted(name for name in names if not is_temporary(name)):
+                raise InputError(
+                    f"{self.directory} is not a teacher cache and not empty (it holds {foreign[0]!r}): "
+                    "use a new or empty folder as cache.path; nothing in it was changed"
+                )
+        except InputError:
+            if not (repair and self._has_parts()):
+                raise
         write_document(plan_path, self._plan)
+
+    def _has_parts(self) -> bool:
+        """Whether the folder's manifest or a shard of it carries this plan's checksum, so that the folder is ours."""
+        if self._listed() is not None:
+            return True
+        for number in range(len(self._shard_ids)):
+            try:
+                read_shard(self._path(number), number, self._plan_checksum)
+            except InputError:
+                continue
+            return True
+        return False
 
     def _check_same_plan(self, plan_path: Path) -> None:
         stored, checksum = read_plan(plan_path)
@@ -169,7 +229,12 @@ class CacheWriter:
                     f"sample {sample_id.hex()} has class id {np.max(class_ids)}; the fingerprint's vocabulary is "
                     f"{self._vocabulary}"
                 )
-            yield sample_id, Rows(row_lengths, class_ids, counts)
+            try:
+                rows = checked_rows(row_lengths, class_ids, counts)
+                check_totals(rows, self._count_total)
+            except InputError as error:
+                raise InputError(f"sample {sample_id.hex()}: {error}") from error
+            yield sample_id, rows
             n_written += 1
         if n_written < len(planned):
             raise InputError(f"shard {number} expected {len(planned)} samples and got {n_written}")

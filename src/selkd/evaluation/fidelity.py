@@ -1,6 +1,9 @@
-"""Fidelity: how close the student is to its teacher, and both to the text, on held-out samples."""
+"""Fidelity: how close the student is to its teacher, and both to the text, on held-out samples.
 
-from dataclasses import dataclass
+Legend: S samples, K entropy buckets, N positions of a batch, V classes.
+"""
+
+from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import PartialState
@@ -16,6 +19,30 @@ from selkd.maths.head import Head
 from selkd.models.head import evaluating, head_of, hidden_states
 
 TOKENS_AT_ONCE = 4096
+ENTROPY_EDGES = (0.1, 0.5, 1.0, 2.0, 4.0)
+"""Where the buckets of the teacher's entropy end, in nats; the last one is open."""
+STATISTICS = ("student_entropy", "teacher_entropy", "student_ce", "teacher_ce", "kl", "reverse_kl")
+_POSITIONS, _STUDENT_NLL, _TEACHER_NLL, _KL, _AGREED = range(5)
+
+
+@dataclass(frozen=True)
+class EntropyBucket:
+    """Means over the positions at which the teacher's entropy lies in one range.
+
+    Attributes:
+        from_nats, to_nats: the range; ``to_nats`` is not in it, None: open.
+        positions: how many there are; the means are None where there are none.
+        cross_entropy_nats, teacher_cross_entropy_nats, kl_nats, top1_agreement: as in ``Fidelity``, the cross-entropy
+            in place of its exponential.
+    """
+
+    from_nats: float
+    to_nats: float | None
+    positions: int
+    cross_entropy_nats: float | None
+    teacher_cross_entropy_nats: float | None
+    kl_nats: float | None
+    top1_agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -29,6 +56,10 @@ class Fidelity:
         teacher_perplexity: the teacher's own.
         positions: how many positions were measured.
         teacher_tokens: tokens that the teacher ran on, padding included.
+        sums: float64 [S, K, 5]: for each sample and bucket the positions, the student's and the teacher's
+            cross-entropy, the KL and the agreements, all summed.
+        statistics: what position metrics are made of (``STATISTICS``), float32 [positions] each.
+        sample_of: the sample of each position, int64 [positions]; those of a sample are in their order.
     """
 
     perplexity: float
@@ -37,6 +68,20 @@ class Fidelity:
     teacher_perplexity: float
     positions: int
     teacher_tokens: int
+    sums: torch.Tensor
+    statistics: dict[str, torch.Tensor]
+    sample_of: torch.Tensor
+
+    def by_entropy(self) -> list[dict[str, float | int | None]]:
+        """The means by bucket of the teacher's entropy, as plain data: positions are the same for every student."""
+        edges = (0.0, *ENTROPY_EDGES)
+        buckets = []
+        for bucket, (sums, start) in enumerate(zip(self.sums.sum(dim=0).tolist(), edges, strict=True)):
+            end = ENTROPY_EDGES[bucket] if bucket < len(ENTROPY_EDGES) else None
+            count, *totals = sums
+            means = [total / count if count else None for total in totals]
+            buckets.append(asdict(EntropyBucket(start, end, int(count), *means)))
+        return buckets
 
 
 def fidelity(
@@ -56,20 +101,31 @@ def fidelity(
     state = PartialState()
     groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
     heads = head_of(student).narrowed(n_classes).to(dtype), head_of(teacher).narrowed(n_classes)
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(len(samples), len(ENTROPY_EDGES) + 1, 5, dtype=torch.float64)
+    tokens, columns, owners = 0, [torch.zeros(0, len(STATISTICS))], [torch.zeros(0, dtype=torch.int64)]
     with evaluating(student), evaluating(teacher):
         for group in tqdm(groups, desc=description, unit=" batches", disable=not state.is_main_process):
-            sums += _sums(student, teacher, heads, [samples[index] for index in group], dtype, pad_token_id)
+            batch = [samples[index] for index in group]
+            sums[group], of_positions, sample_of = _sums(student, teacher, heads, batch, dtype, pad_token_id)
+            columns.append(of_positions)
+            owners.append(torch.tensor(group)[sample_of])
+            tokens += len(batch) * max(len(sample.token_ids) for sample in batch)
     if state.num_processes > 1:
-        sums = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(dim=0)
-    student_nll, teacher_nll, kl, agreed, positions, tokens = sums.tolist()
+        found = gather_object([(sums, tokens, torch.cat(columns), torch.cat(owners))])
+        sums = torch.stack([part for part, *_ in found]).sum(dim=0)
+        tokens = sum(count for _, count, *_ in found)
+        columns, owners = [part for *_, part, _ in found], [part for *_, part in found]
+    positions, student_nll, teacher_nll, kl, agreed = sums.sum(dim=(0, 1)).tolist()
     return Fidelity(
         perplexity=float(torch.tensor(student_nll / positions, dtype=torch.float64).exp()),
         kl_nats=kl / positions,
         top1_agreement=agreed / positions,
         teacher_perplexity=float(torch.tensor(teacher_nll / positions, dtype=torch.float64).exp()),
         positions=int(positions),
-        teacher_tokens=int(tokens),
+        teacher_tokens=tokens,
+        sums=sums,
+        statistics=dict(zip(STATISTICS, torch.cat(columns).unbind(dim=1), strict=True)),
+        sample_of=torch.cat(owners),
     )
 
 
@@ -80,24 +136,39 @@ def _sums(
     group: list[Sample],
     dtype: torch.dtype,
     pad_token_id: int,
-) -> torch.Tensor:
-    """Over one batch: student and teacher nll, KL, agreements, positions, tokens; float64 [6]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``Fidelity.sums`` of one batch, float64 [len(group), K, 5]; statistics [n, 6] and rows [n] of its positions."""
     batch = {name: tensor.to(student.device) for name, tensor in collate(group, pad_token_id).items()}
     valid = batch["valid_mask"]
     with torch.autocast(student.device.type, dtype=dtype, enabled=dtype != torch.float32):
         student_hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])[valid]
     teacher_hidden = hidden_states(teacher, batch["input_ids"], batch["position_ids"])[valid]
-    targets = batch["targets"][valid]
-    sums = torch.zeros(4, dtype=torch.float64)
+    targets, sample_of = batch["targets"][valid], valid.nonzero()[:, 0].cpu()
+    edges = torch.tensor(ENTROPY_EDGES, device=targets.device)
+    n_buckets = len(ENTROPY_EDGES) + 1
+    sums, statistics = torch.zeros(len(group) * n_buckets, 5, dtype=torch.float64), [torch.zeros(0, len(STATISTICS))]
     for rows in chunks(len(targets), chunk_size(heads[0].n_classes, targets.device)):
         log_q = torch.log_softmax(wide(heads[0].logits(student_hidden[rows].to(dtype))), dim=-1)
         log_p = torch.log_softmax(wide(heads[1].logits(teacher_hidden[rows])), dim=-1)
-        index = targets[rows, None]
-        parts = [
-            -log_q.gather(-1, index).sum(),
-            -log_p.gather(-1, index).sum(),
-            torch.linalg.vecdot(log_p.exp(), log_p - log_q).sum(),
-            (log_q.argmax(dim=-1) == log_p.argmax(dim=-1)).sum(),
-        ]
-        sums += torch.stack([part.double().cpu() for part in parts])
-    return torch.cat([sums, torch.tensor([len(targets), valid.numel()], dtype=torch.float64)])
+        p, q, index = log_p.exp(), log_q.exp(), targets[rows, None]
+        parts = {
+            _POSITIONS: torch.ones_like(log_p[:, 0]),
+            _STUDENT_NLL: -log_q.gather(-1, index)[:, 0],
+            _TEACHER_NLL: -log_p.gather(-1, index)[:, 0],
+            _KL: torch.linalg.vecdot(p, log_p - log_q),
+            _AGREED: log_q.argmax(dim=-1) == log_p.argmax(dim=-1),
+        }
+        entropy = -torch.linalg.vecdot(p, log_p)
+        bucket = torch.bucketize(entropy, edges.to(entropy.dtype), right=True).cpu()
+        values = torch.stack([parts[column].double() for column in range(5)], dim=1).cpu()
+        sums.index_add_(0, sample_of[rows] * n_buckets + bucket, values)
+        of_positions = {
+            "student_entropy": -torch.linalg.vecdot(q, log_q),
+            "teacher_entropy": entropy,
+            "student_ce": parts[_STUDENT_NLL],
+            "teacher_ce": parts[_TEACHER_NLL],
+            "kl": parts[_KL],
+            "reverse_kl": torch.linalg.vecdot(q, log_q - log_p),
+        }
+        statistics.append(torch.stack([of_positions[name].float() for name in STATISTICS], dim=1).cpu())
+    return sums.view(len(group), n_buckets, 5), torch.cat(statistics), sample_of

@@ -18,8 +18,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from selkd import plugins
-
 ValueAndGradient = tuple[Tensor, Tensor]
 Weight = float | Tensor  # one for all positions, or [n]
 
@@ -56,7 +54,7 @@ def skew_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alp
     log_m = torch.logaddexp(log_p + math.log(alpha), log_q + math.log1p(-alpha))
     log_ratio = log_p - log_m
     values = torch.linalg.vecdot(log_p.exp_(), log_ratio)
-    return values, _through_softmax_(log_q.exp_(), log_ratio.exp_().mul_(alpha - 1))
+    return values, _through_softmax_(log_q.exp_(), log_ratio.expm1_().mul_(alpha - 1))
 
 
 def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: float) -> ValueAndGradient:  # noqa: ARG001
@@ -65,7 +63,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Ten
     log_m = torch.logaddexp(log_q + math.log(alpha), log_p + math.log1p(-alpha))
     q, log_ratio = log_q.exp(), log_q.sub_(log_m)
     values = torch.linalg.vecdot(q, log_ratio)
-    return values, _through_softmax_(q, log_ratio - alpha * log_ratio.exp())
+    return values, _through_softmax_(q, log_ratio - alpha * log_ratio.expm1())
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:  # noqa: ARG001
@@ -127,21 +125,23 @@ def adaptive_weights(log_p_target: Tensor, sample: Tensor) -> dict[str, Tensor]:
     return {"alpha": weight * is_hard, "beta": weight}
 
 
-def users_criterion(name: str) -> Callable[..., ValueAndGradient]:
-    """A user's own criterion, its gradient by autograd on the chunk."""
+def differentiated(function: Callable[[Tensor, Tensor, Tensor], Tensor], name: str) -> Callable[..., ValueAndGradient]:
+    """A criterion from values alone, its gradient by autograd on the chunk.
+
+    Args:
+        function: maps student and teacher logits [n, V] and targets [n] to values [n].
+        name: what an error calls it.
+    """
 
     def compare(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:
         with torch.enable_grad():
             logits = student_logits.detach().requires_grad_()
-            values = plugins.call(
-                "criterion", name, student_logits=logits, teacher_logits=teacher_logits, targets=targets
-            )
-            if not isinstance(values, Tensor) or values.shape != targets.shape:
-                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(f"criterion.name: {name} returned {got}, expected a tensor [{len(targets)}].")
+            values = function(logits, teacher_logits, targets)
             if not values.requires_grad:
-                raise ValueError(f"criterion.name: {name} does not depend on student_logits by differentiable steps.")
+                raise ValueError(f"{name} does not depend on student_logits by differentiable steps")
             (gradient,) = torch.autograd.grad(values.sum(), logits)
+        if not torch.isfinite(gradient).all():
+            raise ValueError(f"{name} has a gradient that is not finite; mind sqrt and log at 0")
         return values.detach(), gradient
 
     return compare
@@ -194,12 +194,13 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def log_softmax_(logits: Tensor) -> Tensor:
-    """log softmax over the last dimension, in place."""
-    return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+    """log softmax over the last dimension, in place; shifted by the maximum first, so that large logits round less."""
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
+    return logits.sub_(logits.exp().sum(dim=-1, keepdim=True).log_())
 
 
 def _through_softmax_(q: Tensor, g: Tensor) -> Tensor:
-    """q * (g - sum q g), in place: a gradient in q as one in the logits."""
+    """q * (g - sum q g), in place: a gradient in q as one in the logits. A constant in g makes no difference."""
     return g.sub_(torch.linalg.vecdot(q, g).unsqueeze(-1)).mul_(q)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selkd import plugins
 from selkd.maths.divergence import entropy, log_softmax_
 
 RATIO_EPSILON = 1e-6  # nats, added to the denominator of ``ce_ratio``
@@ -71,28 +70,41 @@ def metric_of(name: str) -> Metric:
     return METRICS.get(name) or _itself(name)
 
 
-def statistics(names: Sequence[str], student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+Own = Mapping[str, Callable[[Tensor, Tensor | None, Tensor], Tensor]]
+
+
+def statistics(
+    names: Sequence[str],
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor,
+    own: Own | None = None,
+) -> Tensor:
     """Statistics ``names`` of n positions, [n, len(names)], without gradient. The logits are consumed.
 
     ``student_entropy`` H(q), ``teacher_entropy`` H(p), ``student_ce`` -log q(y), ``teacher_ce`` -log p(y), ``kl``
-    KL(p || q), ``reverse_kl`` KL(q || p), or a user's own metric.
+    KL(p || q), ``reverse_kl`` KL(q || p), or one of ``own``.
 
     Args:
         student_logits, teacher_logits: [n, V]; the teacher's are None if no name needs them.
         targets: int64 [n].
+        own: a user's functions of (student_logits, teacher_logits, targets).
     """
-    users = [name for name in names if name not in METRICS]
-    found = {name: _users_metric(name, student_logits, teacher_logits, targets) for name in users}
-    if set(names) == {"student_entropy"}:
+    found = {}
+    for name, function in (own or {}).items():
+        of_teacher = None if teacher_logits is None else teacher_logits.clone()
+        found[name] = function(student_logits.clone(), of_teacher, targets).to(student_logits.dtype)
+    names_here = [name for name in names if name not in found]
+    if names_here == ["student_entropy"]:
         found["student_entropy"] = entropy(student_logits)
-    elif len(users) < len(names):
-        of_both = bool({"kl", "reverse_kl"} & set(names))
-        log_q = log_softmax_(student_logits) if of_both or _any_of("student", names) else None
+    elif names_here:
+        of_both = bool({"kl", "reverse_kl"} & set(names_here))
+        log_q = log_softmax_(student_logits) if of_both or _any_of("student", names_here) else None
         log_p = None
-        if of_both or _any_of("teacher", names):
-            assert teacher_logits is not None, f"{names} need the teacher's logits"
+        if of_both or _any_of("teacher", names_here):
+            assert teacher_logits is not None, f"{names_here} need the teacher's logits"
             log_p = log_softmax_(teacher_logits)
-        found |= _of_log_probabilities(names, log_q, log_p, targets.unsqueeze(-1))
+        found |= _of_log_probabilities(names_here, log_q, log_p, targets.unsqueeze(-1))
     return torch.stack([found[name] for name in names], dim=-1)
 
 
@@ -118,14 +130,3 @@ def _of_log_probabilities(
             if divergence in names and other is not None:
                 found[divergence] = torch.linalg.vecdot(probabilities, log - other)
     return found
-
-
-def _users_metric(name: str, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
-    given = {"student_logits": student_logits.clone(), "targets": targets}
-    if teacher_logits is not None:
-        given["teacher_logits"] = teacher_logits.clone()
-    values = plugins.call("metric", name, **given)
-    if not isinstance(values, Tensor) or values.shape != targets.shape:
-        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"positions.metric: {name} returned {got}, expected a tensor of shape {tuple(targets.shape)}.")
-    return values.detach().to(student_logits.dtype)

@@ -3,6 +3,11 @@
 The halves are what lets logits be computed for some positions only. Whether they really make up the model is checked
 against its own forward pass: families differ in what lies between (softcapping, scales, biases).
 
+What a family adds to its own loss is not in the halves, so it is in no loss of selkd: the router's load-balancing loss
+of a mixture of experts (``output_router_logits``, ``router_aux_loss_coef``) is never added. The teacher's distribution
+is all that its routers learn from; nothing keeps the experts evenly used. Dropout, where a student's configuration has
+it, is on in training as in the model's own forward, and a step then depends on how it is cut, as its noise does.
+
 Shapes: B batch, T positions, V classes, D hidden.
 """
 

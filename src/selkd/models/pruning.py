@@ -85,7 +85,7 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     try:
         with no_init_weights():
             pruned = type(model)._from_config(
-                _cut_config(model.config, kept),
+                cut_config(model.config, kept),
                 dtype=model.dtype,
                 attn_implementation=model.config._attn_implementation,
                 experts_implementation=model.config._experts_implementation,
@@ -123,7 +123,7 @@ def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return next(name for name, module in model.named_modules() if module is layers), layers
 
 
-def _cut_config(config: Any, kept: Sequence[int]) -> Any:
+def cut_config(config: Any, kept: Sequence[int]) -> Any:
     """The configuration of the shorter model: the number of layers, and whatever it lists or counts by layer."""
     cut = copy.deepcopy(config)
     text = cut.get_text_config(decoder=True)

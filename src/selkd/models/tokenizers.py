@@ -1,6 +1,7 @@
 """Tokenizers: loading, what identifies one, and whether two models speak of the same classes."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import xxhash
@@ -20,6 +21,7 @@ PROBES = (
     "🙂👩‍👩‍👧 \u200b\u00a0\ufeff e\u0301",
     MARKUP,
 )
+_CHARACTER_BYTES = 4  # of one character in UTF-8 at most, so in that many tokens at most
 # The padding token is left out: no class is told by it, and load_tokenizer may have chosen it.
 _SPECIAL = ("bos_token", "eos_token", "unk_token")
 
@@ -52,6 +54,30 @@ def _padding_token(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> s
         f"model {source.name!r}: its tokenizer has no padding, unknown or end token. Set pad_token in "
         f"{source.path / 'tokenizer_config.json'} to an existing token."
     )
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """The text of each token where it stands; joined they read as the text.
+
+    A token decoded by itself loses the space before it in many vocabularies, so each is decoded after the one before.
+    A character of several tokens is the last one's text; U+FFFD stands for the others.
+    """
+
+    def decoded(first: int, end: int) -> str:
+        return str(tokenizer.decode(list(token_ids[first:end]), clean_up_tokenization_spaces=False))
+
+    texts: list[str] = []
+    begin = 0  # the first token of a character that is not finished
+    for end in range(1, len(token_ids) + 1):
+        context = max(0, begin - 1)
+        before, after = decoded(context, begin), decoded(context, end)
+        if after.endswith("\ufffd") and end - begin < _CHARACTER_BYTES and end < len(token_ids):
+            texts.append("\ufffd")
+            continue
+        text = after[len(before) :] if after.startswith(before) else decoded(begin, end)
+        texts.append(text if end - begin == 1 else text.lstrip("\ufffd") or "\ufffd")
+        begin = end
+    return texts
 
 
 def n_classes(tokenizer: PreTrainedTokenizerBase) -> int:

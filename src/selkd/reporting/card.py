@@ -45,7 +45,7 @@ def _hub_id(name: str | None) -> str | None:
 
 
 def _what(record: dict[str, Any]) -> str:
-    layers, version = dig(record, "student", "layers"), _plain(or_dash(dig(record, "selkd_version")))
+    layers, version = dig(record, "student", "layers"), _plain(or_dash(dig(record, "environment", "selkd")))
     return (
         f"# {_plain(str(dig(record, 'name') or 'student'))}\n\n"
         f"A causal language model of {formats.parameters(dig(record, 'student', 'parameters'))} parameters and "

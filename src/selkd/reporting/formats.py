@@ -133,3 +133,10 @@ def arrow(before: float | None, after: float | None, form: Callable[[float | Non
 def share(part: float | None, whole: float | None) -> float | None:
     """part / whole, None where it is not known or the whole is 0."""
     return part / whole if part is not None and whole else None
+
+
+def score(value: float | None) -> str:
+    """A benchmark's number, a share or not: 0.644, 7.31, 1,204."""
+    return decimal(
+        value, 3 if value is not None and abs(value) < 2 else 2 if value is not None and abs(value) < 100 else 0
+    )

@@ -2,11 +2,7 @@
 
 from collections.abc import Mapping
 
-from matplotlib import style
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-
-from selkd.reporting.plots import _STYLE, ACCENT, MUTED, QUIET, RULE, _svg
+from selkd.reporting.figure import ACCENT, MUTED, QUIET, RULE, one_plot, svg
 
 _PANEL, _HEIGHT = 150, 190
 
@@ -20,9 +16,8 @@ def memory_plot(series: Mapping[str, Mapping[str, list[float]]]) -> str:
     """
     lowest = min((min(each["bytes"]) for each in series.values() if each["bytes"]), default=0.0)
     peaks = {name: max(each["bytes"], default=lowest) for name, each in series.items()}
-    with style.context(_STYLE, after_reset=True):
-        figure = Figure(figsize=(_PANEL * max(1, len(series)) / 72, _HEIGHT / 72), layout="constrained")
-        FigureCanvasSVG(figure)
+    with one_plot(_HEIGHT, _PANEL * max(1, len(series))) as (figure, only):
+        only.remove()
         panels = figure.subplots(1, max(1, len(series)), sharey=True, squeeze=False)[0]
         for axes, (name, each) in zip(panels, series.items(), strict=False):
             heights = [value / 1e9 for value in each["bytes"]]
@@ -36,4 +31,4 @@ def memory_plot(series: Mapping[str, Mapping[str, list[float]]]) -> str:
             axes.set_xlabel("seconds")
             axes.set_ylim(lowest / 1e9, lowest / 1e9 + 1.05 * (max(peaks.values()) - lowest) / 1e9 + 1e-6)
         panels[0].set_ylabel("memory in use, GB")
-        return _svg(figure, "memory", "Memory in use over time, by variant of the step")
+        return svg(figure, "memory", "Memory in use over time, by variant of the step")

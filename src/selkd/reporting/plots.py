@@ -1,134 +1,92 @@
-"""The plots, as SVG text to put inside a page.
+"""The plots of one run's page, as SVG text to put inside it."""
 
-Colours are the page's own CSS variables, so a plot is light or dark with the page; each has a fallback, so that the
-text is also a picture by itself. The same input gives the same bytes: no date, no random identifiers, no system font.
-"""
-
-import io
-import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from html import escape
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from selkd.reporting import formats
+from selkd.reporting.figure import ACCENT, INK, MUTED, QUIET, one_plot, svg, unit
 
-# Stand-ins that nothing else draws with; _themed puts the page's variables in their place.
-INK, MUTED, ACCENT = "#010101", "#020202", "#030303"
-RULE, QUIET, PAPER = "#040404", "#050505", "#060606"
-_VARIABLES = {
-    INK: "var(--ink, #1c2430)",
-    MUTED: "var(--muted, #626c79)",
-    ACCENT: "var(--accent, #0f766e)",
-    RULE: "var(--rule, #e2e5e9)",
-    QUIET: "var(--quiet, #c3cad2)",
-    PAPER: "var(--paper, #fdfdfc)",
-}
-_STYLE = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "text.color": MUTED,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": RULE,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-}
-_WIDTH, _HEIGHT = 360, 220
 _MAX_POINTS = 400
 
 
 def loss_plot(metrics: Sequence[dict[str, Any]]) -> str:
     """The training loss over the optimiser steps."""
     steps, loss = _series(metrics, "loss")
-    with _axes() as (figure, axes):
+    with one_plot() as (figure, axes):
         _line(axes, steps, loss, ACCENT)
         _step_axes(axes, "loss", loss)
-        return _svg(figure, "loss", "Training loss by optimiser step")
+        return svg(figure, "loss", "Training loss by optimiser step")
 
 
 def entropy_plot(metrics: Sequence[dict[str, Any]]) -> str:
     """The mean entropy of the selected positions beside that of all positions."""
     steps, selected = _series(metrics, "selected_entropy_nats")
     all_steps, mean = _series(metrics, "mean_entropy_nats")
-    with _axes() as (figure, axes):
+    with one_plot() as (figure, axes):
         _line(axes, all_steps, mean, QUIET, dashed=True)
         _line(axes, steps, selected, ACCENT)
         selected_above = not (len(selected) and len(mean)) or bool(selected[-1] >= mean[-1])
         _label(axes, steps, selected, "selected", ACCENT, above=selected_above)
         _label(axes, all_steps, mean, "all positions", MUTED, above=not selected_above)
         _step_axes(axes, "student's entropy, nats", np.concatenate([selected, mean]))
-        return _svg(figure, "entropy", "Mean entropy of the selected positions and of all positions, by optimiser step")
+        return svg(figure, "entropy", "Mean entropy of the selected positions and of all positions, by optimiser step")
+
+
+def divergence_plot(metrics: Sequence[dict[str, Any]], held_out: Sequence[tuple[int, float]]) -> str:
+    """The divergence at the selected positions of the training text, and KL on held-out text where it was measured.
+
+    held_out: (optimiser step, nats), in step order.
+    """
+    steps, selected = _series(metrics, "kd_nats")
+    points = np.array(held_out, dtype=np.float64).reshape(-1, 2)
+    with one_plot() as (figure, axes):
+        _line(axes, steps, selected, ACCENT)
+        if len(points):
+            axes.plot(points[:, 0], points[:, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), marker="o")
+        ends = [line[-1] for line in (selected, points[:, 1]) if len(line)]
+        is_above = len(ends) < 2 or bool(ends[0] >= ends[1])
+        _label(axes, steps, selected, "selected, training", ACCENT, above=is_above)
+        _label(axes, points[:, 0], points[:, 1], "all, held-out", MUTED, above=not is_above)
+        _step_axes(axes, "divergence from the teacher, nats", np.concatenate([selected, points[:, 1]]))
+        return svg(figure, "divergence", "Divergence from the teacher, by optimiser step")
+
+
+def agreement_plot(metrics: Sequence[dict[str, Any]], key: str) -> str:
+    """How much of the exact selection the approximate scoring found, over the optimiser steps; shares in [0, 1]."""
+    steps, agreed = _series(metrics, key)
+    with one_plot() as (figure, axes):
+        _line(axes, steps, agreed, ACCENT)
+        _step_axes(axes, "of the exact selection", agreed)
+        lowest = float(np.nanmin(agreed))
+        axes.set_ylim(min(0.9, lowest - 0.02), 1.0 + 0.1 * (1.0 - min(0.9, lowest)))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        return svg(figure, "agreement", "Agreement of approximate with exact selection, by optimiser step")
 
 
 def share_plot(metrics: Sequence[dict[str, Any]]) -> str:
     """The share of the positions that was selected, over the optimiser steps."""
     steps, selected = _series(metrics, "selected_share")
-    with _axes() as (figure, axes):
+    with one_plot() as (figure, axes):
         _line(axes, steps, selected, ACCENT)
         _step_axes(axes, "selected positions", selected)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        return _svg(figure, "share", "Share of positions selected, by optimiser step")
+        return svg(figure, "share", "Share of positions selected, by optimiser step")
 
 
-def score_histogram(scores: np.ndarray, kept: np.ndarray, axis_label: str) -> str:
-    """How the samples' scores spread, the kept ones coloured, with a line at the cut where there is one.
-
-    scores: float [N], finite; kept: bool [N].
-    """
-    # A random choice has no cut: kept and left samples lie mixed.
-    parted = kept.any() and not kept.all() and scores[kept].min() >= scores[~kept].max()
-    cut = float(scores[kept].min()) if parted else None
-    with _axes() as (figure, axes):
-        below = axes.hist(
-            [scores[kept], scores[~kept]],
-            bins=_bins(scores, cut),
-            stacked=True,
-            color=[ACCENT, QUIET],
-            edgecolor=PAPER,
-            linewidth=0.8,
-        )[0]
-        tallest = float(np.max(below))
-        if cut is not None:
-            axes.axvline(cut, color=INK, linewidth=1)
-            axes.annotate(f"cut {cut:.2f}", (cut, 1.0), (5, -2), color=INK, va="top", **_IN_AXES)
-        axes.set_ylim(0, tallest * 1.12)
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        _unit(axes, "samples")
-        axes.set_xlabel(axis_label)
-        return _svg(figure, "scores", "Histogram of the samples' scores, kept and left out")
+_LEFT: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
 
 
 def storage_plot(layouts: Sequence[tuple[str, float]]) -> str:
     """Bytes a position under several layouts, first this run's. A logarithmic axis, so dots and not bars."""
-    with _axes(height=46 * len(layouts) + 40) as (figure, axes):
+    with one_plot(height=46 * len(layouts) + 40) as (figure, axes):
         for row, (name, size) in enumerate(layouts):
             colour = ACCENT if row == 0 else MUTED
             axes.plot([size], [row], marker="o", markersize=8, color=colour, markeredgewidth=0)
-            axes.annotate(name, (0, row), (0, 12), color=INK, **(_IN_AXES | {"xycoords": ("axes fraction", "data")}))
+            axes.annotate(name, (0, row), (0, 12), color=INK, **_LEFT)
             text = formats.bytes_per_position(size)
             axes.annotate(text, (size, row), (9, 0), color=INK, va="center", textcoords="offset points")
         sizes = [size for _, size in layouts]
@@ -141,29 +99,7 @@ def storage_plot(layouts: Sequence[tuple[str, float]]) -> str:
         axes.minorticks_off()
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.round_size(value)))
         axes.spines["bottom"].set_visible(False)
-        return _svg(figure, "storage", "Bytes stored a position, on a logarithmic axis")
-
-
-_IN_AXES: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-
-
-def _bins(scores: np.ndarray, cut: float | None) -> list[float]:
-    """Edges of equal bins over the scores; one edge lies on the cut, so that no bin mixes kept and left samples."""
-    edges = np.histogram_bin_edges(scores, bins=min(40, max(8, round(np.sqrt(len(scores))))))
-    if cut is None:
-        return [float(edge) for edge in edges]
-    width = float(edges[1] - edges[0])
-    left, right = math.ceil((cut - edges[0]) / width), math.floor((edges[-1] - cut) / width) + 1
-    return [cut + width * step for step in range(-left, right + 1)]
-
-
-@contextmanager
-def _axes(height: int = _HEIGHT) -> Iterator[tuple[Figure, Axes]]:
-    # after_reset: the user's own matplotlibrc has no say, or pages would differ between machines.
-    with style.context(_STYLE, after_reset=True):
-        figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")
-        FigureCanvasSVG(figure)
-        yield figure, figure.add_subplot()
+        return svg(figure, "storage", "Bytes stored a position, on a logarithmic axis")
 
 
 def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +135,7 @@ def _label(axes: Axes, steps: np.ndarray, values: np.ndarray, text: str, colour:
         axes.annotate(text, at, gap, textcoords="offset points", ha="right", va=va, color=colour)
 
 
-def _step_axes(axes: Axes, unit: str, values: np.ndarray) -> None:
+def _step_axes(axes: Axes, measured: str, values: np.ndarray) -> None:
     finite = values[np.isfinite(values)]
     highest, lowest = (float(finite.max()), float(finite.min())) if len(finite) else (1.0, 0.0)
     # From zero, so that a small change looks small; headroom for the labels.
@@ -208,38 +144,4 @@ def _step_axes(axes: Axes, unit: str, values: np.ndarray) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("optimiser step")
     axes.margins(x=0.02)
-    _unit(axes, unit)
-
-
-def _unit(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=11, color=MUTED, pad=8)
-
-
-def _svg(figure: Figure, name: str, title: str) -> str:
-    buffer = io.StringIO()
-    # The name salts the identifiers, so that plots of one page never share one.
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _themed(buffer.getvalue(), title)
-
-
-def _themed(svg: str, title: str) -> str:
-    """Only the <svg> element, sized by the page, named for screen readers, coloured by the page's variables."""
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Matplotlib's style element speaks to every element of the page, and its group ids repeat from plot to plot.
-    svg = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"<svg ([^>]*?)>", lambda match: _open_tag(match.group(1), title), svg, count=1)
-    # The page's own font; it is no wider than the one that the layout was measured with.
-    svg = svg.replace("font-family: 'DejaVu Sans'; ", "")
-    for stand_in, variable in _VARIABLES.items():
-        svg = svg.replace(stand_in, variable)
-    return svg
-
-
-def _open_tag(attributes: str, title: str) -> str:
-    kept = re.sub(r'\b(width|height)="[^"]*"\s*', "", attributes)
-    return (
-        f'<svg {kept.strip()} role="img" aria-label="{escape(title)}" font-family="sans-serif" stroke-linejoin="round">'
-    )
+    unit(axes, measured)

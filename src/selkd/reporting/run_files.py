@@ -22,6 +22,14 @@ class SampleScores:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """metrics: M names; overlap float [M, M] in [0, 1], the share of one metric's choice in another's; NaN: unknown."""
+
+    metrics: list[str]
+    overlap: np.ndarray
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """A run directory's contents. metrics is in step order; None and [] stand for stages that were not run."""
 
@@ -30,6 +38,8 @@ class RunFiles:
     metrics: list[dict[str, Any]]
     sample_scores: SampleScores | None
     examples: dict[str, Any] | None
+    position_overlap: Overlap | None
+    sample_overlap: Overlap | None
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -46,12 +56,16 @@ def read_run(run_dir: Path) -> RunFiles:
             )
     record = _json_object(record_path)
     examples_path, scores_path = run_dir / "selection" / "examples.json", run_dir / "selection" / "samples.parquet"
+    overlap_path = run_dir / "selection" / "overlap.json"
+    overlaps = _json_object(overlap_path) if overlap_path.is_file() else {}
     return RunFiles(
         record=record,
         recipe_yaml=_text(recipe_path),
         metrics=_metrics(run_dir / "metrics.jsonl"),
         sample_scores=_sample_scores(scores_path) if scores_path.is_file() else None,
         examples=_examples(examples_path) if examples_path.is_file() else None,
+        position_overlap=_overlap(overlap_path, overlaps, "positions"),
+        sample_overlap=_overlap(overlap_path, overlaps, "samples"),
     )
 
 
@@ -75,7 +89,8 @@ def _json_object(path: Path) -> dict[str, Any]:
 def _metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    # A resumed run logs the steps after its checkpoint again: the later line is the one that counts.
+    # A step may have several lines (loss, held-out fidelity), and a resumed run logs the steps after its checkpoint
+    # again: the later value of a key is the one that counts.
     by_step: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
         if not line.strip() or not line.endswith("\n"):  # a last line without its end was cut off while written
@@ -86,7 +101,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path}, line {number}: expected JSON ({error}). Remove that line.") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             raise InputError(f'{path}, line {number}: expected an object with a whole "step". Remove that line.')
-        by_step[entry["step"]] = entry
+        by_step[entry["step"]] = by_step.get(entry["step"], {}) | entry
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -118,3 +133,19 @@ def _examples(path: Path) -> dict[str, Any]:
             told = ", ".join(f"{key} {length}" for key, length in lengths.items())
             raise InputError(f"{path}, sample {number}: expected lists of one length, found {told}.")
     return examples
+
+
+def _overlap(path: Path, overlaps: dict[str, Any], part: str) -> Overlap | None:
+    if overlaps.get(part) is None:
+        return None
+    names, rows = dig(overlaps, part, "metrics"), dig(overlaps, part, "overlap")
+    try:
+        overlap = np.array(rows, dtype=np.float64)  # null becomes NaN
+    except (TypeError, ValueError):
+        overlap = np.zeros(0)
+    if not isinstance(names, list) or not names or overlap.shape != (len(names), len(names)):
+        raise InputError(
+            f'{path}, {part}: expected "metrics", a list of names, and "overlap", a square of numbers of that size. '
+            "Run the stage again."
+        )
+    return Overlap([str(name) for name in names], overlap)

@@ -80,3 +80,65 @@ def fidelity_table(records: Sequence[dict[str, Any]]) -> Table:
         for name, cell in rows:
             table.add_row(Text(name, style="dim" if name.startswith(" ") else ""), *(Text(cell(r)) for r in records))
     return table
+
+
+_PARTS = {
+    "process": "Python and libraries",
+    "student_weights": "student, weights",
+    "gradients": "student, gradients",
+    "optimiser": "optimiser",
+    "activations": "student, activations",
+    "loss": "loss",
+    "teacher_weights": "teacher, weights",
+    "teacher_activations": "teacher, activations",
+    "communication": "communication",
+}
+
+
+def estimate_tables(answer: dict[str, Any]) -> list[Table | Text]:
+    """What ``selkd estimate`` found, for people: memory by part, peaks by stage, queries, cache, time, notes."""
+    found, devices = answer["memory_bytes"], answer["devices"]
+    place = "this machine's CPU" if answer["device"] == "cpu" else f"each of {devices} accelerator(s)"
+    whole = [
+        ("teacher", f"{formats.parameters(answer['parameters']['teacher'])} parameters"),
+        ("student", f"{formats.parameters(answer['parameters']['student'])} parameters"),
+        (
+            "samples kept",
+            f"{formats.count(answer['data']['samples_kept'])} of {formats.count(answer['data']['samples'])}",
+        ),
+        ("optimiser steps", formats.count(answer["training"]["steps"])),
+        ("samples a step", formats.count(answer["training"]["samples_per_step"])),
+        ("teacher queries", f"{formats.count(answer['teacher_tokens']['total'])} tokens"),
+    ]
+    if (cache := answer["teacher_cache"]) is not None:
+        about = "" if cache["is_measured"] else "about "
+        told = (
+            f"{formats.data_size(cache['bytes'])}, {formats.bytes_per_position(cache['bytes_per_position'])} a position"
+        )
+        whole.append(("teacher cache", about + told))
+    if (seconds := answer["seconds"]) is not None:
+        whole.append(("a step", formats.duration(seconds["step"])))
+        whole += [
+            (f"time to {name}", formats.duration(seconds[name]))
+            for name in ("score", "cache", "train", "evaluate")
+            if seconds[name] is not None
+        ]
+        whole.append(("total time", formats.duration(seconds["total"])))
+    parts = [(_PARTS[name], formats.data_size(size)) for name, size in found["training_parts"].items() if size]
+    stages = [(f"peak to {name}", formats.data_size(size)) for name, size in found["stages"].items()]
+    return [
+        _two_columns(f"the run on {place}", whole),
+        _two_columns("memory of a training step", parts),
+        _two_columns("memory by stage", [*stages, ("peak", formats.data_size(found["peak"]))]),
+        *(Text(f"note: {note}", style="dim") for note in answer["notes"]),
+    ]
+
+
+def _two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table.add_column(title, min_width=28)
+    table.add_column("", justify="right")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    table.add_row()
+    return table

@@ -11,22 +11,33 @@ import numpy as np
 from selkd.reporting import formats
 
 HEAT_LEVELS = 8
+LIGHT, PLAIN, HEAVY = range(3)
+WEIGHTS = {PLAIN: "selected", HEAVY: "with a high weight", LIGHT: "with a low weight"}
+# A weight this many times the mean of the selected ones, or more, is heavy; below half of it, light.
+_HEAVY_FROM, _LIGHT_BELOW = 1.5, 0.5
+# They reorder what stands around them, so that a text could pass for another.
+_BIDI_CONTROLS = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """One token: its visible text, heat level 0 … HEAT_LEVELS-1 (None: no score), selected, and a tooltip."""
+    """One token: its visible text, heat level 0 … HEAT_LEVELS-1 (None: no score), selected, and a tooltip.
+
+    ``weight`` is LIGHT, PLAIN or HEAVY, for policies whose selected positions do not weigh the same.
+    """
 
     text: str
     heat: int | None
     selected: bool
     told: str
+    weight: int = PLAIN
 
 
 def visible(text: str) -> str:
     """A token's text with line ends shown (and kept) and other control characters replaced by their pictures.
 
-    Lone surrogates, which can't be written as UTF-8, become U+FFFD.
+    Those without a picture (C1, the controls of writing direction), and lone surrogates, which can't be written as
+    UTF-8, become U+FFFD.
     """
     shown = []
     for character in text:
@@ -35,11 +46,18 @@ def visible(text: str) -> str:
             shown.append("↵\n")
         elif character != "\t" and (code < 32 or code == 127):
             shown.append(chr(0x2421 if code == 127 else 0x2400 + code))
-        elif 0xD800 <= code <= 0xDFFF:
+        elif 0x80 <= code < 0xA0 or 0xD800 <= code <= 0xDFFF or code in _BIDI_CONTROLS:
             shown.append("\ufffd")
         else:
             shown.append(character)
     return "".join(shown)
+
+
+def marked_part(text: str) -> tuple[str, str, str]:
+    """White space before what a mark is put on, that part, and line ends after; spaces alone are marked themselves."""
+    body = text.rstrip("\n")
+    core = body.lstrip(" \t\n") or body
+    return body[: len(body) - len(core)], core, text[len(body) :]
 
 
 def heat_scale(samples: list[dict[str, Any]]) -> tuple[float, float]:
@@ -63,9 +81,12 @@ def token_views(sample: dict[str, Any], scale: tuple[float, float], unit: str = 
     """One sample {tokens, scores, selected, valid} (lists of length L) as L views.
 
     Index t of scores, selected and valid is about token t+1, so token t+1 takes its colour from index t; the first
-    token has none.
+    token has none. ``weights``, if the sample has them, are the policy's coefficients.
     """
     lowest, highest = scale
+    weights = sample.get("weights")
+    positive = [weight for weight in weights or [] if weight > 0]
+    mean = sum(positive) / len(positive) if positive else 1.0
     views = []
     for index, token in enumerate(sample["tokens"]):
         score = sample["scores"][index - 1] if index and sample["valid"][index - 1] else None
@@ -75,5 +96,9 @@ def token_views(sample: dict[str, Any], scale: tuple[float, float], unit: str = 
         selected = bool(sample["selected"][index - 1])
         level = int(np.clip((score - lowest) / (highest - lowest), 0, 1) * (HEAT_LEVELS - 1) + 0.5)
         told = f"{formats.nats(score)} {unit}".strip() + (", selected" if selected else "")
-        views.append(TokenView(visible(token), level, selected, told))
+        share = weights[index - 1] / mean if weights and selected else 1.0
+        if abs(share - 1) > 1e-3:
+            told += f", {formats.decimal(share, 2)} times the mean weight"
+        weight = HEAVY if share >= _HEAVY_FROM else LIGHT if share < _LIGHT_BELOW else PLAIN
+        views.append(TokenView(visible(token), level, selected, told, weight))
     return views

@@ -3,11 +3,9 @@
 import math
 from typing import Any
 
-import numpy as np
-
-from selkd.reporting import formats, plots, words
+from selkd.reporting import benchmarks, formats, plots, words
 from selkd.reporting.formats import dig
-from selkd.reporting.run_files import RunFiles, SampleScores
+from selkd.reporting.run_files import RunFiles
 
 _STAGES = (
     ("prepare", "Prepare models and text"),
@@ -31,7 +29,7 @@ def header(record: dict[str, Any]) -> dict[str, Any]:
             layers.append((layer in kept, f"layer {layer}: {'kept' if layer in kept else 'dropped'}{told}"))
     return {
         "name": dig(record, "name") or "run",
-        "version": dig(record, "selkd_version"),
+        "version": dig(record, "environment", "selkd"),
         "teacher": words.model(dig(record, "teacher", "model")),
         "teacher_parameters": formats.parameters(teacher),
         "teacher_layers": formats.count(n_layers),
@@ -105,18 +103,20 @@ def _gap_closed(before: float | None, after: float | None, target: float | None,
 def training(run: RunFiles) -> dict[str, Any]:
     """The plots of the training log; None where nothing of the kind was logged."""
     metrics = run.metrics
-    shares = [line["selected_share"] for line in metrics if line.get("selected_share") is not None]
     weight = dig(run.record, "recipe", "criterion", "kd_weight")
     loss_told = "The loss that training minimises: the student’s distance from the teacher at the selected positions"
     if weight is not None and weight < 1:
         loss_told += f", mixed with {formats.fraction(1 - weight)} cross-entropy on the true next token"
     has_entropy = _logged(metrics, "selected_entropy_nats") and _logged(metrics, "mean_entropy_nats")
+    held_out = _held_out_kl(run)
+    agreement = next((key for line in metrics for key in line if _is_scoring_agreement(key)), None)
     return {
         "loss": plots.loss_plot(metrics) if _logged(metrics, "loss") else None,
         "loss_told": loss_told,
         "entropy": plots.entropy_plot(metrics) if has_entropy else None,
-        # A constant share is one number, said elsewhere; a plot is for schedules and thresholds.
-        "share": plots.share_plot(metrics) if shares and max(shares) - min(shares) > 0.005 else None,
+        "divergence": plots.divergence_plot(metrics, held_out) if held_out or _logged(metrics, "kd_nats") else None,
+        "share": plots.share_plot(metrics) if _logged(metrics, "selected_share") else None,
+        "agreement": None if agreement is None else plots.agreement_plot(metrics, agreement),
         "trained": dig(run.record, "train", "steps") is not None,
         "steps": formats.count(dig(run.record, "train", "steps")),
         "loss_first": formats.nats(dig(run.record, "train", "loss_first")),
@@ -124,55 +124,25 @@ def training(run: RunFiles) -> dict[str, Any]:
     }
 
 
+def _held_out_kl(run: RunFiles) -> list[tuple[int, float]]:
+    """(optimiser step, KL in nats) on the held-out text: before training, every so many steps, after it."""
+    found = {0: dig(run.record, "fidelity", "before", "kl_nats")}
+    found |= {
+        line["step"]: line["held_out_kl_nats"] for line in run.metrics if line.get("held_out_kl_nats") is not None
+    }
+    if (steps := dig(run.record, "train", "steps")) is not None:
+        found[steps] = dig(run.record, "fidelity", "after", "kl_nats")
+    return [(step, value) for step, value in sorted(found.items()) if value is not None]
+
+
+def _is_scoring_agreement(key: str) -> bool:
+    """Whether a key of the log is the agreement of approximate with exact scoring (not the student's with its
+    teacher)."""
+    return key.endswith("agreement") and not key.startswith("held_out")
+
+
 def _logged(metrics: list[dict[str, Any]], key: str) -> bool:
     return any(line.get(key) is not None for line in metrics)
-
-
-def selection(run: RunFiles) -> dict[str, Any]:
-    """The three axes, each as a share, its counts and its rule; the histogram of the samples' scores."""
-    recipe, counts = dig(run.record, "recipe"), dig(run.record, "counts")
-    samples, kept = dig(counts, "samples"), dig(counts, "samples_kept")
-    valid, selected = dig(counts, "positions_valid"), dig(counts, "positions_selected")
-    draws = dig(recipe, "classes", "draws")
-    axes = [
-        {
-            "name": "Samples",
-            "figure": formats.percent(formats.share(kept, samples)),
-            "counts": f"{formats.count(kept)} of {formats.count(samples)}",
-            "rule": words.samples(recipe),
-        },
-        {
-            "name": "Positions",
-            "figure": formats.percent(formats.share(selected, valid)),
-            "counts": f"{formats.count(selected)} of {formats.count(valid)}, all steps together",
-            "rule": words.positions(recipe),
-        },
-        {
-            "name": "Classes",
-            "figure": "all" if dig(recipe, "classes", "sampler") == "all" else formats.count(draws),
-            "counts": "the whole vocabulary" if draws is None else "draws a position",
-            "rule": words.classes(recipe),
-        },
-    ]
-    return {"axes": axes, "teacher_tokens": formats.count(dig(counts, "teacher_tokens"))} | _histogram(
-        run.sample_scores, dig(recipe, "samples", "metric")
-    )
-
-
-def _histogram(found: SampleScores | None, metric: str | None) -> dict[str, Any]:
-    if found is None or not len(found.scores):
-        return {"histogram": None}
-    unit = words.metric_unit(metric)
-    by = "score" if metric is None else words.metric(metric)
-    label = f"{by}, mean of a sample" + (f", {unit}" if unit else "")
-    # A user's metric may carry a long name: the axis has room for so much.
-    label = label if len(label) <= 60 else label[:59] + "…"
-    return {
-        "histogram": plots.score_histogram(found.scores, found.kept, label),
-        "kept": formats.count(int(np.sum(found.kept))),
-        "scored": formats.count(len(found.scores)),
-        "by": by,
-    }
 
 
 def storage(record: dict[str, Any]) -> dict[str, Any]:
@@ -205,21 +175,50 @@ def storage(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def costs(record: dict[str, Any]) -> dict[str, Any]:
-    """Time by stage, each with its bar; peak memory."""
+    """Time and peak memory by stage, each with its bar, and of the whole run."""
+    peaks = {place: dig(record, "peak_memory_bytes", place) for place in ("process", "accelerator")}
+    place = "process" if peaks["accelerator"] is None else "accelerator"
     seconds = {key: dig(record, "seconds", key) for key, _ in _STAGES}
-    total = dig(record, "seconds", "total")
-    stages = [(name, seconds[key]) for key, name in _STAGES]
-    longest = max((value for _, value in stages if value), default=0)
+    memory = {key: dig(record, "peak_memory_bytes", "by_stage", key, place) for key, _ in _STAGES}
     rows = [
-        {"name": name, "time": formats.duration(value), "width": 100 * value / longest if value and longest else 0}
-        for name, value in stages
+        {
+            "name": name,
+            "time": formats.duration(seconds[key]),
+            "width": _width(seconds[key], seconds),
+            "memory": formats.data_size(memory[key]),
+            "memory_width": _width(memory[key], memory),
+        }
+        for key, name in _STAGES
     ]
     return {
         "rows": rows,
-        "total": formats.duration(total),
-        "process": formats.data_size(dig(record, "peak_memory_bytes", "process")),
-        "accelerator": formats.data_size(dig(record, "peak_memory_bytes", "accelerator")),
+        "has_memory": any(value is not None for value in memory.values()),
+        "total": formats.duration(dig(record, "seconds", "total")),
+        "whole": formats.data_size(peaks[place]),
+        "process": formats.data_size(peaks["process"]),
+        "accelerator": formats.data_size(peaks["accelerator"]),
     }
+
+
+def _width(value: float | None, among: dict[str, float | None]) -> float:
+    """A bar's width in percent of the longest one."""
+    longest = max((other for other in among.values() if other), default=0)
+    return 100 * value / longest if value and longest else 0.0
+
+
+def benchmark_table(record: dict[str, Any]) -> list[dict[str, str]]:
+    """A row a measured number: its name, before and after training, and its standard error."""
+    before, after = benchmarks.scores(record, "before"), benchmarks.scores(record, "after")
+
+    def told(score: benchmarks.Score | None) -> str:
+        return formats.DASH if score is None else formats.score(score.value)
+
+    rows = []
+    for path in dict.fromkeys([*before, *after]):
+        stderr = None if path not in after else after[path].stderr
+        cells = {"name": " ".join(path), "before": told(before.get(path)), "after": told(after.get(path))}
+        rows.append({**cells, "stderr": formats.DASH if stderr is None else f"± {formats.score(stderr)}"})
+    return rows
 
 
 def facts(record: dict[str, Any]) -> list[tuple[str, str]]:

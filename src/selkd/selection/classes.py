@@ -5,6 +5,7 @@ Shapes: n positions, V classes, U draws, C distinct drawn classes (rows padded w
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -114,7 +115,10 @@ class ClassSampler:
     total: int
 
     def __call__(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
-        """Class ids and counts [n, C] of ``probabilities`` [n, V], with ``uniforms`` float64 [n, n_uniforms]."""
+        """Class ids and counts [n, C] of ``probabilities`` [n, V], with ``uniforms`` float64 [n, n_uniforms].
+
+        ``probabilities`` must be finite: of NaN, a search through cumulative sums makes the last class in silence.
+        """
         return self.draw(probabilities, uniforms, self.draws)
 
     def integers(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
@@ -123,43 +127,17 @@ class ClassSampler:
         return in_units(class_ids, counts) if counts.is_floating_point() else (class_ids, counts)
 
 
-SAMPLERS: dict[str, Draw] = {"rs_kd": rs_kd, "systematic": systematic, "top_k": top_k}
-_N_UNIFORMS = {"systematic": 1, "top_k": 0}
+# Each built-in sampler as its number of draws makes it.
+SAMPLERS: dict[str, Callable[[int], ClassSampler]] = {
+    "rs_kd": lambda draws: ClassSampler(rs_kd, draws, n_uniforms=draws, total=draws),
+    "systematic": lambda draws: ClassSampler(systematic, draws, n_uniforms=1, total=draws),
+    "top_k": lambda draws: ClassSampler(top_k, draws, n_uniforms=0, total=TOP_K_UNITS),
+}
 
 
 def class_sampler(options: ClassOptions) -> ClassSampler:
     """The sampler that a recipe's classes part names; its sampler is not ``all``."""
-    name, draws = options.sampler, options.draws
-    assert draws is not None, "a sampler has draws once its options are checked"
-    draw = SAMPLERS.get(name) or _users_sampler(name)
-    total = TOP_K_UNITS if name == "top_k" else draws
-    return ClassSampler(draw, draws, _N_UNIFORMS.get(name, draws), total)
-
-
-def _users_sampler(name: str) -> Draw:
-    def draw(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
-        class_ids, counts = plugins.call("sampler", name, probabilities=probabilities, uniforms=uniforms, draws=draws)
-        n, n_classes = probabilities.shape
-        fault = None
-        if class_ids.shape != counts.shape or class_ids.ndim != 2 or len(class_ids) != n:
-            fault = f"shapes {tuple(class_ids.shape)} and {tuple(counts.shape)}, expected both [{n}, C]"
-        elif class_ids.dtype != torch.int64 or counts.dtype != torch.int64:
-            fault = f"{class_ids.dtype} and {counts.dtype}, expected int64 class ids and counts"
-        elif ((class_ids < 0) | (class_ids >= n_classes)).any():
-            fault = f"a class id outside 0 to {n_classes - 1}"
-        elif (counts < 0).any() or (counts.sum(dim=-1) != draws).any():
-            fault = f"counts that are negative or don't sum to draws = {draws}"
-        elif _repeats(class_ids, counts):
-            fault = "a class twice in one row"
-        if fault is not None:
-            raise ValueError(f"classes.sampler: {name} returned {fault}.")
-        return class_ids, counts
-
-    return draw
-
-
-def _repeats(class_ids: Tensor, counts: Tensor) -> bool:
-    """Whether a row counts a class twice; padding never repeats."""
-    padding = -1 - torch.arange(class_ids.shape[-1], device=class_ids.device)
-    ordered = torch.where(counts > 0, class_ids, padding).sort(dim=-1).values
-    return bool((ordered[:, 1:] == ordered[:, :-1]).any())
+    assert options.draws is not None, "a sampler has draws once its options are checked"
+    if options.sampler in SAMPLERS:
+        return SAMPLERS[options.sampler](options.draws)
+    return ClassSampler(partial(plugins.drawn, options.sampler), options.draws, options.draws, options.draws)

@@ -97,7 +97,7 @@ def take_all(given: Candidates) -> Tensor:
 
 def take_top(given: Candidates) -> Tensor:
     """The K valid positions with the highest scores, equal scores to the earlier one; a = 1/K."""
-    return _spread(highest(given.scores, given.valid_mask, given.counts), given.scores.dtype)
+    return _spread(mark_highest(given.scores, given.valid_mask, given.counts), given.scores.dtype)
 
 
 def take_above(given: Candidates) -> Tensor:
@@ -125,7 +125,11 @@ def draw(given: Candidates) -> Tensor:
 
 
 def draw_corrected(given: Candidates) -> Tensor:
-    """Pos RS-KD with importance correction: a = c_t / (K * n * r_t). Expectation: Full KD's mean."""
+    """Pos RS-KD with importance correction: a = c_t / (K * n * r_t).
+
+    Expectation: Full KD's mean, but for positions that are never drawn: those with u = 0, and, where ``coverage``
+    leaves nothing to draw, all but the sure ones.
+    """
     return _drawn(given, is_corrected=True)
 
 
@@ -168,9 +172,12 @@ def _drawn(given: Candidates, is_corrected: bool) -> Tensor:
     options, counts = given.options, given.counts
     n_valid = given.valid_mask.sum(dim=-1, keepdim=True)
     sure_counts = counts_of(options.coverage or 0.0, counts)
-    sure = highest(given.scores, given.valid_mask, sure_counts)
+    sure = mark_highest(given.scores, given.valid_mask, sure_counts)
     drawable, draws = given.valid_mask & ~sure, (counts - sure_counts).unsqueeze(-1)
-    r = _proportional(_tempered(given.scores, given.valid_mask, options), drawable)
+    u = _clipped(given.scores, given.valid_mask, options).masked_fill(~drawable, 0)
+    # In proportion to u^(1/s); the highest is 1, so that no power overflows.
+    highest = u.amax(dim=-1, keepdim=True)
+    r = _proportional((u / highest.masked_fill(highest == 0, 1.0)) ** (1 / (options.smoothing or 1.0)), drawable)
 
     cumulative = r.cumsum(dim=-1)
     total = cumulative[:, -1:]
@@ -185,13 +192,12 @@ def _drawn(given: Candidates, is_corrected: bool) -> Tensor:
     return ((times + sure) / counts.unsqueeze(-1).clamp(min=1)).to(given.scores.dtype)
 
 
-def _tempered(scores: Tensor, valid_mask: Tensor, options: PositionOptions) -> Tensor:
-    """u, cut at its quantile ``clip`` and raised to 1/``smoothing``; float64 [B, T]."""
+def _clipped(scores: Tensor, valid_mask: Tensor, options: PositionOptions) -> Tensor:
+    """u, not below 0 and cut at its quantile ``clip``; float64 [B, T], 0 where not valid."""
     u = scores.double().clamp(min=0).masked_fill(~valid_mask, torch.nan)
     if options.clip is not None and u.shape[-1]:
         u = u.minimum(u.nanquantile(options.clip, dim=-1, keepdim=True))
-    u = u.nan_to_num(nan=0.0)
-    return u if options.smoothing in (None, 1.0) else u ** (1 / options.smoothing)
+    return u.nan_to_num(nan=0.0)
 
 
 def _proportional(u: Tensor, mask: Tensor) -> Tensor:
@@ -202,7 +208,7 @@ def _proportional(u: Tensor, mask: Tensor) -> Tensor:
     return u / total.masked_fill(total == 0, 1.0)
 
 
-def highest(scores: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+def mark_highest(scores: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
     """bool [B, T]: the ``counts`` [B] highest of each row, equal ones: earlier."""
     return (_ranks(scores.masked_fill(~mask, -torch.inf), descending=True) < counts.unsqueeze(-1)) & mask
 
@@ -221,22 +227,11 @@ def _spread(picked: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _users_policy(given: Candidates) -> Tensor:
-    name = given.options.policy
-    coefficients = plugins.call(
-        "policy",
-        name,
+    return plugins.coefficients(
+        given.options.policy,
         scores=given.scores,
         valid_mask=given.valid_mask,
         counts=given.counts,
         progress=given.place.progress,
+        uniforms=given.uniforms,
     )
-    shape = tuple(given.valid_mask.shape)
-    if not isinstance(coefficients, Tensor) or tuple(coefficients.shape) != shape:
-        got = tuple(coefficients.shape) if isinstance(coefficients, Tensor) else type(coefficients).__name__
-        raise ValueError(f"positions.policy: {name} returned {got}, expected coefficients of shape {shape}.")
-    coefficients = coefficients.detach().to(given.scores.dtype)
-    if not torch.isfinite(coefficients).all():
-        raise ValueError(f"positions.policy: {name} returned coefficients that are not finite.")
-    if (coefficients[~given.valid_mask] != 0).any():
-        raise ValueError(f"positions.policy: {name} gave weight to positions that are not valid.")
-    return coefficients

@@ -9,12 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from selkd import plugins
 from selkd.maths.chunked import chunked_statistics, wide
 from selkd.maths.head import Head
-from selkd.maths.importance import metric_of, statistics
+from selkd.maths.importance import METRICS, metric_of, statistics
 from selkd.recipe_choices import SAMPLED_POLICIES, PositionOptions, needs_teacher
 from selkd.selection.noise import draw_uniforms, position_uniforms
-from selkd.selection.positions import Place, counts_of, eligible, select
+from selkd.selection.positions import POLICIES, Place, counts_of, eligible, select
 
 
 class Logits(Protocol):
@@ -64,6 +65,7 @@ def score_positions(
         return PositionScores(noise.to(device), {})
     valid = valid_mask.flatten().nonzero().flatten()
     names = metric_of(metric).statistics
+    own = {} if metric in METRICS else {metric: plugins.metric_function(metric)}
     targets = batch["targets"].flatten()[valid]
     teachers = None
     if needs_teacher(metric):
@@ -72,7 +74,7 @@ def score_positions(
 
     def compute(student_logits: Tensor, rows: slice) -> Tensor:
         teacher_logits = None if teachers is None else teachers.logits(rows)
-        return statistics(names, student_logits, teacher_logits, targets[rows])
+        return statistics(names, student_logits, teacher_logits, targets[rows], own)
 
     columns = chunked_statistics(hidden_states.flatten(0, 1)[valid], head, compute)
     placed = columns.new_zeros(valid_mask.numel(), len(names)).index_copy_(0, valid, columns)
@@ -89,5 +91,9 @@ def choose_positions(
         assert place.fraction is not None, "a policy that draws has a fraction"
         draws = counts_of(place.fraction, mask.sum(dim=-1)).cpu().numpy()
         noise = draw_uniforms(seed, batch["sample_ids"].cpu().numpy(), draws, "position draws", place.step)
+        uniforms = torch.from_numpy(noise).to(scores.device)
+    elif options.policy not in POLICIES and "uniforms" in plugins.wanted("policy", options.policy):
+        ids = batch["sample_ids"].cpu().numpy()
+        noise = position_uniforms(seed, ids, mask.cpu().numpy(), "own policy", place.step)
         uniforms = torch.from_numpy(noise).to(scores.device)
     return select(options, scores, mask, place, uniforms)

@@ -12,7 +12,7 @@ from selkd.maths.estimate import ClassSubset, estimated_entropy
 from selkd.maths.head import Head
 from selkd.recipe_choices import PositionOptions
 from selkd.selection.noise import sample_generator
-from selkd.selection.positions import Place, counts_of, highest
+from selkd.selection.positions import Place, counts_of, mark_highest
 from selkd.selection.scores import PositionScores
 
 
@@ -70,7 +70,7 @@ def score_in_two_stages(
     estimated = estimated_entropy(flat[valid], head, subset)
     scores = estimated.new_zeros(valid_mask.numel()).index_copy_(0, valid, estimated).view(valid_mask.shape)
     counts = counts_of(min(1.0, place.fraction + options.rescored_share), valid_mask.sum(dim=-1))
-    is_best = highest(scores, valid_mask, counts)
+    is_best = mark_highest(scores, valid_mask, counts)
     best = is_best.flatten().nonzero().flatten()
     exact = chunked_entropy(flat[best], head)
     lowest = exact.new_full(valid_mask.shape, torch.inf).masked_scatter_(is_best, exact).amin(dim=-1, keepdim=True)

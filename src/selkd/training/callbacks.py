@@ -10,6 +10,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+_KEPT = ("loss", "held_out_", "benchmark_")  # how the names of what is worth a line begin
+
 
 class MetricsFile(TrainerCallback, ExportableState):
     """Appends one line to ``metrics.jsonl`` for each logged step, and keeps the training time.
@@ -49,7 +51,7 @@ class MetricsFile(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero and logs and ("loss" in logs or "held_out_perplexity" in logs):
+        if state.is_world_process_zero and logs and any(name.startswith(_KEPT) for name in logs):
             line = {"step": state.global_step, **logs, "seconds": round(self.seconds, 3)}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -70,18 +72,21 @@ def read_metrics(path: Path, up_to_step: int | None = None) -> list[dict[str, An
 
 
 class EverySteps(TrainerCallback):
-    """Measures held-out fidelity every ``every_steps`` optimiser steps and logs it.
+    """Measures the student every ``every_steps`` optimiser steps and logs it.
 
     Args:
         measure_and_log: called on every process.
+        also_last: measure after the last step, too.
     """
 
-    def __init__(self, every_steps: int, measure_and_log: Callable[[], None]) -> None:
+    def __init__(self, every_steps: int, measure_and_log: Callable[[], None], also_last: bool = False) -> None:
         self.every_steps = every_steps
         self.measure_and_log = measure_and_log
+        self.also_last = also_last
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every_steps == 0:
+        is_last = self.also_last and state.global_step >= state.max_steps
+        if is_last or state.global_step % self.every_steps == 0:
             self.measure_and_log()
 
 

@@ -6,14 +6,15 @@ Shapes: N selected positions, n of a chunk, V classes.
 import torch
 from torch import Tensor
 
+from selkd import plugins
 from selkd.maths.chunked import chunk_size, chunks
 from selkd.maths.divergence import (
     CRITERIA,
     POSITION_WEIGHTS,
     ValueAndGradient,
     cross_entropy,
+    differentiated,
     sampled_forward_kl,
-    users_criterion,
 )
 from selkd.recipe_choices import CriterionOptions
 from selkd.teacher import DrawnClasses, FullDistribution, PickedTargets
@@ -37,7 +38,9 @@ class Comparison:
         self.teacher = teacher
         self.targets = targets
         self.n_classes = n_classes
-        self.compare = CRITERIA.get(options.name) or users_criterion(options.name)
+        self.compare = CRITERIA.get(options.name) or differentiated(
+            plugins.criterion_function(options.name), f"criterion.name: {options.name}"
+        )
         self.weights: dict[str, float | Tensor] = {
             name: value for name, value in (("alpha", options.alpha), ("beta", options.beta)) if value is not None
         }

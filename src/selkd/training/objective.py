@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selkd.errors import RunError
+from selkd.finite import require_finite
 from selkd.maths.chunked import chunked_loss, compute_dtype, wide
 from selkd.maths.head import Head
 from selkd.recipe_choices import CriterionOptions, PositionOptions
@@ -99,7 +99,8 @@ class Objective:
         scored = self.score(hidden_states.detach(), narrow_head, batch, teacher, place)
         if scored.statistics:
             of_all = torch.stack([each.flatten()[valid] for each in scored.statistics.values()])
-            _require_finite(of_all.sum(dim=0), valid, batch, place)
+            what = f"positions.metric: {self.positions.metric}, of the student's or the teacher's logits"
+            require_finite(of_all.sum(dim=0), valid, batch, f"{what} {_before(place)}")
         coefficients = choose_positions(self.positions, scored.values, batch, place, seed=self.seed).flatten()
         picked = coefficients.nonzero().flatten()
         weights = coefficients[picked]
@@ -111,7 +112,8 @@ class Objective:
         comparison = Comparison(self.criterion, teacher.at(picked), targets, sample_of, head.n_classes)
         weights = weights / max(1, int(normaliser))
         total, values = chunked_loss(flat_hidden[picked], head, weights, comparison, narrow_head=narrow_head)
-        _require_finite(values, picked, batch, place)
+        what = f"criterion.name: {self.criterion.name}, of the student's or the teacher's logits"
+        require_finite(values, picked, batch, f"{what} {_before(place)}")
 
         sums = {"positions_selected": torch.tensor(len(picked), device=values.device), **comparison.sums}
         logged = {"score": scored.values} if scored.statistics else {}
@@ -152,14 +154,5 @@ class Objective:
         return {"agreeing_positions": (found & exact).sum(), "compared_positions": exact.sum()}
 
 
-def _require_finite(values: Tensor, index: Tensor, batch: Batch, place: Place) -> None:
-    """Raises RunError, naming the sample and position, if one of ``values`` [n] at flat positions ``index`` is not."""
-    bad = (~torch.isfinite(values)).nonzero().flatten()
-    if len(bad):
-        row, position = divmod(int(index[bad[0]]), batch["valid_mask"].shape[1])
-        sample_id = batch["sample_ids"][row].cpu().numpy().tobytes().hex()
-        raise RunError(
-            f"the logits at position {position} of sample {sample_id} give {values[bad[0]].item()} at optimiser step "
-            f"{place.step}, before its update: the student's or the teacher's are not finite. Checkpoints up to here "
-            "are kept; lower training.learning_rate or use float32."
-        )
+def _before(place: Place) -> str:
+    return f"at optimiser step {place.step}, before its update"

@@ -4,6 +4,7 @@ Everything else is the Trainer's: arguments, logging, checkpoints, resuming, sch
 """
 
 import base64
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate, pack, split
-from selkd.data.samples import SampleDataset
+from selkd.data.samples import Sample, SampleDataset
 from selkd.data.tokenised import encode
 from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing, head_of
@@ -27,7 +28,7 @@ from selkd.recipe_choices import FractionSchedule, needs_teacher
 from selkd.selection.positions import Place, place_of
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
-from selkd.teacher import Batch, CachedTeacher, LiveTeacher, Teacher
+from selkd.teacher import Batch, CachedCollator, CachedTeacher, LiveTeacher, Teacher
 from selkd.training.arguments import DistillArguments, require_one_device
 from selkd.training.objective import Budget
 from selkd.training.sampling import FilledDataset, FilledSampler
@@ -113,6 +114,12 @@ class DistillTrainer(Trainer):
                     check_packing(packed)
         train_samples = _as_samples(train_dataset, processing_class, args)
         eval_samples = _as_samples(eval_dataset, processing_class, args)
+        skipped = args.objective.positions.skip_first or 0
+        if train_samples is not None and skipped >= args.max_length - 1:
+            raise InputError(
+                f"positions.skip_first: {skipped} leaves no position of samples of max_length = {args.max_length} "
+                "tokens. Lower it."
+            )
         n_classes = shared_classes(_sizes(model, teacher), processing_class)
         self.teacher = _as_teacher(teacher, args, n_classes, [train_samples, eval_samples])
         self.objective = args.objective
@@ -130,17 +137,23 @@ class DistillTrainer(Trainer):
         self._scores: list[np.ndarray] = []  # of this step, the valid scores of each micro-batch
         bind_distillation(model, n_classes)
         pad_token_id = 0 if processing_class.pad_token_id is None else processing_class.pad_token_id  # never told by id
-        use_cache = model.config.use_cache
+        use_cache = getattr(model.config, "use_cache", None)  # None: nested, in the text's configuration
+        data_collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=pad_token_id)
+        if isinstance(self.teacher, CachedTeacher):  # read by the data loader's workers, ahead of training
+            data_collator = CachedCollator(data_collator, self.teacher)
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate, pad_token_id=pad_token_id),
+            data_collator=data_collator,
             train_dataset=None if train_samples is None else FilledDataset(train_samples),
             eval_dataset=None if eval_samples is None else FilledDataset(eval_samples),
             processing_class=processing_class,
             **kwargs,
         )
-        model.config.use_cache = use_cache  # the Trainer switches it off, and would save the student so
+        if use_cache is None:  # the Trainer switches it off, and would save the student so
+            del model.config.use_cache
+        else:
+            model.config.use_cache = use_cache
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the whole step's count
         self.add_callback(Totals())
         queue_size = self.objective.positions.queue_size
@@ -314,6 +327,12 @@ def _as_teacher(
 ) -> Teacher:
     temperature = args.objective.criterion.temperature
     if isinstance(teacher, TeacherCache):
+        stored = int(teacher.fingerprint["vocabulary"])
+        if stored > n_classes:
+            raise InputError(
+                f"{teacher.directory}: its draws are from {stored} classes, but the student has {n_classes}: some may "
+                "be classes that it lacks. Build another cache over the classes that both models share."
+            )
         metric = args.objective.positions.metric
         if needs_teacher(metric):
             raise InputError(

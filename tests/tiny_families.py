@@ -87,15 +87,21 @@ def _configs() -> dict[str, PreTrainedConfig]:
 FAMILIES = sorted(_configs())
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    return randomised(_configs()[family], dtype)
+def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 5, **changes: object) -> PreTrainedModel:
+    """A random model of ``family``; ``changes`` are attributes of its configuration."""
+    config = _configs()[family]
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return randomised(config, dtype, seed)
 
 
-def randomised(config: PreTrainedConfig, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+def randomised(config: PreTrainedConfig, dtype: torch.dtype = torch.float64, seed: int = 5) -> PreTrainedModel:
     """Every parameter random, also those that start at zero or one: biases and norms must matter in a comparison."""
+    torch.manual_seed(seed)
     # The default kernel for experts takes no float64.
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
-    generator = torch.Generator().manual_seed(5)
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **experts)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -1,0 +1,64 @@
+"""How integers become symbols of an entropy coder, and how counted symbols become its frequency tables.
+
+``docs/cache-format.md``, "Integers" and "Frequency tables", says the same for writers of other readers.
+"""
+
+from typing import Final
+
+import numpy as np
+
+PRECISION: Final = 24  # bits; the frequencies of a table's row sum to 2^24
+LARGEST_VALUE: Final = 2**24 - 1  # of a coded integer: what the coder holds exactly
+
+# What each byte of a stored table stands for: 0 to 7 exactly, from there two significant bits after the first.
+_CODES = np.arange(128, dtype=np.int64)
+_COUNTS = np.where(_CODES < 4, _CODES, (4 + _CODES % 4) << np.maximum(_CODES // 4 - 1, 0))
+
+
+class Buckets:
+    """Integers from 0 to ``largest``: a bucket, which is modelled, and its low bits, which are not.
+
+    A value below 2^m has a bucket of its own. From there each power of two is cut into 2^m buckets of equal size.
+
+    Attributes:
+        n: how many buckets there are.
+        first: int64 [n], the least value of each bucket.
+        size: int32 [n], how many values it holds: a power of two.
+    """
+
+    def __init__(self, mantissa_bits: int, largest: int) -> None:
+        self._mantissa_bits = mantissa_bits
+        self.n = int(self.of(np.array([largest]))[0]) + 1
+        buckets = np.arange(self.n)
+        octave = np.maximum((buckets >> mantissa_bits) - 1, 0)
+        self.first = (buckets - (octave << mantissa_bits)) << octave
+        self.size = np.left_shift(1, octave).astype(np.int32)
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """The bucket of each value, int64."""
+        octave = np.maximum(bit_length(values) - 1 - self._mantissa_bits, 0)
+        return (octave << self._mantissa_bits) + (values >> octave)
+
+
+def bit_length(values: np.ndarray) -> np.ndarray:
+    """int64, the bits that each non-negative integer below 2^53 takes; 0 for 0."""
+    return np.frexp(values.astype(np.float64))[1].astype(np.int64)
+
+
+def to_codes(counts: np.ndarray) -> np.ndarray:
+    """uint8: for each count the largest code whose value is not above it; above 0 unless the count is 0."""
+    return (np.searchsorted(_COUNTS, counts, side="right") - 1).astype(np.uint8)
+
+
+def frequencies(codes: np.ndarray) -> np.ndarray:
+    """Frequencies of the symbols of each row, int64 [rows, symbols], each at least 1, a row's sum 2^24.
+
+    Args:
+        codes: uint8 [rows, symbols] below 128, at least two symbols. A row of zeros stands for equal counts.
+    """
+    counts = _COUNTS[codes]
+    counts[~counts.any(axis=1)] = 1
+    to_share = 2**PRECISION - codes.shape[1]
+    shares = counts * to_share // counts.sum(axis=1, keepdims=True)
+    shares[np.arange(len(shares)), counts.argmax(axis=1)] += to_share - shares.sum(axis=1)
+    return shares + 1

@@ -1,0 +1,280 @@
+"""lm-evaluation-harness as a library: its tasks, its prompts, its scores, on a model that is already in memory.
+
+What it is not left to: the batch size (its own search assumes that running out of memory raises an error), the
+softmax's precision (it would follow the model's, and bfloat16 has three digits), and local rows.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selkd.errors import InputError, RunError
+from selkd.evaluation.batch_size import rows_at_once
+from selkd.evaluation.benchmarks import KNOWN, Benchmark
+from selkd.evaluation.calibration import choice_confidence
+from selkd.evaluation.ifeval import prepare_ifeval
+from selkd.evaluation.last_word import greedy_confidences
+from selkd.evaluation.local_data import local_splits
+from selkd.models.sources import default_cache_dir
+from selkd.recipe_evaluation import task_manager
+
+_SHOTS_SEED = 1234  # the harness's default
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a task's examples gave.
+
+    Attributes:
+        examples: one mapping an example: ``row``, ``prompt``, ``target``, ``responses`` and ``measures``
+            (metric -> the two numbers of ``statistics.Measure``).
+        kinds: metric -> the measure's kind.
+        figures: metric -> the harness's own figure, for every metric, also those that are no measure.
+        higher_is_better: metric -> bool.
+    """
+
+    examples: list[dict[str, Any]]
+    kinds: dict[str, str]
+    figures: dict[str, float]
+    higher_is_better: dict[str, bool]
+
+
+def load_tasks(name: str, data: Sequence[str | Path] | None, shots: int) -> dict[str, Any]:
+    """Name -> harness task, for a benchmark, a task or a group of tasks.
+
+    Args:
+        name: a benchmark of ``KNOWN``, or whatever the harness knows.
+        data: folders of local files; None: rows come from the hub.
+        shots: solved examples before each question, where there are training rows to take them from.
+
+    Raises:
+        InputError: an unknown name, no local form, rows that are not there or can't be fetched.
+    """
+    _quiet()
+    benchmark = KNOWN.get(name)
+    if benchmark is None and data is not None:
+        raise InputError(
+            f"{name}: has no local form; those are {', '.join(KNOWN)}. Measure it in a call of its own, without data."
+        )
+    try:
+        tasks = {name: _load(benchmark, data, shots)} if benchmark else _by_name(name, shots)
+    except (OSError, ConnectionError, LookupError, ImportError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        file = f" that holds {benchmark.file}" if benchmark else ""
+        raise InputError(
+            f"{name}: its rows can't be had ({type(error).__name__}: {reason:.200}). "
+            + (f"Without a hub, give --data with a folder{file}." if benchmark else "Is there a network?")
+        ) from error
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=_SHOTS_SEED)
+    return tasks
+
+
+def _load(benchmark: Benchmark, data: Sequence[str | Path] | None, shots: int) -> Any:
+    from lm_eval import tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if benchmark.name == "ifeval":
+        prepare_ifeval(default_cache_dir())
+    config = load_yaml(Path(tasks.__file__).parent / benchmark.yaml, resolve_func=True)
+    config = {key: value for key, value in config.items() if key != "tag"} | dict(benchmark.overrides)
+    config["num_fewshot"] = shots if benchmark.few_shot else 0
+    if data is not None:
+        splits = local_splits(benchmark, data, config["num_fewshot"])
+        config["custom_dataset"] = lambda **_: splits
+    return ConfigurableTask(config=config)
+
+
+def _by_name(name: str, shots: int) -> dict[str, Any]:
+    if "ifeval" in name:
+        prepare_ifeval(default_cache_dir())
+    tasks: dict[str, Any] = task_manager().load([name])["tasks"]
+    for task in tasks.values():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise InputError(f"{name}: the task runs the model's code on this machine; selkd does not.")
+        if shots and task.get_config("num_fewshot") != 0:
+            task.set_config("num_fewshot", shots)
+        elif not shots:
+            task.set_config("num_fewshot", 0)
+    return tasks
+
+
+def spread_rows(n_rows: int, limit: int | None) -> list[int]:
+    """``limit`` row numbers spread evenly over ``n_rows``; all of them where there are no more.
+
+    Evenly, because benchmarks are sorted: the first rows of HellaSwag are all of one kind.
+    """
+    if limit is None or limit >= n_rows:
+        return list(range(n_rows))
+    return [index * n_rows // limit for index in range(limit)]
+
+
+def build_requests(task: Any, rows: list[int]) -> None:
+    """Make the task's prompts for these rows: ``task.instances``."""
+    task.build_all_requests(samples=_samples(task, rows))
+
+
+def _samples(task: Any, rows: list[int]) -> list[int] | None:
+    """The rows as the harness takes them; it would look each up in a list, so all of them are None."""
+    return None if len(rows) == len(task.eval_docs) else rows
+
+
+def run_task(
+    name: str,
+    task: Any,
+    rows: list[int],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    chat_template: bool = False,
+    batch_size: int | None = None,
+) -> Output:
+    """Measure ``model`` on some rows of a task.
+
+    Args:
+        task: its requests built (``build_requests``).
+        rows: ascending row numbers.
+        dtype: of the products; weights of another dtype are used under autocast.
+        chat_template: put each prompt into the tokenizer's chat template.
+        batch_size: None: found from the memory there is, and halved when it runs out.
+
+    Raises:
+        InputError: a prompt and its answer need more positions than the model has, or there is no chat template.
+        RunError: not even one example at a time fits in memory.
+    """
+    if chat_template and not tokenizer.chat_template:
+        raise InputError("chat template: the tokenizer has none; measure without it.")
+    _require_positions(name, task, model)
+    size = batch_size or rows_at_once(task, model, tokenizer)
+    while True:
+        lm = _language_model(model, tokenizer, dtype, size)
+        try:
+            output = _output(name, task, _evaluate(name, task, rows, lm, chat_template))
+            if name == "lambada":
+                pairs = [lm._encode_pair(*arguments) for arguments in _arguments(task)]
+                _add_ece(output, greedy_confidences(model, tokenizer, pairs, dtype, size))
+            return output
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise RunError(f"{name}: one example at a time is too much for this device's memory.") from None
+            size = size // 2
+            torch.cuda.empty_cache()
+
+
+def _evaluate(name: str, task: Any, rows: list[int], lm: Any, chat_template: bool) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate
+
+    results: dict[str, Any] = evaluate(
+        lm=lm,
+        task_dict={"tasks": {name: task}},
+        samples=None if (samples := _samples(task, rows)) is None else {name: samples},
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=chat_template,
+        fewshot_as_multiturn=chat_template,
+    )
+    return results
+
+
+def _language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, batch_size: int
+) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        softmax_dtype=torch.float32,
+        mixed_precision_dtype=None if model.dtype == dtype else dtype,
+        trust_remote_code=False,
+    )
+
+
+def _require_positions(name: str, task: Any, model: PreTrainedModel) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    needed = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 256)
+    if task.OUTPUT_TYPE == "generate_until" and limit is not None and needed >= limit:
+        raise InputError(
+            f"{name}: answers may be {needed} tokens long, and the model has {limit} positions for prompt and answer."
+        )
+
+
+def _output(name: str, task: Any, results: Mapping[str, Any]) -> Output:
+    examples: dict[int, dict[str, Any]] = {}
+    kinds: dict[str, str] = {}
+    is_choice = task.OUTPUT_TYPE == "multiple_choice"
+    several = len({sample["filter"] for sample in results["samples"][name]}) > 1
+    for sample in results["samples"][name]:
+        row = examples.setdefault(sample["doc_id"], _example(sample))
+        for metric in sample["metrics"]:
+            measured = _numbers(task.aggregation()[metric], sample[metric]) if metric in task.aggregation() else None
+            if measured is not None:
+                label = f"{metric},{sample['filter']}" if several else metric
+                kinds[label], row["measures"][label] = measured
+        if is_choice and "acc" in sample["metrics"] and "acc_mutual_info" not in sample["metrics"]:
+            confidence = choice_confidence([answer[0] for answer in sample["filtered_resps"]])
+            kinds["ece"], row["measures"]["ece"] = "ece", [confidence, float(sample["acc"])]
+    figures, better = {}, {}
+    for key, value in results["results"][name].items():
+        metric, _, filtered = key.partition(",")
+        if filtered and "_stderr" not in metric and isinstance(value, int | float):
+            label = key if several else metric
+            figures[label] = float(value)
+            better[label] = bool(task.higher_is_better().get(metric, True))
+    return Output([examples[row] for row in sorted(examples)], kinds, figures, better)
+
+
+def _arguments(task: Any) -> list[tuple[str, str]]:
+    """Context and last word of each example of LAMBADA, in the order of its rows."""
+    return [instance.args for instance in sorted(task.instances, key=lambda instance: instance.doc_id)]
+
+
+def _add_ece(output: Output, confidences: list[tuple[float, bool]]) -> None:
+    output.kinds["ece"] = "ece"
+    for example, (confidence, is_right) in zip(output.examples, confidences, strict=True):
+        example["measures"]["ece"] = [confidence, float(is_right)]
+
+
+def _example(sample: Mapping[str, Any]) -> dict[str, Any]:
+    target = sample["target"]
+    return {
+        "row": sample["doc_id"],
+        "prompt": sample["arguments"][0][0],
+        "target": target if isinstance(target, str | int | float | list) else str(target),
+        "responses": [response[0] for response in sample["resps"]],
+        "measures": {},
+    }
+
+
+def _numbers(aggregation: Any, value: Any) -> tuple[str, list[float]] | None:
+    """Kind and numbers of ``statistics.Measure`` for what the harness aggregates so; None for other aggregations."""
+    match getattr(aggregation, "__name__", ""):
+        case "mean" if isinstance(value, bool | int | float):
+            return "ratio", [float(value), 1.0]
+        case "perplexity":
+            return "exp_ratio", [-float(value), 1.0]
+        case "weighted_perplexity":
+            return "exp_ratio", [-float(value[0]), float(value[1])]
+        case "bits_per_byte":
+            return "ratio", [-float(value[0]) / math.log(2), float(value[1])]
+        case "agg_inst_level_acc":
+            return "ratio", [float(sum(value)), float(len(value))]
+    return None
+
+
+def _quiet() -> None:
+    """The harness speaks of much that is no news here; its warnings stay out, its errors do not."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    disable_progress_bars()

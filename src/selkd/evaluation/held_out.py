@@ -1,0 +1,121 @@
+"""Fidelity as a task of ``selkd eval``: on any text, against any teacher of the family, an example a window of text.
+
+Without a teacher there is perplexity alone, and the buckets are of the model's own entropy.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from selkd.data.batching import pack
+from selkd.data.corpus import open_corpus
+from selkd.data.samples import SampleDataset
+from selkd.data.tokenised import encode
+from selkd.errors import InputError
+from selkd.evaluation.fidelity import Fidelity, fidelity
+from selkd.evaluation.results import TaskResult, digest, stored
+from selkd.evaluation.subject import Subject
+from selkd.models.head import check_head, check_packing, head_of
+from selkd.models.tokenizers import require_same_tokenizer, shared_classes
+from selkd.recipe import DataOptions
+
+Bucket = dict[str, float | int | None]
+
+WINDOW_TOKENS = 512
+WINDOWS = 32
+# metric, kind of measure, column of ``Fidelity.sums`` (0 holds the positions), whether higher is better
+_COLUMNS = (
+    ("perplexity", "exp_ratio", 1, False),
+    ("kl_nats", "ratio", 3, False),
+    ("top1_agreement", "ratio", 4, True),
+)
+
+
+@dataclass(frozen=True)
+class FidelityOptions:
+    """On what fidelity is measured.
+
+    Attributes:
+        text: as a recipe's ``data.path``.
+        text_field: as a recipe's ``data.text_field``.
+        windows: windows of text at most, from its beginning; None: 32.
+    """
+
+    text: str = "demo"
+    text_field: str = "text"
+    windows: int | None = None
+
+
+def measure_fidelity(
+    subject: Subject, teacher: Subject | None, options: FidelityOptions, keep: Path | None = None, reuse: bool = True
+) -> TaskResult:
+    """Perplexity, and with a teacher KL and top-1 agreement, over windows of up to 512 tokens of packed text.
+
+    Raises:
+        InputError: no such text, too little of it, or a teacher with another tokenizer.
+    """
+    if teacher is not None:
+        require_same_tokenizer(teacher.tokenizer, subject.tokenizer)
+    samples = _windows(subject, options)
+    fingerprint = {
+        "model": subject.identity,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "teacher": teacher.identity if teacher is not None else None,
+        "teacher_dtype": str(teacher.dtype).removeprefix("torch.") if teacher is not None else None,
+        "samples": digest([sample_id.hex() for sample_id in samples.ids]),
+    }
+    if keep is not None and reuse and (found := stored(keep, "fidelity", fingerprint)) is not None:
+        return found
+    started = time.perf_counter()
+    measured = _measured(subject, teacher or subject, samples)
+    columns = _COLUMNS if teacher is not None else _COLUMNS[:1]
+    per_sample = measured.sums.sum(dim=1).tolist()
+    result = TaskResult(
+        name="fidelity",
+        fingerprint=fingerprint,
+        examples=[
+            {"row": row, "measures": {name: [sums[column], sums[0]] for name, _, column, _ in columns}}
+            for row, sums in enumerate(per_sample)
+        ],
+        kinds={name: kind for name, kind, _, _ in columns},
+        figures={name: getattr(measured, name) for name, _, _, _ in columns},
+        higher_is_better={name: better for name, _, _, better in columns},
+        details={
+            "positions": measured.positions,
+            "teacher": None if teacher is None else teacher.model_name,
+            "teacher_perplexity": None if teacher is None else measured.teacher_perplexity,
+            "by_entropy": _by_entropy(measured.by_entropy(), teacher is not None),
+        },
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    if keep is not None:
+        result.write(keep)
+    return result
+
+
+def _measured(subject: Subject, teacher: Subject, samples: SampleDataset) -> Fidelity:
+    sizes = {}
+    for role, model in (("model", subject.model), ("teacher", teacher.model)):
+        check_head(model)
+        check_packing(model)
+        sizes[role] = head_of(model).n_classes
+    classes, pad = shared_classes(sizes, subject.tokenizer), int(subject.tokenizer.pad_token_id)
+    return fidelity(subject.model, teacher.model, samples, subject.dtype, pad, classes, "fidelity")
+
+
+def _by_entropy(buckets: Sequence[Bucket], has_teacher: bool) -> list[Bucket]:
+    comparing = ("teacher_cross_entropy_nats", "kl_nats", "top1_agreement")
+    return [{key: value for key, value in bucket.items() if has_teacher or key not in comparing} for bucket in buckets]
+
+
+def _windows(subject: Subject, options: FidelityOptions) -> SampleDataset:
+    """The first windows of the text, packed, each as long as the model has positions for, 512 tokens at most."""
+    length = min(WINDOW_TOKENS, subject.positions or WINDOW_TOKENS)
+    corpus = open_corpus(DataOptions.model_validate({"path": options.text, "text_field": options.text_field}))
+    tokens = (encode(subject.tokenizer, [document])[0] for document in corpus.documents())
+    samples = list(islice(pack(tokens, length), options.windows or WINDOWS))
+    if not samples:
+        raise InputError(f"text: {options.text} is shorter than one window of {length} tokens. Give more text.")
+    return SampleDataset.from_samples(samples)

@@ -1,0 +1,50 @@
+"""What the runs of a study share: scores and teacher caches, one file and one folder for all that they depend on.
+
+The names come from the recipes alone. Should two runs meet in one place by mistake, the stored fingerprints differ and
+the stage refuses.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from selkd.recipe import Recipe, parse_part
+
+# Scores that are the same whatever the seed is; others (chance, a user's own metric) may depend on it.
+_SEEDLESS = {"student_entropy", "student_ce", "teacher_entropy", "teacher_ce", "kl", "reverse_kl", "ce_ratio"}
+_PRECISION = ("bf16", "use_cpu")
+
+
+def with_shared_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its scores and its cache below ``folder``, where it does not say itself where they are."""
+    content, parts = recipe.resolved(), _what_scores_depend_on(recipe)
+    if recipe.samples is not None and recipe.samples.path is None:
+        content["samples"]["path"] = str(folder / "scores" / f"{_digest(parts)}.parquet")
+    if recipe.cache is not None and recipe.cache.path is None:
+        depends = {
+            "teacher": content["teacher"],
+            "data": content["data"],
+            "classes": content["classes"],
+            "temperature": content["criterion"]["temperature"],
+            "seed": recipe.seed,
+            # A cache is planned for certain samples.
+            "samples": None if recipe.samples is None else [parts, content["samples"]["fraction"]],
+        }
+        content["cache"]["path"] = str(folder / "caches" / _digest(depends))
+    return parse_part(Recipe, content)
+
+
+def _what_scores_depend_on(recipe: Recipe) -> dict[str, Any]:
+    content = recipe.resolved()
+    options = {key: value for key, value in (content["samples"] or {}).items() if key not in ("fraction", "path")}
+    depends = {key: content[key] for key in ("teacher", "student", "data")}
+    depends |= {"samples": options, "precision": {key: recipe.training.get(key) for key in _PRECISION}}
+    if options.get("metric") not in _SEEDLESS:
+        depends["seed"] = recipe.seed
+    return depends
+
+
+def _digest(content: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -1,0 +1,130 @@
+"""``sweep``: every run of a study into one folder, continued where it was interrupted, then one table of all."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selkd.errors import InputError
+from selkd.recipe import Recipe
+from selkd.recipe_files import load_recipe
+from selkd.reporting.comparison import compare
+from selkd.reporting.comparison_page import write_comparison
+from selkd.run_directory import write_whole
+from selkd.sweep.runner import run_apart
+from selkd.sweep.sharing import with_shared_paths
+from selkd.sweep.study import PlannedRun, Study, expand
+
+STATUS = "study.json"
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What came of a study.
+
+    Attributes:
+        table: what ``comparison/table.json`` holds; None if no run was finished.
+        failed: run -> why.
+    """
+
+    out: Path
+    table: dict[str, Any] | None
+    failed: dict[str, str]
+
+
+def sweep(
+    name: str, study: Study, folder: Path, out: Path, overrides: dict[str, Any] | None = None, tell: Tell | None = None
+) -> SweepResult:
+    """Run a study into ``out``: ``runs/<recipe>/seed-<seed>/``, ``shared/``, ``logs/`` and ``comparison/``.
+
+    The same study into the same folder goes on: finished runs are kept, interrupted and failed ones continue. More
+    variants, values or seeds may have been added.
+
+    Args:
+        folder: where the study's own paths start.
+        tell: called with a line of progress; by default it goes to standard error.
+
+    Raises:
+        InputError: anything about the study, or a folder that is no study's or holds other recipes under these names.
+    """
+    tell = tell or (lambda line: print(line, file=sys.stderr, flush=True))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("sweep: its runs are processes of its own, one after another. Start it without torchrun.")
+    planned = expand(study, folder, overrides)
+    status = _claim(out)
+    recipes = {run.id: with_shared_paths(run.recipe, (out / "shared").absolute()) for run in planned}
+    for run in planned:
+        _require_same(_path(out, run), recipes[run.id])
+    _save(out, name, status)  # from here on the folder is ours
+    for number, run in enumerate(planned, start=1):
+        begin = f"[{number}/{len(planned)}] {run.id}"
+        if status.get(run.id, {}).get("status") == "done" and _is_finished(_path(out, run)):
+            tell(f"{begin}: done before")
+            continue
+        tell(f"{begin}: running (log: {_log(out, run)})")
+        started = time.perf_counter()
+        why = run_apart(recipes[run.id], _path(out, run), _log(out, run))
+        seconds = round(time.perf_counter() - started, 1)
+        status[run.id] = {"status": "failed" if why else "done", "error": why, "seconds": seconds}
+        _save(out, name, status)
+        tell(f"{begin}: {'failed: ' + why if why else 'done'} ({seconds:.0f} s)")
+    failed = {run.id: str(status[run.id]["error"]) for run in planned if status[run.id]["status"] == "failed"}
+    return SweepResult(out, _table(name, study, planned, failed, out), failed)
+
+
+def _save(out: Path, name: str, status: dict[str, dict[str, Any]]) -> None:
+    write_whole(out / STATUS, json.dumps({"study": name, "runs": status}, indent=1) + "\n")
+
+
+def _table(
+    name: str, study: Study, planned: list[PlannedRun], failed: dict[str, str], out: Path
+) -> dict[str, Any] | None:
+    finished = [run for run in planned if run.id not in failed]
+    if not finished:
+        return None
+    names = [run.name for run in finished]
+    # A baseline of which every run failed is none.
+    baseline = study.baseline if study.baseline in names else names[0]
+    comparison = compare([_path(out, run) for run in finished], baseline, failed)
+    return write_comparison(comparison, out / "comparison", name)
+
+
+def _path(out: Path, run: PlannedRun) -> Path:
+    return out / "runs" / run.name / f"seed-{run.seed}"
+
+
+def _log(out: Path, run: PlannedRun) -> Path:
+    return out / "logs" / run.name / f"seed-{run.seed}.log"
+
+
+def _claim(out: Path) -> dict[str, dict[str, Any]]:
+    """What is known of the folder's runs; new, empty and our own folders will do."""
+    if not out.exists():
+        return {}
+    if not out.is_dir() or (any(out.iterdir()) and not (out / STATUS).is_file()):
+        raise InputError(f"{out}: not a study's folder and not empty. Give another --out; nothing was changed.")
+    if not (out / STATUS).is_file():
+        return {}
+    try:
+        content: dict[str, dict[str, Any]] = json.loads((out / STATUS).read_text(encoding="utf-8"))["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{out / STATUS}: damaged ({error}). Move it away to run again; runs continue.") from None
+    return content
+
+
+def _require_same(path: Path, recipe: Recipe) -> None:
+    """Refuse before the first run what ``distill`` would refuse at the last."""
+    if (path / "recipe.yaml").is_file() and load_recipe(path / "recipe.yaml") != recipe:
+        raise InputError(
+            f"{path}: the run of another recipe of that name. Rename the variant or give another --out; nothing was "
+            "changed."
+        )
+
+
+def _is_finished(path: Path) -> bool:
+    return (path / "record.json").is_file() and (path / "student" / "config.json").is_file()

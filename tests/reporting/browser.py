@@ -1,0 +1,67 @@
+"""A real browser for the tests: headless Chromium, driven by Playwright."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+PHONE, DESKTOP = 390, 1280
+
+
+def chromium() -> str:
+    """Where the browser is; skips the test where there is none."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("no Chromium on PATH: install one (Debian: apt-get install chromium)")
+
+
+@dataclass
+class View:
+    """What a browser found in a page at one width and colour scheme."""
+
+    width: int
+    console: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    overflow: int = 0
+    smallest_text: float = 0.0
+    background: str = ""
+    png: bytes = b""
+
+
+# The height of a letter box of each text in a plot, as the reader sees it: it shrinks with the plot.
+_SMALLEST = """() => Math.min(...[...document.querySelectorAll('svg text')].map(text => {
+  const scale = text.getScreenCTM();
+  return parseFloat(getComputedStyle(text).fontSize) * Math.hypot(scale.a, scale.b);
+}))"""
+
+
+@contextmanager
+def views(page: Path, *settings: tuple[int, str]) -> Iterator[list[View]]:
+    """The page at each (width, "light" or "dark")."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Without its sandbox, which root in a container may not use; the page is our own.
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        try:
+            found = []
+            for width, scheme in settings:
+                context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+                tab, view = context.new_page(), View(width)
+                tab.on("console", lambda message, view=view: view.console.append(message.text))
+                tab.on("pageerror", lambda error, view=view: view.console.append(str(error)))
+                tab.on("request", lambda request, view=view: view.requests.append(request.url))
+                tab.goto(page.as_uri())
+                view.overflow = tab.evaluate("document.documentElement.scrollWidth - innerWidth")
+                view.smallest_text = tab.evaluate(_SMALLEST)
+                view.background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+                view.png = tab.screenshot(full_page=True)
+                found.append(view)
+                context.close()
+            yield found
+        finally:
+            browser.close()

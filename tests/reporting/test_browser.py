@@ -1,0 +1,57 @@
+"""The pages in a real browser: nothing fetched, no error, readable at two widths, light and dark."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from browser import DESKTOP, PHONE, View, views
+from made_run import BENCHMARKS, OVERLAP, demo_metrics
+from test_comparison import make_runs
+from test_page import HOSTILE
+
+from selkd.reporting.comparison import compare
+from selkd.reporting.comparison_page import write_comparison
+from selkd.reporting.page import write_page
+
+
+def check(page: Path) -> list[View]:
+    """What every page of ours must be."""
+    with views(page, (DESKTOP, "light"), (PHONE, "dark")) as found:
+        for view in found:
+            assert view.console == []
+            assert view.requests == [page.as_uri()]
+            assert view.overflow <= 0, f"the page is {view.overflow} px wider than {view.width} px"
+            assert view.smallest_text >= 7.5
+            width, height = struct.unpack(">II", view.png[16:24])
+            assert (width, height > 1500) == (view.width, True)
+        assert found[0].background != found[1].background
+        return found
+
+
+def test_a_full_page_of_one_run(run_dir: Path, record: dict[str, Any]) -> None:
+    record["benchmarks"] = BENCHMARKS
+    (run_dir / "record.json").write_text(json.dumps(record))
+    (run_dir / "selection" / "overlap.json").write_text(json.dumps(OVERLAP))
+    lines = [line | {"scoring_agreement": 0.97, "held_out_kl_nats": 1.0} for line in demo_metrics()]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    check(write_page(run_dir))
+
+
+def test_hostile_text_does_nothing_in_a_browser(run_dir: Path, record: dict[str, Any]) -> None:
+    path = run_dir / "selection" / "examples.json"
+    examples = json.loads(path.read_text())
+    examples["samples"][0]["tokens"][:3] = [HOSTILE, "</div></main><h1 style=width:9999px>", "x" * 400]
+    path.write_text(json.dumps(examples))
+    overlap = {"metrics": [HOSTILE, "$x_2"], "overlap": [[1, 0.5], [0.5, 1]]}
+    (run_dir / "selection" / "overlap.json").write_text(json.dumps({"positions": overlap, "samples": overlap}))
+    record["name"] = HOSTILE * 3
+    record["benchmarks"] = {"after": {"tasks": {HOSTILE: {"counts": "x", "metrics": {HOSTILE: {"value": 1.0}}}}}}
+    (run_dir / "record.json").write_text(json.dumps(record))
+    check(write_page(run_dir))
+
+
+def test_the_page_of_several_runs(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path / "runs")
+    write_comparison(compare(runs, failed={HOSTILE: HOSTILE}), tmp_path / "out", HOSTILE)
+    check(tmp_path / "out" / "report.html")
