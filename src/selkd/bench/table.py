@@ -4,18 +4,15 @@ from typing import Any
 
 from rich.table import Table
 
-from selkd.bench.variants import VARIANTS
-
 
 def bench_table(answer: dict[str, Any]) -> Table:
     """One line a variant: seconds, ratio to the floor and its range, memory above it, agreement with exact scores."""
     shape = answer["shape"]
     title = f"{answer['device']}; {answer['precision']}; B = {shape['batch']}, T = {shape['length']}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("variant")
+    table.add_column("variant", no_wrap=True)
     for heading in ("seconds", "x floor", "range", "peak above floor", "agreement"):
         table.add_column(heading, justify="right")
-    table.add_column("what it is", style="dim")
     floor = answer["floor_seconds"]
     for each in answer["variants"]:
         low, high = (seconds / floor for seconds in each["seconds_range"])
@@ -27,6 +24,5 @@ def bench_table(answer: dict[str, Any]) -> Table:
             f"{low:.2f} to {high:.2f}",
             "" if peak is None else f"{peak / 1e9:+.2f} GB",
             "" if agreement is None else f"{agreement:.1%}",
-            VARIANTS[each["name"]],
         )
     return table

@@ -215,7 +215,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def _add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
     """``total`` [V, D] += ``left`` [n, V].T @ ``right`` [n, D], or = where it is the first; some classes at a time, so
     that no second [V, D] exists."""
-    for classes in chunks(len(total), chunk_size(total.shape[1], total.device)):
+    for classes in chunks(len(total), max(1, chunk_size(total.shape[1], total.device) // 4)):
         product = left[:, classes].T @ right
         if is_first:
             total[classes] = product

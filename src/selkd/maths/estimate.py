@@ -5,7 +5,6 @@ Shapes: N positions, n of a chunk, F frequent classes, R of the others, D hidden
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from selkd.maths.chunked import chunked_statistics
@@ -51,4 +50,4 @@ def weighted_entropy(logits: Tensor, n_frequent: int, tail_weight: float) -> Ten
     if tail_weight != 1.0:
         weights[:, n_frequent:].mul_(tail_weight)
     total = weights.sum(dim=-1)
-    return (total.log() - torch.linalg.vecdot(weights, shifted) / total).clamp_(min=0)
+    return (total.log() - weights.mul_(shifted).sum(dim=-1) / total).clamp_(min=0)
