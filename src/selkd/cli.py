@@ -270,6 +270,41 @@ def recipes(
 
 
 @app.command()
+def bench(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(help="Turns through all variants, after one to warm up.")] = 5,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Only this variant, and the floor (may be given several times).")
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option(help="Measure peak memory too: a process of its own for each variant.")
+    ] = True,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write memory over time here: memory.json and memory.svg.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """The recipe's step against its floor and against plain Full KD, on this machine: seconds and memory."""
+    from selkd.bench.report import bench as measure
+    from selkd.recipe_files import load_recipe
+
+    _quiet()
+    answer = measure(load_recipe(recipe, overrides), repeats=repeats, variants=variant, memory=memory, trace=trace)
+    if json_output:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from rich.console import Console
+
+    from selkd.bench.table import bench_table
+
+    console = Console()
+    console.print(bench_table(answer))
+    if trace is not None:
+        console.print(f"memory over time  {trace / 'memory.svg'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def estimate(
     recipe: RecipeName,
     gpus: Annotated[

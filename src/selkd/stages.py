@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from selkd import evaluation_stage, plugins
@@ -17,6 +18,7 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
 from selkd.evaluation.overlap import overlaps
+from selkd.maths.estimate import ClassSubset
 from selkd.models.loading import n_parameters
 from selkd.models.sources import locate
 from selkd.models.tokenizers import tokenizer_fingerprint
@@ -25,11 +27,15 @@ from selkd.recipe_choices import FractionSchedule, PositionOptions, SampleOption
 from selkd.run_directory import RunDirectory, write_whole
 from selkd.scoring import NEEDS_TEACHER, score_samples
 from selkd.selection.classes import class_sampler
+from selkd.selection.noise import sample_generator
 from selkd.selection.samples import SampleScores, highest
+from selkd.selection.two_stage import by_frequency, class_subset
 from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress, read_metrics
 from selkd.training.checkpoints import last_whole_checkpoint
 from selkd.training.trainer import DistillTrainer
 from selkd.workspace import Workspace, environment
+
+COMPARED_SAMPLES = 32  # at least so many approximate sample scores are compared with exact ones
 
 
 @contextmanager
@@ -146,7 +152,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
     with timed(run, "score"):
         path = Path(options.path).expanduser() if options.path else run.path / "selection" / "samples.parquet"
         fingerprint = {
-            "metric": options.metric,
+            "metric": options.metric + _approximation(work),
             "data": work.splits.fingerprint,
             "student": work.student_source.fingerprint,
             "classes": str(work.n_classes),
@@ -163,16 +169,9 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
         if not is_new:
             scores = SampleScores.read(path, fingerprint).scores
         else:
-            scores, tokens = score_samples(
-                options.metric,
-                train,
-                lambda: work.student,
-                work.teacher,
-                work.dtype,
-                work.pad_token_id,
-                work.n_classes,
-                work.recipe.seed,
-            )
+            scores, tokens = _score(work, train, _subset(work) if options.scoring == "approximate" else None)
+            if options.scoring == "approximate":
+                run.record["scoring_agreement"] = _scoring_agreement(work, scores)
             if tokens:
                 count_teacher_tokens(work, run, score=tokens)
         kept = highest(scores, options.fraction)
@@ -185,6 +184,55 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
         work.state.wait_for_everyone()
     run.record["counts"]["samples_kept"] = len(kept)
     return train.select(kept)
+
+
+def _score(work: Workspace, samples: SampleDataset, subset: ClassSubset | None) -> tuple[np.ndarray, int]:
+    """Scores of some of the training samples, and the tokens that the teacher ran on."""
+    assert work.recipe.samples is not None
+    return score_samples(
+        work.recipe.samples.metric,
+        samples,
+        lambda: work.student,
+        work.teacher,
+        work.dtype,
+        work.pad_token_id,
+        work.n_classes,
+        work.recipe.seed,
+        subset,
+    )
+
+
+def _approximation(work: Workspace) -> str:
+    """What approximate scores depend on beyond exact ones; the classes' order follows from data and classes."""
+    options = work.recipe.samples
+    if options is None or options.scoring == "exact":
+        return ""
+    classes = f"{options.frequent_classes} frequent and {options.tail_classes} other classes"
+    return f", estimated from {classes}, seed {work.recipe.seed}"
+
+
+def _subset(work: Workspace) -> ClassSubset:
+    options = work.recipe.samples
+    assert options is not None and options.frequent_classes and options.tail_classes, "settled with approximate"  # noqa: PT018
+    ordered = by_frequency(work.splits.train.token_counts(work.n_classes))
+    seed, device = work.recipe.seed, work.device
+    return class_subset(ordered, options.frequent_classes, options.tail_classes, seed, "samples", device=device)
+
+
+def _scoring_agreement(work: Workspace, scores: np.ndarray) -> dict[str, float | int]:
+    """Approximate ``scores`` [N] against exact ones on a few samples, drawn by the seed."""
+    options, train = work.recipe.samples, work.splits.train
+    assert options is not None
+    count = min(len(train), max(COMPARED_SAMPLES, len(train) // 50))
+    generator = sample_generator(work.recipe.seed, b"", "compared samples")
+    some = np.sort(generator.choice(len(train), count, replace=False))
+    exact, _ = _score(work, train.select(some), None)
+    best, found = highest(exact, options.fraction), highest(scores[some], options.fraction)
+    return {
+        "samples_compared": count,
+        "share_of_exact_choice": len(np.intersect1d(best, found)) / max(1, len(best)),
+        "correlation": float(np.corrcoef(exact, scores[some])[0, 1]) if count > 1 else 1.0,
+    }
 
 
 def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> TeacherCache | None:
