@@ -78,7 +78,7 @@ def step_of(name: str, subject: Subject) -> Step:
     if name == "floor":
         return floor
     if name == "full_kd_plain":
-        return lambda: backward(_plain_loss(subject))
+        return lambda: backward(plain_loss(subject))
     assert positions is not None
     if name in ("se_kd_dense_heads", "se_kd_dense_student_head"):
         return lambda: backward(_dense_student_loss(subject, positions, name == "se_kd_dense_heads"))
@@ -103,17 +103,17 @@ def step_of(name: str, subject: Subject) -> Step:
     return ours
 
 
-def _plain_loss(subject: Subject) -> Tensor:
+def plain_loss(subject: Subject) -> Tensor:
     """What most scripts do: both models' full logits, float32, all positions."""
     n_classes, inputs = subject.work.n_classes, subject.inputs
     with torch.no_grad():
         teacher_logits = subject.teacher(**inputs, use_cache=False).logits[..., :n_classes]
     with subject.autocast():
         student_logits = subject.student(**inputs, use_cache=False).logits[..., :n_classes]
-    return _plain_kl(student_logits, teacher_logits)[subject.batch["valid_mask"]].mean()
+    return plain_kl(student_logits, teacher_logits)[subject.batch["valid_mask"]].mean()
 
 
-def _plain_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def plain_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     log_q = torch.log_softmax(student_logits.float(), dim=-1)
     p = torch.softmax(teacher_logits.float(), dim=-1)
     return torch.nn.functional.kl_div(log_q, p, reduction="none").sum(dim=-1)
@@ -136,7 +136,7 @@ def _dense_student_loss(subject: Subject, positions: PositionOptions, teacher_is
     else:
         index = picked.flatten().nonzero().flatten()
         teacher_logits = targets.at(index).logits(slice(0, len(index)))
-    return _plain_kl(student_logits[picked], teacher_logits).mean()
+    return plain_kl(student_logits[picked], teacher_logits).mean()
 
 
 @dataclass(frozen=True)
