@@ -164,6 +164,7 @@ def main() -> None:
                 {
                     "name": name,
                     "ratio_to_floor": timing.median / floor,
+                    "cpu_ratio_to_floor": timing.cpu_median / timings["floor"].cpu_median,
                     "ratio_range": [min(timing.seconds) / floor, max(timing.seconds) / floor],
                     "peak_bytes_above_floor": peaks[name] - peaks["floor"],
                     **agreement.get(name, {}),

@@ -4,7 +4,8 @@
 
 Three runs into DIR (a temporary folder if not given): Full KD, both models' full logits in float32, every sample, as
 most scripts do it; the recipe as it is; and the recipe again with the scores and the cache of the run before. Seconds
-are of scoring, caching and training; loading the models, tokenising and evaluating are left out of all three. Peak
+are the processor's own (all threads; with OMP_NUM_THREADS=1 other work on the machine hardly changes them), of
+scoring, caching and training; loading the models, tokenising and evaluating are left out of all three. Peak
 memory is not measured: ``selkd bench`` does.
 """
 
@@ -51,9 +52,9 @@ class PlainTrainer(DistillTrainer):
 
 
 def timed(seconds: dict[str, float], name: str, job: Callable[[], Any]) -> Any:
-    started = time.perf_counter()
+    started = time.process_time()
     found = job()
-    seconds[name] = time.perf_counter() - started
+    seconds[name] = time.process_time() - started
     return found
 
 

@@ -277,9 +277,7 @@ def bench(
     variant: Annotated[
         list[str] | None, typer.Option(help="Only this variant, and the floor (may be given several times).")
     ] = None,
-    memory: Annotated[
-        bool, typer.Option(help="Measure peak memory too: a process of its own for each variant.")
-    ] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, a process for each variant.")] = True,
     trace: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write memory over time here: memory.json and memory.svg.")
     ] = None,
@@ -287,21 +285,15 @@ def bench(
 ) -> None:
     """The recipe's step against its floor and against plain Full KD, on this machine: seconds and memory."""
     from selkd.bench.report import bench as measure
+    from selkd.bench.table import print_table
     from selkd.recipe_files import load_recipe
 
     _quiet()
     answer = measure(load_recipe(recipe, overrides), repeats=repeats, variants=variant, memory=memory, trace=trace)
     if json_output:
         typer.echo(json.dumps(answer, indent=2))
-        return
-    from rich.console import Console
-
-    from selkd.bench.table import bench_table
-
-    console = Console()
-    console.print(bench_table(answer))
-    if trace is not None:
-        console.print(f"memory over time  {trace / 'memory.svg'}", soft_wrap=True, highlight=False)
+    else:
+        print_table(answer, trace)
 
 
 @app.command()

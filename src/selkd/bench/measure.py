@@ -21,24 +21,31 @@ SAMPLE_SECONDS = 0.004  # between two readings of a trace
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each repeat of one variant."""
+    """Seconds of each repeat of one variant, and those that the processor spent on it: all threads of this process."""
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def cpu_median(self) -> float:
+        """With one thread it is what ``median`` would be on an idle machine; waiting threads count as busy."""
+        return statistics.median(self.cpu_seconds)
+
 
 def interleaved(steps: Mapping[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, Timing]:
     """Seconds of every step, ``repeats`` times each in turns, after a turn to warm up."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
+            busy = time.process_time()
             seconds = seconds_of(step, device)
             if repeat:
-                found[name].append(seconds)
-    return {name: Timing(tuple(seconds)) for name, seconds in found.items()}
+                found[name].append((seconds, time.process_time() - busy))
+    return {name: Timing(*zip(*both, strict=True)) for name, both in found.items()}
 
 
 def seconds_of(step: Callable[[], None], device: torch.device) -> float:

@@ -33,7 +33,8 @@ def bench(
     """Measure the variants of a recipe's step: forward and backward pass of one micro-batch, no optimiser.
 
     Seconds are medians of ``repeats`` turns in one process, the variants interleaved after a warm-up; ratios are to
-    the floor of the same run. Memory is that of a process of its own for each variant on a CPU, of this one's GPU
+    the floor of the same run, and on a CPU also of the processor's own seconds, which other work on the machine hardly
+    changes. Memory is that of a process of its own for each variant on a CPU, of this one's GPU
     allocations on a GPU. ``selection_agreement``: the share of the exact top positions, in float32, that the
     variant's scoring picks in float32; ``selection_agreement_as_run``: that it picks in the step's own dtype.
 
@@ -118,6 +119,7 @@ def _answer(
     agreements: dict[str, tuple[float, float] | None],
 ) -> dict[str, Any]:
     floor = timings["floor"].median
+    is_cpu = subject.device.type == "cpu"
     shape = subject.batch["input_ids"].shape
     return {
         "device": _device(subject),
@@ -138,6 +140,9 @@ def _answer(
                 "seconds": timing.median,
                 "seconds_range": [min(timing.seconds), max(timing.seconds)],
                 "ratio_to_floor": timing.median / floor,
+                "cpu_seconds": timing.cpu_median if is_cpu else None,
+                "cpu_ratio_to_floor": timing.cpu_median / timings["floor"].cpu_median if is_cpu else None,
+                "cpu_seconds_range": [min(timing.cpu_seconds), max(timing.cpu_seconds)] if is_cpu else None,
                 "peak_bytes_above_floor": peaks[name] - peaks["floor"] if peaks else None,
                 "selection_agreement": agreement[0] if (agreement := agreements[name]) else None,
                 "selection_agreement_as_run": agreement[1] if agreement else None,

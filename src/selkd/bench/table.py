@@ -1,8 +1,18 @@
 """The answer of ``selkd bench`` as a table for the terminal."""
 
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
+
+
+def print_table(answer: dict[str, Any], trace: Path | None) -> None:
+    """The table, and where the plot of memory over time is, if there is one."""
+    console = Console()
+    console.print(bench_table(answer))
+    if trace is not None:
+        console.print(f"memory over time  {trace / 'memory.svg'}", soft_wrap=True, highlight=False)
 
 
 def bench_table(answer: dict[str, Any]) -> Table:
