@@ -115,7 +115,7 @@ def gradient_of(subject: Subject, loss: Loss) -> tuple[float, Tensor]:
     value.backward()
     flat = torch.cat([p.grad.flatten() for p in subject.student.parameters() if p.grad is not None])
     subject.student.zero_grad(set_to_none=True)
-    return float(value), flat
+    return float(value.detach()), flat
 
 
 def peak_of(name: str) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback
 
 from selkd import stages
 from selkd.bench.variants import plain_kl
@@ -51,6 +52,12 @@ class PlainTrainer(DistillTrainer):
         return sums.sum() / num_items_in_batch
 
 
+def trained(seconds: dict[str, float], trainer: DistillTrainer) -> None:
+    for theirs in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the answer
+        trainer.remove_callback(theirs)
+    timed(seconds, "train", trainer.train)
+
+
 def timed(seconds: dict[str, float], name: str, job: Callable[[], Any]) -> Any:
     started = time.process_time()
     found = job()
@@ -71,7 +78,7 @@ def full_kd(recipe: Recipe, out: Path) -> dict[str, float]:
         processing_class=work.tokenizer,
     )
     trainer.teacher_model = work.teacher()
-    timed(seconds, "train", trainer.train)
+    trained(seconds, trainer)
     return seconds
 
 
@@ -90,7 +97,7 @@ def as_given(recipe: Recipe, out: Path) -> dict[str, Any]:
         train_dataset=samples,
         processing_class=work.tokenizer,
     )
-    timed(seconds, "train", trainer.train)
+    trained(seconds, trainer)
     agreement = run.record.get("scoring_agreement")
     return {**seconds, "samples": len(samples), "steps": trainer.state.global_step, "scoring_agreement": agreement}
 
@@ -101,7 +108,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    quiet = ["evaluation.suite=[]", "training.save_strategy=no", "training.disable_tqdm=true"]
+    quiet = ["evaluation.suite=[]", 'training.save_strategy="no"', "training.disable_tqdm=true"]
     with ExitStack() as stack:
         out = given.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selkd-whole-run-")))
         kept = [f"samples.path={out / 'scores.parquet'}", f"cache.path={out / 'cache'}"]

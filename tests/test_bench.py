@@ -76,6 +76,8 @@ def test_the_answer_is_what_the_design_page_names(recipe: Recipe, monkeypatch: p
     for each in found.values():
         assert each["ratio_to_floor"] == pytest.approx(each["seconds"] / answer["floor_seconds"])
         assert each["peak_bytes_above_floor"] is None
+        assert each["cpu_seconds_range"][0] <= each["cpu_seconds"] <= each["cpu_seconds_range"][1]
+        assert each["cpu_ratio_to_floor"] == pytest.approx(each["cpu_seconds"] / found["floor"]["cpu_seconds"])
     assert found["floor"]["ratio_to_floor"] == 1.0
     assert found["floor"]["selection_agreement"] is None
     assert found["se_kd_exact"]["selection_agreement"] == 1.0

@@ -1,5 +1,7 @@
 """The chunked engine against the dense expressions, values and gradients."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -215,3 +217,22 @@ def test_logits_are_handed_out_from_one_product_a_chunk(monkeypatch: pytest.Monk
         torch.testing.assert_close(logits(rows), (hidden[rows] @ head.weight.T).detach())
     assert made == [10, 10, 10, 7]
     assert logits(slice(0, 12)).shape == (12, V)
+
+
+def test_the_logits_of_one_chunk_live_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, teacher, coefficients = make(torch.float64)
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def logits(self: Head, h: Tensor) -> Tensor:
+        alive.append(sum(each() is not None for each in made))
+        found = (h @ self.weight.T).detach()
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Head, "logits", logits)
+    chunked_entropy(hidden, head, chunk=5)
+    loss, _ = chunked_loss(hidden, head, coefficients, lambda z, rows: forward_kl(z, teacher[rows]), chunk=5)
+    loss.backward()
+    assert len(made) == 2 * -(-N // 5)
+    assert set(alive) == {0}

@@ -194,7 +194,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     torch.mm(logits, head.weight, out=grad_hidden[rows])
                 if grad_weight is not None:
                     _add_product_(grad_weight, logits, narrow_hidden[rows], is_first=rows.start == 0)
-                del logits  # given back before the next chunk's are made
+                del logits, student_logits, gradient  # given back before the next chunk's are made
             ctx.gradients = (grad_hidden, grad_weight, grad_bias)
             ctx.dtypes = (hidden_states.dtype, weight.dtype, None if bias is None else bias.dtype)
             loss = torch.linalg.vecdot(coefficients.to(wide_dtype), values)
