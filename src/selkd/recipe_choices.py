@@ -143,13 +143,20 @@ class PositionOptions(Part):
         "the best of them",
     )
     frequent_classes: int | None = Field(
-        None, ge=1, description="two_stage: how many of the training text's most frequent classes are counted; 4096"
+        None, ge=1, description="two_stage: how many of the most frequent classes are counted; 4096"
     )
     tail_classes: int | None = Field(
         None, ge=1, description="two_stage: how many of the other classes stand for all of them; 1024"
     )
     rescored_share: Fraction | None = Field(
         None, description="two_stage: the share of the valid positions, beyond `fraction`, that are rescored; 0.15"
+    )
+    probed_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="two_stage: the share of each sample's positions whose exact distributions tell its frequent "
+        "classes; 1/32; 0: the training text tells them",
     )
 
     @model_validator(mode="after")
@@ -189,11 +196,11 @@ class PositionOptions(Part):
                     f"so it goes with policy top_k and metric student_entropy; {self.policy} of {self.metric} needs "
                     "exact scores (scoring: exact)"
                 )
-            defaults: dict[str, Any] = {**ESTIMATE_CLASSES, "rescored_share": 0.15}
+            defaults: dict[str, Any] = {**ESTIMATE_CLASSES, "rescored_share": 0.15, "probed_share": 1 / 32}
             self._settle(**{key: value for key, value in defaults.items() if getattr(self, key) is None})
             return
         self._settle(scoring="exact" if self.policy not in ("all", "random") and self._ranks else None)
-        _refuse_without(self, "positions", "two_stage", (*ESTIMATE_CLASSES, "rescored_share"))
+        _refuse_without(self, "positions", "two_stage", (*ESTIMATE_CLASSES, "rescored_share", "probed_share"))
 
     @property
     def _ranks(self) -> bool:

@@ -91,15 +91,20 @@ def scored(options: PositionOptions, samples: SampleDataset) -> tuple[Any, ...]:
     return batch, student, hidden, ordered, place, found
 
 
-@pytest.mark.parametrize("share", [0.01, 0.2, 0.6])
-def test_scores_and_selection_are_the_specifications(share: float) -> None:
-    options = options_of(frequent_classes=20, tail_classes=9, rescored_share=share)
+@pytest.mark.parametrize(("share", "probed"), [(0.01, 0.0), (0.2, 0.0), (0.6, 0.0), (0.01, 0.25), (0.2, 0.1), (0.2, 1)])
+def test_scores_and_selection_are_the_specifications(share: float, probed: float) -> None:
+    options = options_of(frequent_classes=20, tail_classes=9, rescored_share=share, probed_share=probed)
     batch, student, _, ordered, place, found = scored(options, make_samples(6))
-    subset = class_subset(ordered, 20, 9, 5, 3, device=CPU)
+    logits, ids = logits_of(student, batch).detach(), []
+    for row, mask in enumerate(batch["valid_mask"]):
+        order = ordered.tolist()
+        if probed:
+            mean = logits[row, mask][:: int(1 / probed)].softmax(-1).mean(0)
+            first = mean.argsort(descending=True)[:20].tolist()
+            order = first + [each for each in order if each not in first]
+        ids.append(class_subset(np.array(order), 20, 9, 5, 3, device=CPU).ids)
     class_weights = torch.tensor([1.0] * 20 + [(V - 20) / 9] * 9, dtype=torch.float64)
-    expected = reference.two_stage_scores(
-        logits_of(student, batch).detach(), batch["valid_mask"], 0.3, share, subset.ids, class_weights
-    )
+    expected = reference.two_stage_scores(logits, batch["valid_mask"], 0.3, share, torch.stack(ids), class_weights)
     torch.testing.assert_close(found.values, expected)
     chosen = choose_positions(options, found.values, batch, place, seed=5)
     torch.testing.assert_close(chosen, reference.select("top_k", expected, batch["valid_mask"], 0.3))
@@ -178,6 +183,28 @@ def test_what_it_does_not_go_with_is_refused(message: str, changes: dict[str, An
 def test_options_are_settled_and_read_back_equal() -> None:
     options = options_of()
     assert (options.frequent_classes, options.tail_classes, options.rescored_share) == (4096, 1024, 0.15)
+    assert options.probed_share == 1 / 32
     assert parse_part(PositionOptions, json.loads(options.model_dump_json(by_alias=True))) == options
     assert parse_part(PositionOptions, {}).scoring == "exact"
     assert parse_part(PositionOptions, {"policy": "all"}).scoring is None
+
+
+def test_a_few_distributions_tell_the_classes_of_a_student_that_the_text_does_not() -> None:
+    """Mass on classes that the text never has: frequencies of the text estimate badly, the student's own well."""
+    generator = torch.Generator().manual_seed(0)
+    n_classes, width = 2000, 8
+    weight = torch.randn(n_classes, width, generator=generator, dtype=torch.float64)
+    bias = torch.full((n_classes,), -12.0, dtype=torch.float64)
+    bias[-60:] = 0.0
+    head, hidden = Head(weight, bias), torch.randn(1, 256, width, generator=generator, dtype=torch.float64)
+    batch = {"valid_mask": torch.ones(1, 256, dtype=torch.bool), "position_ids": torch.arange(256).unsqueeze(0)}
+    exact = torch.distributions.Categorical(logits=head.logits(hidden)).entropy()
+    agreement = []
+    for probed in (0.0, 1 / 32):
+        options = options_of(frequent_classes=60, tail_classes=20, rescored_share=0.05, probed_share=probed)
+        place = place_of(options, 0, 1)
+        scores = score_in_two_stages(options, np.arange(n_classes), hidden, head, batch, place, seed=0)
+        chosen, best = (choose_positions(options, each, batch, place, seed=0) > 0 for each in (scores.values, exact))
+        agreement.append(float((chosen & best).sum() / best.sum()))
+    assert agreement[0] < 0.9
+    assert agreement[1] == 1.0
