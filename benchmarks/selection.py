@@ -2,7 +2,7 @@
 
     python benchmarks/selection.py [--batch 16] [--length 4096] [--repeats 7] [--json]
 
-Medians in milliseconds, after a warm-up. A step's own time is in ``benchmarks/step.py``.
+Medians in milliseconds, after a warm-up. A step's own time is told by ``selkd bench``.
 """
 
 import argparse

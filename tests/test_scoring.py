@@ -1,17 +1,26 @@
 """Sample scores against the specification on full logits; the teacher runs only where a metric needs it."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny import V, make_model, make_samples
+from tiny_run import make_recipe
 
 from selkd import reference
 from selkd.data.batching import collate
 from selkd.data.samples import EMPTY_SAMPLE, SampleDataset
-from selkd.recipe_choices import SampleMetric
+from selkd.errors import InputError
+from selkd.maths.estimate import estimated_entropy
+from selkd.models.head import head_of, hidden_states
+from selkd.pipeline import score_only
+from selkd.recipe import Recipe, parse_part
+from selkd.recipe_choices import SampleMetric, SampleOptions
 from selkd.scoring import NEEDS_TEACHER, score_samples
+from selkd.selection.samples import SampleScores
+from selkd.selection.two_stage import by_frequency, class_subset
 
 
 def scored(metric: str, samples: SampleDataset, **changes: Any) -> tuple[np.ndarray, int]:
@@ -64,3 +73,55 @@ def test_models_are_loaded_only_for_what_needs_them() -> None:
 
 def test_the_recipe_knows_the_metrics_that_there_are() -> None:
     assert set(SampleMetric.__args__) == {"student_entropy", "kl", "ce_ratio", "random", "all"}
+
+
+def test_approximate_scores_are_the_means_of_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selkd.scoring.TOKENS_AT_ONCE", 50)
+    samples = SampleDataset.from_samples([*make_samples(9), EMPTY_SAMPLE])
+    ordered = by_frequency(samples.token_counts(V))
+    exact, _ = scored("student_entropy", samples)
+    whole, _ = scored("student_entropy", samples, subset=class_subset(ordered, V, 1, 0, device=torch.device("cpu")))
+    np.testing.assert_allclose(whole, exact, rtol=2e-5)
+
+    subset = class_subset(ordered, 30, 12, 0, "samples", device=torch.device("cpu"))
+    batch = collate(list(samples), 1)
+    student = make_model(1)
+    hidden = hidden_states(student, batch["input_ids"], batch["position_ids"]).detach()
+    values = estimated_entropy(hidden.flatten(0, 1), head_of(student), subset).view(batch["valid_mask"].shape)
+    expected = (values * batch["valid_mask"]).sum(-1) / batch["valid_mask"].sum(-1).clamp(min=1)
+    scores, tokens = scored("student_entropy", samples, subset=subset)
+    np.testing.assert_allclose(scores, expected.numpy(), rtol=2e-5)
+    assert tokens == 0
+    assert not np.allclose(scores, exact, rtol=1e-3)
+
+
+def test_approximate_scoring_says_how_far_it_agrees_and_is_another_file(tmp_path: Path) -> None:
+    approximate = {"scoring": "approximate", "frequent_classes": 40, "tail_classes": 20, "fraction": 0.3}
+    recipe = make_recipe(tmp_path, samples=approximate, evaluation={"suite": []})
+    run = score_only(parse_part(Recipe, recipe), tmp_path / "run")
+    found = run.record["scoring_agreement"]
+    assert found["samples_compared"] == 32
+    assert 0 <= found["share_of_exact_choice"] <= 1
+    assert 0.3 < found["correlation"] <= 1
+    scores = str(tmp_path / "run" / "selection" / "samples.parquet")
+    assert "estimated from 40 frequent and 20 other classes" in SampleScores.read(Path(scores)).fingerprint["metric"]
+    for samples in ({"fraction": 0.3}, {**approximate, "tail_classes": 21}):
+        with pytest.raises(InputError, match="these scores are of another metric: stored 'student_entropy, estimated"):
+            score_only(
+                parse_part(Recipe, recipe | {"samples": samples | {"path": scores}}), tmp_path / f"other {len(samples)}"
+            )
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (
+            {"scoring": "approximate", "metric": "kl"},
+            "samples.scoring: approximate estimates the student's entropy; kl",
+        ),
+        ({"tail_classes": 3}, "samples.tail_classes: an option of scoring: approximate"),
+    ],
+)
+def test_an_approximation_of_what_it_cannot_estimate_is_refused(samples: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_part(SampleOptions, samples, "samples")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from selkd import stages
+from selkd import cache_stage, score_stage
 from selkd.cache.reader import TeacherCache
 from selkd.cache.verify import verify_cache
 from selkd.data.samples import SampleDataset
@@ -95,7 +95,7 @@ def repair(directory: Path, recipe: Recipe, run_path: Path | None) -> list[str]:
         RunError: the disk refused.
     """
     work, samples = _kept(directory, recipe, run_path)
-    stages.build(work, directory, samples, repair=True)
+    cache_stage.build(work, directory, samples, repair=True)
     return verify_cache(directory)
 
 
@@ -106,7 +106,7 @@ def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: i
         InputError: the cache does not open, was not built by this recipe, or a row of it belongs to no position.
     """
     work, samples = _kept(directory, recipe, run_path)
-    cache = TeacherCache.open(directory, stages.cache_fingerprint(work))
+    cache = TeacherCache.open(directory, cache_stage.cache_fingerprint(work))
     stored = [index for index, sample_id in enumerate(samples.ids) if sample_id in cache]
     if not stored:
         raise InputError(f"none of the recipe's samples is in the teacher cache in {cache.directory}")
@@ -176,12 +176,12 @@ def _kept(directory: Path, recipe: Recipe, run_path: Path | None) -> tuple[Works
             "cache: this recipe keeps the teacher live, so no cache was built by it; give another --recipe"
         )
     work, run = start(recipe, run_path)
-    own = stages.cache_directory(work, run)
+    own = cache_stage.cache_directory(work, run)
     if own.resolve() != directory.resolve():
         raise InputError(
             f"this recipe keeps its cache in {own}, not in {directory}: give --recipe with --set cache.path={directory}"
         )
-    samples = stages.score(work, run)
+    samples = score_stage.score(work, run)
     if work.state.is_main_process:
         run.save()
     return work, samples

@@ -11,21 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from selkd.cli_cache import cache_app
+from selkd.cli_parts import Json, Out, Overrides, RecipeName, print_answer, quiet
 from selkd.errors import InputError, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-cache_app = typer.Typer(no_args_is_help=True, help="Build, verify or inspect a teacher cache.")
 app.add_typer(cache_app, name="cache")
-
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A named recipe (see `selkd recipes`) or a YAML file.")
-]
-Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/<recipe name> if not given.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set positions.fraction=0.1")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON to standard output.")]
-CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A teacher cache's folder.")]
 
 
 def main() -> None:
@@ -84,7 +75,7 @@ def demo(
     from selkd.pipeline import distill, full_kd_on_same_samples
     from selkd.recipe_files import load_recipe
 
-    _quiet()
+    quiet()
     run = distill(load_recipe("demo", overrides), out)
     runs = [run, full_kd_on_same_samples(run)] if compare else [run]
     _show(runs, json_output)
@@ -98,7 +89,7 @@ def distill_command(
     from selkd.pipeline import distill
     from selkd.recipe_files import load_recipe
 
-    _quiet()
+    quiet()
     _show([distill(load_recipe(recipe, overrides), out)], json_output)
 
 
@@ -108,7 +99,7 @@ def score(recipe: RecipeName, out: Out = None, overrides: Overrides = None, json
     from selkd.pipeline import score_only
     from selkd.recipe_files import load_recipe
 
-    _quiet()
+    quiet()
     run = score_only(load_recipe(recipe, overrides), out)
     counts = run.record["counts"]
     scores = run.path / "selection" / "samples.parquet"
@@ -117,82 +108,7 @@ def score(recipe: RecipeName, out: Out = None, overrides: Overrides = None, json
         "samples_kept": counts["samples_kept"],
         "scores": str(scores) if scores.exists() else None,
     }
-    _answer(answer, json_output)
-
-
-@cache_app.command("build")
-def cache_build(recipe: RecipeName, out: Out = None, overrides: Overrides = None, json_output: Json = False) -> None:
-    """Run the teacher once over the kept samples and store its drawn classes."""
-    from selkd.pipeline import cache_only
-    from selkd.recipe_files import load_recipe
-
-    _quiet()
-    loaded = load_recipe(recipe, overrides)
-    if loaded.cache is None:
-        raise InputError(
-            "cache: this recipe keeps the teacher live; give --set 'cache={path: null}' and a class sampler."
-        )
-    _answer(cache_only(loaded, out).record["teacher_cache"], json_output)
-
-
-@cache_app.command("verify")
-def cache_verify(
-    directory: CacheFolder,
-    repair: Annotated[bool, typer.Option("--repair", help="Rebuild what is damaged, from the teacher.")] = False,
-    rescore: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Run the teacher again on N random samples and compare.")
-    ] = 0,
-    recipe: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="What it was built by; its run's own recipe if not given.")
-    ] = None,
-    out: Out = None,
-    overrides: Overrides = None,
-    json_output: Json = False,
-) -> None:
-    """Read every byte of a cache and name each damaged part; exit code 1 if there is one."""
-    from selkd.cache.verify import verify_cache
-
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such folder.")
-    problems = verify_cache(directory)
-    answer: dict[str, Any] = {"problems": problems}
-    failed = bool(problems)
-    if (problems and repair) or rescore:
-        from selkd import cache_tools
-
-        _quiet()
-        loaded, own = cache_tools.recipe_of(directory, recipe, overrides)
-        if problems and repair:
-            answer["problems_left"] = cache_tools.repair(directory, loaded, out or own)
-            failed = bool(answer["problems_left"])
-        if rescore and not failed:
-            rescored = cache_tools.rescore(directory, loaded, out or own, rescore)
-            answer["rescored"] = cache_tools.as_answer(rescored)
-            failed = not rescored.agrees
-    _answer(answer, json_output, empty="every shard is whole")
-    if failed:
-        raise typer.Exit(1)
-
-
-@cache_app.command("inspect")
-def cache_inspect(
-    directory: CacheFolder,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Write histograms there, as SVG files.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many random samples to read for the distributions.")] = 1000,
-    json_output: Json = False,
-) -> None:
-    """Size, bytes a position against plainer layouts, what was drawn, and what the cache was built from."""
-    from selkd.cache.inspect import contents, summary
-    from selkd.cache.reader import TeacherCache
-
-    cache = TeacherCache.open(directory)
-    found = contents(cache, samples)
-    answer: dict[str, Any] = {**cache.stats(), **summary(found), "fingerprint": cache.fingerprint}
-    if plots is not None:
-        from selkd.reporting.cache_plots import write_plots
-
-        answer["plots"] = [str(path) for path in write_plots(found, plots)]
-    _answer(answer, json_output)
+    print_answer(answer, json_output)
 
 
 @app.command("eval")
@@ -230,7 +146,7 @@ def eval_command(
     from selkd.evaluation.held_out import FidelityOptions
     from selkd.evaluation.measuring import BenchmarkOptions
 
-    _quiet()
+    quiet()
     folders = [str(folder) for folder in data] if data else None
     benchmarks = BenchmarkOptions(suite or ["fidelity"], folders, limit, shots, chat_template, batch_size)
     answer = evaluate_models(Request(models, benchmarks, FidelityOptions(text, text_field, limit), teacher, dtype, out))
@@ -260,13 +176,40 @@ def recipes(
     named = named_recipes()
     if name is None:
         first_lines = {key: text.splitlines()[0].removeprefix("# ") for key, text in named.items()}
-        _answer(first_lines, json_output)
+        print_answer(first_lines, json_output)
     elif name not in named:
         raise InputError(f"{name}: no such recipe. Named recipes: {', '.join(named)}.{nearest(name, named)}")
     elif json_output:
-        _answer({"name": name, "yaml": named[name]}, json_output)
+        print_answer({"name": name, "yaml": named[name]}, json_output)
     else:
         typer.echo(named[name], nl=False)
+
+
+@app.command()
+def bench(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(help="Turns through all variants, after one to warm up.")] = 5,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Only this variant, and the floor (may be given several times).")
+    ] = None,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, a process for each variant.")] = True,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write memory over time here: memory.json and memory.svg.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """The recipe's step against its floor and against plain Full KD, on this machine: seconds and memory."""
+    from selkd.bench.report import bench as measure
+    from selkd.bench.table import print_table
+    from selkd.recipe_files import load_recipe
+
+    quiet()
+    answer = measure(load_recipe(recipe, overrides), repeats=repeats, variants=variant, memory=memory, trace=trace)
+    if json_output:
+        typer.echo(json.dumps(answer, indent=2))
+    else:
+        print_table(answer, trace)
 
 
 @app.command()
@@ -289,7 +232,7 @@ def estimate(
     from selkd.recipe_files import load_recipe
     from selkd.reporting.tables import estimate_tables
 
-    _quiet()
+    quiet()
     answer = estimated(load_recipe(recipe, overrides), gpus=gpus, tokens=tokens, with_probe=probe)
     if json_output:
         typer.echo(json.dumps(answer, indent=2))
@@ -345,7 +288,7 @@ def report(
     if len(runs) == 1:
         if baseline is not None:
             raise InputError("--baseline: one run has nothing to differ from; give several.")
-        _answer({"report": str(write_page(runs[0], out))}, json_output)
+        print_answer({"report": str(write_page(runs[0], out))}, json_output)
         return
     folder = out or Path("comparison")
     comparison = compare(runs, baseline)
@@ -402,7 +345,7 @@ def tokens(
 
     from selkd.tokens import demo_passage, look, text_given
 
-    _quiet()
+    quiet()
     shown = text_given(text, file)
     if shown is None:
         typer.echo("no TEXT: a passage of the demo text", err=True)
@@ -434,15 +377,8 @@ def prune_student(
     """Cut a student from a teacher's own layers: those with the least block influence go."""
     from selkd.pipeline import prune_into
 
-    _quiet()
-    _answer(prune_into(teacher, layers, data, out), json_output)
-
-
-def _quiet() -> None:
-    """Silence Transformers' bars for loading and saving; the stages have their own."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    quiet()
+    print_answer(prune_into(teacher, layers, data, out), json_output)
 
 
 def _show(runs: list[Any], json_output: bool) -> None:
@@ -462,18 +398,3 @@ def _show(runs: list[Any], json_output: bool) -> None:
         for sentence in cut(run.record):
             console.print(sentence, highlight=False, markup=False)
         console.print(f"student {run.student}   report {run.path / 'report.html'}", soft_wrap=True, highlight=False)
-
-
-def _answer(answer: dict[str, Any], json_output: bool, empty: str = "") -> None:
-    """A small mapping, as JSON or a line a key."""
-    if json_output:
-        typer.echo(json.dumps(answer, indent=2))
-        return
-    for key, value in answer.items():
-        if isinstance(value, dict | list):
-            typer.echo(f"{key}:" if value else f"{key}: {empty}")
-            lines = value.items() if isinstance(value, dict) else [("-", entry) for entry in value]
-            for name, entry in lines:
-                typer.echo(f"  {name} {entry}")
-        else:
-            typer.echo(f"{key}  {f'{value:,.2f}' if isinstance(value, float) else value}")

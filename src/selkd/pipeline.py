@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from selkd import stages
+from selkd import cache_stage, score_stage, stages
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, RunError
 from selkd.evaluation_stage import require_benchmarks
@@ -60,13 +60,13 @@ def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | N
     checked, path = as_recipe(recipe), None if out is None else Path(out)
     work, run = start(checked, path)
     with _recorded(run, work):
-        samples = stages.score(work, run)
+        samples = score_stage.score(work, run)
     if not stages.is_trained(work, run):
         if not stages.is_measured(work, run, "before"):
             with _recorded(run, work):
                 stages.evaluate(work, run, work.student, "before")
         with _recorded(run, work):
-            teacher = stages.cache(work, run, samples)
+            teacher = cache_stage.cache(work, run, samples)
         with _recorded(run, work):
             stages.train(work, run, samples, teacher)
             stages.forget_after(run)
@@ -78,7 +78,7 @@ def score_only(recipe: Recipe, out: Path | None = None) -> Run:
     """The scoring stage by itself; ``distill`` into the same folder goes on from it."""
     work, run = start(recipe, out)
     with _recorded(run, work):
-        stages.score(work, run)
+        score_stage.score(work, run)
     return Run(run.path, run.record)
 
 
@@ -86,9 +86,9 @@ def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
     """Scoring and caching by themselves; ``distill`` into the same folder goes on from them."""
     work, run = start(recipe, out)
     with _recorded(run, work):
-        samples: SampleDataset = stages.score(work, run)
+        samples: SampleDataset = score_stage.score(work, run)
     with _recorded(run, work):
-        stages.cache(work, run, samples)
+        cache_stage.cache(work, run, samples)
     return Run(run.path, run.record)
 
 

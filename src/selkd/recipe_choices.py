@@ -25,6 +25,8 @@ MetricName = Annotated[str, AfterValidator(lambda name: plugins.check_name("metr
 PolicyName = Annotated[str, AfterValidator(lambda name: plugins.check_name("policy", name, POLICIES))]
 SamplerName = Annotated[str, AfterValidator(lambda name: plugins.check_name("sampler", name, CLASS_SAMPLERS))]
 SampleMetric = Literal["student_entropy", "kl", "ce_ratio", "random", "all"]
+# An estimate of the student's entropy looks at so many classes, in place of the whole vocabulary.
+ESTIMATE_CLASSES = {"frequent_classes": 4096, "tail_classes": 1024}
 
 
 def _no_boolean(given: Any) -> Any:
@@ -135,10 +137,32 @@ class PositionOptions(Part):
     coverage: float | None = Field(
         None, ge=0, le=1, description="pos_rs: the share of the draws that goes to the highest for sure; 0"
     )
+    scoring: Literal["exact", "two_stage"] | None = Field(
+        None,
+        description="exact (default), or two_stage for top_k of student_entropy: estimated at every position, exact at "
+        "the best of them",
+    )
+    frequent_classes: int | None = Field(
+        None, ge=1, description="two_stage: how many of the most frequent classes are counted; 4096"
+    )
+    tail_classes: int | None = Field(
+        None, ge=1, description="two_stage: how many of the other classes stand for all of them; 1024"
+    )
+    rescored_share: Fraction | None = Field(
+        None, description="two_stage: the share of the valid positions, beyond `fraction`, that are rescored; 0.15"
+    )
+    probed_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="two_stage: the share of each sample's positions whose exact distributions tell its frequent "
+        "classes; 1/32; 0: the training text tells them",
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> "PositionOptions":
         policy = self.policy
+        self._settle_scoring()
         self._of_policy(("gls",), queue_size=30_000)
         self._of_policy(("curriculum",), curriculum_steps=1.0)
         self._of_policy(SAMPLED_POLICIES, smoothing=1.0, clip=None, skip_first=0, coverage=0.0)
@@ -162,6 +186,21 @@ class PositionOptions(Part):
         if self.reduction is None:
             self._settle(reduction="per_position" if policy == "gls" else "per_sample")
         return self
+
+    def _settle_scoring(self) -> None:
+        """``scoring`` and the options of ``two_stage``, where a metric is computed."""
+        if self.scoring == "two_stage":
+            if self.policy != "top_k" or self.metric != "student_entropy":
+                raise ValueError(
+                    "positions.scoring: two_stage finds the highest of the student's entropy and estimates the rest, "
+                    f"so it goes with policy top_k and metric student_entropy; {self.policy} of {self.metric} needs "
+                    "exact scores (scoring: exact)"
+                )
+            defaults: dict[str, Any] = {**ESTIMATE_CLASSES, "rescored_share": 0.15, "probed_share": 1 / 32}
+            self._settle(**{key: value for key, value in defaults.items() if getattr(self, key) is None})
+            return
+        self._settle(scoring="exact" if self.policy not in ("all", "random") and self._ranks else None)
+        _refuse_without(self, "positions", "two_stage", (*ESTIMATE_CLASSES, "rescored_share", "probed_share"))
 
     @property
     def _ranks(self) -> bool:
@@ -202,6 +241,34 @@ class SampleOptions(Part):
     metric: SampleMetric = Field("student_entropy", description="what a sample's score is the mean of; all: no filter")
     fraction: Fraction = Field(0.20, description="l: the share of the samples that is kept")
     path: str | None = Field(None, description="the scores' file, written or reused; null: inside the run")
+    scoring: Literal["exact", "approximate"] = Field(
+        "exact", description="exact, or approximate for student_entropy: estimated from a part of the classes"
+    )
+    frequent_classes: int | None = Field(
+        None, ge=1, description="approximate: how many of the training text's most frequent classes are counted; 4096"
+    )
+    tail_classes: int | None = Field(
+        None, ge=1, description="approximate: how many of the other classes stand for all of them; 1024"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SampleOptions":
+        if self.scoring == "exact":
+            _refuse_without(self, "samples", "approximate", tuple(ESTIMATE_CLASSES))
+        elif self.metric != "student_entropy":
+            raise ValueError(
+                f"samples.scoring: approximate estimates the student's entropy; {self.metric} needs scoring: exact"
+            )
+        else:
+            self._settle(**{key: n for key, n in ESTIMATE_CLASSES.items() if getattr(self, key) is None})
+        return self
+
+
+def _refuse_without(part: Part, name: str, scoring: str, keys: tuple[str, ...]) -> None:
+    """Raises ValueError if an option of ``scoring`` is given without it."""
+    for key in keys:
+        if getattr(part, key) is not None:
+            raise ValueError(f"{name}.{key}: an option of scoring: {scoring}, without effect on exact; leave it out")
 
 
 def needs_teacher(metric: str | None) -> bool:

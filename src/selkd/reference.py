@@ -81,6 +81,36 @@ def importance(
             return (1 - remains).masked_fill(~valid, 0)
 
 
+def two_stage_scores(
+    student_logits: Tensor,
+    valid_mask: Tensor,
+    fraction: float,
+    rescored_share: float,
+    class_ids: Tensor,
+    class_weights: Tensor,
+) -> Tensor:
+    """The student's entropy [B, T], exact at the best positions of each sample and below those elsewhere; 0 if invalid.
+
+    Best are the ceil((fraction + rescored_share) * n) highest by an estimate: the entropy formula over ``class_ids``
+    [B, m] alone, each counted ``class_weights`` [m] times. What is not rescored ranks below what is.
+    """
+    z = student_logits.gather(-1, class_ids.unsqueeze(1).expand(-1, student_logits.shape[1], -1))
+    log_total = (z + class_weights.log()).logsumexp(dim=-1)
+    estimate = log_total - (class_weights * (z - log_total.unsqueeze(-1)).exp() * z).sum(dim=-1)
+    exact = importance("student_entropy", student_logits, None, torch.zeros_like(valid_mask, dtype=torch.int64))
+    scores = torch.zeros_like(exact)
+    for row, valid in enumerate(valid_mask.bool()):
+        positions = valid.nonzero().flatten().tolist()
+        k = math.ceil(min(1.0, fraction + rescored_share) * len(positions) - 1e-9)
+        best = sorted(positions, key=lambda t: (-estimate[row, t].item(), t))[:k]
+        rest = [t for t in positions if t not in best]
+        scores[row, best] = exact[row, best]
+        if rest:
+            lowest = exact[row, best].min()
+            scores[row, rest] = estimate[row, rest].clamp(max=lowest * (1 - 1e-6) - 1e-6)
+    return scores
+
+
 def select(
     policy: str,
     scores: Tensor | None,

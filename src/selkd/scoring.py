@@ -17,12 +17,12 @@ from selkd.data.batching import collate
 from selkd.data.grouping import group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
 from selkd.finite import require_finite
-from selkd.maths.chunked import chunked_statistics
+from selkd.maths.chunked import ChunkedLogits, chunked_statistics
+from selkd.maths.estimate import ClassSubset, weighted_entropy
 from selkd.maths.head import Head
 from selkd.maths.importance import ce_ratio, statistics
 from selkd.models.head import head_of, hidden_states
 from selkd.selection.noise import sample_generator
-from selkd.teacher import head_logits
 
 TOKENS_AT_ONCE = 4096
 
@@ -44,10 +44,11 @@ def score_samples(
     pad_token_id: int,
     n_classes: int,
     seed: int,
+    subset: ClassSubset | None = None,
 ) -> tuple[np.ndarray, int]:
     """The score of every sample, float64 [N], and the tokens that the teacher ran on, padding included.
 
-    ``student_entropy`` and ``kl``: the mean over its valid positions, in nats, exact. ``ce_ratio``: the ratio of the
+    ``student_entropy`` and ``kl``: the mean over its valid positions, in nats. ``ce_ratio``: the ratio of the
     sample's mean cross-entropies. ``random``: uniform noise of (seed, sample id). A sample without a valid position
     scores 0. Several processes share the work; each returns all scores.
 
@@ -55,13 +56,14 @@ def score_samples(
         student, teacher: give the initial student, read under autocast to ``dtype``, and the teacher; called only if
             the metric needs them.
         n_classes: how many classes they share.
+        subset: classes from which ``student_entropy`` is estimated; None: exact.
     """
     if metric == "random":
         return np.array([sample_generator(seed, sample_id, "samples").random() for sample_id in samples.ids]), 0
     state = PartialState()
     groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)
     mine = groups[state.process_index :: state.num_processes]
-    scoring = _Scoring(metric, student(), teacher() if metric in NEEDS_TEACHER else None, dtype, n_classes)
+    scoring = _Scoring(metric, student(), teacher() if metric in NEEDS_TEACHER else None, dtype, n_classes, subset)
     found: list[tuple[int, float]] = []
     with tqdm(total=sum(map(len, mine)), desc="scoring", unit=" samples", disable=not state.is_main_process) as bar:
         for group in mine:
@@ -84,11 +86,17 @@ class _Scoring:
         teacher: PreTrainedModel | None,
         dtype: torch.dtype,
         n_classes: int,
+        subset: ClassSubset | None,
     ) -> None:
+        assert subset is None or metric == "student_entropy", "an estimate is of the student's entropy"
         self.metric = metric
         self.student, self.teacher = student.eval(), teacher
         self.dtype = dtype
-        self.head = head_of(student).narrowed(n_classes).to(dtype)
+        self.head = head_of(student).narrowed(n_classes)
+        if subset is not None:
+            self.head = self.head.rows(subset.ids)
+        self.head = self.head.to(dtype)
+        self.subset = subset
         self.teacher_head: Head | None = None if teacher is None else head_of(teacher).narrowed(n_classes)
         self.teacher_tokens = 0
 
@@ -100,16 +108,17 @@ class _Scoring:
         valid_mask, inputs = batch["valid_mask"], (batch["input_ids"], batch["position_ids"])
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             hidden = hidden_states(self.student, *inputs)[valid_mask]
-        teacher_hidden = None
-        if self.teacher is not None:
-            teacher_hidden = hidden_states(self.teacher, *inputs)[valid_mask]
+        teachers_logits = None
+        if self.teacher is not None and self.teacher_head is not None:
+            teachers_logits = ChunkedLogits(hidden_states(self.teacher, *inputs)[valid_mask], self.teacher_head)
             self.teacher_tokens += valid_mask.numel()
         names, targets = STATISTICS[self.metric], batch["targets"][valid_mask]
 
         def compute(student_logits: Tensor, rows: slice) -> Tensor:
-            teacher_logits = None
-            if self.teacher_head is not None and teacher_hidden is not None:
-                teacher_logits = head_logits(self.teacher_head, teacher_hidden[rows])
+            if self.subset is not None:
+                estimate = weighted_entropy(student_logits, self.subset.n_frequent, self.subset.tail_weight)
+                return estimate.unsqueeze(-1)
+            teacher_logits = None if teachers_logits is None else teachers_logits(rows)
             return statistics(names, student_logits, teacher_logits, targets[rows])
 
         columns = chunked_statistics(hidden, self.head, compute)

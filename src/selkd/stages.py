@@ -1,77 +1,27 @@
-"""The stages of a run: score -> cache -> train -> evaluate. Each is skipped where its finished output verifies."""
+"""The stages of a run before and after scoring and caching: prepare, train, evaluate; skipped where their output verifies."""
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
-from selkd import evaluation_stage, plugins
-from selkd.build_cache import build_cache
-from selkd.cache.manifest import Fingerprint
+from selkd import evaluation_stage
+from selkd.accounting import COUNTS, add_seconds, begin_peaks, count_teacher_tokens, timed
 from selkd.cache.reader import TeacherCache
-from selkd.cache.remote import fetch_cache, is_remote
-from selkd.cache.verify import verify_cache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
 from selkd.evaluation.overlap import overlaps
 from selkd.models.loading import n_parameters
 from selkd.models.sources import locate
-from selkd.models.tokenizers import tokenizer_fingerprint
-from selkd.peaks import PLACES, peaks, restart_peaks
 from selkd.recipe_choices import FractionSchedule, PositionOptions, SampleOptions
 from selkd.run_directory import RunDirectory, write_whole
-from selkd.scoring import NEEDS_TEACHER, score_samples
-from selkd.selection.classes import class_sampler
-from selkd.selection.samples import SampleScores, highest
-from selkd.shared_costs import CACHE_COST, add_cost, cost_of, note_shared, read_cost
 from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress, read_metrics
 from selkd.training.checkpoints import last_whole_checkpoint
 from selkd.training.trainer import DistillTrainer
 from selkd.workspace import Workspace, environment
-
-
-@contextmanager
-def timed(run: RunDirectory, stage: str) -> Iterator[None]:
-    """Add a stage's seconds to the record; the peak of memory, too."""
-    is_alone, started = begin_peaks(run), time.perf_counter()
-    yield
-    add_seconds(run, stage, time.perf_counter() - started, is_alone)
-
-
-def add_seconds(run: RunDirectory, stage: str, seconds: float, is_alone: bool) -> None:
-    """Add to a stage's time in the record, and keep total and peak memory up to date.
-
-    ``is_alone``: the peaks were begun anew for this stage, so they are its own.
-    """
-    times = run.record.setdefault("seconds", dict.fromkeys(("prepare", "score", "cache", "train", "evaluate", "total")))
-    times[stage] = round((times[stage] or 0.0) + seconds, 3)
-    times["total"] = round(sum(value or 0.0 for name, value in times.items() if name != "total"), 3)
-    by_stage = note_peaks(run).setdefault("by_stage", {}).setdefault(stage, dict.fromkeys(PLACES))
-    for place, value in peaks().items():
-        if value is not None and is_alone:
-            by_stage[place] = max(by_stage[place] or 0, value)
-
-
-def begin_peaks(run: RunDirectory) -> bool:
-    """Begin anew to look for a stage's peak of memory; False where the system can't tell it from the whole run's."""
-    note_peaks(run)
-    return restart_peaks()
-
-
-def note_peaks(run: RunDirectory) -> dict[str, Any]:
-    """The record's peaks of the whole run, with what the present one adds."""
-    whole: dict[str, Any] = run.record.setdefault("peak_memory_bytes", dict.fromkeys(PLACES))
-    for place, value in peaks().items():
-        if value is not None:
-            whole[place] = max(whole[place] or 0, value)
-    return whole
 
 
 def prepare(work: Workspace, run: RunDirectory) -> None:
@@ -80,7 +30,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         work.require_positions()
         splits, recipe = work.splits, work.recipe
         n_valid = int(splits.train.n_valid.sum())
-        own = own_parts(work)
+        own = work.own_parts
         changed = [kind for kind, digest in run.record.get("own_parts", own).items() if own.get(kind) != digest]
         if changed:
             raise InputError(
@@ -116,198 +66,10 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         count_teacher_tokens(work, run)
 
 
-def own_parts(work: Workspace) -> dict[str, str]:
-    """A digest of the source of each part that is a user's own."""
-    recipe = work.recipe
-    return plugins.digests(
-        metric=recipe.positions.metric,
-        policy=recipe.positions.policy,
-        criterion=recipe.criterion.name,
-        sampler=recipe.classes.sampler,
-    )
-
-
-COUNTS = ("samples", "samples_kept", "positions_valid", "positions_selected", "teacher_tokens")
-
-
-def count_teacher_tokens(work: Workspace, run: RunDirectory, **tokens: int) -> None:
-    """Write down what the teacher ran on, by stage; a stage that ran again replaces its count."""
-    by_stage = run.record.setdefault("teacher_tokens", {})
-    by_stage.update(work.teacher_tokens | tokens)
-    run.record["counts"]["teacher_tokens"] = sum(by_stage.values())
-
-
 def size(model: PreTrainedModel) -> dict[str, int]:
     """Parameters and layers, for the record."""
     config = model.config.get_text_config(decoder=True)
     return {"parameters": n_parameters(model), "layers": int(config.num_hidden_layers)}
-
-
-def score(work: Workspace, run: RunDirectory) -> SampleDataset:
-    """The samples that are kept: scored by the frozen initial student, or read from where they were scored."""
-    train, options = work.splits.train, work.recipe.samples
-    if options is None:
-        run.record["counts"]["samples_kept"] = len(train)
-        return train
-    with timed(run, "score"):
-        path = Path(options.path).expanduser() if options.path else run.path / "selection" / "samples.parquet"
-        fingerprint = {
-            "metric": options.metric,
-            "data": work.splits.fingerprint,
-            "student": work.student_source.fingerprint,
-            "classes": str(work.n_classes),
-            "precision": str(work.dtype),
-            **({"seed": str(work.recipe.seed)} if options.metric == "random" else {}),
-            **(
-                {"teacher": work.teacher_source.fingerprint, "teacher_precision": str(work.teacher_dtype)}
-                if options.metric in NEEDS_TEACHER
-                else {}
-            ),
-        }
-        own = run.path / "selection" / "samples.parquet"
-        is_new = not path.exists()
-        if not is_new:
-            stored = SampleScores.read(path, fingerprint)
-            scores, cost = stored.scores, stored.cost
-        else:
-            started = time.perf_counter()
-            scores, tokens = score_samples(
-                options.metric,
-                train,
-                lambda: work.student,
-                work.teacher,
-                work.dtype,
-                work.pad_token_id,
-                work.n_classes,
-                work.recipe.seed,
-            )
-            cost = cost_of(time.perf_counter() - started, tokens)
-            if tokens:
-                count_teacher_tokens(work, run, score=tokens)
-        if options.path:
-            note_shared(run, "score", cost)
-        kept = highest(scores, options.fraction)
-        if work.state.is_main_process:
-            found = SampleScores([sample_id.hex() for sample_id in train.ids], scores, fingerprint, cost)
-            if is_new:
-                found.write(path, kept)
-            if own != path:  # a shared file keeps the choice of the run that wrote it
-                found.write(own, kept)
-        work.state.wait_for_everyone()
-    run.record["counts"]["samples_kept"] = len(kept)
-    return train.select(kept)
-
-
-def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> TeacherCache | None:
-    """The teacher's drawn classes of ``samples`` on disk, or None for a live teacher."""
-    recipe = work.recipe
-    if recipe.cache is None:
-        return None
-    with timed(run, "cache"):
-        fingerprint, path = cache_fingerprint(work), recipe.cache.path
-        if path is not None and is_remote(path):
-            opened = _copied(work, path, fingerprint, samples)
-            cost = None
-        else:
-            directory = cache_directory(work, run)
-            found = _larger(work, directory, fingerprint, samples)
-            opened = _built(work, run, directory, fingerprint, samples) if found is None else found
-            cost = read_cost(directory / CACHE_COST)
-        if path is not None:
-            note_shared(run, "cache", cost)
-    run.record["teacher_cache"] = opened.stats()
-    return opened
-
-
-def _larger(work: Workspace, directory: Path, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache | None:
-    """A complete cache that was built for more samples and holds all of these; None where theirs is to be built.
-
-    Raises:
-        InputError: it is damaged: this recipe can't mend it.
-    """
-    try:
-        found = TeacherCache.open(directory, fingerprint)
-    except InputError:
-        found = None  # building tells what is wrong
-    if found is not None:
-        wanted = set(samples.ids)
-        if len(found) <= len(wanted) or not all(sample_id in found for sample_id in wanted):
-            found = None
-    seen = [found is not None]
-    if not all(gather_object(seen) if work.state.num_processes > 1 else seen):  # all go the same way
-        return None
-    if problems := verify_cache(directory, decode=False):
-        raise InputError(
-            f"the teacher cache in {directory} holds more samples than this recipe's and is damaged: {problems[0]}. "
-            "`selkd cache verify --repair`, with the recipe that built it, mends it"
-        )
-    return found
-
-
-def _built(
-    work: Workspace, run: RunDirectory, directory: Path, fingerprint: Fingerprint, samples: SampleDataset
-) -> TeacherCache:
-    """The cache of these samples, from the teacher; what an earlier build finished is kept."""
-    started = time.perf_counter()
-    if tokens := build(work, directory, samples):
-        earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
-        count_teacher_tokens(work, run, cache=earlier + tokens)
-        if work.state.is_main_process:
-            add_cost(directory / CACHE_COST, cost_of(time.perf_counter() - started, tokens))
-        work.state.wait_for_everyone()
-    return TeacherCache.open(directory, fingerprint)
-
-
-def build(work: Workspace, directory: Path, samples: SampleDataset, *, repair: bool = False) -> int:
-    """Build or finish the recipe's cache of ``samples``, as ``build_cache``; the tokens that the teacher ran on."""
-    recipe = work.recipe
-    return build_cache(
-        directory,
-        cache_fingerprint(work),
-        samples,
-        work.teacher,
-        recipe.classes,
-        recipe.criterion.temperature,
-        recipe.seed,
-        work.pad_token_id,
-        repair=repair,
-    )
-
-
-def _copied(work: Workspace, url: str, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache:
-    """A cache that was built elsewhere, copied to this machine; it must hold every sample."""
-    with work.state.main_process_first():
-        opened = TeacherCache.open(fetch_cache(url, work.cache_dir / "teacher_caches"), fingerprint)
-    if missing := [sample_id for sample_id in samples.ids if sample_id not in opened]:
-        raise InputError(
-            f"cache.path: the cache at {url} lacks {len(missing)} of the {len(samples)} kept samples, the first "
-            f"{missing[0].hex()}. Build a cache for this data in a local folder."
-        )
-    return opened
-
-
-def cache_directory(work: Workspace, run: RunDirectory) -> Path:
-    """Where the recipe keeps its teacher cache."""
-    assert work.recipe.cache is not None
-    return Path(work.recipe.cache.path).expanduser() if work.recipe.cache.path else run.path / "teacher_cache"
-
-
-def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
-    """Everything but the samples that determines the draws; samples are found by their content."""
-    recipe = work.recipe
-    assert recipe.classes.draws is not None
-    return {
-        **{f"{kind}_source": digest for kind, digest in own_parts(work).items() if kind == "sampler"},
-        "teacher": work.teacher_source.fingerprint,
-        "teacher_dtype": str(work.teacher_dtype),
-        "tokenizer": tokenizer_fingerprint(work.tokenizer),
-        "vocabulary": work.n_classes,
-        "sampler": recipe.classes.sampler,
-        "draws": recipe.classes.draws,
-        "count_total": class_sampler(recipe.classes).total,
-        "temperature": recipe.criterion.temperature,
-        "seed": recipe.seed,
-    }
 
 
 def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: TeacherCache | None) -> None:

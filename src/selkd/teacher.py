@@ -21,7 +21,7 @@ from selkd.cache.rows import Rows
 from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.finite import require_finite
-from selkd.maths.chunked import wide
+from selkd.maths.chunked import ChunkedLogits, wide
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 from selkd.recipe_choices import ClassOptions
@@ -109,20 +109,25 @@ class LiveTeacher:
         return _LiveTargets(hidden.flatten(0, 1), self, uniforms, everywhere, batch)
 
 
-@dataclass(frozen=True)
 class _LiveTargets:
-    hidden_states: Tensor  # [B * T, D], or [N, D] once narrowed
-    teacher: LiveTeacher
-    uniforms: Tensor | None
-    index: Tensor  # of these positions in the batch
-    batch: Batch
+    """Targets at hidden states [B * T, D], or [N, D] once narrowed; the head's product is made a chunk at a time.
+
+    ``index``: of these positions in the batch.
+    """
+
+    def __init__(
+        self, hidden_states: Tensor, teacher: LiveTeacher, uniforms: Tensor | None, index: Tensor, batch: Batch
+    ) -> None:
+        self.hidden_states = hidden_states
+        self.teacher = teacher
+        self.uniforms = uniforms
+        self.index = index
+        self.batch = batch
+        self.logits = ChunkedLogits(hidden_states, teacher.head)
 
     def at(self, index: Tensor) -> "_LiveTargets":
         uniforms = None if self.uniforms is None else self.uniforms[index]
         return _LiveTargets(self.hidden_states[index], self.teacher, uniforms, self.index[index], self.batch)
-
-    def logits(self, rows: slice) -> Tensor:
-        return head_logits(self.teacher.head, self.hidden_states[rows])
 
     def chunk(self, rows: slice) -> Target:
         logits = self.logits(rows)

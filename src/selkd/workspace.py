@@ -21,6 +21,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
+from selkd import plugins
 from selkd.data.batching import collate
 from selkd.data.tokenised import Splits, load_splits
 from selkd.errors import InputError
@@ -106,6 +107,17 @@ class Workspace:
     def device(self) -> torch.device:
         """Where the models are: an accelerator if there is one and training.use_cpu does not say otherwise."""
         return torch.device("cpu") if self._on_cpu else self.state.device
+
+    @cached_property
+    def own_parts(self) -> dict[str, str]:
+        """A digest of the source of each part that is a user's own."""
+        recipe = self.recipe
+        return plugins.digests(
+            metric=recipe.positions.metric,
+            policy=recipe.positions.policy,
+            criterion=recipe.criterion.name,
+            sampler=recipe.classes.sampler,
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,11 +1,14 @@
 """The chunked engine against the dense expressions, values and gradients."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from selkd import reference
-from selkd.maths.chunked import chunked_entropy, chunked_loss, chunked_statistics
+from selkd.maths import chunked
+from selkd.maths.chunked import ChunkedLogits, chunked_entropy, chunked_loss, chunked_statistics
 from selkd.maths.divergence import CRITERIA, ValueAndGradient
 from selkd.maths.divergence import forward_kl as criterion
 from selkd.maths.head import Head
@@ -176,3 +179,60 @@ def test_the_embedding_that_is_also_the_head_gets_both_gradients() -> None:
     )
     dense = reference.divergence("forward_kl", weight[ids].tanh() @ weight.T, teacher, teacher).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(dense, weight))
+
+
+@pytest.mark.parametrize("head_options", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(("piece", "chunk"), [(1, 8), (3, 7), (50, 7)])
+def test_pieces_chunks_and_tiles_decide_nothing(
+    head_options: dict, piece: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that divide no chunk, chunks that divide no batch, tiles of the head's gradient that divide no head."""
+    hidden, head, teacher, coefficients = make(torch.float64, **head_options)
+    leaves = [hidden, head.weight] + ([] if head.bias is None else [head.bias])
+    dense = reference.divergence("forward_kl", head.logits(hidden), teacher, teacher)
+    expected = torch.autograd.grad((coefficients * dense).sum() * 0.5, leaves)
+    monkeypatch.setattr(chunked, "piece_size", lambda *_: piece)
+    monkeypatch.setattr(chunked, "chunk_size", lambda *_: chunk)
+
+    teachers = ChunkedLogits(teacher, Head(torch.eye(V, dtype=torch.float64)))
+    loss, values = chunked_loss(hidden, head, coefficients, lambda z, rows: forward_kl(z, teachers(rows)))
+    torch.testing.assert_close(values, dense.detach())
+    for actual, wanted in zip(torch.autograd.grad(loss * 0.5, leaves), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12)
+    entropies = torch.distributions.Categorical(logits=head.logits(hidden).detach()).entropy()
+    torch.testing.assert_close(chunked_entropy(hidden, head), entropies, rtol=0, atol=1e-12)
+
+
+def test_logits_are_handed_out_from_one_product_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, _, _ = make(torch.float64)
+    monkeypatch.setattr(chunked, "chunk_size", lambda *_: 10)
+    made: list[int] = []
+    monkeypatch.setattr(Head, "logits", lambda self, h: made.append(len(h)) or h @ self.weight.T)
+    logits = ChunkedLogits(hidden, head)
+    for start in range(0, N, 5):
+        rows = slice(start, min(start + 5, N))
+        found = logits(rows)
+        torch.testing.assert_close(found, (hidden[rows] @ head.weight.T).detach())
+        found.zero_()  # the caller's own: what is handed out next is whole
+        torch.testing.assert_close(logits(rows), (hidden[rows] @ head.weight.T).detach())
+    assert made == [10, 10, 10, 7]
+    assert logits(slice(0, 12)).shape == (12, V)
+
+
+def test_the_logits_of_one_chunk_live_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, teacher, coefficients = make(torch.float64)
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def logits(self: Head, h: Tensor) -> Tensor:
+        alive.append(sum(each() is not None for each in made))
+        found = (h @ self.weight.T).detach()
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Head, "logits", logits)
+    chunked_entropy(hidden, head, chunk=5)
+    loss, _ = chunked_loss(hidden, head, coefficients, lambda z, rows: forward_kl(z, teacher[rows]), chunk=5)
+    loss.backward()
+    assert len(made) == 2 * -(-N // 5)
+    assert set(alive) == {0}

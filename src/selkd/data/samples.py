@@ -159,6 +159,15 @@ class SampleDataset(TorchDataset[Sample]):
         """Tokens of all samples together."""
         return int(self.lengths.sum())
 
+    def token_counts(self, n_classes: int) -> np.ndarray:
+        """int64 [n_classes]: how often each class occurs in the samples; ids beyond are left out."""
+        counts = np.zeros(n_classes, np.int64)
+        for table in self._tables("token_ids"):
+            for chunk in table["token_ids"].chunks:
+                ids = chunk.flatten().to_numpy()
+                counts += np.bincount(ids[ids < n_classes], minlength=n_classes)
+        return counts
+
     def _lengths(self, column: str) -> np.ndarray:
         parts = [pc.list_value_length(table[column]).to_numpy() for table in self._tables(column)]
         return np.concatenate([np.zeros(0, np.int64), *parts])

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from selkd import stages
+from selkd import cache_stage, score_stage, stages
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.estimate.plan import is_local
@@ -60,7 +60,7 @@ def probe(recipe: Recipe) -> Rates:
         work.student  # noqa: B018  loaded before the clock starts
         rates: dict[str, float | None] = dict.fromkeys(("score", "cache", "evaluate"))
         with _clock() as clock:
-            kept = stages.score(work, run)
+            kept = score_stage.score(work, run)
         if recipe.samples is not None:
             rates["score"] = _tokens(train) / clock[0]
         if small.evaluation.suite:
@@ -72,7 +72,7 @@ def probe(recipe: Recipe) -> Rates:
         if recipe.cache is not None:
             work.teacher()
             with _clock() as clock:
-                cache = stages.cache(work, run, kept)
+                cache = cache_stage.cache(work, run, kept)
             assert cache is not None
             rates["cache"], stored = _tokens(kept) / clock[0], _shard_bytes(cache) / float(cache.stats()["positions"])
             stages.train(work, run, kept, cache)

@@ -26,7 +26,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) 
     """KL(p || q). Dense expression: ``(p * (log p - log q)).sum(-1)``; its gradient is ``q - p``."""
     log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
     p = log_p.exp()
-    values = torch.linalg.vecdot(p, log_p.sub_(log_q))
+    values = log_p.sub_(log_q).mul_(p).sum(dim=-1)  # in place, where vecdot would make another [n, V]
     return values, log_q.exp_().sub_(p)
 
 
@@ -190,7 +190,7 @@ def entropy(logits: Tensor) -> Tensor:
     shifted = logits.sub_(logits.amax(dim=-1, keepdim=True))
     weights = shifted.exp()
     total = weights.sum(dim=-1)
-    return (total.log() - torch.linalg.vecdot(weights, shifted) / total).clamp_(min=0)
+    return (total.log() - weights.mul_(shifted).sum(dim=-1) / total).clamp_(min=0)
 
 
 def log_softmax_(logits: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ class Head:
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 
+    def rows(self, class_ids: torch.Tensor) -> "Head":
+        """The head of some classes, copied: ``logits`` [..., n] of ``class_ids`` int64 [n], in their order."""
+        bias = None if self.bias is None else self.bias[class_ids]
+        return replace(self, weight=self.weight[class_ids], bias=bias)
+
     def narrowed(self, n_classes: int) -> "Head":
         """The head over the first ``n_classes`` classes: families pad their vocabularies with unused rows."""
         if n_classes == self.n_classes:

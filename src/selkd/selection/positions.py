@@ -97,7 +97,7 @@ def take_all(given: Candidates) -> Tensor:
 
 def take_top(given: Candidates) -> Tensor:
     """The K valid positions with the highest scores, equal scores to the earlier one; a = 1/K."""
-    return _spread(_highest(given.scores, given.valid_mask, given.counts), given.scores.dtype)
+    return _spread(mark_highest(given.scores, given.valid_mask, given.counts), given.scores.dtype)
 
 
 def take_above(given: Candidates) -> Tensor:
@@ -172,7 +172,7 @@ def _drawn(given: Candidates, is_corrected: bool) -> Tensor:
     options, counts = given.options, given.counts
     n_valid = given.valid_mask.sum(dim=-1, keepdim=True)
     sure_counts = counts_of(options.coverage or 0.0, counts)
-    sure = _highest(given.scores, given.valid_mask, sure_counts)
+    sure = mark_highest(given.scores, given.valid_mask, sure_counts)
     drawable, draws = given.valid_mask & ~sure, (counts - sure_counts).unsqueeze(-1)
     u = _clipped(given.scores, given.valid_mask, options).masked_fill(~drawable, 0)
     # In proportion to u^(1/s); the highest is 1, so that no power overflows.
@@ -208,7 +208,7 @@ def _proportional(u: Tensor, mask: Tensor) -> Tensor:
     return u / total.masked_fill(total == 0, 1.0)
 
 
-def _highest(scores: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+def mark_highest(scores: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
     """bool [B, T]: the ``counts`` [B] highest of each row, equal ones: earlier."""
     return (_ranks(scores.masked_fill(~mask, -torch.inf), descending=True) < counts.unsqueeze(-1)) & mask
 

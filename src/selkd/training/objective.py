@@ -10,17 +10,21 @@ Shapes: B batch, T positions, N selected positions, n of a chunk, V classes, D h
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from selkd.finite import require_finite
-from selkd.maths.chunked import chunked_loss, compute_dtype
+from selkd.maths.chunked import chunked_loss, compute_dtype, wide
 from selkd.maths.head import Head
 from selkd.recipe_choices import CriterionOptions, PositionOptions
 from selkd.selection.positions import Place, counts_of, eligible
-from selkd.selection.scores import choose_positions, score_positions
+from selkd.selection.scores import PositionScores, choose_positions, score_positions
+from selkd.selection.two_stage import score_in_two_stages
 from selkd.teacher import Batch, TeacherTargets
 from selkd.training.comparison import Comparison
+
+AGREEMENT_EVERY = 50  # optimiser steps between two measurements of two-stage against exact selection
 
 
 class Budget(NamedTuple):
@@ -33,11 +37,15 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What a recipe says about the loss. One instance serves a whole run."""
+    """What a recipe says about the loss. One instance serves a whole run.
+
+    ``classes_by_frequency``: class ids [V], the most frequent of the training text first, for two-stage scoring.
+    """
 
     criterion: CriterionOptions
     positions: PositionOptions
     seed: int
+    classes_by_frequency: np.ndarray | None = None
 
     def budget(self, batch: Batch, place: Place) -> Budget:
         """What a batch counts for, known before the forward pass."""
@@ -75,7 +83,9 @@ class Objective:
             ``loss``, a scalar with gradient; ``scores`` [B, T], detached; and detached sums for logging:
             ``positions_selected``; over the selected positions ``divergence_nats``, ``cross_entropy_nats`` (if it is
             in the criterion) and ``selected_score``, over the valid ones ``valid_score``; the same of the student's
-            entropy (``selected_entropy_nats``, ``valid_entropy_nats``) if the metric is made of it.
+            entropy (``selected_entropy_nats``, ``valid_entropy_nats``) if the metric is made of it; on some steps of
+            two-stage scoring, of its float32 selection, how much of it is exact selection's (``agreeing_positions``
+            of ``compared_positions``).
 
         Raises:
             RunError: a logit is not finite; the sample and position are named.
@@ -86,9 +96,7 @@ class Objective:
         with torch.no_grad():
             narrow_head = head.to(compute_dtype(hidden_states))
 
-        scored = score_positions(
-            self.positions.metric, hidden_states.detach(), narrow_head, batch, teacher, seed=self.seed, step=place.step
-        )
+        scored = self.score(hidden_states.detach(), narrow_head, batch, teacher, place)
         if scored.statistics:
             of_all = torch.stack([each.flatten()[valid] for each in scored.statistics.values()])
             what = f"positions.metric: {self.positions.metric}, of the student's or the teacher's logits"
@@ -102,6 +110,7 @@ class Objective:
         sample_of = picked // valid_mask.shape[1]
         targets = batch["targets"].flatten()[picked]
         comparison = Comparison(self.criterion, teacher.at(picked), targets, sample_of, head.n_classes)
+        weights = weights / max(1, int(normaliser))
         total, values = chunked_loss(flat_hidden[picked], head, weights, comparison, narrow_head=narrow_head)
         what = f"criterion.name: {self.criterion.name}, of the student's or the teacher's logits"
         require_finite(values, picked, batch, f"{what} {_before(place)}")
@@ -112,7 +121,37 @@ class Objective:
             logged["entropy_nats"] = scored.statistics["student_entropy"]
         for name, each in logged.items():
             sums[f"selected_{name}"], sums[f"valid_{name}"] = each.flatten()[picked].sum(), each.flatten()[valid].sum()
-        return {"loss": total / max(1, int(normaliser)), "scores": scored.values, **sums}
+        if self.positions.scoring == "two_stage" and total.requires_grad and place.step % AGREEMENT_EVERY == 0:
+            sums |= self.agreement(hidden_states.detach(), head, batch, place)
+        return {"loss": total, "scores": scored.values, **sums}
+
+    def score(
+        self, hidden_states: Tensor, head: Head, batch: Batch, teacher: TeacherTargets | None, place: Place
+    ) -> PositionScores:
+        """The scores of a batch, in the dtype of ``head``."""
+        options = self.positions
+        if options.scoring == "two_stage":
+            ordered = self.classes_by_frequency
+            assert ordered is not None, "two-stage scoring is given the classes in the order of their frequency"
+            return score_in_two_stages(options, ordered, hidden_states, head, batch, place, seed=self.seed)
+        return score_positions(options.metric, hidden_states, head, batch, teacher, seed=self.seed, step=place.step)
+
+    @torch.no_grad()
+    def agreement(self, hidden_states: Tensor, head: Head, batch: Batch, place: Place) -> dict[str, Tensor]:
+        """How many positions exact selection picks (``compared_positions``), and how many of them this scoring does.
+
+        Both in float32 at the same hidden states [B, T, D], so that rounding decides nothing.
+        """
+        hidden = wide(hidden_states)
+        exact_head = head.to(hidden.dtype)
+        of_all = score_positions(
+            self.positions.metric, hidden, exact_head, batch, None, seed=self.seed, step=place.step
+        )
+        found, exact = (
+            choose_positions(self.positions, scored.values, batch, place, seed=self.seed) > 0
+            for scored in (self.score(hidden, exact_head, batch, None, place), of_all)
+        )
+        return {"agreeing_positions": (found & exact).sum(), "compared_positions": exact.sum()}
 
 
 def _before(place: Place) -> str:

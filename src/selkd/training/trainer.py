@@ -5,6 +5,7 @@ Everything else is the Trainer's: arguments, logging, checkpoints, resuming, sch
 
 import base64
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from selkd.models.tokenizers import shared_classes
 from selkd.recipe_choices import FractionSchedule, needs_teacher
 from selkd.selection.positions import Place, place_of
 from selkd.selection.queue import ScoreQueue
+from selkd.selection.two_stage import by_frequency
 from selkd.teacher import Batch, CachedCollator, CachedTeacher, LiveTeacher, Teacher
 from selkd.training.arguments import DistillArguments, require_one_device
 from selkd.training.objective import Budget
@@ -121,6 +123,12 @@ class DistillTrainer(Trainer):
         n_classes = shared_classes(_sizes(model, teacher), processing_class)
         self.teacher = _as_teacher(teacher, args, n_classes, [train_samples, eval_samples])
         self.objective = args.objective
+        if self.objective.positions.scoring == "two_stage":
+            text = train_samples or eval_samples
+            if text is None:
+                raise InputError("positions.scoring: two_stage counts the classes of train_dataset, and there is none.")
+            ordered = by_frequency(text.token_counts(n_classes))
+            self.objective = replace(self.objective, classes_by_frequency=ordered)
         self._place = Place(0, None, 0.0, None)
         self._window: dict[str, Tensor] = {}  # sums since the last logged step
         self._window_valid = 0
@@ -275,6 +283,8 @@ class DistillTrainer(Trainer):
             if f"valid_{name}" in total:
                 logs[f"selected_{name}"] = total[f"selected_{name}"] / selected
                 logs[f"mean_{name}"] = total[f"valid_{name}"] / valid
+        if total.get("compared_positions"):
+            logs["selection_agreement"] = total["agreeing_positions"] / total["compared_positions"]
         if isinstance(self.objective.positions.fraction, FractionSchedule):
             logs["fraction"] = self._place.fraction
         if self._place.threshold is not None:

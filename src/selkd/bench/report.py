@@ -1,0 +1,164 @@
+"""All the variants of a recipe's step, measured in one go."""
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selkd.bench.measure import Timing, bytes_over_time, in_own_process, interleaved, peak_bytes
+from selkd.bench.subject import Subject
+from selkd.bench.variants import VARIANTS, last_place, objective_of, positions_of, step_of
+from selkd.errors import InputError
+from selkd.recipe import Recipe
+from selkd.recipe_errors import nearest
+from selkd.run_directory import write_whole
+from selkd.selection.scores import choose_positions, score_positions
+from selkd.workspace import environment
+
+AGREEMENT_SAMPLES = 16
+TRACED = ("floor", "full_kd_plain", "full_kd", "se_kd_exact", "se_kd_two_stage", "recipe")
+
+
+def bench(
+    recipe: Recipe,
+    *,
+    repeats: int = 5,
+    variants: Sequence[str] | None = None,
+    memory: bool = True,
+    trace: Path | None = None,
+) -> dict[str, Any]:
+    """Measure the variants of a recipe's step: forward and backward pass of one micro-batch, no optimiser.
+
+    Seconds are medians of ``repeats`` turns in one process, the variants interleaved after a warm-up; ratios are to
+    the floor of the same run, and on a CPU also of the processor's own seconds, which other work on the machine hardly
+    changes. Memory is that of a process of its own for each variant on a CPU, of this one's GPU
+    allocations on a GPU. ``selection_agreement``: the share of the exact top positions, in float32, that the
+    variant's scoring picks in float32; ``selection_agreement_as_run``: that it picks in the step's own dtype.
+
+    Args:
+        variants: names of ``VARIANTS``; all by default. The floor is always measured.
+        memory: whether to measure it.
+        trace: a folder for memory over time, as ``memory.json`` and ``memory.svg``.
+
+    Raises:
+        InputError: an unknown variant, fewer than one repeat, or what ``distill`` refuses of the recipe.
+    """
+    names = _checked(variants, repeats)
+    subject = Subject(recipe)
+    try:
+        steps = {name: step_of(name, subject) for name in names}
+        timings = interleaved(steps, repeats, subject.device)
+        agreements = {name: _agreement(name, subject) for name in names}
+        is_cpu = subject.device.type == "cpu"
+        peaks: dict[str, int] = {}
+        if memory:
+            peaks = {
+                name: int(in_own_process(("peak", name), recipe.resolved())["peak_bytes"])  # type: ignore[call-overload]
+                if is_cpu
+                else peak_bytes(steps[name], subject.device)
+                for name in names
+            }
+        if trace is not None:
+            traced = [name for name in names if name in TRACED]
+            series: dict[str, Any] = {
+                name: in_own_process(("trace", name), recipe.resolved())
+                if is_cpu
+                else bytes_over_time(steps[name], subject.device, 3)
+                for name in traced
+            }
+            _write_trace(trace, series)
+        return _answer(subject, timings, peaks, agreements)
+    finally:
+        subject.close()
+
+
+def _checked(variants: Sequence[str] | None, repeats: int) -> list[str]:
+    if repeats < 1:
+        raise InputError(f"--repeats: expected at least 1, got {repeats}.")
+    for name in variants or ():
+        if name not in VARIANTS:
+            raise InputError(
+                f"--variant: {name!r} is not known. Allowed: {', '.join(VARIANTS)}.{nearest(name, VARIANTS)}"
+            )
+    return [name for name in VARIANTS if variants is None or name in variants or name == "floor"]
+
+
+def _agreement(name: str, subject: Subject) -> tuple[float, float] | None:
+    """How much of exact float32 selection a variant picks, in float32 and in its own dtype; None if it ranks nothing
+    that the student alone decides."""
+    positions = positions_of(name, subject)
+    if positions is None or positions.metric != "student_entropy" or positions.policy != "top_k":
+        return None
+    objective, place = objective_of(subject, positions), last_place(positions)
+    head = subject.head
+    agreeing, as_run, compared = 0, 0, 0
+    size = len(subject.samples)
+    count = min(len(subject.train), max(AGREEMENT_SAMPLES, size))
+    for start in range(0, count, size):
+        batch = subject.batch_of(subject.train.select(range(start, min(start + size, count))))
+        hidden = subject.student_hidden(batch)
+        found = objective.agreement(hidden, head, batch, place)
+        agreeing, compared = agreeing + int(found["agreeing_positions"]), compared + int(found["compared_positions"])
+        exact = score_positions("student_entropy", hidden.float(), head, batch, None, seed=0, step=place.step)
+        with torch.no_grad():
+            scored = objective.score(hidden, head.to(subject.dtype), batch, None, place)
+        chosen, best = (
+            choose_positions(positions, scores.values, batch, place, seed=0) > 0 for scores in (scored, exact)
+        )
+        as_run += int((chosen & best).sum())
+    return agreeing / compared, as_run / compared
+
+
+def _answer(
+    subject: Subject,
+    timings: dict[str, Timing],
+    peaks: dict[str, int],
+    agreements: dict[str, tuple[float, float] | None],
+) -> dict[str, Any]:
+    floor = timings["floor"].median
+    is_cpu = subject.device.type == "cpu"
+    shape = subject.batch["input_ids"].shape
+    return {
+        "device": _device(subject),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "precision": environment(subject.work)["precision"],
+        "recipe": subject.recipe.name,
+        "torch": torch.__version__,
+        "shape": {
+            "batch": shape[0],
+            "length": shape[1],
+            "classes": subject.work.n_classes,
+            "valid_positions": int(subject.batch["valid_mask"].sum()),
+        },
+        "floor_seconds": floor,
+        "variants": [
+            {
+                "name": name,
+                "seconds": timing.median,
+                "seconds_range": [min(timing.seconds), max(timing.seconds)],
+                "ratio_to_floor": timing.median / floor,
+                "cpu_seconds": timing.cpu_median if is_cpu else None,
+                "cpu_ratio_to_floor": timing.cpu_median / timings["floor"].cpu_median if is_cpu else None,
+                "cpu_seconds_range": [min(timing.cpu_seconds), max(timing.cpu_seconds)] if is_cpu else None,
+                "peak_bytes_above_floor": peaks[name] - peaks["floor"] if peaks else None,
+                "selection_agreement": agreement[0] if (agreement := agreements[name]) else None,
+                "selection_agreement_as_run": agreement[1] if agreement else None,
+            }
+            for name, timing in timings.items()
+        ],
+    }
+
+
+def _device(subject: Subject) -> str:
+    name = environment(subject.work)["processor"] or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads" if subject.device.type == "cpu" else str(name)
+
+
+def _write_trace(folder: Path, series: dict[str, dict[str, list[float]]]) -> None:
+    from selkd.reporting.memory_plot import memory_plot
+
+    write_whole(folder / "memory.json", json.dumps(series) + "\n")
+    write_whole(folder / "memory.svg", memory_plot(series) + "\n")

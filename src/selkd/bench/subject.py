@@ -1,0 +1,130 @@
+"""What is measured: the recipe's teacher and student, one batch of its text, and what the variants share.
+
+Shapes: B batch, T positions, D hidden, V classes.
+"""
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selkd.build_cache import build_cache
+from selkd.cache.reader import TeacherCache
+from selkd.data.batching import collate
+from selkd.data.samples import SampleDataset
+from selkd.maths.head import Head
+from selkd.models.head import head_of, hidden_states
+from selkd.recipe import Recipe
+from selkd.recipe_choices import ClassOptions
+from selkd.selection.two_stage import by_frequency
+from selkd.teacher import Batch, CachedTeacher, LiveTeacher, Teacher
+from selkd.training.student import bind_distillation
+from selkd.workspace import Workspace
+
+DRAWN = ClassOptions(sampler="systematic", draws=64)  # of the cached variant, where the recipe draws no classes
+
+
+class Subject:
+    """The recipe's models and one batch, loaded when first needed; a teacher cache of that batch in a folder that goes.
+
+    The student has float32 weights and runs under autocast to the run's dtype; the teacher is in its own.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._folder = tempfile.TemporaryDirectory(prefix="selkd-bench-")
+        self.work = Workspace(recipe, Path(self._folder.name) / "run")
+        self.work.require_positions()
+        self.device = self.work.device
+        self.dtype = self.work.dtype
+
+    def close(self) -> None:
+        """Remove what was written."""
+        self._folder.cleanup()
+
+    @cached_property
+    def teacher(self) -> Any:
+        model = self.work.teacher()
+        model.requires_grad_(False)
+        return model
+
+    @cached_property
+    def student(self) -> Any:
+        model = self.work.student.train()
+        bind_distillation(model, self.work.n_classes)
+        if self.work.arguments.activation_checkpointing:
+            model.gradient_checkpointing_enable(self.work.arguments.activation_checkpointing_kwargs)
+        return model
+
+    @property
+    def train(self) -> SampleDataset:
+        return self.work.splits.train
+
+    @cached_property
+    def samples(self) -> SampleDataset:
+        """The batch's samples: the first of the training text."""
+        size = int(self.work.arguments.per_device_train_batch_size)
+        return self.train.select(range(min(size, len(self.train))))
+
+    def batch_of(self, samples: SampleDataset) -> Batch:
+        batch = collate(list(samples), self.work.pad_token_id)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    @cached_property
+    def batch(self) -> Batch:
+        return self.batch_of(self.samples)
+
+    @property
+    def inputs(self) -> Batch:
+        return {name: self.batch[name] for name in ("input_ids", "position_ids")}
+
+    @cached_property
+    def classes_by_frequency(self) -> np.ndarray:
+        return by_frequency(self.train.token_counts(self.work.n_classes))
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def student_hidden(self, batch: Batch) -> Tensor:
+        """[B, T, D], as the step makes them, without gradient."""
+        with torch.no_grad(), self.autocast():
+            return hidden_states(self.student, batch["input_ids"], batch["position_ids"])
+
+    @property
+    def head(self) -> Head:
+        """The student's head over the classes that both models share."""
+        return head_of(self.student).narrowed(self.work.n_classes)
+
+    def live_teacher(self, classes: ClassOptions) -> Teacher:
+        temperature = self.recipe.criterion.temperature
+        return LiveTeacher(self.teacher, classes, temperature, self.recipe.seed, self.work.n_classes)
+
+    def cached_teacher(self, classes: ClassOptions) -> Teacher:
+        """The batch's drawn classes on disk."""
+        classes = DRAWN if classes.sampler == "all" else classes
+        folder = Path(self._folder.name) / f"cache-{classes.sampler}-{classes.draws}"
+        assert classes.draws is not None, "a sampler has draws"
+        temperature, seed = self.recipe.criterion.temperature, self.recipe.seed
+        fingerprint: dict[str, str | int | float] = {
+            "sampler": classes.sampler,
+            "draws": classes.draws,
+            "temperature": temperature,
+            "vocabulary": self.work.n_classes,
+            "seed": seed,
+        }
+        if not folder.exists():
+            build_cache(
+                folder,
+                fingerprint,
+                self.samples,
+                lambda: self.teacher,
+                classes,
+                temperature,
+                seed,
+                self.work.pad_token_id,
+            )
+        return CachedTeacher(TeacherCache.open(folder))

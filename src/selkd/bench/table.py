@@ -1,0 +1,38 @@
+"""The answer of ``selkd bench`` as a table for the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_table(answer: dict[str, Any], trace: Path | None) -> None:
+    """The table, and where the plot of memory over time is, if there is one."""
+    console = Console()
+    console.print(bench_table(answer))
+    if trace is not None:
+        console.print(f"memory over time  {trace / 'memory.svg'}", soft_wrap=True, highlight=False)
+
+
+def bench_table(answer: dict[str, Any]) -> Table:
+    """One line a variant: seconds, ratio to the floor and its range, memory above it, agreement with exact scores."""
+    shape = answer["shape"]
+    title = f"{answer['device']}; {answer['precision']}; B = {shape['batch']}, T = {shape['length']}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("variant", no_wrap=True)
+    for heading in ("seconds", "x floor", "range", "peak above floor", "agreement"):
+        table.add_column(heading, justify="right")
+    floor = answer["floor_seconds"]
+    for each in answer["variants"]:
+        low, high = (seconds / floor for seconds in each["seconds_range"])
+        peak, agreement = each["peak_bytes_above_floor"], each["selection_agreement"]
+        table.add_row(
+            each["name"],
+            f"{each['seconds']:.3f}",
+            f"{each['ratio_to_floor']:.2f}",
+            f"{low:.2f} to {high:.2f}",
+            "" if peak is None else f"{peak / 1e9:+.2f} GB",
+            "" if agreement is None else f"{agreement:.1%}",
+        )
+    return table

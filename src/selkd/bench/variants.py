@@ -1,0 +1,169 @@
+"""The variants of a step: each a forward and a backward pass over the same batch, ending with no gradient kept.
+
+Shapes: B batch, T positions, N selected positions, n of a chunk, V classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from selkd.bench.subject import Subject
+from selkd.maths.chunked import wide
+from selkd.maths.divergence import entropy
+from selkd.models.head import hidden_states
+from selkd.recipe_choices import ClassOptions, CriterionOptions, PositionOptions
+from selkd.selection.positions import Place, place_of, select
+from selkd.teacher import FullDistribution, TeacherTargets
+from selkd.training.objective import Objective
+
+Step = Callable[[], None]
+
+# Name -> what it is. The floor comes first, then what the design page asks for, then the paper's ablation.
+VARIANTS = {
+    "floor": "both models' bodies and a trivial loss: no head, no distillation",
+    "full_kd_plain": "Full KD on both models' full logits",
+    "full_kd": "Full KD, chunked: 100% of the positions",
+    "se_kd_exact": "20% of the positions by the student's exact entropy",
+    "se_kd_two_stage": "the same, the entropy estimated first and exact for the best",
+    "recipe": "the recipe's own step",
+    "se_kd_dense_heads": "20% chosen from both models' full logits",
+    "se_kd_dense_student_head": "the student's full logits, the teacher's at the selected positions",
+    "se_kd_dense_teacher_head": "the teacher's full logits, the student's at the selected positions",
+    "se_kd_cached": "20% of the positions, the teacher's drawn classes from a cache",
+}
+SE_KD = {"metric": "student_entropy", "policy": "top_k", "fraction": 0.2}
+EVERY_CLASS = ClassOptions.model_validate({"sampler": "all"})
+
+
+def positions_of(name: str, subject: Subject) -> PositionOptions | None:
+    """The positions part of a variant; None for the two that select nothing."""
+    if name in ("floor", "full_kd_plain"):
+        return None
+    if name == "recipe":
+        return subject.recipe.positions
+    changes = {"full_kd": {"policy": "all"}, "se_kd_two_stage": {**SE_KD, "scoring": "two_stage"}}
+    return PositionOptions.model_validate(changes.get(name, SE_KD))
+
+
+def objective_of(subject: Subject, positions: PositionOptions, criterion: CriterionOptions | None = None) -> Objective:
+    """The objective of a variant; forward KL unless ``criterion`` is given."""
+    ordered = subject.classes_by_frequency if positions.scoring == "two_stage" else None
+    return Objective(criterion or CriterionOptions(), positions, subject.recipe.seed, ordered)
+
+
+def last_place(positions: PositionOptions) -> Place:
+    """The run's last step, where a schedule has reached its end; not one on which agreement is measured."""
+    return place_of(positions, 1, 1)
+
+
+def step_of(name: str, subject: Subject) -> Step:
+    """The variant called ``name``, ready to run: what it needs is loaded here."""
+    positions = positions_of(name, subject)
+    inputs, student, teacher = subject.inputs, subject.student, subject.teacher
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+        student.zero_grad(set_to_none=True)
+
+    def floor() -> None:
+        with torch.no_grad():
+            hidden_states(teacher, **inputs)
+        with subject.autocast():
+            loss = hidden_states(student, **inputs).float().mean()
+        backward(loss)
+
+    if name == "floor":
+        return floor
+    if name == "full_kd_plain":
+        return lambda: backward(plain_loss(subject))
+    assert positions is not None
+    if name in ("se_kd_dense_heads", "se_kd_dense_student_head"):
+        return lambda: backward(_dense_student_loss(subject, positions, name == "se_kd_dense_heads"))
+
+    is_recipe = name == "recipe"
+    objective = objective_of(subject, positions, subject.recipe.criterion if is_recipe else None)
+    classes = subject.recipe.classes if is_recipe else EVERY_CLASS
+    is_cached = name == "se_kd_cached" or (is_recipe and subject.recipe.cache is not None)
+    supervision = subject.cached_teacher(classes) if is_cached else subject.live_teacher(classes)
+    if name == "se_kd_dense_teacher_head":
+        supervision = DenseTeacher(subject)
+    place, batch = last_place(positions), subject.batch
+    normaliser = objective.normaliser(objective.budget(batch, place))
+
+    def ours() -> None:
+        targets = supervision.targets(batch, place.step)
+        loss = partial(objective, batch=batch, teacher=targets, place=place, normaliser=normaliser)
+        with subject.autocast():
+            outputs = student(**inputs, distillation=loss)
+        backward(outputs["loss"])
+
+    return ours
+
+
+def plain_loss(subject: Subject) -> Tensor:
+    """What most scripts do: both models' full logits, float32, all positions."""
+    n_classes, inputs = subject.work.n_classes, subject.inputs
+    with torch.no_grad():
+        teacher_logits = subject.teacher(**inputs, use_cache=False).logits[..., :n_classes]
+    with subject.autocast():
+        student_logits = subject.student(**inputs, use_cache=False).logits[..., :n_classes]
+    return plain_kl(student_logits, teacher_logits)[subject.batch["valid_mask"]].mean()
+
+
+def plain_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    log_q = torch.log_softmax(student_logits.float(), dim=-1)
+    p = torch.softmax(teacher_logits.float(), dim=-1)
+    return torch.nn.functional.kl_div(log_q, p, reduction="none").sum(dim=-1)
+
+
+def _dense_student_loss(subject: Subject, positions: PositionOptions, teacher_is_dense: bool) -> Tensor:
+    """Selection as in SE-KD, but from the student's full logits, which keep their gradient."""
+    n_classes, batch, place = subject.work.n_classes, subject.batch, last_place(positions)
+    if teacher_is_dense:
+        with torch.no_grad():
+            all_of_teacher = subject.teacher(**subject.inputs, use_cache=False).logits[..., :n_classes]
+    else:
+        targets = subject.live_teacher(EVERY_CLASS).targets(batch, 0)
+    with subject.autocast():
+        student_logits = subject.student(**subject.inputs, use_cache=False).logits[..., :n_classes]
+    scores = entropy(student_logits.detach().float().clone())
+    picked = select(positions, scores, batch["valid_mask"], place) > 0
+    if teacher_is_dense:
+        teacher_logits = all_of_teacher[picked]
+    else:
+        index = picked.flatten().nonzero().flatten()
+        teacher_logits = targets.at(index).logits(slice(0, len(index)))
+    return plain_kl(student_logits[picked], teacher_logits).mean()
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """A live teacher that computes its full logits first, and narrows them to the selected positions then."""
+
+    subject: Subject
+    is_live = True
+
+    @torch.no_grad()
+    def targets(self, batch: dict[str, Tensor], step: int) -> TeacherTargets:  # noqa: ARG002
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        logits = self.subject.teacher(**inputs, use_cache=False).logits[..., : self.subject.work.n_classes]
+        return DenseTargets(logits.flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """Logits [B * T, V], or [N, V] once narrowed."""
+
+    all_logits: Tensor
+
+    def at(self, index: Tensor) -> "DenseTargets":
+        return DenseTargets(self.all_logits[index])
+
+    def logits(self, rows: slice) -> Tensor:
+        return wide(self.all_logits[rows].clone())
+
+    def chunk(self, rows: slice) -> FullDistribution:
+        return FullDistribution(self.logits(rows))

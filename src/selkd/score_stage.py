@@ -1,0 +1,116 @@
+"""The stage that scores the samples with the initial student and chooses which to keep."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from selkd.accounting import count_teacher_tokens, timed
+from selkd.data.samples import SampleDataset
+from selkd.maths.estimate import ClassSubset
+from selkd.run_directory import RunDirectory
+from selkd.scoring import NEEDS_TEACHER, score_samples
+from selkd.selection.noise import sample_generator
+from selkd.selection.samples import SampleScores, highest
+from selkd.selection.two_stage import by_frequency, class_subset
+from selkd.shared_costs import cost_of, note_shared
+from selkd.workspace import Workspace
+
+COMPARED_SAMPLES = 32  # at least so many approximate sample scores are compared with exact ones
+
+
+def score(work: Workspace, run: RunDirectory) -> SampleDataset:
+    """The samples that are kept: scored by the frozen initial student, or read from where they were scored."""
+    train, options = work.splits.train, work.recipe.samples
+    if options is None:
+        run.record["counts"]["samples_kept"] = len(train)
+        return train
+    with timed(run, "score"):
+        path = Path(options.path).expanduser() if options.path else run.path / "selection" / "samples.parquet"
+        fingerprint = {
+            "metric": options.metric + _approximation(work),
+            "data": work.splits.fingerprint,
+            "student": work.student_source.fingerprint,
+            "classes": str(work.n_classes),
+            "precision": str(work.dtype),
+            **({"seed": str(work.recipe.seed)} if options.metric == "random" else {}),
+            **(
+                {"teacher": work.teacher_source.fingerprint, "teacher_precision": str(work.teacher_dtype)}
+                if options.metric in NEEDS_TEACHER
+                else {}
+            ),
+        }
+        own = run.path / "selection" / "samples.parquet"
+        is_new = not path.exists()
+        if not is_new:
+            stored = SampleScores.read(path, fingerprint)
+            scores, cost = stored.scores, stored.cost
+        else:
+            started = time.perf_counter()
+            scores, tokens = _score(work, train, _subset(work) if options.scoring == "approximate" else None)
+            cost = cost_of(time.perf_counter() - started, tokens)
+            if options.scoring == "approximate":
+                run.record["scoring_agreement"] = _scoring_agreement(work, scores)
+            if tokens:
+                count_teacher_tokens(work, run, score=tokens)
+        if options.path:
+            note_shared(run, "score", cost)
+        kept = highest(scores, options.fraction)
+        if work.state.is_main_process:
+            found = SampleScores([sample_id.hex() for sample_id in train.ids], scores, fingerprint, cost)
+            if is_new:
+                found.write(path, kept)
+            if own != path:  # a shared file keeps the choice of the run that wrote it
+                found.write(own, kept)
+        work.state.wait_for_everyone()
+    run.record["counts"]["samples_kept"] = len(kept)
+    return train.select(kept)
+
+
+def _score(work: Workspace, samples: SampleDataset, subset: ClassSubset | None) -> tuple[np.ndarray, int]:
+    """Scores of some of the training samples, and the tokens that the teacher ran on."""
+    assert work.recipe.samples is not None
+    return score_samples(
+        work.recipe.samples.metric,
+        samples,
+        lambda: work.student,
+        work.teacher,
+        work.dtype,
+        work.pad_token_id,
+        work.n_classes,
+        work.recipe.seed,
+        subset,
+    )
+
+
+def _approximation(work: Workspace) -> str:
+    """What approximate scores depend on beyond exact ones; the classes' order follows from data and classes."""
+    options = work.recipe.samples
+    if options is None or options.scoring == "exact":
+        return ""
+    classes = f"{options.frequent_classes} frequent and {options.tail_classes} other classes"
+    return f", estimated from {classes}, seed {work.recipe.seed}"
+
+
+def _subset(work: Workspace) -> ClassSubset:
+    options = work.recipe.samples
+    assert options is not None and options.frequent_classes and options.tail_classes, "settled with approximate"  # noqa: PT018
+    ordered = by_frequency(work.splits.train.token_counts(work.n_classes))
+    seed, device = work.recipe.seed, work.device
+    return class_subset(ordered, options.frequent_classes, options.tail_classes, seed, "samples", device=device)
+
+
+def _scoring_agreement(work: Workspace, scores: np.ndarray) -> dict[str, float | int]:
+    """Approximate ``scores`` [N] against exact ones on a few samples, drawn by the seed."""
+    options, train = work.recipe.samples, work.splits.train
+    assert options is not None
+    count = min(len(train), max(COMPARED_SAMPLES, len(train) // 50))
+    generator = sample_generator(work.recipe.seed, b"", "compared samples")
+    some = np.sort(generator.choice(len(train), count, replace=False))
+    exact, _ = _score(work, train.select(some), None)
+    best, found = highest(exact, options.fraction), highest(scores[some], options.fraction)
+    return {
+        "samples_compared": count,
+        "share_of_exact_choice": len(np.intersect1d(best, found)) / max(1, len(best)),
+        "correlation": float(np.corrcoef(exact, scores[some])[0, 1]) if count > 1 else 1.0,
+    }

@@ -1,0 +1,134 @@
+"""The scripts in benchmarks/ that tell what others' losses and whole runs cost: what they compute is what they say."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model, make_samples
+from tiny_run import make_recipe
+from torch import Tensor
+
+from selkd.bench.subject import Subject
+from selkd.bench.variants import plain_loss
+from selkd.models.head import head_of
+from selkd.recipe import Recipe, parse_part
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Any:
+    found = Subject(parse_part(Recipe, make_recipe(tmp_path)))
+    yield found
+    found.close()
+
+
+def test_a_peer_that_is_not_there_or_fails_is_said_so(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = script("peers")
+
+    def version(package: str) -> str:
+        if package == "trl":
+            raise PackageNotFoundError(package)
+        return "0"
+
+    def fails(*_: Any) -> Callable[[], Tensor]:
+        raise RuntimeError("no such kernel\nsecond line")
+
+    monkeypatch.setattr(peers, "version", version)
+    monkeypatch.setattr(peers, "liger_loss", fails)
+    found, missing = peers.losses_of(subject, ["trl", "liger"], False)
+    assert found == {}
+    assert missing == {
+        "trl": "trl is not installed: pip install -e '.[peers]'",
+        "liger": "liger-kernel does not run here: RuntimeError: no such kernel",
+    }
+
+
+def test_peers_get_the_hidden_states_and_heads_of_plain_full_kd(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins compute what TRL and Liger document of what they are given: plain Full KD's loss and gradient."""
+    peers = script("peers")
+
+    def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q, p = student.float().log_softmax(-1), teacher.float().softmax(-1)
+        return torch.nn.functional.kl_div(log_q, p, reduction="none").sum(-1)
+
+    class Trl:
+        @staticmethod
+        def apply(hs: Tensor, ws: Tensor, bs: Any, ht: Tensor, wt: Tensor, bt: Any, *rest: Any) -> tuple[Tensor, None]:
+            assert rest == (0.0, 1.0, 1.0, None, 1.0, None)
+            assert bs is bt is None
+            return forward_kl(hs @ ws.T, ht @ wt.T), None
+
+    class Liger:
+        def __init__(self, **options: Any) -> None:
+            assert options == {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": 0.0, "compiled": False}
+
+        def __call__(self, hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, targets: Tensor, *_: None) -> Tensor:
+            assert targets.shape == hs.shape[:1]
+            return forward_kl(hs @ ws.T, ht @ wt.T).mean()
+
+    monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))
+    monkeypatch.setitem(sys.modules, "trl.kernels", ModuleType("trl.kernels"))
+    chunked = SimpleNamespace(ChunkedDivergenceFunction=Trl)
+    monkeypatch.setitem(sys.modules, "trl.kernels.chunked_divergence", chunked)
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", SimpleNamespace(LigerFusedLinearJSDLoss=Liger))
+    monkeypatch.setattr(peers, "version", lambda _: "0")
+    found, missing = peers.losses_of(subject, ["trl", "liger"], False)
+    assert missing == {}
+    expected, gradient = peers.gradient_of(subject, lambda: plain_loss(subject))
+    for name in ("trl", "liger"):
+        value, theirs = peers.gradient_of(subject, found[name])
+        assert value == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(theirs, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_plain_run_trains_as_chunked_full_kd(tmp_path: Path) -> None:
+    from test_trainer import trainer_of, weights
+
+    full = {"positions": {"policy": "all"}, "classes": {"sampler": "all"}}
+    samples, students = make_samples(8), []
+    for name in ("plain", "chunked"):
+        trainer = trainer_of(tmp_path / name, samples, full, per_device_train_batch_size=4, max_steps=2)
+        if name == "plain":
+            trainer.__class__ = script("whole_run").PlainTrainer
+            trainer.teacher_model = make_model(0, layers=3).eval()
+        trainer.train()
+        students.append(weights(trainer.model))
+    for name, value in students[0].items():
+        torch.testing.assert_close(value, students[1][name], rtol=0, atol=2e-6)
+    assert head_of(trainer.model).weight is not None
+
+
+def test_a_whole_run_counts_its_stages_and_reuses_scores_and_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_text(json.dumps(make_recipe(tmp_path)))
+    monkeypatch.setattr(sys, "argv", ["whole_run.py", str(path), "--out", str(tmp_path / "out")])
+    script("whole_run").main()
+    answer = json.loads(capsys.readouterr().out)
+    cold, again = answer["seconds"]["3x"], answer["seconds"]["3x, scores and cache reused"]
+    assert cold["samples"] == again["samples"]
+    assert cold["steps"] == again["steps"]
+    assert answer["ratio_to_full_kd_plain"]["full_kd_plain"] == 1.0
+    assert (tmp_path / "out" / "scores.parquet").is_file()
+    assert (tmp_path / "out" / "cache" / "manifest.json").is_file()
