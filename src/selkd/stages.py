@@ -1,4 +1,4 @@
-"""The stages of a run before and after scoring and caching: prepare, train, evaluate; skipped where their output verifies."""
+"""The stages of a run: prepare, train, evaluate; each is skipped where its finished output verifies."""
 
 import json
 from pathlib import Path
