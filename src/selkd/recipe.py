@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from selkd.errors import InputError
 from selkd.recipe_choices import ClassOptions, CriterionOptions, Part, PositionOptions, SampleOptions, needs_teacher
+from selkd.recipe_data import DataOptions
 from selkd.recipe_errors import explain
 from selkd.recipe_evaluation import benchmarks_of, check_suite
 
@@ -43,21 +44,6 @@ class StudentOptions(Part):
         if (self.model is None) == (self.prune_from_teacher is None):
             raise ValueError("give exactly one of student.model and student.prune_from_teacher")
         return self
-
-
-class DataOptions(Part):
-    """The text. ``path``: ``demo``, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id."""
-
-    path: str = Field(description="demo, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id")
-    name: str | None = Field(None, description="configuration of a hub data set")
-    split: str = Field("train", description="split of a hub data set")
-    text_field: str = Field("text", description="the field or column that holds the text")
-    tokens: int | None = Field(None, ge=2, description="how many tokens to train on at most; null: all there are")
-    max_length: int = Field(512, ge=2, description="tokens of a sample at most")
-    packing: bool = Field(True, description="fill samples with several documents, isolated from each other")
-    held_out_fraction: float = Field(0.02, ge=0, lt=1, description="share of the documents kept from training")
-    held_out_tokens: int = Field(16384, ge=2, description="tokens of the held-out split at most")
-    streaming: bool | None = Field(None, description="stream a hub data set; null: when `tokens` is given")
 
 
 class CacheOptions(Part):

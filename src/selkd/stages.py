@@ -93,6 +93,9 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
                 "train_tokens": splits.train_tokens,
                 "train_positions": n_valid,
                 "held_out_samples": len(splits.held_out),
+                "cut_documents": splits.cut,
+                "prompts_too_long": splits.too_long,
+                "documents_without_target": splits.unanswered,
                 "fingerprint": splits.fingerprint,
             },
         )

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from selkd.data.batching import pack
 from selkd.data.corpus import open_corpus
+from selkd.data.encoding import encode
 from selkd.data.samples import SampleDataset
-from selkd.data.tokenised import encode
 from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
 from selkd.evaluation.results import TaskResult, digest, stored
@@ -114,7 +114,7 @@ def _windows(subject: Subject, options: FidelityOptions) -> SampleDataset:
     """The first windows of the text, packed, each as long as the model has positions for, 512 tokens at most."""
     length = min(WINDOW_TOKENS, subject.positions or WINDOW_TOKENS)
     corpus = open_corpus(DataOptions.model_validate({"path": options.text, "text_field": options.text_field}))
-    tokens = (encode(subject.tokenizer, [document])[0] for document in corpus.documents())
+    tokens = (encode(subject.tokenizer, [str(document)])[0] for document in corpus.documents())
     samples = list(islice(pack(tokens, length), options.windows or WINDOWS))
     if not samples:
         raise InputError(f"text: {options.text} is shorter than one window of {length} tokens. Give more text.")

@@ -18,8 +18,8 @@ from transformers.trainer_callback import ExportableState
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate, pack, split
+from selkd.data.encoding import encode
 from selkd.data.samples import Sample, SampleDataset
-from selkd.data.tokenised import encode
 from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing, head_of
 from selkd.models.tokenizers import shared_classes
