@@ -13,6 +13,7 @@ from selkd.recipe_choices import ClassOptions, CriterionOptions, Part, PositionO
 from selkd.recipe_data import DataOptions
 from selkd.recipe_errors import explain
 from selkd.recipe_evaluation import benchmarks_of, check_suite
+from selkd.recipe_on_policy import OnPolicyOptions
 
 P = TypeVar("P", bound=BaseModel)
 
@@ -123,6 +124,9 @@ class Recipe(Part):
     positions: PositionOptions = Field(PositionOptions(), description="which positions of a sample count")
     classes: ClassOptions = Field(ClassOptions.model_validate({}), description="which vocabulary classes are compared")
     samples: SampleOptions | None = Field(None, description="which samples are trained on; null: all")
+    on_policy: OnPolicyOptions | None = Field(
+        None, description="the student answers prompts itself and learns at its answers; null: the data's completions"
+    )
     cache: CacheOptions | None = Field(None, description="the teacher's drawn classes on disk; null: a live teacher")
     training: Annotated[dict[str, Any], BeforeValidator(_checked_training)] = Field(
         {}, description="names of transformers.TrainingArguments"
@@ -134,6 +138,9 @@ class Recipe(Part):
     def _possible(self) -> "Recipe":
         if self.samples is not None and self.samples.metric == "all":  # no filter
             object.__setattr__(self, "samples", None)
+        if self.on_policy is not None:
+            self._settle(criterion=on_policy_criterion(self.criterion))
+            self._check_on_policy(self.on_policy)
         check_parts(self.criterion, self.positions, self.classes)
         if (self.positions.skip_first or 0) >= self.data.max_length - 1:
             raise ValueError(
@@ -151,6 +158,21 @@ class Recipe(Part):
                 "and a cache holds drawn classes alone; take a metric of the student (student_entropy, student_ce), or "
                 "set cache: null for a live teacher"
             )
+        if self.data.is_prompt_only and self.on_policy is None:
+            raise ValueError(
+                "data.completion_field: without completions there is nothing to learn from; give it, or let the "
+                "student answer (on_policy: {})"
+            )
+        if self.data.is_prompt_only and self.samples is not None:
+            raise ValueError(
+                "samples: a sample is scored on its completion, and prompts alone have none; give "
+                "data.completion_field, or samples: null"
+            )
+        if self.data.is_prompt_only and "fidelity" in self.evaluation.suite:
+            raise ValueError(
+                "evaluation.suite: fidelity is measured on completions, and prompts alone have none; give "
+                "data.completion_field, or leave fidelity out of evaluation.suite"
+            )
         if "fidelity" in self.evaluation.suite and self.data.held_out_fraction == 0:
             raise ValueError(
                 "evaluation.suite: [fidelity] measures held-out text, and data.held_out_fraction is 0; "
@@ -162,9 +184,43 @@ class Recipe(Part):
             )
         return self
 
+    def _check_on_policy(self, options: OnPolicyOptions) -> None:
+        if self.cache is not None:
+            raise ValueError(
+                "cache: it holds the teacher's classes for the data's own tokens, and what the student will answer is "
+                "not known before; on_policy needs a live teacher, cache: null"
+            )
+        if not self.data.has_prompts:
+            raise ValueError(
+                "on_policy: the student answers prompts, and data.text_field has none; give data.prompt_field or "
+                "data.messages_field"
+            )
+        if self.data.loss_on == "all":
+            raise ValueError("data.loss_on: all learns prompts, and on_policy what the student answers; leave it out")
+        if self.data.packing:
+            raise ValueError("data.packing: on_policy answers one prompt a sample; set data.packing: false")
+        if self.data.is_prompt_only and options.fraction < 1:
+            raise ValueError(
+                "on_policy.fraction: below 1 the other samples keep their completion, and there is none; give "
+                "data.completion_field, or 1.0"
+            )
+        if options.temperature == 0 and options.top_p < 1:
+            raise ValueError("on_policy.top_p: without effect at temperature 0, which takes the most likely; leave it")
+        if self.training.get("fsdp"):
+            raise ValueError(
+                "training.fsdp: a sharded student does not generate; on_policy runs on one GPU or under DDP"
+            )
+
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain data, every default written out; reading it back gives an equal recipe."""
         return self.model_dump(mode="json")
+
+
+def on_policy_criterion(given: CriterionOptions) -> CriterionOptions:
+    """The criterion of an on-policy run: reverse KL where none is named."""
+    if "name" in given.model_fields_set:
+        return given
+    return CriterionOptions.model_validate({**given.model_dump(exclude_unset=True), "name": "reverse_kl"})
 
 
 def check_parts(criterion: CriterionOptions, positions: PositionOptions, classes: ClassOptions) -> None:

@@ -100,7 +100,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
             },
         )
         run.record.setdefault("counts", dict.fromkeys(COUNTS))["samples"] = len(splits.train)
-        for part in ("fidelity", "train", "teacher_cache", "benchmarks"):
+        for part in ("fidelity", "train", "teacher_cache", "benchmarks", "on_policy"):
             run.record.setdefault(part, None)
         source = work.student_source
         run.record["student"] = {
@@ -297,6 +297,8 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
     }
+    if work.recipe.on_policy is not None:
+        run.record["on_policy"] = trainer.rollouts.figures()
     _record_on_the_way(run, lines)
     totals = trainer.totals
     run.record["counts"].update(positions_valid=totals.positions_valid, positions_selected=totals.positions_selected)

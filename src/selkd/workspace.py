@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
 from selkd.data.batching import collate
+from selkd.data.samples import Sample
 from selkd.data.tokenised import Splits, load_splits
 from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing
@@ -81,6 +82,8 @@ class Workspace:
                 criterion=recipe.criterion.model_dump(),
                 positions=recipe.positions.model_dump(),
                 classes=recipe.classes.model_dump(),
+                on_policy=None if recipe.on_policy is None else recipe.on_policy.model_dump(),
+                rollouts_file=str(self.run_path / "rollouts.jsonl"),
                 **given,
             )
             Trainer.get_optimizer_cls_and_kwargs(arguments)
@@ -137,6 +140,12 @@ class Workspace:
                 raise InputError(
                     f"data.max_length: {self.recipe.data.max_length} tokens, but {source.name} has positions for "
                     f"{limit}. Lower data.max_length."
+                )
+            answer = self.recipe.on_policy.max_new_tokens if self.recipe.on_policy is not None else 0
+            if limit is not None and self.recipe.data.max_length + answer > limit:
+                raise InputError(
+                    f"on_policy.max_new_tokens: {answer} after a prompt of up to {self.recipe.data.max_length} tokens "
+                    f"(data.max_length), but {source.name} has positions for {limit}. Lower one of them."
                 )
 
     def teacher(self) -> PreTrainedModel:
@@ -197,6 +206,8 @@ class Workspace:
         options = self.recipe.student.prune_from_teacher
         assert options is not None, "a student has exactly one source"
         samples = [self.splits.train[i] for i in range(min(CALIBRATION_SAMPLES, len(self.splits.train)))]
+        if self.recipe.data.is_prompt_only:  # influence is measured on the prompts themselves
+            samples = [Sample(sample.token_ids, sample.document_starts) for sample in samples]
         key = (STUDENT_FORMAT, self.teacher_source.fingerprint, str(self.teacher_dtype), options.layers)
         digest = xxhash.xxh3_128_hexdigest(repr((key, [sample.id for sample in samples])).encode())
         folder = self.cache_dir / "students" / digest

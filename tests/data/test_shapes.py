@@ -219,9 +219,7 @@ def test_what_does_not_fit_is_counted_and_said(tmp_path: Path, caplog: pytest.Lo
     lost = tokenizer("lost")["input_ids"]
     assert not any(lost == sample.token_ids[-len(lost) :].tolist() for sample in splits.train)
     only = write(tmp_path / "only.jsonl", [{"question": "q" * 60, "answer": "lost"}])
-    with pytest.raises(
-        InputError, match=r"1 prompts alone are longer than data.max_length = 48.*Raise data.max_length"
-    ):
+    with pytest.raises(InputError, match=r"1 prompts alone are longer than data.max_length = 48.*Raise"):
         load(only, tokenizer, prompt_field="question", completion_field="answer", held_out_fraction=0)
 
 

@@ -189,6 +189,11 @@ class SampleDataset(TorchDataset[Sample]):
         return self._lengths("token_ids")
 
     @cached_property
+    def n_documents(self) -> np.ndarray:
+        """int64 [N]: documents in each sample."""
+        return self._lengths("document_starts")
+
+    @cached_property
     def n_valid(self) -> np.ndarray:
         """int64 [N]: valid positions of each sample."""
         parts = [table["n_valid"].to_numpy() for table in self._tables("n_valid")]

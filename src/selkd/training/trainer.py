@@ -6,6 +6,7 @@ Everything else is the Trainer's: arguments, logging, checkpoints, resuming, sch
 import base64
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,11 @@ from selkd.recipe_choices import FractionSchedule, needs_teacher
 from selkd.selection.positions import Place, place_of
 from selkd.selection.queue import ScoreQueue
 from selkd.teacher import Batch, CachedCollator, CachedTeacher, LiveTeacher, Teacher
+from selkd.training.answers import Answers
 from selkd.training.arguments import DistillArguments, require_one_device
+from selkd.training.callbacks import RolloutLog
 from selkd.training.objective import Budget
+from selkd.training.rollout import PromptCollator
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.student import bind_distillation
 
@@ -131,6 +135,10 @@ class DistillTrainer(Trainer):
         pad_token_id = 0 if processing_class.pad_token_id is None else processing_class.pad_token_id  # never told by id
         use_cache = getattr(model.config, "use_cache", None)  # None: nested, in the text's configuration
         data_collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=pad_token_id)
+        self.answers = None if args.on_policy is None else Answers(args, model, processing_class, n_classes)
+        if self.answers is not None:
+            self.answers.require_prompts(train_dataset, self.teacher)
+            data_collator = PromptCollator(pad_token_id)
         if isinstance(self.teacher, CachedTeacher):  # read by the data loader's workers, ahead of training
             data_collator = CachedCollator(data_collator, self.teacher)
         super().__init__(
@@ -148,6 +156,8 @@ class DistillTrainer(Trainer):
             model.config.use_cache = use_cache
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the whole step's count
         self.add_callback(Totals())
+        if self.answers is not None:
+            self.add_callback(RolloutLog(args.rollouts_file or str(Path(args.output_dir) / "rollouts.jsonl")))
         queue_size = self.objective.positions.queue_size
         if queue_size is not None:
             self.add_callback(Queue(queue_size))
@@ -162,6 +172,11 @@ class DistillTrainer(Trainer):
         """The recent scores of global-level selection; None for other policies."""
         found = (callback.scores for callback in self.callback_handler.callbacks if isinstance(callback, Queue))
         return next(found, None)
+
+    @property
+    def rollouts(self) -> RolloutLog:
+        """The student's answers so far, in sums; looked up each time, as ``totals``."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, RolloutLog))
 
     def _find_place(self) -> Place:
         """Where the run is: the same for all micro-batches and ranks of the optimiser step that begins."""
@@ -224,6 +239,10 @@ class DistillTrainer(Trainer):
             batches.append(batch)
         self._place = self._find_place()
         self._micro_batches = len(batches)
+        if self.answers is not None:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            batches, sums = self.answers(model, batches, self._place.step)
+            self.rollouts.add(sums)
         budget, tokens = self._step_budget(batches, device)
         self.totals.positions_valid += budget.valid
         if self.teacher.is_live:
@@ -258,6 +277,10 @@ class DistillTrainer(Trainer):
         """Add what was selected since the last logged step: means in nats, the selected share."""
         if "loss" in logs and self._window:
             logs.update(self._selection_logs())
+            if self.answers is not None:
+                logs.update(self.answers.logs())
+                if self.is_world_process_zero():
+                    self.rollouts.write(self.answers.shown(self.state.global_step))
         super().log(logs, start_time)
 
     def _selection_logs(self) -> dict[str, float]:
