@@ -282,7 +282,9 @@ def test_every_named_recipe_runs_at_toy_size(name: str, toy: dict[str, Any], tmp
     parts = [key for key in ("criterion", "positions", "classes", "samples", "cache", "on_policy") if key in given]
     recipe = {**toy, "name": name, **{key: given[key] for key in parts}}
     if "prompt_field" in given["data"]:
+        epochs = 2 if given["samples"] is None else 8
         recipe |= {"data": make_task(tmp_path, 200, packing=given["data"]["packing"])}
+        recipe["training"] = {**toy["training"], "num_train_epochs": epochs}
     if "on_policy" in given:
         recipe["on_policy"] = {**given["on_policy"], "max_new_tokens": 12}
     run = distill(recipe, tmp_path / "run")

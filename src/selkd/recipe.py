@@ -13,38 +13,12 @@ from selkd.recipe_choices import ClassOptions, CriterionOptions, Part, PositionO
 from selkd.recipe_data import DataOptions
 from selkd.recipe_errors import explain
 from selkd.recipe_evaluation import benchmarks_of, check_suite
+from selkd.recipe_models import StudentOptions, TeacherOptions
 from selkd.recipe_on_policy import OnPolicyOptions
 
 P = TypeVar("P", bound=BaseModel)
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KeepBest = Literal["perplexity", "kl_nats", "top1_agreement", "validation"]
-
-
-class TeacherOptions(Part):
-    """The large model. ``model``: ``demo``, a local folder or a hub id."""
-
-    model: str = Field(description="demo, a local folder or a hub id")
-    dtype: Dtype = Field("auto", description="of its weights; auto: bfloat16 where the device computes in it")
-
-
-class PruneOptions(Part):
-    """A student cut from the teacher: ``layers`` is how many are kept; those with the least block influence go."""
-
-    layers: int = Field(ge=1, description="how many of the teacher's layers are kept")
-
-
-class StudentOptions(Part):
-    """The small model: one to load, or one to cut from the teacher's own layers."""
-
-    model: str | None = Field(None, description="demo, a local folder or a hub id")
-    prune_from_teacher: PruneOptions | None = Field(None, description="in its place: cut one from the teacher")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "StudentOptions":
-        if (self.model is None) == (self.prune_from_teacher is None):
-            raise ValueError("give exactly one of student.model and student.prune_from_teacher")
-        return self
 
 
 class CacheOptions(Part):
@@ -53,6 +27,13 @@ class CacheOptions(Part):
     path: str | None = Field(
         None, description="a folder, or an address of fsspec (s3://…); recipes may share it; null: inside the run"
     )
+
+
+class HubOptions(Part):
+    """Where the finished student is pushed."""
+
+    repo: str = Field(pattern=r"^[\w][\w.-]*/[\w][\w.-]*$", description="owner/name; made if it is not there")
+    private: bool = Field(True, description="whether a new repository is private")
 
 
 def _as_list(given: Any) -> Any:
@@ -79,13 +60,14 @@ class EvaluationOptions(Part):
     )
     limit: int | None = Field(None, ge=1, description="rows of a benchmark at most, spread evenly")
     shots: int = Field(0, ge=0, description="solved examples before each question, where a benchmark has some")
+    chat_template: bool = Field(False, description="put a benchmark's prompts into the tokenizer's chat template")
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> "EvaluationOptions":
         if self.every_steps is not None and not self.suite:
             raise ValueError("evaluation.every_steps measures evaluation.suite, which is empty; give [fidelity]")
         if not benchmarks_of([name for name in self.suite if name != "fidelity"]):
-            for key in ("data", "limit", "shots"):
+            for key in ("data", "limit", "shots", "chat_template"):
                 if getattr(self, key):
                     raise ValueError(
                         f"evaluation.{key}: only benchmarks have {key}, and evaluation.suite is {self.suite}; "
@@ -132,6 +114,7 @@ class Recipe(Part):
         {}, description="names of transformers.TrainingArguments"
     )
     evaluation: EvaluationOptions = Field(EvaluationOptions(), description="what is measured, and when")
+    hub: HubOptions | None = Field(None, description="push the finished student there; null: it stays here")
     seed: int = Field(1337, ge=0, lt=2**32, description="of everything that is random")
 
     @model_validator(mode="after")
@@ -178,6 +161,8 @@ class Recipe(Part):
                 "evaluation.suite: [fidelity] measures held-out text, and data.held_out_fraction is 0; "
                 "raise it, or leave fidelity out of evaluation.suite"
             )
+        if self.student.lora is not None and self.training.get("fsdp"):
+            raise ValueError("training.fsdp: adapters (student.lora) are trained on one GPU or with DDP")
         if self.evaluation.every_steps is not None and self.training.get("fsdp"):
             raise ValueError(
                 "evaluation.every_steps: a student sharded by training.fsdp is measured after training only"

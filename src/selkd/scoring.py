@@ -102,14 +102,14 @@ class _Scoring:
             hidden = hidden_states(self.student, *inputs)[valid_mask]
         teacher_hidden = None
         if self.teacher is not None:
-            teacher_hidden = hidden_states(self.teacher, *inputs)[valid_mask]
+            teacher_hidden = hidden_states(self.teacher, *inputs)[valid_mask.to(self.teacher.device)]
             self.teacher_tokens += valid_mask.numel()
         names, targets = STATISTICS[self.metric], batch["targets"][valid_mask]
 
         def compute(student_logits: Tensor, rows: slice) -> Tensor:
             teacher_logits = None
             if self.teacher_head is not None and teacher_hidden is not None:
-                teacher_logits = head_logits(self.teacher_head, teacher_hidden[rows])
+                teacher_logits = head_logits(self.teacher_head, teacher_hidden[rows]).to(student_logits.device)
             return statistics(names, student_logits, teacher_logits, targets[rows])
 
         columns = chunked_statistics(hidden, self.head, compute)

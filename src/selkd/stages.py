@@ -17,6 +17,7 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
 from selkd.evaluation.overlap import overlaps
+from selkd.models.adapters import merged
 from selkd.models.loading import n_parameters
 from selkd.models.sources import locate
 from selkd.models.tokenizers import tokenizer_fingerprint
@@ -156,7 +157,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
             "precision": str(work.dtype),
             **({"seed": str(work.recipe.seed)} if options.metric == "random" else {}),
             **(
-                {"teacher": work.teacher_source.fingerprint, "teacher_precision": str(work.teacher_dtype)}
+                {"teacher": work.teacher_source.fingerprint, "teacher_precision": work.teacher_precision}
                 if options.metric in NEEDS_TEACHER
                 else {}
             ),
@@ -247,7 +248,7 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
     return {
         **{f"{kind}_source": digest for kind, digest in own_parts(work).items() if kind == "sampler"},
         "teacher": work.teacher_source.fingerprint,
-        "teacher_dtype": str(work.teacher_dtype),
+        "teacher_dtype": work.teacher_precision,
         "tokenizer": tokenizer_fingerprint(work.tokenizer),
         "vocabulary": work.n_classes,
         "sampler": recipe.classes.sampler,
@@ -283,9 +284,13 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_fsdp_enabled:  # a sharded state is no student that Transformers loads
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(student_path))
+    saved = run.path / "adapter" if work.recipe.student.lora is not None else student_path
+    trainer.save_model(str(saved))
     if work.state.is_main_process:
-        (student_path / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
+        (saved / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
+        if saved != student_path:
+            merged(work.student).save_pretrained(student_path)
+            work.tokenizer.save_pretrained(student_path)
     # Looked up now: resuming has replaced the callback by the checkpoint's.
     metrics = next(found for found in trainer.callback_handler.callbacks if isinstance(found, MetricsFile))
     add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0), is_alone)

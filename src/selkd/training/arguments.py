@@ -21,6 +21,7 @@ class DistillArguments(TrainingArguments):
         on_policy: the recipe's part of that name; None: the student doesn't answer. It needs a ``SampleDataset`` of
             prompts (``selkd.data.tokenised.load_splits``).
         rollouts_file: where some of its answers are written; None: ``rollouts.jsonl`` in ``output_dir``.
+        teacher_device: where a live teacher is put; None: the student's device.
         max_length, packing, text_field: how a data set of texts becomes samples.
 
     Raises:
@@ -31,6 +32,7 @@ class DistillArguments(TrainingArguments):
     positions: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's positions"})
     classes: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's classes"})
     on_policy: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's on_policy"})
+    teacher_device: str | None = field(default=None, metadata={"help": "where a live teacher is put"})
     rollouts_file: str | None = field(default=None, metadata={"help": "where some answers are written"})
     max_length: int = field(default=512, metadata={"help": "tokens of a sample at most"})
     packing: bool = field(default=True, metadata={"help": "fill samples with several documents"})

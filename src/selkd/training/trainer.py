@@ -72,7 +72,7 @@ class DistillTrainer(Trainer):
 
     Args:
         model: the student, float32 weights (with ``bf16=True`` products run in bfloat16 under autocast).
-        teacher: a model on the student's device, or a ``TeacherCache`` that holds every training sample.
+        teacher: a model, or a ``TeacherCache`` that holds every training sample.
         args: a ``DistillArguments``.
         train_dataset, eval_dataset: ``SampleDataset``, or a ``datasets.Dataset`` with a column of texts.
         processing_class: the tokenizer, shared by both models.
@@ -112,7 +112,7 @@ class DistillTrainer(Trainer):
         check_head(model)
         if args.packing:
             for packed in (model, teacher):
-                if isinstance(packed, PreTrainedModel):
+                if not isinstance(packed, TeacherCache):
                     check_packing(packed)
         train_samples = _as_samples(train_dataset, processing_class, args)
         eval_samples = _as_samples(eval_dataset, processing_class, args)
@@ -373,4 +373,7 @@ def _as_teacher(
         return CachedTeacher(teacher)
     check_head(teacher)
     teacher.eval().requires_grad_(False)
-    return LiveTeacher(teacher.to(args.device), args.class_options, temperature, args.seed, n_classes)
+    device = args.device if args.teacher_device is None else torch.device(args.teacher_device)
+    if teacher.device != device:  # a quantised model is where it was loaded, and can't be moved
+        teacher = teacher.to(device)
+    return LiveTeacher(teacher, args.class_options, temperature, args.seed, n_classes)
