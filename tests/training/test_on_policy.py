@@ -132,6 +132,14 @@ def test_a_step_is_the_off_policy_step_on_the_answers(tmp_path: Path) -> None:
     assert on.totals.positions_valid == sum(len(rollout.answer) for rollout in answered)
 
 
+def test_low_precision_products_train_on(tmp_path: Path) -> None:
+    """Accelerate wraps the forward for them; generating must not take the wrapper off, and the loss with it."""
+    low = trainer(tmp_path, make_prompts(), {"max_new_tokens": 10}, bf16=True, max_steps=3)
+    low.train()
+    assert low.totals.positions_selected > 0
+    assert (weights(low) - weights(trainer(tmp_path, make_prompts(), None))).abs().max() > 1e-3
+
+
 def test_micro_batches_make_no_difference(tmp_path: Path) -> None:
     options = {"max_new_tokens": 10, "fraction": 0.6}
     whole = trainer(tmp_path, make_prompts(), options, max_steps=2)

@@ -240,8 +240,7 @@ class DistillTrainer(Trainer):
         self._place = self._find_place()
         self._micro_batches = len(batches)
         if self.answers is not None:
-            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            batches, sums = self.answers(model, batches, self._place.step)
+            batches, sums = self.answers(self.model, batches, self._place.step)
             self.rollouts.add(sums)
         budget, tokens = self._step_budget(batches, device)
         self.totals.positions_valid += budget.valid
