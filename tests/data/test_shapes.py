@@ -21,6 +21,8 @@ from selkd.data.rows import Conversation, Exchange
 from selkd.data.samples import Sample, SampleDataset
 from selkd.data.tokenised import Splits, load_splits
 from selkd.errors import InputError
+from selkd.models.sources import default_cache_dir, locate
+from selkd.models.tokenizers import load_tokenizer
 from selkd.recipe import parse_part
 from selkd.recipe_choices import PositionOptions
 from selkd.recipe_data import DataOptions
@@ -50,6 +52,15 @@ def learned(tokenizer: PreTrainedTokenizerFast, document: Marked) -> list[str]:
 
 def options(**changes: Any) -> DataOptions:
     return parse_part(DataOptions, {"path": "x", **changes}, "data")
+
+
+@pytest.mark.slow
+@pytest.mark.real_teacher
+def test_the_demos_own_chat_template() -> None:
+    tokenizer = load_tokenizer(locate("demo", default_cache_dir()))
+    (document,) = encode_conversation(tokenizer, CHAT)
+    assert learned(tokenizer, document) == ["the sum<|im_end|>", "it is<|im_end|>"]
+    assert document.token_ids == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"][:-1]  # a line's end
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import V, make_arguments, make_model, make_tokenizer
+from safetensors.torch import load_file
+from test_distributed import WORKER, torchrun
+from tiny import V, make_arguments, make_model, make_prompts, make_tokenizer
 from tiny_run import make_recipe, make_task
 
 from selkd import DistillTrainer, distill
@@ -19,16 +21,6 @@ from selkd.recipe_on_policy import OnPolicyOptions
 from selkd.training.rollout import Answering, PromptCollator, Rollout, RolloutSums, prompt_length
 
 POSITIONS = {"metric": "student_entropy", "policy": "top_k", "fraction": 0.5}
-
-
-def make_prompts(count: int = 8, with_completions: bool = True) -> list[Sample]:
-    generator = np.random.default_rng(4)
-    samples = []
-    for _ in range(count):
-        asked, told = generator.integers(2, 9), generator.integers(3, 9) if with_completions else 0
-        tokens = generator.integers(2, V, asked + told)
-        samples.append(Sample(tokens, np.zeros(1, np.int32), np.arange(asked + told) >= asked))
-    return samples
 
 
 def answering(**options: Any) -> Answering:
@@ -44,8 +36,8 @@ def trainer(path: Path, samples: list[Sample], on_policy: dict[str, Any] | None,
         **({"per_device_train_batch_size": 8} | changes),
     )
     return DistillTrainer(
-        model=make_model(3),
-        teacher=make_model(0, 3),
+        model=make_model(1),
+        teacher=make_model(0, layers=3),
         args=args,
         train_dataset=SampleDataset.from_samples(samples),
         processing_class=make_tokenizer(),
@@ -213,6 +205,22 @@ def test_prompts_alone_are_enough(tmp_path: Path) -> None:
     run = distill(recipe, tmp_path / "run")
     assert run.record["on_policy"]["rollouts"] == 3 * run.record["counts"]["samples"]
     assert run.record["counts"]["positions_valid"] == run.record["on_policy"]["tokens"]
+
+
+@pytest.mark.slow
+def test_two_processes_answer_what_one_does(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 10, "fraction": 0.7}
+    alone = trainer(tmp_path / "alone", make_prompts(7), options, per_device_train_batch_size=7)
+    alone.train()
+    given = {"criterion": {"name": "reverse_kl"}, "positions": POSITIONS, "on_policy": options, "max_steps": 1}
+    done = torchrun(str(WORKER), str(tmp_path), "ddp", json.dumps(given))
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    for name, parameter in load_file(tmp_path / "weights.safetensors").items():
+        torch.testing.assert_close(parameter, alone.model.state_dict()[name], rtol=0, atol=3e-6)
+    told = {name: value for name, value in answer["rollouts"].items() if name != "seconds"}
+    assert told == {name: value for name, value in alone.rollouts.figures().items() if name != "seconds"}
+    assert answer["totals"]["positions_valid"] == alone.totals.positions_valid
 
 
 REFUSED = {
