@@ -32,7 +32,8 @@ def test_the_examples_run_with_the_real_models(tmp_path: Path) -> None:
     longer = [*changes, "training.num_train_epochs=8"]
     off = distill(load_recipe(EXAMPLES / "off_policy.yaml", longer), tmp_path / "off")
     assert off.record["fidelity"]["after"]["kl_nats"] < off.record["fidelity"]["before"]["kl_nats"]
-    changes += [f"student.model={off.student}", "on_policy.max_new_tokens=8", "training.max_steps=2", "on_policy.fraction=1.0"]
+    changes += [f"student.model={off.student}", "training.max_steps=2"]
+    changes += ["on_policy.max_new_tokens=8", "on_policy.fraction=1.0"]
     on = distill(load_recipe(EXAMPLES / "on_policy.yaml", changes), tmp_path / "on")
     assert on.record["on_policy"]["rollouts"] == 8
     lines = [json.loads(line) for line in (on.path / "rollouts.jsonl").read_text().splitlines()]
