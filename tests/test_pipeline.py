@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_run import make_recipe, make_teacher, make_text
+from tiny_run import make_recipe, make_task, make_teacher, make_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from selkd import DistillTrainer, TeacherCache, distill
@@ -279,8 +279,15 @@ def without_saving(training: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [name for name in named_recipes() if name != "demo"])
 def test_every_named_recipe_runs_at_toy_size(name: str, toy: dict[str, Any], tmp_path: Path) -> None:
     given = yaml.safe_load(named_recipes()[name])
-    parts = ("criterion", "positions", "classes", "samples", "cache")
-    run = distill({**toy, "name": name, **{key: given[key] for key in parts}}, tmp_path / "run")
+    parts = [key for key in ("criterion", "positions", "classes", "samples", "cache", "on_policy") if key in given]
+    recipe = {**toy, "name": name, **{key: given[key] for key in parts}}
+    if "prompt_field" in given["data"]:
+        epochs = 2 if given["samples"] is None else 8
+        recipe |= {"data": make_task(tmp_path, 200, packing=given["data"]["packing"])}
+        recipe["training"] = {**toy["training"], "num_train_epochs": epochs}
+    if "on_policy" in given:
+        recipe["on_policy"] = {**given["on_policy"], "max_new_tokens": 12}
+    run = distill(recipe, tmp_path / "run")
     counts = run.record["counts"]
     assert (counts["samples_kept"] < counts["samples"]) == (given["samples"] is not None)
     assert 0 < counts["positions_selected"] <= counts["positions_valid"]

@@ -28,6 +28,10 @@ def test_the_named_recipes_are_there() -> None:
         "full_kd random_pos se_kd gls curriculum pos_rs pos_rs_corrected weighted_kd dkd at_kd full_kd_t2 full_kd_ce "
         "rs_kd top_samples random_samples top_samples_rs_kd se_kd_top_samples se_kd_3x demo"
     )
+    wanted += (
+        " full_kd_on_policy random_pos_on_policy se_kd_on_policy pos_rs_on_policy pos_rs_corrected_on_policy "
+        "top_samples_on_policy se_kd_top_samples_on_policy gsm8k_off_policy gsm8k_on_policy"
+    )
     by_metric = {name for name in POSITION_METRICS if name not in ("student_entropy", "random")}  # se_kd, random_pos
     assert {*wanted.split(), *by_metric} <= named_recipes().keys()
 

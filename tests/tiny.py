@@ -49,6 +49,17 @@ def make_samples(count: int = 8, length: int = 24, seed: int = 0, ragged: bool =
     return SampleDataset.from_samples(samples)
 
 
+def make_prompts(count: int = 8, with_completions: bool = True) -> list[Sample]:
+    """Random prompts of 2 to 8 tokens, with completions of 3 to 8 or none."""
+    generator = np.random.default_rng(4)
+    samples = []
+    for _ in range(count):
+        asked, told = generator.integers(2, 9), generator.integers(3, 9) if with_completions else 0
+        tokens = generator.integers(2, V, asked + told)
+        samples.append(Sample(tokens, np.zeros(1, np.int32), np.arange(asked + told) >= asked))
+    return samples
+
+
 def make_arguments(out: Path, **options: object) -> DistillArguments:
     """Full precision on the CPU, plain SGD, nothing on the side."""
     defaults: dict[str, object] = {

@@ -1,5 +1,6 @@
 """A whole run at toy size: a teacher's folder, a text file and a recipe, made on the spot."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,26 @@ def make_text(path: Path, n_sections: int = 150, seed: int = 0) -> Path:
     ]
     path.write_text("".join(f'{{"text": "{text}"}}\n' for text in documents))
     return path
+
+
+def make_task(folder: Path, n_rows: int = 60, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A recipe's ``data``: questions of 2 to 8 words with answers of 3 to 12, in ``folder``."""
+    generator = np.random.default_rng(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(f"w{i}" for i in generator.integers(2, V, generator.integers(low, high)))
+
+    path = folder / "task.jsonl"
+    rows = [{"question": words(2, 9), "answer": words(3, 13)} for _ in range(n_rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "path": str(path),
+        "prompt_field": "question",
+        "completion_field": "answer",
+        "template": "{prompt} w3 {completion}",
+        "max_length": 32,
+        "held_out_fraction": 0.2,
+    } | changes
 
 
 def make_recipe(folder: Path, **changes: Any) -> dict[str, Any]:

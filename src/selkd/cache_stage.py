@@ -121,7 +121,7 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
     return {
         **{f"{kind}_source": digest for kind, digest in work.own_parts.items() if kind == "sampler"},
         "teacher": work.teacher_source.fingerprint,
-        "teacher_dtype": str(work.teacher_dtype),
+        "teacher_dtype": work.teacher_precision,
         "tokenizer": tokenizer_fingerprint(work.tokenizer),
         "vocabulary": work.n_classes,
         "sampler": recipe.classes.sampler,

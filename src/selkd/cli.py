@@ -125,7 +125,15 @@ def eval_command(
     text: Annotated[
         str, typer.Option(help="For fidelity: demo, a text file, a folder of them or a hub data set.")
     ] = "demo",
-    text_field: Annotated[str, typer.Option(help="The field of .jsonl and .parquet text.")] = "text",
+    text_field: Annotated[str | None, typer.Option(help="The field of .jsonl and .parquet text. [text]")] = None,
+    prompt_field: Annotated[
+        str | None, typer.Option(help="In its place: the field of a prompt; completions alone are measured.")
+    ] = None,
+    completion_field: Annotated[str | None, typer.Option(help="The field of its completion.")] = None,
+    messages_field: Annotated[
+        str | None, typer.Option(help="In its place: the field of a conversation; the assistant's turns are measured.")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="Of prompts: as a recipe's data.template.")] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="A folder of the benchmarks' .jsonl files; no hub. May be repeated.")
     ] = None,
@@ -149,7 +157,8 @@ def eval_command(
     quiet()
     folders = [str(folder) for folder in data] if data else None
     benchmarks = BenchmarkOptions(suite or ["fidelity"], folders, limit, shots, chat_template, batch_size)
-    answer = evaluate_models(Request(models, benchmarks, FidelityOptions(text, text_field, limit), teacher, dtype, out))
+    measured = FidelityOptions(text, text_field, limit, prompt_field, completion_field, messages_field, template)
+    answer = evaluate_models(Request(models, benchmarks, measured, teacher, dtype, out))
     if json_output:
         typer.echo(json.dumps(answer, indent=2, allow_nan=False))
         return

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from selkd.errors import RunError
+from selkd.models.adapters import merged
 from selkd.models.head import evaluating
 from selkd.recipe import EvaluationOptions
 from selkd.recipe_evaluation import benchmarks_of
@@ -119,7 +120,7 @@ def _save(work: Workspace, student: PreTrainedModel, best: dict[str, Any]) -> No
     try:
         work.run_path.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{BEST}-", dir=work.run_path))
-        student.save_pretrained(new)
+        merged(student).save_pretrained(new)
         work.tokenizer.save_pretrained(new)
         (new / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
         new.chmod(0o755)
@@ -136,7 +137,7 @@ def _options(options: EvaluationOptions) -> Any:
     from selkd.evaluation.measuring import BenchmarkOptions
 
     suite = [name for name in options.suite if name != "fidelity"]
-    return BenchmarkOptions(suite, options.data, options.limit, options.shots)
+    return BenchmarkOptions(suite, options.data, options.limit, options.shots, options.chat_template)
 
 
 @contextmanager

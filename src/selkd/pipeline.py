@@ -22,6 +22,7 @@ from selkd.recipe_choices import needs_teacher
 from selkd.recipe_files import load_recipe
 from selkd.reporting.card import model_card
 from selkd.reporting.page import write_page
+from selkd.reporting.publish import push_student, require_login
 from selkd.run_directory import RunDirectory, write_whole
 from selkd.selection.positions import place_of
 from selkd.workspace import CALIBRATION_SAMPLES, Workspace
@@ -104,6 +105,9 @@ def start(recipe: Recipe, out: Path | None) -> tuple[Workspace, RunDirectory]:
     path = out or Path("runs") / (recipe.name or "recipe")
     work = Workspace(recipe, path)
     work.arguments  # noqa: B018  refused, if at all, before anything is loaded or written
+    work.teacher_device  # noqa: B018  likewise
+    if recipe.hub is not None:
+        require_login()
     require_benchmarks(recipe.evaluation)
     run = RunDirectory.claim(path, recipe)
     work.state.wait_for_everyone()  # all have looked before the main process writes
@@ -142,7 +146,18 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
         if unmeasured or not card.exists():  # a finished student's card may have been edited
             write_whole(card, model_card(run.record))
         write_page(run.path)
+        _push(work, run)
     work.state.wait_for_everyone()
+
+
+def _push(work: Workspace, run: RunDirectory) -> None:
+    """To the hub, if the recipe says so, and this student is not there yet."""
+    options = work.recipe.hub
+    fingerprint = run.record["student"]["fingerprint"]
+    if options is None or (run.record.get("hub") or {}).get("student") == fingerprint:
+        return
+    with _recorded(run, work):
+        run.record["hub"] = {**push_student(run.path / "student", options), "student": fingerprint}
 
 
 @contextmanager

@@ -10,54 +10,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from selkd.errors import InputError
 from selkd.recipe_choices import ClassOptions, CriterionOptions, Part, PositionOptions, SampleOptions, needs_teacher
+from selkd.recipe_data import DataOptions
 from selkd.recipe_errors import explain
 from selkd.recipe_evaluation import benchmarks_of, check_suite
+from selkd.recipe_models import StudentOptions, TeacherOptions
+from selkd.recipe_on_policy import OnPolicyOptions
 
 P = TypeVar("P", bound=BaseModel)
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KeepBest = Literal["perplexity", "kl_nats", "top1_agreement", "validation"]
-
-
-class TeacherOptions(Part):
-    """The large model. ``model``: ``demo``, a local folder or a hub id."""
-
-    model: str = Field(description="demo, a local folder or a hub id")
-    dtype: Dtype = Field("auto", description="of its weights; auto: bfloat16 where the device computes in it")
-
-
-class PruneOptions(Part):
-    """A student cut from the teacher: ``layers`` is how many are kept; those with the least block influence go."""
-
-    layers: int = Field(ge=1, description="how many of the teacher's layers are kept")
-
-
-class StudentOptions(Part):
-    """The small model: one to load, or one to cut from the teacher's own layers."""
-
-    model: str | None = Field(None, description="demo, a local folder or a hub id")
-    prune_from_teacher: PruneOptions | None = Field(None, description="in its place: cut one from the teacher")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "StudentOptions":
-        if (self.model is None) == (self.prune_from_teacher is None):
-            raise ValueError("give exactly one of student.model and student.prune_from_teacher")
-        return self
-
-
-class DataOptions(Part):
-    """The text. ``path``: ``demo``, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id."""
-
-    path: str = Field(description="demo, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id")
-    name: str | None = Field(None, description="configuration of a hub data set")
-    split: str = Field("train", description="split of a hub data set")
-    text_field: str = Field("text", description="the field or column that holds the text")
-    tokens: int | None = Field(None, ge=2, description="how many tokens to train on at most; null: all there are")
-    max_length: int = Field(512, ge=2, description="tokens of a sample at most")
-    packing: bool = Field(True, description="fill samples with several documents, isolated from each other")
-    held_out_fraction: float = Field(0.02, ge=0, lt=1, description="share of the documents kept from training")
-    held_out_tokens: int = Field(16384, ge=2, description="tokens of the held-out split at most")
-    streaming: bool | None = Field(None, description="stream a hub data set; null: when `tokens` is given")
 
 
 class CacheOptions(Part):
@@ -66,6 +27,13 @@ class CacheOptions(Part):
     path: str | None = Field(
         None, description="a folder, or an address of fsspec (s3://…); recipes may share it; null: inside the run"
     )
+
+
+class HubOptions(Part):
+    """Where the finished student is pushed."""
+
+    repo: str = Field(pattern=r"^[\w][\w.-]*/[\w][\w.-]*$", description="owner/name; made if it is not there")
+    private: bool = Field(True, description="whether a new repository is private")
 
 
 def _as_list(given: Any) -> Any:
@@ -92,13 +60,14 @@ class EvaluationOptions(Part):
     )
     limit: int | None = Field(None, ge=1, description="rows of a benchmark at most, spread evenly")
     shots: int = Field(0, ge=0, description="solved examples before each question, where a benchmark has some")
+    chat_template: bool = Field(False, description="put a benchmark's prompts into the tokenizer's chat template")
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> "EvaluationOptions":
         if self.every_steps is not None and not self.suite:
             raise ValueError("evaluation.every_steps measures evaluation.suite, which is empty; give [fidelity]")
         if not benchmarks_of([name for name in self.suite if name != "fidelity"]):
-            for key in ("data", "limit", "shots"):
+            for key in ("data", "limit", "shots", "chat_template"):
                 if getattr(self, key):
                     raise ValueError(
                         f"evaluation.{key}: only benchmarks have {key}, and evaluation.suite is {self.suite}; "
@@ -137,17 +106,24 @@ class Recipe(Part):
     positions: PositionOptions = Field(PositionOptions(), description="which positions of a sample count")
     classes: ClassOptions = Field(ClassOptions.model_validate({}), description="which vocabulary classes are compared")
     samples: SampleOptions | None = Field(None, description="which samples are trained on; null: all")
+    on_policy: OnPolicyOptions | None = Field(
+        None, description="the student answers prompts itself and learns at its answers; null: the data's completions"
+    )
     cache: CacheOptions | None = Field(None, description="the teacher's drawn classes on disk; null: a live teacher")
     training: Annotated[dict[str, Any], BeforeValidator(_checked_training)] = Field(
         {}, description="names of transformers.TrainingArguments"
     )
     evaluation: EvaluationOptions = Field(EvaluationOptions(), description="what is measured, and when")
+    hub: HubOptions | None = Field(None, description="push the finished student there; null: it stays here")
     seed: int = Field(1337, ge=0, lt=2**32, description="of everything that is random")
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
         if self.samples is not None and self.samples.metric == "all":  # no filter
             object.__setattr__(self, "samples", None)
+        if self.on_policy is not None:
+            self._settle(criterion=on_policy_criterion(self.criterion))
+            self._check_on_policy(self.on_policy)
         check_parts(self.criterion, self.positions, self.classes)
         if (self.positions.skip_first or 0) >= self.data.max_length - 1:
             raise ValueError(
@@ -165,20 +141,71 @@ class Recipe(Part):
                 "and a cache holds drawn classes alone; take a metric of the student (student_entropy, student_ce), or "
                 "set cache: null for a live teacher"
             )
+        if self.data.is_prompt_only and self.on_policy is None:
+            raise ValueError(
+                "data.completion_field: without completions there is nothing to learn from; give it, or let the "
+                "student answer (on_policy: {})"
+            )
+        if self.data.is_prompt_only and self.samples is not None:
+            raise ValueError(
+                "samples: a sample is scored on its completion, and prompts alone have none; give "
+                "data.completion_field, or samples: null"
+            )
+        if self.data.is_prompt_only and "fidelity" in self.evaluation.suite:
+            raise ValueError(
+                "evaluation.suite: fidelity is measured on completions, and prompts alone have none; give "
+                "data.completion_field, or leave fidelity out of evaluation.suite"
+            )
         if "fidelity" in self.evaluation.suite and self.data.held_out_fraction == 0:
             raise ValueError(
                 "evaluation.suite: [fidelity] measures held-out text, and data.held_out_fraction is 0; "
                 "raise it, or leave fidelity out of evaluation.suite"
             )
+        if self.student.lora is not None and self.training.get("fsdp"):
+            raise ValueError("training.fsdp: adapters (student.lora) are trained on one GPU or with DDP")
         if self.evaluation.every_steps is not None and self.training.get("fsdp"):
             raise ValueError(
                 "evaluation.every_steps: a student sharded by training.fsdp is measured after training only"
             )
         return self
 
+    def _check_on_policy(self, options: OnPolicyOptions) -> None:
+        if self.cache is not None:
+            raise ValueError(
+                "cache: it holds the teacher's classes for the data's own tokens, and what the student will answer is "
+                "not known before; on_policy needs a live teacher, cache: null"
+            )
+        if not self.data.has_prompts:
+            raise ValueError(
+                "on_policy: the student answers prompts, and data.text_field has none; give data.prompt_field or "
+                "data.messages_field"
+            )
+        if self.data.loss_on == "all":
+            raise ValueError("data.loss_on: all learns prompts, and on_policy what the student answers; leave it out")
+        if self.data.packing:
+            raise ValueError("data.packing: on_policy answers one prompt a sample; set data.packing: false")
+        if self.data.is_prompt_only and options.fraction < 1:
+            raise ValueError(
+                "on_policy.fraction: below 1 the other samples keep their completion, and there is none; give "
+                "data.completion_field, or 1.0"
+            )
+        if options.temperature == 0 and options.top_p < 1:
+            raise ValueError("on_policy.top_p: without effect at temperature 0, which takes the most likely; leave it")
+        if self.training.get("fsdp"):
+            raise ValueError(
+                "training.fsdp: a sharded student does not generate; on_policy runs on one GPU or under DDP"
+            )
+
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain data, every default written out; reading it back gives an equal recipe."""
         return self.model_dump(mode="json")
+
+
+def on_policy_criterion(given: CriterionOptions) -> CriterionOptions:
+    """The criterion of an on-policy run: reverse KL where none is named."""
+    if "name" in given.model_fields_set:
+        return given
+    return CriterionOptions.model_validate({**given.model_dump(exclude_unset=True), "name": "reverse_kl"})
 
 
 def check_parts(criterion: CriterionOptions, positions: PositionOptions, classes: ClassOptions) -> None:

@@ -35,7 +35,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
             "precision": str(work.dtype),
             **({"seed": str(work.recipe.seed)} if options.metric == "random" else {}),
             **(
-                {"teacher": work.teacher_source.fingerprint, "teacher_precision": str(work.teacher_dtype)}
+                {"teacher": work.teacher_source.fingerprint, "teacher_precision": work.teacher_precision}
                 if options.metric in NEEDS_TEACHER
                 else {}
             ),

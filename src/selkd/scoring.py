@@ -110,7 +110,8 @@ class _Scoring:
             hidden = hidden_states(self.student, *inputs)[valid_mask]
         teachers_logits = None
         if self.teacher is not None and self.teacher_head is not None:
-            teachers_logits = ChunkedLogits(hidden_states(self.teacher, *inputs)[valid_mask], self.teacher_head)
+            teacher_hidden = hidden_states(self.teacher, *inputs)[valid_mask.to(self.teacher.device)]
+            teachers_logits = ChunkedLogits(teacher_hidden, self.teacher_head)
             self.teacher_tokens += valid_mask.numel()
         names, targets = STATISTICS[self.metric], batch["targets"][valid_mask]
 
@@ -118,7 +119,7 @@ class _Scoring:
             if self.subset is not None:
                 estimate = weighted_entropy(student_logits, self.subset.n_frequent, self.subset.tail_weight)
                 return estimate.unsqueeze(-1)
-            teacher_logits = None if teachers_logits is None else teachers_logits(rows)
+            teacher_logits = None if teachers_logits is None else teachers_logits(rows).to(student_logits.device)
             return statistics(names, student_logits, teacher_logits, targets[rows])
 
         columns = chunked_statistics(hidden, self.head, compute)

@@ -14,6 +14,7 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
 from selkd.evaluation.overlap import overlaps
+from selkd.models.adapters import merged
 from selkd.models.loading import n_parameters
 from selkd.models.sources import locate
 from selkd.recipe_choices import FractionSchedule, PositionOptions, SampleOptions
@@ -48,12 +49,15 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
                 "train_tokens": splits.train_tokens,
                 "train_positions": n_valid,
                 "held_out_samples": len(splits.held_out),
+                "cut_documents": splits.cut,
+                "prompts_too_long": splits.too_long,
+                "documents_without_target": splits.unanswered,
                 "fingerprint": splits.fingerprint,
                 "held_out_fingerprint": xxhash.xxh3_128_hexdigest(b"".join(splits.held_out.ids)),
             },
         )
         run.record.setdefault("counts", dict.fromkeys(COUNTS))["samples"] = len(splits.train)
-        for part in ("fidelity", "train", "teacher_cache", "benchmarks"):
+        for part in ("fidelity", "train", "teacher_cache", "benchmarks", "on_policy"):
             run.record.setdefault(part, None)
         source = work.student_source
         run.record["student"] = {
@@ -97,9 +101,13 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_fsdp_enabled:  # a sharded state is no student that Transformers loads
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(student_path))
+    saved = run.path / "adapter" if work.recipe.student.lora is not None else student_path
+    trainer.save_model(str(saved))
     if work.state.is_main_process:
-        (student_path / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
+        (saved / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
+        if saved != student_path:
+            merged(work.student).save_pretrained(student_path)
+            work.tokenizer.save_pretrained(student_path)
     # Looked up now: resuming has replaced the callback by the checkpoint's.
     metrics = next(found for found in trainer.callback_handler.callbacks if isinstance(found, MetricsFile))
     add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0), is_alone)
@@ -111,6 +119,8 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
     }
+    if work.recipe.on_policy is not None:
+        run.record["on_policy"] = trainer.rollouts.figures()
     _record_on_the_way(run, lines)
     totals = trainer.totals
     run.record["counts"].update(positions_valid=totals.positions_valid, positions_selected=totals.positions_selected)

@@ -78,7 +78,7 @@ class LiveTeacher:
     """A teacher model in memory. With a class sampler it draws anew at every optimiser step.
 
     Args:
-        model: in evaluation mode, on the student's device.
+        model: in evaluation mode, on any device: what it says is moved to the batch's.
         classes: the class sampler.
         temperature: the criterion's; draws come from the distribution at this temperature.
         seed: the run's.
@@ -103,9 +103,9 @@ class LiveTeacher:
             ids, valid = batch["sample_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
             noise = position_uniforms(self.seed, ids, valid, "classes", step, draws=self.sampler.n_uniforms)
             uniforms = torch.from_numpy(noise).flatten(0, 1).to(batch["input_ids"].device)
-        with torch.autocast(batch["input_ids"].device.type, enabled=False):
+        with torch.autocast(self.model.device.type, enabled=False):
             hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
-        everywhere = torch.arange(batch["input_ids"].numel(), device=hidden.device)
+        everywhere = torch.arange(batch["input_ids"].numel(), device=batch["input_ids"].device)
         return _LiveTargets(hidden.flatten(0, 1), self, uniforms, everywhere, batch)
 
 
@@ -123,11 +123,15 @@ class _LiveTargets:
         self.uniforms = uniforms
         self.index = index
         self.batch = batch
-        self.logits = ChunkedLogits(hidden_states, teacher.head)
+        self._logits = ChunkedLogits(hidden_states, teacher.head)
 
     def at(self, index: Tensor) -> "_LiveTargets":
         uniforms = None if self.uniforms is None else self.uniforms[index]
-        return _LiveTargets(self.hidden_states[index], self.teacher, uniforms, self.index[index], self.batch)
+        hidden = self.hidden_states[index.to(self.hidden_states.device)]
+        return _LiveTargets(hidden, self.teacher, uniforms, self.index[index], self.batch)
+
+    def logits(self, rows: slice) -> Tensor:
+        return self._logits(rows).to(self.index.device)
 
     def chunk(self, rows: slice) -> Target:
         logits = self.logits(rows)

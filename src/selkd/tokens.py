@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selkd.data.batching import split
 from selkd.data.demo_text import demo_documents
+from selkd.data.encoding import encode
 from selkd.data.samples import Sample
-from selkd.data.tokenised import encode
 from selkd.errors import InputError, RunError
 from selkd.examples import examine
 from selkd.models.head import check_head

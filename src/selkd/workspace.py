@@ -23,10 +23,12 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from selkd import plugins
 from selkd.data.batching import collate
+from selkd.data.samples import Sample
 from selkd.data.tokenised import Splits, load_splits
 from selkd.errors import InputError
+from selkd.models.adapters import with_adapters
 from selkd.models.head import check_head, check_packing
-from selkd.models.loading import load_model, n_positions, n_rows, native_dtype, resolve_dtype
+from selkd.models.loading import load_model, n_positions, n_rows, native_dtype, require_quantization, resolve_dtype
 from selkd.models.pruning import prune
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
@@ -87,6 +89,9 @@ class Workspace:
                 criterion=recipe.criterion.model_dump(),
                 positions=recipe.positions.model_dump(),
                 classes=recipe.classes.model_dump(),
+                on_policy=None if recipe.on_policy is None else recipe.on_policy.model_dump(),
+                teacher_device=recipe.teacher.device,
+                rollouts_file=str(self.run_path / "rollouts.jsonl"),
                 **given,
             )
 
@@ -128,9 +133,28 @@ class Workspace:
     def teacher_source(self) -> ModelSource:
         return self._first(lambda: locate(self.recipe.teacher.model, self.cache_dir))
 
+    @cached_property
+    def teacher_device(self) -> torch.device:
+        """Where the teacher is. Raises InputError: no such device, or one that can't run it quantised."""
+        options = self.recipe.teacher
+        device = self.device if options.device is None else torch.device(options.device)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(
+                f"teacher.device: {options.device}, but there are {torch.cuda.device_count()} CUDA devices."
+            )
+        if options.quantization is not None:
+            require_quantization(options.quantization, device)
+        return device
+
     @property
     def teacher_dtype(self) -> torch.dtype:
-        return resolve_dtype(self.recipe.teacher.dtype, self.device)
+        return resolve_dtype(self.recipe.teacher.dtype, self.teacher_device)
+
+    @property
+    def teacher_precision(self) -> str:
+        """The teacher's dtype and quantisation: what of its form moves its distribution."""
+        quantization = self.recipe.teacher.quantization
+        return str(self.teacher_dtype) + (f" {quantization}" if quantization else "")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -159,11 +183,19 @@ class Workspace:
                     f"data.max_length: {self.recipe.data.max_length} tokens, but {source.name} has positions for "
                     f"{limit}. Lower data.max_length."
                 )
+            answer = self.recipe.on_policy.max_new_tokens if self.recipe.on_policy is not None else 0
+            if limit is not None and self.recipe.data.max_length + answer > limit:
+                raise InputError(
+                    f"on_policy.max_new_tokens: {answer} after a prompt of up to {self.recipe.data.max_length} tokens "
+                    f"(data.max_length), but {source.name} has positions for {limit}. Lower one of them."
+                )
 
     def teacher(self) -> PreTrainedModel:
         """The teacher, loaded if it is not in memory."""
         if self._teacher is None:
-            self._teacher = load_model(self.teacher_source, self.teacher_dtype, self.device)
+            self._teacher = load_model(
+                self.teacher_source, self.teacher_dtype, self.teacher_device, self.recipe.teacher.quantization
+            )
             check_head(self._teacher)
             if self.recipe.data.packing:
                 check_packing(self._teacher)
@@ -192,7 +224,8 @@ class Workspace:
         check_head(model)
         if self.recipe.data.packing:
             check_packing(model)
-        return model
+        lora = self.recipe.student.lora
+        return model if lora is None else with_adapters(model, lora, self.recipe.seed)
 
     @cached_property
     def n_classes(self) -> int:
@@ -218,7 +251,9 @@ class Workspace:
         options = self.recipe.student.prune_from_teacher
         assert options is not None, "a student has exactly one source"
         samples = [self.splits.train[i] for i in range(min(CALIBRATION_SAMPLES, len(self.splits.train)))]
-        key = (STUDENT_FORMAT, self.teacher_source.fingerprint, str(self.teacher_dtype), options.layers)
+        if self.recipe.data.is_prompt_only:  # influence is measured on the prompts themselves
+            samples = [Sample(sample.token_ids, sample.document_starts) for sample in samples]
+        key = (STUDENT_FORMAT, self.teacher_source.fingerprint, self.teacher_precision, options.layers)
         digest = xxhash.xxh3_128_hexdigest(repr((key, [sample.id for sample in samples])).encode())
         folder = self.cache_dir / "students" / digest
         if not folder.exists():
@@ -270,7 +305,7 @@ def environment(workspace: Workspace) -> dict[str, Any]:
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=True),
         "device": str(workspace.device),
-        "precision": f"student {workspace.dtype} over float32 weights, teacher {workspace.teacher_dtype}".replace(
+        "precision": f"student {workspace.dtype} over float32 weights, teacher {workspace.teacher_precision}".replace(
             "torch.", ""
         ),
         "world_size": workspace.state.num_processes,

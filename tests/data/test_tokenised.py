@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from selkd.data import tokenised
 from selkd.data.batching import collate
+from selkd.data.encoding import encode
 from selkd.data.samples import SampleDataset
-from selkd.data.tokenised import Splits, encode, is_held_out, load_splits
+from selkd.data.tokenised import Splits, is_held_out, load_splits
 from selkd.errors import InputError, RunError
 from selkd.recipe import DataOptions
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny import V, make_arguments, make_model, make_samples, make_tokenizer
+from tiny import V, make_arguments, make_model, make_prompts, make_samples, make_tokenizer
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from selkd import DistillTrainer
 from selkd.data.batching import collate
+from selkd.data.samples import SampleDataset
 from selkd.recipe_choices import ClassOptions
 from selkd.selection.positions import place_of
 from selkd.teacher import LiveTeacher
@@ -30,7 +31,7 @@ def ddp(out: Path, arguments: DistillArguments) -> None:
         model=make_model(1),
         teacher=make_model(0, layers=3),
         args=arguments,
-        train_dataset=make_samples(7),
+        train_dataset=make_samples(7) if arguments.on_policy is None else SampleDataset.from_samples(make_prompts(7)),
         processing_class=make_tokenizer(),
     )
     trainer.train()
@@ -42,6 +43,7 @@ def ddp(out: Path, arguments: DistillArguments) -> None:
             "log": trainer.state.log_history[-2],  # the last step's; the training's summary follows
             "totals": vars(trainer.totals),
             "world": trainer.args.world_size,
+            "rollouts": None if trainer.answers is None else trainer.rollouts.figures(),
             "queue": None if trainer.queue is None else trainer.queue.scores.tolist(),
         }
         (out / "answer.json").write_text(json.dumps(answer))

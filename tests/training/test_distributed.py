@@ -16,7 +16,8 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 
 def torchrun(*arguments: str, timeout_seconds: int = 300) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
+    paths = [str(WORKER.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout_seconds, env=environment, check=False
     )

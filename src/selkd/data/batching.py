@@ -4,11 +4,13 @@ Legend: B batch, T positions, L tokens of a sample.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
+from selkd.data.marked import Marked
 from selkd.data.samples import ID_BYTES, Sample
 from selkd.errors import InputError
 
@@ -52,6 +54,79 @@ def split(token_streams: Iterable[Sequence[int]], max_length: int) -> Iterator[S
             piece = document[begin : begin + max_length]
             if len(piece) >= 2:
                 yield Sample(np.array(piece), np.zeros(1, np.int32))
+
+
+OPEN_WINDOWS = 64
+
+
+@dataclass
+class Fitting:
+    """Whole documents to samples of at most ``max_length`` tokens; counts what didn't fit.
+
+    Attributes:
+        max_length: tokens of a sample.
+        packing: several documents in a sample; else one.
+        keeps_prompts: a document without a target is kept: the student is to answer it.
+        cut: documents whose end was cut off.
+        too_long: those left out since their prompt alone fills a sample: it is never cut.
+        unanswered: those left out since they hold nothing to learn.
+    """
+
+    max_length: int
+    packing: bool
+    keeps_prompts: bool = False
+    cut: int = 0
+    too_long: int = 0
+    unanswered: int = 0
+
+    def __call__(self, documents: Iterable[Marked]) -> Iterator[Sample]:
+        """The samples. A document is never continued in another sample, which would miss its prompt.
+
+        With packing each document goes where it leaves the least room, among the 64 windows that are open (equal: the
+        older one); a window that would be the 65th closes the fullest one.
+        """
+        _check_max_length(self.max_length)
+        windows: list[list[Marked]] = []
+        for document in (fitted for each in documents if (fitted := self._fitted(each)) is not None):
+            if not self.packing:
+                yield _window_sample([document])
+                continue
+            size = len(document.token_ids)
+            fitting = [window for window in windows if _length(window) + size <= self.max_length]
+            if fitting:
+                max(fitting, key=_length).append(document)
+            else:
+                if len(windows) == OPEN_WINDOWS:
+                    fullest = max(range(len(windows)), key=lambda index: _length(windows[index]))
+                    yield _window_sample(windows.pop(fullest))
+                windows.append([document])
+        yield from map(_window_sample, windows)
+
+    def _fitted(self, document: Marked) -> Marked | None:
+        if not document.has_target and not (self.keeps_prompts and document.token_ids):
+            self.unanswered += 1
+            return None
+        if len(document.token_ids) <= self.max_length:
+            return document
+        cut = Marked(document.token_ids[: self.max_length], document.is_target[: self.max_length])
+        if not cut.has_target:
+            self.too_long += 1
+            return None
+        self.cut += 1
+        return cut
+
+
+def _length(window: list[Marked]) -> int:
+    return sum(len(document.token_ids) for document in window)
+
+
+def _window_sample(window: list[Marked]) -> Sample:
+    lengths = [len(document.token_ids) for document in window]
+    return Sample(
+        np.concatenate([np.array(document.token_ids) for document in window]),
+        np.cumsum([0, *lengths[:-1]]),
+        np.concatenate([np.array(document.is_target, dtype=bool) for document in window]),
+    )
 
 
 def _check_max_length(max_length: int) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from selkd.data.demo_text import demo_digest, demo_documents
 from selkd.data.hub_datasets import HubDataset
+from selkd.data.rows import Document, Fields, texts_of
 from selkd.data.text_files import SUFFIXES, content_digest, file_documents
 from selkd.errors import InputError
-from selkd.recipe import DataOptions
+from selkd.recipe_data import DataOptions
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -26,15 +27,15 @@ class Corpus:
 
     path: str
     fingerprint: str
-    read: Callable[[], Iterator[str]]
+    read: Callable[[], Iterator[Document]]
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """The documents, less those without a visible character; InputError at the end if none was left."""
         empty = True
-        for text in self.read():
-            if text.strip():
+        for document in self.read():
+            if any(text.strip() for text in texts_of(document)):
                 empty = False
-                yield text
+                yield document
         if empty:
             raise InputError(f"data.path: {self.path} holds no text.")
 
@@ -49,7 +50,7 @@ def open_corpus(options: DataOptions) -> Corpus:
 
     Raises:
         InputError: there is nothing there, it is of an unknown kind, or ``data.name``, ``data.split``,
-            ``data.streaming`` or ``data.text_field`` is given for text that has no such thing.
+            ``data.streaming`` or a field is given for text that has no such thing.
     """
     if options.path == "demo":
         _refuse_what_has_no_effect(options, "the demo text", has_fields=False)
@@ -72,11 +73,11 @@ def open_corpus(options: DataOptions) -> Corpus:
     return _hub_corpus(options, options.path)
 
 
-def documents(options: DataOptions) -> Iterator[str]:
+def documents(options: DataOptions) -> Iterator[Document]:
     """The documents of ``data.path``, one after another; those without a visible character are left out.
 
     Raises:
-        InputError: as ``open_corpus``; malformed data; no field ``data.text_field``; or no text at all.
+        InputError: as ``open_corpus``; malformed data; no such field; or no text at all.
         RunError: the connection broke off while reading.
     """
     return open_corpus(options).documents()
@@ -86,9 +87,11 @@ def _files_corpus(options: DataOptions, files: list[Path]) -> Corpus:
     has_fields = any(file.suffix != ".txt" for file in files)
     _refuse_what_has_no_effect(options, options.path, has_fields)
 
-    def read() -> Iterator[str]:
+    fields = Fields.of(options)
+
+    def read() -> Iterator[Document]:
         for file in files:
-            yield from file_documents(file, options.text_field)
+            yield from file_documents(file, fields)
 
     digest = content_digest((file.suffix.encode(), file) for file in files)  # the names play no part, the order does
     return Corpus(options.path, f"files {digest}", read)
@@ -96,7 +99,7 @@ def _files_corpus(options: DataOptions, files: list[Path]) -> Corpus:
 
 def _hub_corpus(options: DataOptions, path: str) -> Corpus:
     streaming = options.tokens is not None if options.streaming is None else options.streaming
-    dataset = HubDataset(path, options.name, options.split, options.text_field, streaming)
+    dataset = HubDataset(path, options.name, options.split, Fields.of(options), streaming)
     return Corpus(options.path, dataset.fingerprint, dataset.documents)
 
 
@@ -115,5 +118,6 @@ def _refuse_what_has_no_effect(options: DataOptions, what: str, has_fields: bool
         raise InputError(f"data.split: {what} has no splits, got {options.split!r}; leave it out.")
     if options.streaming is not None:
         raise InputError(f"data.streaming: only hub data sets are streamed, and this is {what}; leave it out.")
-    if options.text_field != "text" and not has_fields:
-        raise InputError(f"data.text_field: {what} has no fields, got {options.text_field!r}; leave it out.")
+    for key, column in Fields.of(options).columns.items():
+        if column != "text" and not has_fields:
+            raise InputError(f"{key}: {what} has no fields, got {column!r}; leave it out.")

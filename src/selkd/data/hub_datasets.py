@@ -10,7 +10,8 @@ import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError
 
-from selkd.data.text_files import content_digest, text_of
+from selkd.data.rows import Document, Fields
+from selkd.data.text_files import content_digest
 from selkd.errors import InputError, RunError
 
 
@@ -21,7 +22,7 @@ class HubDataset:
         path: hub id or local folder.
         name: configuration, None for the only or default one.
         split: for example ``train`` or ``train[:1%]``.
-        text_field: the column that holds the text.
+        fields: the columns that hold the documents.
         streaming: read rows as they come instead of downloading the split first.
 
     Raises:
@@ -29,8 +30,8 @@ class HubDataset:
         RunError: reading broke off.
     """
 
-    def __init__(self, path: str, name: str | None, split: str, text_field: str, streaming: bool) -> None:
-        self.path, self.name, self.split, self.text_field, self.streaming = path, name, split, text_field, streaming
+    def __init__(self, path: str, name: str | None, split: str, fields: Fields, streaming: bool) -> None:
+        self.path, self.name, self.split, self.fields, self.streaming = path, name, split, fields, streaming
         try:
             self._builder = datasets.load_dataset_builder(path, name)
         except (
@@ -55,16 +56,16 @@ class HubDataset:
         revision = _folder_digest(folder) if folder.is_dir() else f"{self.path}@{self._builder.hash}"
         return f"dataset {revision} {self.name} {self.split}"
 
-    def documents(self) -> Iterator[str]:
-        """The texts, in the dataset's order. A null text is no document."""
+    def documents(self) -> Iterator[Document]:
+        """The documents, in the dataset's order. A null text is no document."""
         rows = self._rows()
         read = 0
         try:
             for row in rows:
-                text = text_of(row, self.text_field, f"the dataset {self._shown}")
+                document = self.fields.take(row, f"the dataset {self._shown}")
                 read += 1
-                if text is not None:
-                    yield text
+                if document is not None:
+                    yield document
         except (DatasetsError, HTTPError, OSError, pa.ArrowException) as error:
             raise RunError(f"Reading the dataset {self._shown} broke off after {read} rows ({error}).") from error
 
@@ -79,7 +80,8 @@ class HubDataset:
             reason = error.__cause__ or error  # a generation error names no file, its cause does
             raise InputError(f"data.split: can't load {self.split!r} of {self._shown} ({reason}).") from error
         # Other columns may hold images or audio that would be decoded; a stream need not know its columns beforehand.
-        return rows.select_columns([self.text_field]) if self.text_field in (rows.column_names or ()) else rows
+        columns = list(self.fields.columns.values())
+        return rows.select_columns(columns) if set(columns) <= set(rows.column_names or ()) else rows
 
     @property
     def _shown(self) -> str:

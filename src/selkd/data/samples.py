@@ -17,8 +17,17 @@ from torch.utils.data import Dataset as TorchDataset
 from selkd.errors import InputError
 
 ID_TAG = b"selkd sample 1"
+_TARGETS_TAG = b"selkd sample 1, some targets"
 ID_BYTES = 16
-FEATURES = Features({"id": Value("binary"), "token_ids": List(Value("int32")), "document_starts": List(Value("int32"))})
+FEATURES = Features(
+    {
+        "id": Value("binary"),
+        "token_ids": List(Value("int32")),
+        "document_starts": List(Value("int32")),
+        "is_target": List(Value("bool")),  # null: every token
+        "n_valid": Value("int32"),
+    }
+)
 _ROWS_AT_ONCE = 4096
 
 
@@ -30,6 +39,8 @@ class Sample:
         token_ids: [L] integers, L >= 1, each in 0 ... 2^31 - 1.
         document_starts: [n] integers, ascending, the first 0, all below L: where each document begins. A document
             does not see the others, and no target crosses a border.
+        is_target: [L] booleans: the tokens to be learned, where the others are a prompt or a template's. None: all.
+            None once read, too, where all but the documents' first tokens are; those are no targets in any case.
 
     Raises:
         InputError: the arrays are not as above.
@@ -37,6 +48,7 @@ class Sample:
 
     token_ids: np.ndarray
     document_starts: np.ndarray
+    is_target: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", _int32("token_ids", self.token_ids))
@@ -47,16 +59,32 @@ class Sample:
                 f"Sample.document_starts: expected ascending positions from 0 to below {len(self.token_ids)} "
                 f"(the number of tokens), got {starts[:8].tolist()}."
             )
+        if self.is_target is not None:
+            object.__setattr__(self, "is_target", self._settled(np.asarray(self.is_target)))
+
+    def _settled(self, is_target: np.ndarray) -> np.ndarray | None:
+        if is_target.dtype != bool or is_target.shape != self.token_ids.shape:
+            raise InputError(
+                f"Sample.is_target: expected {len(self.token_ids)} booleans, one a token, got {is_target.dtype} "
+                f"{is_target.shape}."
+            )
+        possible = np.ones(len(self.token_ids), dtype=bool)
+        possible[self.document_starts] = False
+        settled = is_target & possible
+        return None if (settled == possible).all() else settled
 
     @cached_property
     def id(self) -> bytes:
         """16 bytes: xxh3_128 of tag, L, token ids and document starts (little-endian uint32).
 
-        It depends on the content alone: not on the row, the batch, the padding or the machine.
+        It depends on the content alone: not on the row, the batch, the padding or the machine. Where only some tokens
+        are targets, the tag is another, and their packed bits come before the document starts.
         """
-        digest = xxhash.xxh3_128(ID_TAG)
+        digest = xxhash.xxh3_128(ID_TAG if self.is_target is None else _TARGETS_TAG)
         digest.update(np.uint32(len(self.token_ids)).astype("<u4").tobytes())
         digest.update(self.token_ids.astype("<u4").tobytes())
+        if self.is_target is not None:
+            digest.update(np.packbits(self.is_target).tobytes())
         digest.update(self.document_starts.astype("<u4").tobytes())
         return digest.digest()
 
@@ -68,14 +96,18 @@ class Sample:
 
     @property
     def valid_mask(self) -> np.ndarray:
-        """bool [L]: position t is valid where token t+1 exists and belongs to the same document."""
+        """bool [L]: position t is valid where token t+1 exists, belongs to the same document and is a target."""
+        if self.is_target is not None:
+            return np.append(self.is_target[1:], False)
         valid = np.ones(len(self.token_ids), dtype=bool)
         valid[self.document_starts - 1] = False  # the token before each start; for the first one -1, the last token
         return valid
 
     @property
     def n_valid(self) -> int:
-        """How many positions are valid: every token but the last of each document."""
+        """How many positions are valid: without a prompt, every token but the last of each document."""
+        if self.is_target is not None:
+            return int(self.is_target.sum())
         return len(self.token_ids) - len(self.document_starts)
 
 
@@ -100,6 +132,8 @@ def record_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
         "id": [sample.id for sample in samples],
         "token_ids": [sample.token_ids for sample in samples],
         "document_starts": [sample.document_starts for sample in samples],
+        "is_target": [sample.is_target for sample in samples],
+        "n_valid": [sample.n_valid for sample in samples],
     }
     return pa.RecordBatch.from_pydict(columns, schema=FEATURES.arrow_schema)
 
@@ -130,7 +164,12 @@ class SampleDataset(TorchDataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; IndexError where there is none."""
         row = self._rows[int(index)]
-        return Sample(row["token_ids"][0].values.to_numpy(), row["document_starts"][0].values.to_numpy())
+        is_target = row["is_target"][0]
+        return Sample(
+            row["token_ids"][0].values.to_numpy(),
+            row["document_starts"][0].values.to_numpy(),
+            is_target.values.to_numpy(zero_copy_only=False) if is_target.is_valid else None,
+        )
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -150,9 +189,15 @@ class SampleDataset(TorchDataset[Sample]):
         return self._lengths("token_ids")
 
     @cached_property
+    def n_documents(self) -> np.ndarray:
+        """int64 [N]: documents in each sample."""
+        return self._lengths("document_starts")
+
+    @cached_property
     def n_valid(self) -> np.ndarray:
         """int64 [N]: valid positions of each sample."""
-        return self.lengths - self._lengths("document_starts")
+        parts = [table["n_valid"].to_numpy() for table in self._tables("n_valid")]
+        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
 
     @property
     def tokens(self) -> int:

@@ -3,23 +3,23 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from selkd.data.rows import Document, Fields, missing_field, texts_of
 from selkd.errors import InputError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SECTION_CHARACTERS = 10_000
 
 
-def file_documents(path: Path, text_field: str) -> Iterator[str]:
+def file_documents(path: Path, fields: Fields) -> Iterator[Document]:
     """The documents of one file that ends in one of ``SUFFIXES``, read as they are asked for.
 
-    ``.txt``: sections of about 10,000 characters, cut at blank lines. ``.jsonl``: ``text_field`` of each line's object.
-    ``.parquet``: the column ``text_field``. A null text is no document.
+    ``.txt``: sections of about 10,000 characters, cut at blank lines. ``.jsonl``: ``fields`` of each line's object.
+    ``.parquet``: the columns of ``fields``. A null text is no document.
 
     Raises:
         InputError: not UTF-8, a malformed file, no such field or one that is not text. The message
@@ -28,9 +28,9 @@ def file_documents(path: Path, text_field: str) -> Iterator[str]:
     if path.suffix == ".txt":
         return sections(_lines(path))
     if path.suffix == ".jsonl":
-        return _jsonl(path, text_field)
+        return _jsonl(path, fields)
     assert path.suffix == ".parquet", path
-    return _parquet(path, text_field)
+    return _parquet(path, fields)
 
 
 def content_digest(files: Iterable[tuple[bytes, Path]]) -> str:
@@ -49,26 +49,6 @@ def content_digest(files: Iterable[tuple[bytes, Path]]) -> str:
         except OSError as error:
             raise InputError(f"data.path: can't read {path} ({error.strerror}).") from error
     return digest.hexdigest()
-
-
-def text_of(row: Any, text_field: str, where: str) -> str | None:
-    """``row[text_field]``, None where it is null.
-
-    Raises:
-        InputError: the row is no object, has no such field (the message lists those there are), or it is not text.
-    """
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with the field {text_field!r}, got {type(row).__name__}.")
-    if text_field not in row:
-        raise InputError(_missing_field(text_field, [str(name) for name in row], where))
-    text = row[text_field]
-    if text is not None and not isinstance(text, str):
-        raise InputError(f"data.text_field: {text_field!r} of {where} is {type(text).__name__}, expected text.")
-    return text
-
-
-def _missing_field(text_field: str, fields: list[str], where: str) -> str:
-    return f"data.text_field: {where} has no field {text_field!r}; it has {', '.join(sorted(fields)) or 'none'}."
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -93,7 +73,7 @@ def sections(text_lines: Iterable[str]) -> Iterator[str]:
     yield "".join(lines)
 
 
-def _jsonl(path: Path, text_field: str) -> Iterator[str]:
+def _jsonl(path: Path, fields: Fields) -> Iterator[Document]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -102,25 +82,27 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # RecursionError: nested too deep to be a row of data
             raise InputError(f"data.path: {where} is not valid JSON ({error}).") from error
-        text = text_of(row, text_field, where)
-        if text is None:
+        document = fields.take(row, where)
+        if document is None:
             continue
         try:
-            text.encode()
+            "".join(texts_of(document)).encode()
         except UnicodeEncodeError as error:  # JSON's \ud800 alone: no character, and no tokenizer takes it
             raise InputError(f"data.path: {where} holds half of a surrogate pair ({error}); remove it.") from error
-        yield text
+        yield document
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[str]:
+def _parquet(path: Path, fields: Fields) -> Iterator[Document]:
     try:
         with pq.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise InputError(_missing_field(text_field, file.schema_arrow.names, str(path)))
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+            names = file.schema_arrow.names
+            for key, column in fields.columns.items():
+                if column not in names:
+                    raise InputError(missing_field(key, column, names, str(path)))
+            for batch in file.iter_batches(batch_size=1024, columns=list(fields.columns.values())):
                 for row in batch.to_pylist():
-                    text = text_of(row, text_field, str(path))
-                    if text is not None:
-                        yield text
+                    document = fields.take(row, str(path))
+                    if document is not None:
+                        yield document
     except (pa.ArrowException, OSError) as error:  # a damaged page is either
         raise InputError(f"data.path: {path} can't be read as Parquet ({error}).") from error

@@ -4,7 +4,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,13 +17,16 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from selkd.data.batching import pack, split
+from selkd.data.batching import Fitting, pack, split
 from selkd.data.corpus import Corpus, open_corpus
+from selkd.data.encoding import Encoder, encode
+from selkd.data.marked import Marked
+from selkd.data.rows import Document, split_key
 from selkd.data.samples import FEATURES, Sample, SampleDataset, record_batch
 from selkd.errors import InputError, RunError
-from selkd.recipe import DataOptions
+from selkd.recipe_data import DataOptions
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _DOCUMENTS_AT_ONCE = 64
 _SAMPLES_AT_ONCE = 512
 _logger = logging.getLogger(__name__)
@@ -39,6 +42,8 @@ class Splits:
         fingerprint: 32 hex digits of all that determines the samples.
         documents: how many documents were read for both splits together.
         train_tokens: tokens of the training samples.
+        cut, too_long, unanswered: of prompts with answers, how many documents lost their end, were left out since the
+            prompt alone fills a sample, or since there is nothing to learn in them.
     """
 
     train: SampleDataset
@@ -46,6 +51,9 @@ class Splits:
     fingerprint: str
     documents: int
     train_tokens: int
+    cut: int = 0
+    too_long: int = 0
+    unanswered: int = 0
 
 
 def load_splits(
@@ -53,10 +61,10 @@ def load_splits(
 ) -> Splits:
     """Tokenise the text of ``options``, or reuse what an earlier call stored under ``cache_dir/tokenised``.
 
-    Each document is tokenised whole, with the tokenizer's own special tokens, and ends with its end-of-sequence token
-    if it has one. A document is held out iff xxh3_64(text) / 2^64 < ``held_out_fraction``: by content alone, so a
-    duplicate never lies in both splits. Reading stops once the training samples fill ``data.tokens``, so held-out
-    text is drawn from the same stretch of the corpus.
+    Each text is tokenised whole, with the tokenizer's own special tokens, and ends with its end-of-sequence token if it
+    has one; prompts and conversations as ``encoding.Encoder`` says. A document is held out iff xxh3_64(text, or what is
+    asked) / 2^64 < ``held_out_fraction``: by content alone, so a duplicate never lies in both splits. Reading stops
+    once the training samples fill ``data.tokens``, so held-out text is drawn from the same stretch of the corpus.
 
     Raises:
         InputError: no text; fewer tokens than one sample; a held-out split without a sample; stored samples that are
@@ -65,11 +73,14 @@ def load_splits(
     """
     _check_budgets(options)
     corpus = open_corpus(options)
-    fingerprint = _fingerprint(options, corpus, tokenizer_fingerprint)
+    encoder = Encoder(options, tokenizer) if options.has_prompts else None
+    chat_template = None if encoder is None else encoder.chat_template
+    fingerprint = _fingerprint(options, corpus, tokenizer_fingerprint, chat_template)
     folder = cache_dir / "tokenised" / fingerprint
     if not folder.exists():
-        _build(folder, options, corpus, tokenizer)
+        _build(folder, options, corpus, _encode_with(encoder, tokenizer))
     splits = _open(folder, fingerprint)
+    _tell_what_did_not_fit(options, splits)
     # A budget is filled until another sample might not fit; where more is missing, the text ended first.
     if options.tokens is not None and splits.train_tokens <= options.tokens - options.max_length:
         _logger.warning(
@@ -78,24 +89,30 @@ def load_splits(
     return splits
 
 
-def is_held_out(text: str, fraction: float) -> bool:
+def _tell_what_did_not_fit(options: DataOptions, splits: Splits) -> None:
+    """Said at every run, not only at the one that tokenises."""
+    for count, what in (
+        (splits.too_long, f"prompts are longer than data.max_length = {options.max_length} and were left out"),
+        (splits.cut, f"documents were cut at data.max_length = {options.max_length}"),
+        (splits.unanswered, "documents hold nothing to learn and were left out"),
+    ):
+        if count:
+            _logger.warning("%s: %d of %d %s.", options.path, count, splits.documents, what)
+
+
+Encode = Callable[[Sequence[Document]], list[list[Marked]]]
+
+
+def _encode_with(encoder: Encoder | None, tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Documents in, for each the token sequences that it becomes out."""
+    if encoder is not None:
+        return lambda documents: [encoder(document) for document in documents]
+    return lambda texts: [[Marked(ids, [True] * len(ids))] for ids in encode(tokenizer, [str(text) for text in texts])]
+
+
+def is_held_out(document: Document, fraction: float) -> bool:
     """Whether a document belongs to the held-out split: decided by its content alone."""
-    return xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, uncut, with the tokenizer's special tokens and one end-of-sequence token at the end.
-
-    Markup of special tokens in the text (``<|im_start|>``) is read as those tokens.
-    """
-    # verbose=False: a document longer than the model's window is no mistake here, it will be cut into samples.
-    encoded: list[list[int]] = tokenizer(
-        list(texts), truncation=False, padding=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        return encoded
-    return [token_ids if token_ids[-1:] == [eos] else [*token_ids, eos] for token_ids in encoded]
+    return xxhash.xxh3_64_intdigest(split_key(document).encode()) < fraction * 2**64
 
 
 def _check_budgets(options: DataOptions) -> None:
@@ -110,11 +127,12 @@ def _check_budgets(options: DataOptions) -> None:
             )
 
 
-def _fingerprint(options: DataOptions, corpus: Corpus, tokenizer_fingerprint: str) -> str:
+def _fingerprint(options: DataOptions, corpus: Corpus, tokenizer_fingerprint: str, chat_template: str | None) -> str:
     # Not the path, the configuration and the split, which the corpus's own fingerprint stands for where they matter;
     # nor streaming, which changes how the text arrives but not the text.
     fields = options.model_dump(exclude={"path", "name", "split", "streaming"})
     fields |= {"format": FORMAT_VERSION, "corpus": corpus.fingerprint, "tokenizer": tokenizer_fingerprint}
+    fields["chat_template"] = chat_template
     return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
 
 
@@ -123,33 +141,36 @@ class _Reading:
     """One pass over the documents: yields those to train on, keeps those held out, and counts."""
 
     options: DataOptions
-    tokenizer: PreTrainedTokenizerBase
-    held_out: list[list[int]] = field(default_factory=list)
+    encode: Encode
+    held_out: list[Marked] = field(default_factory=list)
     held_out_tokens: int = 0
     train_documents: int = 0
+    held_out_documents: int = 0
     train_tokens: int = 0
 
-    def training_documents(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        texts = iter(texts)
-        while batch := list(islice(texts, _DOCUMENTS_AT_ONCE)):
-            for text, token_ids in zip(batch, encode(self.tokenizer, batch), strict=True):
-                if not is_held_out(text, self.options.held_out_fraction):
+    def training_documents(self, documents: Iterable[Document]) -> Iterator[Marked]:
+        documents = iter(documents)
+        while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+            for document, found in zip(batch, self.encode(batch), strict=True):
+                tokens = sum(len(each.token_ids) for each in found)
+                if not is_held_out(document, self.options.held_out_fraction):
                     self.train_documents += 1
-                    self.train_tokens += len(token_ids)
-                    yield token_ids
+                    self.train_tokens += tokens
+                    yield from found
                 elif self.held_out_tokens < self.options.held_out_tokens:
-                    self.held_out.append(token_ids)
-                    self.held_out_tokens += len(token_ids)
+                    self.held_out += found
+                    self.held_out_documents += 1
+                    self.held_out_tokens += tokens
 
 
-def _build(folder: Path, options: DataOptions, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> None:
+def _build(folder: Path, options: DataOptions, corpus: Corpus, encode: Encode) -> None:
     """Write ``folder``: complete or not at all."""
     with _disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")  # mkdtemp would hide it from others
         temporary.mkdir()
     try:
-        _write_splits(temporary, options, corpus, tokenizer)
+        _write_splits(temporary, options, corpus, encode)
         with _disk_errors(folder):
             try:
                 temporary.rename(folder)
@@ -161,36 +182,51 @@ def _build(folder: Path, options: DataOptions, corpus: Corpus, tokenizer: PreTra
             shutil.rmtree(temporary)
 
 
-def _write_splits(folder: Path, options: DataOptions, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> None:
-    cut = pack if options.packing else split
-    reading = _Reading(options, tokenizer)
+def _write_splits(folder: Path, options: DataOptions, corpus: Corpus, encode: Encode) -> None:
+    fitting = Fitting(options.max_length, options.packing, keeps_prompts=options.is_prompt_only)
+    reading = _Reading(options, encode)
+
+    def samples_of(documents: Iterable[Marked]) -> Iterator[Sample]:
+        if options.has_prompts:
+            return fitting(documents)
+        return (pack if options.packing else split)((each.token_ids for each in documents), options.max_length)
+
     documents = reading.training_documents(corpus.documents())
-    samples = _within(cut(documents, options.max_length), options.tokens, options.max_length)
+    samples = _within(samples_of(documents), options.tokens, options.max_length)
     with tqdm(
         total=options.tokens, desc="tokenising", unit=" tokens", unit_scale=True, delay=2, disable=None
     ) as progress:
         n_train, train_tokens = _write(folder / "train.arrow", samples, progress)
+    if n_train == 0 and fitting.too_long + fitting.unanswered:
+        raise InputError(
+            f"data.path: of {options.path} nothing is left to train on: {fitting.too_long} prompts alone are longer "
+            f"than data.max_length = {options.max_length}, and {fitting.unanswered} documents hold nothing to learn. "
+            "Raise data.max_length, or give prompts with completions."
+        )
     if n_train == 0:
         raise InputError(
             f"data.path: {options.path} gives {reading.train_tokens} training tokens in {reading.train_documents} "
-            f"documents ({len(reading.held_out)} more were held out), fewer than one sample: data.max_length is "
+            f"documents ({reading.held_out_documents} more were held out), fewer than one sample: data.max_length is "
             f"{options.max_length}, data.tokens is {options.tokens}. Give more text or lower data.max_length."
         )
-    held_out = _within(cut(reading.held_out, options.max_length), options.held_out_tokens, options.max_length)
+    held_out = _within(samples_of(reading.held_out), options.held_out_tokens, options.max_length)
     n_held_out, _ = _write(folder / "held_out.arrow", held_out, None)
     if n_held_out == 0 and options.held_out_fraction > 0:
         raise InputError(
-            f"data.held_out_fraction: at {options.held_out_fraction}, {len(reading.held_out)} of "
-            f"{reading.train_documents + len(reading.held_out)} documents were held out, {reading.held_out_tokens} "
-            f"tokens, fewer than one sample of data.max_length = {options.max_length}. Raise "
+            f"data.held_out_fraction: at {options.held_out_fraction}, {reading.held_out_documents} of "
+            f"{reading.train_documents + reading.held_out_documents} documents were held out, "
+            f"{reading.held_out_tokens} tokens, fewer than one sample of data.max_length = {options.max_length}. Raise "
             f"data.held_out_fraction, or data.tokens if given, or give more documents; 0 means no held-out split."
         )
     summary = {
         "format": FORMAT_VERSION,
-        "documents": reading.train_documents + len(reading.held_out),
+        "documents": reading.train_documents + reading.held_out_documents,
         "train_samples": n_train,
         "train_tokens": train_tokens,
         "held_out_samples": n_held_out,
+        "cut": fitting.cut,
+        "too_long": fitting.too_long,
+        "unanswered": fitting.unanswered,
     }
     with _disk_errors(folder):
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -245,6 +281,7 @@ def _open(folder: Path, fingerprint: str) -> Splits:
         held_out = SampleDataset(Dataset.from_file(str(folder / "held_out.arrow")))
         if (len(train), len(held_out)) != (summary["train_samples"], summary["held_out_samples"]):
             raise ValueError(f"{len(train)} and {len(held_out)} samples instead of those that the summary names")
-        return Splits(train, held_out, fingerprint, summary["documents"], summary["train_tokens"])
+        left_out = {name: int(summary[name]) for name in ("cut", "too_long", "unanswered")}
+        return Splits(train, held_out, fingerprint, summary["documents"], summary["train_tokens"], **left_out)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise InputError(f"The tokenised text in {folder} is damaged ({error}). Move it away and run again.") from error

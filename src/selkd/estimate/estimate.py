@@ -153,6 +153,11 @@ def _notes(recipe: Recipe, plan: Plan, needed: Memory, rates: Rates | None, gpus
             )
     if gpus is not None:
         notes.append("memory: tensors on one accelerator; its context and fragmentation take some more")
+    if recipe.on_policy is not None:
+        notes.append(
+            "on_policy: the answers' generation is not counted, neither its time nor its key-value cache; steps and "
+            "tokens are counted as if the data's completions were learned"
+        )
     if recipe.samples is not None and recipe.samples.metric in NEEDS_TEACHER:
         notes.append(f"scoring by {recipe.samples.metric} runs the teacher over every sample")
     return notes

@@ -110,10 +110,10 @@ def _measured(
 def _require_effect(request: Request, suite: list[str]) -> None:
     """Raises InputError if something was given that nothing of ``suite`` looks at."""
     text, usual, benchmarks = request.text, FidelityOptions(), request.benchmarks
+    fields = ("text", "text_field", "prompt_field", "completion_field", "messages_field", "template")
     for_fidelity = {
         "teacher": request.teacher is not None,
-        "text": text.text != usual.text,
-        "text_field": text.text_field != usual.text_field,
+        **{name: getattr(text, name) != getattr(usual, name) for name in fields},
     }
     for_benchmarks = {
         "data": benchmarks.data is not None,

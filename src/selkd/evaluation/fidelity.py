@@ -153,14 +153,14 @@ def _sums(
     valid = batch["valid_mask"]
     with torch.autocast(student.device.type, dtype=dtype, enabled=dtype != torch.float32):
         student_hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])[valid]
-    teacher_hidden = hidden_states(teacher, batch["input_ids"], batch["position_ids"])[valid]
+    teacher_hidden = hidden_states(teacher, batch["input_ids"], batch["position_ids"])[valid.to(teacher.device)]
     targets, sample_of = batch["targets"][valid], valid.nonzero()[:, 0].cpu()
     edges = torch.tensor(ENTROPY_EDGES, device=targets.device)
     n_buckets = len(ENTROPY_EDGES) + 1
     sums, statistics = torch.zeros(len(group) * n_buckets, 5, dtype=torch.float64), [torch.zeros(0, len(STATISTICS))]
     for rows in chunks(len(targets), chunk_size(heads[0].n_classes, targets.device)):
         log_q = torch.log_softmax(wide(heads[0].logits(student_hidden[rows].to(dtype))), dim=-1)
-        log_p = torch.log_softmax(wide(heads[1].logits(teacher_hidden[rows])), dim=-1)
+        log_p = torch.log_softmax(wide(heads[1].logits(teacher_hidden[rows])).to(targets.device), dim=-1)
         p, q, index = log_p.exp(), log_q.exp(), targets[rows, None]
         parts = {
             _POSITIONS: torch.ones_like(log_p[:, 0]),

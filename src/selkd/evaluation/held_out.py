@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from selkd.data.batching import pack
+from selkd.data.batching import Fitting, pack
 from selkd.data.corpus import open_corpus
+from selkd.data.encoding import Encoder, encode
 from selkd.data.samples import SampleDataset
-from selkd.data.tokenised import encode
 from selkd.errors import InputError
 from selkd.evaluation.fidelity import Fidelity, fidelity
 from selkd.evaluation.results import TaskResult, digest, stored
 from selkd.evaluation.subject import Subject
 from selkd.models.head import check_head, check_packing, head_of
 from selkd.models.tokenizers import require_same_tokenizer, shared_classes
-from selkd.recipe import DataOptions
+from selkd.recipe import DataOptions, parse_part
 
 Bucket = dict[str, float | int | None]
 
@@ -39,13 +39,17 @@ class FidelityOptions:
 
     Attributes:
         text: as a recipe's ``data.path``.
-        text_field: as a recipe's ``data.text_field``.
+        text_field, prompt_field, completion_field, messages_field, template: as a recipe's ``data`` has them.
         windows: windows of text at most, from its beginning; None: 32.
     """
 
     text: str = "demo"
-    text_field: str = "text"
+    text_field: str | None = None
     windows: int | None = None
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    messages_field: str | None = None
+    template: str | None = None
 
 
 def measure_fidelity(
@@ -111,18 +115,27 @@ def _by_entropy(buckets: Sequence[Bucket], has_teacher: bool) -> list[Bucket]:
 def text_windows(subject: Subject, teacher: Subject | None, options: FidelityOptions) -> SampleDataset:
     """The first windows of the text, packed, each as long as both have positions for, 512 tokens at most.
 
-    No weights are needed.
+    Prompts with completions stay whole: longer ones are cut, or left out where the prompt alone fills a window. No
+    weights are needed.
 
     Raises:
-        InputError: no such text, too little of it, or a teacher with another tokenizer.
+        InputError: no such text, too little of it, prompts without completions, or a teacher with another tokenizer.
     """
     if teacher is not None:
         require_same_tokenizer(teacher.tokenizer, subject.tokenizer)
     limits = [model.positions for model in (subject, teacher) if model is not None]
     length = min([WINDOW_TOKENS, *(limit for limit in limits if limit is not None)])
-    corpus = open_corpus(DataOptions.model_validate({"path": options.text, "text_field": options.text_field}))
-    tokens = (encode(subject.tokenizer, [document])[0] for document in corpus.documents())
-    samples = list(islice(pack(tokens, length), options.windows or WINDOWS))
+    given = {name: value for name, value in vars(options).items() if name not in ("text", "windows")}
+    data = parse_part(DataOptions, {"path": options.text, **given}, "data")
+    if data.is_prompt_only:
+        raise InputError("prompt_field: fidelity is measured on completions; give completion_field.")
+    corpus = open_corpus(data)
+    tokens = (encode(subject.tokenizer, [str(document)])[0] for document in corpus.documents())
+    found = pack(tokens, length)
+    if data.has_prompts:
+        encoder = Encoder(data, subject.tokenizer)
+        found = Fitting(length, packing=True)(each for document in corpus.documents() for each in encoder(document))
+    samples = list(islice(found, options.windows or WINDOWS))
     if not samples:
         raise InputError(f"text: {options.text} is shorter than one window of {length} tokens. Give more text.")
     return SampleDataset.from_samples(samples)

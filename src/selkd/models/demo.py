@@ -29,13 +29,24 @@ def converted_demo(cache_dir: Path) -> Path:
         InputError: the package is not installed or carries no GGUF file.
         RunError: the converted files could not be written.
     """
-    gguf = _gguf_file()
+    return converted_gguf(_gguf_file(), DEMO, cache_dir)
+
+
+def converted_gguf(gguf: Path, name: str, cache_dir: Path) -> Path:
+    """The folder of the model in a GGUF file, its weights dequantised to bf16, with its tokenizer; converted once.
+
+    Raises:
+        InputError: not a GGUF file that Transformers reads.
+        RunError: the converted files could not be written.
+    """
     digest = xxhash.xxh3_64(_FORMAT)
-    digest.update(gguf.read_bytes())
+    with gguf.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
     folder = cache_dir / "models" / f"{gguf.stem}-{digest.hexdigest()}"
     # The name appears only by the rename below, so a folder of that name is complete.
     if not folder.is_dir():
-        _convert(gguf, folder)
+        _convert(gguf, name, folder)
     return folder
 
 
@@ -50,14 +61,17 @@ def _gguf_file() -> Path:
     return files[0]
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, name: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = str(gguf.parent)
-    model = AutoModelForCausalLM.from_pretrained(
-        where, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf.name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf.name)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, IndexError) as error:
+        raise InputError(f"model {name!r}: not a GGUF file that Transformers reads ({error!s:.200}).") from error
     temporary = folder.with_name(f".{folder.name}.{uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
@@ -66,7 +80,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         _rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"model 'demo' could not be converted into {folder}: {error}. "
+            f"model {name!r} could not be converted into {folder}: {error}. "
             "Make room there, or set SELKD_CACHE to another folder."
         ) from error
     finally:

@@ -43,12 +43,14 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids:
     """The hidden states that the head reads, [B, T, D] in the model's dtype, with gradient if it is enabled.
 
     Args:
-        input_ids: [B, T] int64.
+        input_ids: [B, T] int64; moved to the model's device.
         position_ids: [B, T] int64, restarting at 0 where a document starts. There is no attention mask: Transformers
             keeps packed documents apart by their positions only where none is given.
     """
-    body = body_of(model)
-    return body(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False).last_hidden_state
+    body, device = body_of(model), model.device
+    return body(
+        input_ids=input_ids.to(device), position_ids=position_ids.to(device), attention_mask=None, use_cache=False
+    ).last_hidden_state
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -1,11 +1,12 @@
 """Models from disk into memory, in the dtype that suits the device."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from selkd.errors import InputError
 from selkd.models.sources import ModelSource
@@ -41,13 +42,35 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def require_quantization(quantization: str, device: torch.device) -> None:
+    """Raises InputError unless bitsandbytes is there and the device is one that it computes on."""
+    if device.type != "cuda":
+        raise InputError(
+            f"teacher.quantization: {quantization} runs on CUDA alone, and the teacher is on {device}. Leave it out; a "
+            ".gguf file (teacher.model) is read anywhere."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"teacher.quantization: {quantization} needs the package: pip install bitsandbytes")
+
+
+def load_model(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+) -> PreTrainedModel:
     """The causal language model of ``source``, in eval mode.
+
+    Args:
+        quantization: as a recipe's ``teacher.quantization``; of the layers, never of the head.
 
     Raises:
         InputError: not a causal language model that this Transformers knows, damaged weights, or weights missing
             (Transformers would fill them with random numbers).
     """
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        require_quantization(quantization, device)
+        bits = {"load_in_8bit": True} if quantization == "bitsandbytes_8bit" else {"load_in_4bit": True}
+        config = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"])
+        options = {"quantization_config": config, "device_map": {"": device}}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -56,6 +79,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
@@ -67,7 +91,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
             f"model {source.name!r}: {len(missing)} weights of {type(model).__name__} are not in "
             f"{source.path} ({shown}). The files are incomplete or belong to another kind of model."
         )
-    return model.to(device).eval()
+    return (model if options else model.to(device)).eval()
 
 
 def n_parameters(model: torch.nn.Module) -> int:

@@ -13,7 +13,7 @@ import xxhash
 from huggingface_hub import errors as hub_errors
 
 from selkd.errors import InputError
-from selkd.models.demo import DEMO, DEMO_NAME, converted_demo
+from selkd.models.demo import DEMO, DEMO_NAME, converted_demo, converted_gguf
 
 _FORMAT = "selkd-model-1"
 # Said by whoever saved the folder, without influence on what the model computes once its dtype has been chosen.
@@ -57,7 +57,7 @@ def default_cache_dir() -> Path:
 
 
 def locate(model: str, cache_dir: Path) -> ModelSource:
-    """The files of ``model``: "demo", else a local folder, else a hub id (downloaded to the hub's own cache).
+    """The files of ``model``: "demo", else a folder or .gguf file here, else a hub id (downloaded to the hub's cache).
 
     Raises:
         InputError: no such model, a folder that is not a model with safetensors weights, or a hub that can't be
@@ -72,6 +72,8 @@ def locate(model: str, cache_dir: Path) -> ModelSource:
         ) from error
     if model == DEMO:
         name, path = DEMO_NAME, converted_demo(cache_dir)
+    elif model.endswith(".gguf") and Path(model).expanduser().is_file():
+        name, path = model, converted_gguf(Path(model).expanduser(), model, cache_dir)
     elif Path(model).expanduser().is_dir():
         name, path = model, Path(model).expanduser()
     else:

@@ -28,7 +28,7 @@ def model_card(record: dict[str, Any]) -> str:
         front["datasets"] = [data]
     front["tags"] = ["selkd", "knowledge-distillation", "selective-knowledge-distillation"]
     matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    sections = [_what(record), _figures(record), _how(record), _limits(), _recipe(record)]
+    sections = [_what(record), _figures(record), *_benchmarks(record), _how(record), _limits(), _recipe(record)]
     return f"---\n{matter}---\n\n" + "\n\n".join(sections) + "\n"
 
 
@@ -80,12 +80,28 @@ def _figures(record: dict[str, Any]) -> str:
     )
 
 
+def _benchmarks(record: dict[str, Any]) -> list[str]:
+    """Each task's counted figure after training, with its rows and shots; no section if there is none."""
+    tasks = dig(record, "benchmarks", "after", "tasks")
+    if not tasks:
+        return []
+    rows = []
+    for name, task in tasks.items():
+        metric = task.get("counts") or next(iter(task["metrics"]))
+        described = _plain(str(task.get("described") or metric))
+        figure = formats.percent(dig(task, "metrics", metric, "value"))
+        rows.append(f"| {_plain(name)} | {described} | {or_dash(task.get('shots'))} | {figure} |")
+    table = "| task | measured | shots | after |\n|---|---|---:|---:|\n" + "\n".join(rows)
+    return [f"## Benchmarks\n\nGreedy, by lm-evaluation-harness:\n\n{table}"]
+
+
 def _how(record: dict[str, Any]) -> str:
     recipe, counts, seconds = dig(record, "recipe"), dig(record, "counts"), dig(record, "seconds")
     kept, samples = formats.count(dig(counts, "samples_kept")), formats.count(dig(counts, "samples"))
     share = formats.percent(formats.share(dig(counts, "positions_selected"), dig(counts, "positions_valid")))
     environment = dig(record, "environment")
     lines = [
+        f"Data: {words.data(recipe)}.",
         f"Samples: {words.samples(recipe)} ({kept} of {samples}).",
         f"Positions: {words.positions(recipe)} ({share} of those seen).",
         f"Classes: {words.classes(recipe)}.",

@@ -109,6 +109,22 @@ def classes(recipe: Any) -> str:
     return phrases.get(sampler, f"the classes that the sampler {sampler} picks")
 
 
+def data(recipe: Any) -> str:
+    """What was learned from, as a noun phrase."""
+    path = dig(recipe, "data", "path")
+    source = {"demo": "the Python manual", None: formats.DASH}.get(path, model(path))
+    if dig(recipe, "data", "messages_field") is not None:
+        found = f"the assistant’s turns in conversations of {source}"
+    elif dig(recipe, "data", "prompt_field") is not None:
+        found = f"completions of the prompts of {source}"
+    else:
+        found = f"text of {source}"
+    share = dig(recipe, "on_policy", "fraction")
+    if share is None:
+        return found
+    return f"{found}, {'all' if share == 1 else formats.fraction(share)} of them the student’s own answers"
+
+
 def student(record: Any) -> str:
     """Where the student comes from: its model's name, or the teacher’s layers that it kept."""
     kept = dig(record, "student", "pruned_from_teacher", "kept_layers")

@@ -6,8 +6,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from selkd.errors import InputError
-from selkd.recipe import check_parts, parse_part
+from selkd.recipe import check_parts, on_policy_criterion, parse_part
 from selkd.recipe_choices import ClassOptions, CriterionOptions, PositionOptions
+from selkd.recipe_on_policy import OnPolicyOptions
 from selkd.training.objective import Objective
 
 
@@ -17,6 +18,10 @@ class DistillArguments(TrainingArguments):
 
     Attributes:
         criterion, positions, classes: the recipe's parts of those names, as mappings; checked here.
+        on_policy: the recipe's part of that name; None: the student doesn't answer. It needs a ``SampleDataset`` of
+            prompts (``selkd.data.tokenised.load_splits``).
+        rollouts_file: where some of its answers are written; None: ``rollouts.jsonl`` in ``output_dir``.
+        teacher_device: where a live teacher is put; None: the student's device.
         max_length, packing, text_field: how a data set of texts becomes samples.
 
     Raises:
@@ -26,6 +31,9 @@ class DistillArguments(TrainingArguments):
     criterion: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's criterion"})
     positions: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's positions"})
     classes: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's classes"})
+    on_policy: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's on_policy"})
+    teacher_device: str | None = field(default=None, metadata={"help": "where a live teacher is put"})
+    rollouts_file: str | None = field(default=None, metadata={"help": "where some answers are written"})
     max_length: int = field(default=512, metadata={"help": "tokens of a sample at most"})
     packing: bool = field(default=True, metadata={"help": "fill samples with several documents"})
     text_field: str = field(default="text", metadata={"help": "the data set's column of texts"})
@@ -40,6 +48,9 @@ class DistillArguments(TrainingArguments):
         criterion = parse_part(CriterionOptions, self.criterion or {}, "criterion")
         positions = parse_part(PositionOptions, self.positions or {}, "positions")
         classes = parse_part(ClassOptions, self.classes or {}, "classes")
+        if self.on_policy is not None:
+            self.on_policy = parse_part(OnPolicyOptions, self.on_policy, "on_policy").model_dump()
+            criterion = on_policy_criterion(criterion)
         try:
             check_parts(criterion, positions, classes)
         except ValueError as error:
@@ -59,6 +70,10 @@ class DistillArguments(TrainingArguments):
             PositionOptions.model_validate(self.positions),
             self.seed,
         )
+
+    @property
+    def on_policy_options(self) -> OnPolicyOptions | None:
+        return None if self.on_policy is None else OnPolicyOptions.model_validate(self.on_policy)
 
     @property
     def class_options(self) -> ClassOptions:

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from selkd.training.rollout import RolloutSums
+
 _KEPT = ("loss", "held_out_", "benchmark_")  # how the names of what is worth a line begin
 
 
@@ -69,6 +71,43 @@ def read_metrics(path: Path, up_to_step: int | None = None) -> list[dict[str, An
             if text.endswith("\n") and text.strip():
                 lines.append(json.loads(text))
     return [line for line in lines if up_to_step is None or line["step"] <= up_to_step]
+
+
+class RolloutLog(TrainerCallback, ExportableState):
+    """Sums over the student's answers so far, and a file with some of them, one a line. Part of every checkpoint.
+
+    On resuming, lines after the checkpoint's step are dropped: those steps run again.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.sums: dict[str, float] = dict(vars(RolloutSums()))
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"path": str(self.path)}, "attributes": {"sums": self.sums}}
+
+    def add(self, sums: RolloutSums) -> None:
+        total = RolloutSums(**self.sums)  # type: ignore[arg-type]
+        total.add(sums)
+        self.sums = dict(vars(total))
+
+    def figures(self) -> dict[str, float | int | None]:
+        """Of the whole run."""
+        return RolloutSums(**self.sums).figures()  # type: ignore[arg-type]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            lines = read_metrics(self.path, up_to_step=state.global_step)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f".{self.path.name}.partial")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            temporary.replace(self.path)
+
+    def write(self, lines: list[dict[str, Any]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 class EverySteps(TrainerCallback):

@@ -7,6 +7,7 @@ import base64
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from transformers.trainer_callback import ExportableState
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate, pack, split
+from selkd.data.encoding import encode
 from selkd.data.samples import Sample, SampleDataset
-from selkd.data.tokenised import encode
 from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing, head_of
 from selkd.models.tokenizers import shared_classes
@@ -29,8 +30,11 @@ from selkd.selection.positions import Place, place_of
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
 from selkd.teacher import Batch, CachedCollator, CachedTeacher, LiveTeacher, Teacher
+from selkd.training.answers import Answers
 from selkd.training.arguments import DistillArguments, require_one_device
+from selkd.training.callbacks import RolloutLog
 from selkd.training.objective import Budget
+from selkd.training.rollout import PromptCollator
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.student import bind_distillation
 
@@ -70,7 +74,7 @@ class DistillTrainer(Trainer):
 
     Args:
         model: the student, float32 weights (with ``bf16=True`` products run in bfloat16 under autocast).
-        teacher: a model on the student's device, or a ``TeacherCache`` that holds every training sample.
+        teacher: a model, or a ``TeacherCache`` that holds every training sample.
         args: a ``DistillArguments``.
         train_dataset, eval_dataset: ``SampleDataset``, or a ``datasets.Dataset`` with a column of texts.
         processing_class: the tokenizer, shared by both models.
@@ -110,7 +114,7 @@ class DistillTrainer(Trainer):
         check_head(model)
         if args.packing:
             for packed in (model, teacher):
-                if isinstance(packed, PreTrainedModel):
+                if not isinstance(packed, TeacherCache):
                     check_packing(packed)
         train_samples = _as_samples(train_dataset, processing_class, args)
         eval_samples = _as_samples(eval_dataset, processing_class, args)
@@ -139,6 +143,10 @@ class DistillTrainer(Trainer):
         pad_token_id = 0 if processing_class.pad_token_id is None else processing_class.pad_token_id  # never told by id
         use_cache = getattr(model.config, "use_cache", None)  # None: nested, in the text's configuration
         data_collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=pad_token_id)
+        self.answers = None if args.on_policy is None else Answers(args, model, processing_class, n_classes)
+        if self.answers is not None:
+            self.answers.require_prompts(train_dataset, self.teacher)
+            data_collator = PromptCollator(pad_token_id)
         if isinstance(self.teacher, CachedTeacher):  # read by the data loader's workers, ahead of training
             data_collator = CachedCollator(data_collator, self.teacher)
         super().__init__(
@@ -156,6 +164,8 @@ class DistillTrainer(Trainer):
             model.config.use_cache = use_cache
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the whole step's count
         self.add_callback(Totals())
+        if self.answers is not None:
+            self.add_callback(RolloutLog(args.rollouts_file or str(Path(args.output_dir) / "rollouts.jsonl")))
         queue_size = self.objective.positions.queue_size
         if queue_size is not None:
             self.add_callback(Queue(queue_size))
@@ -170,6 +180,11 @@ class DistillTrainer(Trainer):
         """The recent scores of global-level selection; None for other policies."""
         found = (callback.scores for callback in self.callback_handler.callbacks if isinstance(callback, Queue))
         return next(found, None)
+
+    @property
+    def rollouts(self) -> RolloutLog:
+        """The student's answers so far, in sums; looked up each time, as ``totals``."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, RolloutLog))
 
     def _find_place(self) -> Place:
         """Where the run is: the same for all micro-batches and ranks of the optimiser step that begins."""
@@ -232,6 +247,9 @@ class DistillTrainer(Trainer):
             batches.append(batch)
         self._place = self._find_place()
         self._micro_batches = len(batches)
+        if self.answers is not None:
+            batches, sums = self.answers(self.model, batches, self._place.step)
+            self.rollouts.add(sums)
         budget, tokens = self._step_budget(batches, device)
         self.totals.positions_valid += budget.valid
         if self.teacher.is_live:
@@ -266,6 +284,10 @@ class DistillTrainer(Trainer):
         """Add what was selected since the last logged step: means in nats, the selected share."""
         if "loss" in logs and self._window:
             logs.update(self._selection_logs())
+            if self.answers is not None:
+                logs.update(self.answers.logs())
+                if self.is_world_process_zero():
+                    self.rollouts.write(self.answers.shown(self.state.global_step))
         super().log(logs, start_time)
 
     def _selection_logs(self) -> dict[str, float]:
@@ -360,4 +382,7 @@ def _as_teacher(
         return CachedTeacher(teacher)
     check_head(teacher)
     teacher.eval().requires_grad_(False)
-    return LiveTeacher(teacher.to(args.device), args.class_options, temperature, args.seed, n_classes)
+    device = args.device if args.teacher_device is None else torch.device(args.teacher_device)
+    if teacher.device != device:  # a quantised model is where it was loaded, and can't be moved
+        teacher = teacher.to(device)
+    return LiveTeacher(teacher, args.class_options, temperature, args.seed, n_classes)

@@ -1,0 +1,86 @@
+"""Documents to tokens: texts, prompts with completions, conversations."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from selkd.data.chats import encode_conversation, require_chat_template
+from selkd.data.marked import Marked, encode_parts, require_fast
+from selkd.data.rows import Conversation, Document, Exchange
+from selkd.recipe_data import CHAT, DataOptions
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, uncut, with the tokenizer's special tokens and one end-of-sequence token at the end.
+
+    Markup of special tokens in the text (``<|im_start|>``) is read as those tokens.
+    """
+    # verbose=False: a document longer than the model's window is no mistake here, it will be cut into samples.
+    encoded: list[list[int]] = tokenizer(
+        list(texts), truncation=False, padding=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return encoded
+    return [token_ids if token_ids[-1:] == [eos] else [*token_ids, eos] for token_ids in encoded]
+
+
+class Encoder:
+    """The tokens of documents that ask for an answer.
+
+    Args:
+        options: their template, and what the loss is on.
+        tokenizer: the one that both models share.
+
+    Raises:
+        InputError: the tokenizer has no chat template where one is needed, or no fast form.
+    """
+
+    def __init__(self, options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+        require_fast(tokenizer)
+        self.options, self.tokenizer = options, tokenizer
+        self.chat_template = require_chat_template(tokenizer) if options.template == CHAT else None
+
+    def __call__(self, document: Document) -> list[Marked]:
+        """The document's tokens; a conversation may become several documents (see ``encode_conversation``).
+
+        A completion ends with the end-of-sequence token, which is learned; a chat's turn ends as its template says.
+        """
+        assert not isinstance(document, str), "texts are encoded by `encode`"
+        if isinstance(document, Exchange) and self.options.template == CHAT:
+            document = _conversation(document)
+        if isinstance(document, Conversation):
+            found = encode_conversation(self.tokenizer, document.messages)
+        else:
+            found = [self._exchange(document)]
+        if self.options.loss_on == "all":
+            return [Marked(each.token_ids, [True] * len(each.token_ids)) for each in found]
+        return found
+
+    def _exchange(self, exchange: Exchange) -> Marked:
+        opening, middle, closing = "", "", ""
+        if self.options.template is not None:
+            opening, _, rest = self.options.template.partition("{prompt}")
+            middle, _, closing = rest.partition("{completion}")
+        # White space between the two is the completion's: a prompt that ends with it is other tokens than the text's.
+        asked = middle.rstrip()
+        prompt = f"{opening}{exchange.prompt}{asked}"
+        eos = self.tokenizer.eos_token_id
+        if exchange.completion is None:
+            found = encode_parts(self.tokenizer, [(prompt, False)])
+            ids = found.token_ids[:-1] if found.token_ids[-1:] == [eos] else found.token_ids
+            return Marked(ids, [False] * len(ids))
+        answer = f"{middle[len(asked) :]}{exchange.completion}{closing}"
+        found = encode_parts(self.tokenizer, [(prompt, False), (answer, True)])
+        if eos is None:
+            return found
+        if found.token_ids[-1:] == [eos]:  # put there by the tokenizer: it ends the completion
+            return Marked(found.token_ids, [*found.is_target[:-1], True])
+        return Marked([*found.token_ids, eos], [*found.is_target, True])
+
+
+def _conversation(exchange: Exchange) -> Conversation:
+    asked = {"role": "user", "content": exchange.prompt}
+    if exchange.completion is None:
+        return Conversation((asked,))
+    return Conversation((asked, {"role": "assistant", "content": exchange.completion}))

@@ -1,0 +1,57 @@
+"""Low-rank adapters on a student: put on, and merged into a model as Transformers loads it."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from selkd.errors import InputError
+from selkd.models.head import check_head
+
+if TYPE_CHECKING:
+    from selkd.recipe_models import LoraOptions
+
+
+def with_adapters(model: PreTrainedModel, options: "LoraOptions", seed: int) -> PreTrainedModel:
+    """``model`` in PEFT's wrapper, whose adapters alone are trained; at first it computes what it did without.
+
+    Raises:
+        InputError: no layer of these names, or one of them is the head or an embedding.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wrapped: Any = get_peft_model(model.to("cpu"), config).to(model.device)
+    except ValueError as error:
+        raise InputError(f"student.lora.target_modules: {options.target_modules}: {error}") from error
+    base = wrapped.get_base_model()
+    if base.get_output_embeddings() is not head or base.get_input_embeddings() is not embeddings:
+        raise InputError(
+            f"student.lora.target_modules: {options.target_modules} takes in the head or an embedding, and the loss "
+            "reads the head's weight without its adapter. Name other layers."
+        )
+    check_head(wrapped)
+    return wrapped
+
+
+def has_adapters(model: Any) -> bool:
+    return hasattr(model, "merge_and_unload")
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its adapters added to its weights, a copy; itself if it has none."""
+    if not has_adapters(model):
+        return model
+    whole: PreTrainedModel = copy.deepcopy(model).merge_and_unload()
+    return whole

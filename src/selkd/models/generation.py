@@ -1,0 +1,123 @@
+"""Answers of a model to prompts: Transformers' generation, batched, padded on the left; draws that belong to a prompt.
+
+Shapes: B prompts, T tokens of an answer at most, V classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from selkd.models.head import evaluating
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's end token, and those of the model's generation settings."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    return sorted({int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None})
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one class of each row: the one at which the cumulative distribution passes the row's next uniform.
+
+    So an answer depends on its prompt's uniforms alone, never on a stream that the whole batch shares.
+    """
+
+    def __init__(self, uniforms: Tensor, prompt_width: int) -> None:
+        self.uniforms, self.prompt_width = uniforms, prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
+        place = input_ids.shape[1] - self.prompt_width
+        threshold = self.uniforms[:, place, None] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+class _Shared(LogitsProcessor):
+    """No class beyond those that teacher and student share."""
+
+    def __init__(self, n_classes: int) -> None:
+        self.n_classes = n_classes
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        scores[:, self.n_classes :] = -torch.inf
+        return scores
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    uniforms: np.ndarray,
+    *,
+    temperature: float,
+    top_p: float,
+    stop: Sequence[int],
+    pad_token_id: int,
+    n_classes: int,
+) -> list[list[int]]:
+    """An answer to each of B prompts, its stop token included if it came to one.
+
+    The key-value cache lives for this call alone. The model's own generation settings play no part.
+
+    Args:
+        prompts: token ids, at least one each.
+        uniforms: [B, T], in [0, 1): what the answers are drawn by; T is how long they may be.
+        temperature: 0 takes the most likely token.
+        n_classes: of the vocabulary, those before it can be drawn.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's wrapper
+    device, width, limit = base.device, max(map(len, prompts)), uniforms.shape[1]
+    input_ids = torch.full((len(prompts), width), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
+        attention_mask[row, width - len(prompt) :] = 1
+    processors = LogitsProcessorList([_Shared(n_classes)])
+    if temperature > 0:
+        if temperature != 1:
+            processors.append(TemperatureLogitsWarper(temperature))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
+        processors.append(_Draw(torch.from_numpy(uniforms).to(device), width))
+    config = GenerationConfig(
+        do_sample=False,  # what is drawn, the last processor draws
+        max_new_tokens=limit,
+        eos_token_id=list(stop) or None,
+        pad_token_id=pad_token_id,
+        use_cache=True,
+    )
+    with evaluating(model), _generation_config(base, config):
+        found = base.generate(
+            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), logits_processor=processors
+        )
+    return [_until(stop, answer) for answer in found[:, width:].tolist()]
+
+
+def _until(stop: Sequence[int], answer: list[int]) -> list[int]:
+    end = next((index for index, token in enumerate(answer) if token in stop), len(answer) - 1)
+    return answer[: end + 1]
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """``config`` alone inside: given to ``generate``, it would be filled up with the model's own settings."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own

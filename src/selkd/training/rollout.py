@@ -1,0 +1,189 @@
+"""On-policy distillation: of a step's prompts some are answered by the student as it is, and it learns there.
+
+Which, and how, is a function of (seed, sample, optimiser step): not of how the step is cut into micro-batches or ranks.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from selkd.data.batching import collate
+from selkd.data.samples import EMPTY_SAMPLE, Sample
+from selkd.models.generation import generate
+from selkd.recipe_on_policy import OnPolicyOptions
+from selkd.selection.noise import sample_generator
+from selkd.teacher import Batch
+
+LENGTHS = "lengths"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer of the student.
+
+    Attributes:
+        prompt: its token ids.
+        answer: those that the student gave, the stop token included.
+        is_ended: whether it came to a stop token; else it was cut at ``max_new_tokens``.
+    """
+
+    prompt: np.ndarray
+    answer: list[int]
+    is_ended: bool
+
+    @property
+    def sample(self) -> Sample:
+        """What is learned from: the answer's tokens alone are targets."""
+        tokens = np.concatenate([self.prompt, np.array(self.answer, dtype=np.int64)])
+        return Sample(tokens, np.zeros(1, np.int32), np.arange(len(tokens)) >= len(self.prompt))
+
+
+@dataclass(frozen=True)
+class PromptCollator:
+    """A collator whose batches also say how long each sample is: a prompt alone has no valid position to tell."""
+
+    pad_token_id: int
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        lengths = torch.tensor([len(sample.token_ids) for sample in samples])
+        return collate(samples, self.pad_token_id) | {LENGTHS: lengths}
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Puts the student's answers in the place of the data's.
+
+    Attributes:
+        options: how answers are drawn, and how many.
+        seed: the run's.
+        stop: tokens that end an answer.
+        pad_token_id: pads.
+        n_classes: of the vocabulary, those that the models share.
+    """
+
+    options: OnPolicyOptions
+    seed: int
+    stop: Sequence[int]
+    pad_token_id: int
+    n_classes: int
+
+    def __call__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], step: int, dtype: torch.dtype
+    ) -> tuple[list[Batch], list[Rollout], float]:
+        """The micro-batches of an optimiser step with answers in place, the rollouts, the seconds that they took.
+
+        Args:
+            batches: of ``PromptCollator``.
+            dtype: of the products (autocast).
+        """
+        device = batches[0]["input_ids"].device if batches else torch.device("cpu")
+        samples = [list(_samples_of(batch)) for batch in batches]
+        flat = [sample for of_batch in samples for sample in of_batch]
+        chosen = [index for index, sample in enumerate(flat) if self.is_answered(sample, step)]
+        started = time.perf_counter()
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            rollouts = dict(zip(chosen, self._answers(model, [flat[index] for index in chosen], step), strict=True))
+        seconds = time.perf_counter() - started
+        done, index = [], 0
+        for of_batch in samples:
+            places = range(index, index + len(of_batch))
+            index += len(of_batch)
+            group = [rollouts[place].sample if place in rollouts else flat[place] for place in places]
+            done.append({name: tensor.to(device) for name, tensor in collate(group, self.pad_token_id).items()})
+        return done, [rollouts[index] for index in chosen], seconds
+
+    def is_answered(self, sample: Sample, step: int) -> bool:
+        """Whether the student answers this sample at this step; fillers are never answered."""
+        if sample.id == EMPTY_SAMPLE.id:
+            return False
+        return bool(sample_generator(self.seed, sample.id, "on_policy", step).random() < self.options.fraction)
+
+    def _answers(self, model: PreTrainedModel, samples: Sequence[Sample], step: int) -> Iterator[Rollout]:
+        options, at_once = self.options, self.options.at_once or max(1, len(samples))
+        prompts = [sample.token_ids[: prompt_length(sample)] for sample in samples]
+        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")  # little padding where there are several
+        answers: dict[int, list[int]] = {}
+        for begin in range(0, len(order), at_once):
+            rows = order[begin : begin + at_once].tolist()
+            uniforms = [
+                sample_generator(self.seed, samples[row].id, "rollout", step).random(options.max_new_tokens)
+                for row in rows
+            ]
+            found = generate(
+                model,
+                [prompts[row] for row in rows],
+                np.stack(uniforms),
+                temperature=options.temperature,
+                top_p=options.top_p,
+                stop=self.stop,
+                pad_token_id=self.pad_token_id,
+                n_classes=self.n_classes,
+            )
+            answers.update(zip(rows, found, strict=True))
+        for row, prompt in enumerate(prompts):
+            yield Rollout(prompt, answers[row], answers[row][-1] in self.stop)
+
+
+def prompt_length(sample: Sample) -> int:
+    """The tokens before the last answer: all of them where there is none."""
+    if sample.is_target is None:
+        return 1
+    targets = np.flatnonzero(sample.is_target)
+    if not len(targets):
+        return len(sample.token_ids)
+    gaps = np.flatnonzero(np.diff(targets) > 1)
+    return int(targets[gaps[-1] + 1] if len(gaps) else targets[0])
+
+
+def _samples_of(batch: Batch) -> Iterator[Sample]:
+    """The samples of one document that a batch, padded on the right, is made of."""
+    tokens, valid = batch["input_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
+    for row, length in enumerate(batch[LENGTHS].tolist()):
+        is_target = np.append(False, valid[row, : length - 1])
+        yield Sample(tokens[row, :length], np.zeros(1, np.int32), is_target)
+
+
+@dataclass
+class RolloutSums:
+    """What can be said of answers without judging them. Sums, so that ranks and steps add up."""
+
+    rollouts: int = 0
+    tokens: int = 0
+    ended: int = 0
+    longest: int = 0
+    grams: int = 0
+    repeated_grams: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: "RolloutSums") -> None:
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, max(mine, value) if name == "longest" else mine + value)
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout], seconds: float) -> "RolloutSums":
+        sums = cls(seconds=seconds)
+        for rollout in rollouts:
+            answer = rollout.answer
+            grams = [tuple(answer[begin : begin + 4]) for begin in range(len(answer) - 3)]
+            sums.add(
+                cls(1, len(answer), rollout.is_ended, len(answer), len(grams), len(grams) - len(set(grams)))
+            )  # fmt: skip
+        return sums
+
+    def figures(self) -> dict[str, float | int | None]:
+        """Means and shares; None where there is nothing to divide by."""
+        each, grams = self.rollouts or None, self.grams or None
+        return {
+            "rollouts": self.rollouts,
+            "tokens": self.tokens,
+            "mean_tokens": self.tokens / each if each else None,
+            "longest_tokens": self.longest,
+            "ended_share": self.ended / each if each else None,
+            "repeated_share": self.repeated_grams / grams if grams else None,
+            "seconds": round(self.seconds, 3),
+        }

@@ -1,0 +1,119 @@
+"""Low-rank adapters: what is trained, what is saved, what is merged, and that the head is left alone or refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_arguments, make_model, make_samples, make_tokenizer
+from tiny_run import make_recipe, make_task
+from transformers import AutoModelForCausalLM
+
+from selkd import DistillTrainer, distill
+from selkd.errors import InputError
+from selkd.models.adapters import merged, with_adapters
+from selkd.recipe import parse_part
+from selkd.recipe_files import load_recipe
+from selkd.recipe_models import LoraOptions
+
+peft = pytest.importorskip("peft")
+IDS = torch.arange(2, 20)[None]
+
+
+def options(**given: Any) -> LoraOptions:
+    return parse_part(LoraOptions, {"rank": 4, **given}, "student.lora")
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_new_adapter_changes_nothing_and_is_all_that_trains(is_tied: bool) -> None:
+    model = make_model(3, tie_word_embeddings=is_tied)
+    expected = model(IDS).logits
+    wrapped = with_adapters(model, options(), seed=1)
+    assert torch.equal(wrapped(input_ids=IDS).logits, expected)
+    trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert not any("lm_head" in name or "embed" in name for name in trained)
+
+
+def test_an_adapter_on_the_head_is_refused_loudly() -> None:
+    for name in ("lm_head", "model.embed_tokens"):
+        with pytest.raises(
+            InputError, match=f"{name} is the head or an embedding, and the loss reads the head's weight"
+        ):
+            options(target_modules=[name, "q_proj"])
+    with pytest.raises(InputError, match="none; give names, or all-linear"):
+        options(target_modules=[])
+    model = make_model(3)
+    taken_in = LoraOptions.model_construct(rank=4, alpha=8.0, dropout=0.0, target_modules=["lm_head"])
+    with pytest.raises(InputError, match="takes in the head or an embedding"):
+        with_adapters(model, taken_in, seed=1)
+    with pytest.raises(InputError, match=r"student.lora.target_modules: \['nothing'\]"):
+        with_adapters(make_model(3), options(target_modules=["nothing"]), seed=1)
+
+
+def test_training_moves_the_adapters_alone_and_merging_computes_the_same(tmp_path: Path) -> None:
+    student = with_adapters(make_model(3), options(), seed=1)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    trainer = DistillTrainer(
+        model=student,
+        teacher=make_model(0),
+        args=make_arguments(tmp_path, max_steps=3, positions={"fraction": 0.5}),
+        train_dataset=make_samples(),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
+    whole = merged(student)
+    torch.testing.assert_close(whole(IDS).logits, student(input_ids=IDS).logits, rtol=0, atol=1e-5)
+    assert "lora" not in " ".join(whole.state_dict())
+    assert any("lora_" in name for name in student.state_dict()), "the student itself is left as it was"
+    assert merged(whole) is whole
+
+
+@pytest.mark.parametrize("is_on_policy", [False, True])
+def test_a_run_keeps_the_adapters_and_a_merged_student(tmp_path: Path, is_on_policy: bool) -> None:
+    recipe = make_recipe(tmp_path, samples=None, cache=None, classes={"sampler": "all"})
+    recipe["student"] = {"prune_from_teacher": {"layers": 2}, "lora": {"rank": 4, "alpha": 16}}
+    recipe["evaluation"] = {"suite": ["fidelity"], "every_steps": 4, "keep_best": "kl_nats"}
+    recipe["training"] = {**recipe["training"], "learning_rate": 0.01}
+    if is_on_policy:
+        recipe |= {"data": make_task(tmp_path, packing=False), "on_policy": {"max_new_tokens": 8}}
+    run = distill(recipe, tmp_path / "run")
+    adapters = load_file(run.path / "adapter" / "adapter_model.safetensors")
+    assert all("lora_" in name for name in adapters)
+    assert json.loads((run.path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    student = AutoModelForCausalLM.from_pretrained(run.student)
+    assert not [name for name in student.state_dict() if "lora" in name]
+    again = distill(recipe, tmp_path / "run")
+    assert again.record["fidelity"] == run.record["fidelity"]
+    best = AutoModelForCausalLM.from_pretrained(run.path / "best_student")
+    assert not [name for name in best.state_dict() if "lora" in name]
+    assert not list(run.path.glob("*/training_args.bin"))
+    if not is_on_policy:
+        assert run.record["fidelity"]["after"]["kl_nats"] < run.record["fidelity"]["before"]["kl_nats"]
+
+
+def test_adapters_resume_from_a_checkpoint(tmp_path: Path) -> None:
+    def trained(resume: bool) -> torch.Tensor:
+        arguments = make_arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+        student = with_adapters(make_model(3), options(), seed=1)
+        trainer = DistillTrainer(
+            model=student,
+            teacher=make_model(0),
+            args=arguments,
+            train_dataset=make_samples(),
+            processing_class=make_tokenizer(),
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        return torch.cat([p.detach().flatten() for n, p in student.named_parameters() if "lora_" in n])
+
+    torch.testing.assert_close(trained(resume=False), trained(resume=True), rtol=0, atol=1e-6)
+
+
+def test_sharding_is_refused() -> None:
+    with pytest.raises(InputError, match=r"training.fsdp: adapters \(student.lora\)"):
+        load_recipe("se_kd", ["student.lora={}", "training.fsdp=full_shard"])

@@ -1,0 +1,89 @@
+"""A teacher in another form or on another device: what runs here, and what is refused before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_arguments, make_model, make_samples, make_tokenizer
+from tiny_run import make_recipe
+
+from selkd import DistillTrainer, distill
+from selkd.data.batching import collate
+from selkd.errors import InputError
+from selkd.models.demo import _gguf_file
+from selkd.models.loading import require_quantization
+from selkd.models.sources import default_cache_dir, locate
+from selkd.recipe_choices import ClassOptions
+from selkd.recipe_files import load_recipe
+from selkd.teacher import LiveTeacher
+
+CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is refused without CUDA")
+
+
+@CPU_ONLY
+def test_what_this_machine_lacks_is_refused_before_loading(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    teacher = recipe["teacher"] | {"quantization": "bitsandbytes_8bit"}
+    with pytest.raises(InputError, match=r"bitsandbytes_8bit runs on CUDA alone, and the teacher is on cpu.*gguf"):
+        distill(recipe | {"teacher": teacher}, tmp_path / "run")
+    with pytest.raises(InputError, match=r"teacher.device: cuda:1, but there are 0 CUDA devices"):
+        distill(recipe | {"teacher": recipe["teacher"] | {"device": "cuda:1"}}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_devices_and_a_missing_package_are_refused() -> None:
+    with pytest.raises(InputError, match=r"teacher.device: string should match pattern"):
+        load_recipe("se_kd", ["teacher.device=gpu0"])
+    with pytest.raises(InputError, match=r"teacher.quantization: 'int3' is not known"):
+        load_recipe("se_kd", ["teacher.quantization=int3"])
+    if not pytest.importorskip("importlib.util").find_spec("bitsandbytes"):
+        with pytest.raises(InputError, match="needs the package: pip install bitsandbytes"):
+            require_quantization("bitsandbytes_4bit", torch.device("cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_a_teacher_on_another_device_says_the_same() -> None:
+    batch = {name: tensor.cuda() for name, tensor in collate(list(make_samples()), 1).items()}
+    options = ClassOptions.model_validate({})
+    index = batch["valid_mask"].flatten().nonzero().flatten()
+    found = []
+    for device in ("cpu", "cuda"):
+        targets = LiveTeacher(make_model(0).to(device), options, 1.0, 0, 83).targets(batch, 0)
+        logits = targets.at(index).logits(slice(0, None))
+        assert logits.device.type == "cuda"
+        found.append(logits)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_the_teachers_device_is_where_it_is_put(tmp_path: Path) -> None:
+    trainer = DistillTrainer(
+        model=make_model(3),
+        teacher=make_model(0),
+        args=make_arguments(tmp_path, teacher_device="cpu"),
+        train_dataset=make_samples(),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.teacher.model.device.type == "cpu"
+    with pytest.raises((RuntimeError, AssertionError, NotImplementedError)):
+        DistillTrainer(
+            model=make_model(3),
+            teacher=make_model(0),
+            args=make_arguments(tmp_path, teacher_device="cuda:7"),
+            train_dataset=make_samples(),
+            processing_class=make_tokenizer(),
+        )
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"not one at all")
+    with pytest.raises(InputError, match="not a GGUF file that Transformers reads"):
+        locate(str(tmp_path / "x.gguf"), tmp_path / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.real_teacher
+def test_a_gguf_file_is_the_model_in_it() -> None:
+    demo, file = (locate(name, default_cache_dir()) for name in ("demo", str(_gguf_file())))
+    assert file.fingerprint == demo.fingerprint
+    assert file.path == demo.path

@@ -1,0 +1,270 @@
+"""On-policy distillation: what is answered, what is learned of it, and that it is the off-policy step on that."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_distributed import WORKER, torchrun
+from tiny import V, make_arguments, make_model, make_prompts, make_tokenizer
+from tiny_run import make_recipe, make_task
+
+from selkd import DistillTrainer, distill
+from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
+from selkd.errors import InputError
+from selkd.recipe import Recipe, parse_part
+from selkd.recipe_files import load_recipe
+from selkd.recipe_on_policy import OnPolicyOptions
+from selkd.training.rollout import Answering, PromptCollator, Rollout, RolloutSums, prompt_length
+
+POSITIONS = {"metric": "student_entropy", "policy": "top_k", "fraction": 0.5}
+
+
+def answering(**options: Any) -> Answering:
+    return Answering(OnPolicyOptions(**({"max_new_tokens": 10} | options)), 3, [1], 1, V)
+
+
+def trainer(path: Path, samples: list[Sample], on_policy: dict[str, Any] | None, **changes: Any) -> DistillTrainer:
+    args = make_arguments(
+        path,
+        criterion={"name": "reverse_kl"},
+        positions=POSITIONS,
+        on_policy=on_policy,
+        **({"per_device_train_batch_size": 8} | changes),
+    )
+    return DistillTrainer(
+        model=make_model(1),
+        teacher=make_model(0, layers=3),
+        args=args,
+        train_dataset=SampleDataset.from_samples(samples),
+        processing_class=make_tokenizer(),
+    )
+
+
+def weights(of: DistillTrainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in of.model.parameters()])
+
+
+def test_a_prompt_is_what_stands_before_the_last_answer() -> None:
+    tokens, start = np.arange(2, 10), np.zeros(1, np.int32)
+    for mask, expected in {
+        "00011111": 3,
+        "01100011": 6,
+        "00000000": 8,
+        "00100110": 5,
+        "01111111": 1,
+    }.items():
+        assert prompt_length(Sample(tokens, start, np.array([m == "1" for m in mask]))) == expected
+
+
+def test_generated_tokens_alone_are_valid_and_fillers_stay() -> None:
+    samples = [*make_prompts(3), EMPTY_SAMPLE]
+    (batch,), rollouts, _ = answering()(make_model(3), [PromptCollator(1)(samples)], 0, torch.float32)
+    assert len(rollouts) == 3
+    for row, (sample, rollout) in enumerate(zip(samples[:3], rollouts, strict=True)):
+        n = prompt_length(sample)
+        assert rollout.prompt.tolist() == sample.token_ids[:n].tolist()
+        assert batch["input_ids"][row, :n].tolist() == sample.token_ids[:n].tolist()
+        assert batch["targets"][row][batch["valid_mask"][row]].tolist() == rollout.answer
+        assert batch["valid_mask"][row].nonzero().flatten().tolist() == list(range(n - 1, n - 1 + len(rollout.answer)))
+        assert batch["sample_ids"][row].numpy().tobytes() == rollout.sample.id
+    assert batch["sample_ids"][3].numpy().tobytes() == EMPTY_SAMPLE.id
+    assert not batch["valid_mask"][3].any()
+
+
+def test_answers_do_not_depend_on_how_a_step_is_cut_and_change_with_it_and_the_seed() -> None:
+    samples, model, collate = make_prompts(), make_model(3), PromptCollator(1)
+
+    def found(cut: list[slice], step: int = 5, **options: Any) -> list[list[int]]:
+        batches = [collate(samples[part]) for part in cut]
+        return [rollout.answer for rollout in answering(**options)(model, batches, step, torch.float32)[1]]
+
+    whole = found([slice(0, 8)])
+    assert found([slice(0, 3), slice(3, 8)]) == whole
+    assert found([slice(0, 8)], at_once=3) == whole
+    assert found([slice(0, 8)], step=6) != whole
+    assert found([slice(0, 8)], temperature=0.5) != whole
+
+
+def test_the_fraction_is_kept_on_average_and_the_rest_keeps_its_completion() -> None:
+    some, samples = answering(fraction=0.3), make_prompts(200)
+    chosen = [some.is_answered(sample, 0) for sample in samples]
+    assert 0.2 < np.mean(chosen) < 0.4
+    assert chosen != [some.is_answered(sample, 1) for sample in samples]
+    (batch,), rollouts, _ = some(make_model(3), [PromptCollator(1)(samples[:8])], 0, torch.float32)
+    assert len(rollouts) == sum(chosen[:8])
+    for row, sample in enumerate(samples[:8]):
+        assert (batch["sample_ids"][row].numpy().tobytes() == sample.id) != chosen[row]
+
+
+def test_a_step_is_the_off_policy_step_on_the_answers(tmp_path: Path) -> None:
+    samples = make_prompts()
+    on = trainer(tmp_path, samples, {"max_new_tokens": 10})
+    answered: list[Rollout] = []
+    original = on.answers.answering.__class__.__call__  # type: ignore[union-attr]
+
+    def watched(self: Answering, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        answered.extend(found[1])
+        return found
+
+    Answering.__call__ = watched  # type: ignore[method-assign]
+    try:
+        on.train()
+    finally:
+        Answering.__call__ = original  # type: ignore[method-assign]
+    off = trainer(tmp_path, [rollout.sample for rollout in answered], None)
+    off.train()
+    assert len(answered) == 8
+    torch.testing.assert_close(weights(on), weights(off), rtol=0, atol=1e-6)
+    assert (weights(on) - weights(trainer(tmp_path, samples, None))).abs().max() > 1e-3
+    assert on.totals.positions_valid == sum(len(rollout.answer) for rollout in answered)
+
+
+def test_low_precision_products_train_on(tmp_path: Path) -> None:
+    """Accelerate wraps the forward for them; generating must not take the wrapper off, and the loss with it."""
+    low = trainer(tmp_path, make_prompts(), {"max_new_tokens": 10}, bf16=True, max_steps=3)
+    low.train()
+    assert low.totals.positions_selected > 0
+    assert (weights(low) - weights(trainer(tmp_path, make_prompts(), None))).abs().max() > 1e-3
+
+
+def test_micro_batches_make_no_difference(tmp_path: Path) -> None:
+    options = {"max_new_tokens": 10, "fraction": 0.6}
+    whole = trainer(tmp_path, make_prompts(), options, max_steps=2)
+    parts = trainer(
+        tmp_path, make_prompts(), options, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    for each in (whole, parts):
+        each.train()
+    torch.testing.assert_close(weights(whole), weights(parts), rtol=0, atol=1e-5)
+
+
+def test_a_resumed_training_ends_where_a_straight_one_does(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 6}
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    straight = trainer(tmp_path / "straight", make_prompts(), options, **changes)
+    straight.train()
+    written = (tmp_path / "straight" / "rollouts.jsonl").read_text()
+    resumed = trainer(tmp_path / "straight", make_prompts(), options, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=1e-6)
+    assert (tmp_path / "straight" / "rollouts.jsonl").read_text() == written
+    figures = [each.rollouts.figures() | {"seconds": 0} for each in (straight, resumed)]
+    assert figures[0] == figures[1]
+    assert figures[0]["rollouts"] == 16
+
+
+def test_what_is_said_of_answers() -> None:
+    prompt = np.arange(2, 4)
+    rollouts = [Rollout(prompt, [5, 6, 5, 6, 5, 6, 5, 6], False), Rollout(prompt, [9, 1], True)]
+    figures = RolloutSums.of(rollouts, 1.5).figures()
+    assert figures == {
+        "rollouts": 2,
+        "tokens": 10,
+        "mean_tokens": 5.0,
+        "longest_tokens": 8,
+        "ended_share": 0.5,
+        "repeated_share": 3 / 5,
+        "seconds": 1.5,
+    }
+    assert RolloutSums.of([], 0.0).figures()["mean_tokens"] is None
+
+
+def test_a_run_answers_learns_and_tells(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tmp_path, data=make_task(tmp_path, packing=False), cache=None, classes={"sampler": "all"}, samples=None,
+        on_policy={"max_new_tokens": 12, "fraction": 0.5, "log_rollouts": 3},
+    )  # fmt: skip
+    run, again = distill(recipe, tmp_path / "run"), distill(recipe, tmp_path / "again")
+    record = run.record
+    assert record["recipe"]["criterion"]["name"] == "reverse_kl"
+    told, counts = record["on_policy"], record["counts"]
+    assert 0.3 * 3 * counts["samples"] < told["rollouts"] < 0.7 * 3 * counts["samples"]
+    assert told["longest_tokens"] <= 12
+    lines = [json.loads(line) for line in (run.path / "rollouts.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} <= set(range(1, record["train"]["steps"] + 1))
+    assert all(line["prompt"].endswith("w3") and line["answer_tokens"] <= 12 for line in lines)
+    metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert {"rollout_mean_tokens", "rollout_ended_share", "rollout_seconds"} <= metrics[0].keys()
+    assert told | {"seconds": 0} == again.record["on_policy"] | {"seconds": 0}
+    students = [(each.student / "model.safetensors").read_bytes() for each in (run, again)]
+    assert students[0] == students[1]
+    assert record["fidelity"]["positions"] > 0
+
+
+def test_prompts_alone_are_enough(tmp_path: Path) -> None:
+    data = make_task(tmp_path, packing=False, completion_field=None)
+    recipe = make_recipe(
+        tmp_path, data=data, cache=None, classes={"sampler": "all"}, samples=None, evaluation={"suite": []},
+        on_policy={"max_new_tokens": 6},
+    )  # fmt: skip
+    run = distill(recipe, tmp_path / "run")
+    assert run.record["on_policy"]["rollouts"] == 3 * run.record["counts"]["samples"]
+    assert run.record["counts"]["positions_valid"] == run.record["on_policy"]["tokens"]
+
+
+@pytest.mark.slow
+def test_two_processes_answer_what_one_does(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 10, "fraction": 0.7}
+    alone = trainer(tmp_path / "alone", make_prompts(7), options, per_device_train_batch_size=7)
+    alone.train()
+    given = {"criterion": {"name": "reverse_kl"}, "positions": POSITIONS, "on_policy": options, "max_steps": 1}
+    done = torchrun(str(WORKER), str(tmp_path), "ddp", json.dumps(given))
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    for name, parameter in load_file(tmp_path / "weights.safetensors").items():
+        torch.testing.assert_close(parameter, alone.model.state_dict()[name], rtol=0, atol=3e-6)
+    told = {name: value for name, value in answer["rollouts"].items() if name != "seconds"}
+    assert told == {name: value for name, value in alone.rollouts.figures().items() if name != "seconds"}
+    assert answer["totals"]["positions_valid"] == alone.totals.positions_valid
+
+
+REFUSED = {
+    ("cache={path: null}", "classes={sampler: rs_kd}", "criterion.name=forward_kl"): "cache: it holds the teacher's "
+    "classes for the data's own tokens",
+    ("data={path: demo}",): "on_policy: the student answers prompts, and data.text_field has none",
+    ("data.packing=true",): "data.packing: on_policy answers one prompt a sample; set data.packing: false",
+    ("data.loss_on=all",): "data.loss_on: all learns prompts",
+    ("data.completion_field=null", "on_policy.fraction=0.5"): "on_policy.fraction: below 1 the other samples keep",
+    ("data.completion_field=null",): "evaluation.suite: fidelity is measured on completions",
+    ("data.completion_field=null", "evaluation.suite=[]", "samples={fraction: 0.2}"): "samples: a sample is scored",
+    ("data.completion_field=null", "on_policy=null"): "data.completion_field: without completions there is nothing",
+    ("on_policy.temperature=0", "on_policy.top_p=0.5"): "on_policy.top_p: without effect at temperature 0",
+    ("on_policy.max_new_tokens=0",): "on_policy.max_new_tokens: input should be greater than or equal to 1",
+    ("on_policy.max_tokens=9",): r"on_policy.max_tokens: unknown key.*Did you mean 'max_new_tokens'\?",
+    ("classes={sampler: rs_kd}",): "criterion.name: reverse_kl of drawn classes would be a biased estimate",
+    ("training.fsdp=full_shard",): "training.fsdp: a sharded student does not generate",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED, ids=lambda given: " ".join(given))
+def test_what_does_not_go_together_is_refused_with_the_reason(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match=f"(?s){REFUSED[overrides]}"):
+        load_recipe("se_kd_on_policy", list(overrides))
+
+
+def test_reverse_kl_is_the_default_and_a_named_criterion_stays() -> None:
+    given = {"teacher": {"model": "demo"}, "student": {"model": "demo"}, "on_policy": {},
+             "data": {"path": "x.jsonl", "prompt_field": "q", "completion_field": "a", "packing": False}}  # fmt: skip
+    assert parse_part(Recipe, given).criterion.name == "reverse_kl"
+    recipe = parse_part(Recipe, given | {"criterion": {"temperature": 2.0}})
+    assert (recipe.criterion.name, recipe.criterion.temperature) == ("reverse_kl", 2.0)
+    assert parse_part(Recipe, given | {"criterion": {"name": "jsd"}}).criterion.beta == 0.5
+    assert parse_part(Recipe, recipe.resolved()) == recipe
+
+
+def test_a_cache_and_packed_samples_are_refused_by_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = Sample(np.arange(2, 10), np.array([0, 4]))
+    with pytest.raises(InputError, match=r"on_policy: samples of several documents"):
+        trainer(tmp_path, [packed], {})
+    with pytest.raises(InputError, match=r"on_policy\.fraction: input should be greater than 0"):
+        make_arguments(tmp_path, on_policy={"fraction": 0})
+    off = trainer(tmp_path, make_prompts(), None)
+    monkeypatch.setattr("selkd.training.trainer._as_teacher", lambda *_: type("Cached", (), {"is_live": False})())
+    assert off.answers is None
+    with pytest.raises(InputError, match="on_policy: a TeacherCache holds the classes of the data's own tokens"):
+        trainer(tmp_path, make_prompts(), {})
