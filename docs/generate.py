@@ -108,7 +108,7 @@ def commands_text() -> str:
         needed = [usage_of(p) for p in shown if is_argument(p) or p.required]
         rows = [
             [
-                f"`{usage_of(p)}`" if p.metavar or not getattr(p, "is_flag", False) else f"`{p.opts[0]}`",
+                f"`{usage_of(p)}`" if p.metavar or not getattr(p, "is_flag", False) else flags(p),
                 "required" if p.required else "" if p.default in (None, False) else f"`{p.default}`",
                 escape(getattr(p, "help", None) or ""),
             ]
@@ -118,6 +118,11 @@ def commands_text() -> str:
         listed = table("argument or option | default | meaning", rows)
         sections.append(f"## selkd {name}\n\n{escape(command.help or '')}\n\n{usage}\n\n{listed}")
     return "\n\n".join(sections)
+
+
+def flags(parameter: Any) -> str:
+    """A flag, and what turns it off if there is such a one."""
+    return ", ".join(f"`{option}`" for option in [parameter.opts[0], *parameter.secondary_opts])
 
 
 def commands() -> dict[str, Any]:

@@ -126,6 +126,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "value twice": ({"grid": {"positions.fraction": [0.1, 0.1]}}, "positions.fraction: .* holds a value twice"),
     "no seed": ({"seeds": []}, "seeds: list should have at least 1 item"),
     "empty values": ({"grid": {"positions.fraction": []}}, "grid.positions.fraction: list should have at least 1"),
+    "a hub for all runs": ({"set": {"hub.repo": "me/x"}}, "set.hub: not in a study"),
     "seed in the grid": ({"grid": {"seed": [1, 2]}}, "grid.seed: not set here; give seeds"),
     "odd name": ({"variants": {"a/b": {}}}, "variants"),
     "bad recipe": (
@@ -329,3 +330,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a study's folder and not empty"):
         sweep("toy", study(), tmp_path, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_estimated_scores_are_not_shared_between_seeds() -> None:
+    """The classes that stand for the others are drawn by the seed."""
+
+    def scores(seed: int, **samples: Any) -> str | None:
+        recipe = parse_part(Recipe, BASE | {"samples": {"fraction": 0.5, **samples}, "seed": seed})
+        return with_shared_paths(recipe, Path("shared")).samples.path  # type: ignore[union-attr]
+
+    assert scores(1) == scores(2)
+    assert scores(1, scoring="approximate") != scores(2, scoring="approximate")

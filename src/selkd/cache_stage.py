@@ -34,7 +34,7 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
             directory = cache_directory(work, run)
             found = _larger(work, directory, fingerprint, samples)
             opened = _built(work, run, directory, fingerprint, samples) if found is None else found
-            cost = read_cost(directory / CACHE_COST)
+            cost = read_cost(directory / CACHE_COST) if found is None else None  # of these samples alone: not known
         if path is not None:
             note_shared(run, "cache", cost)
     run.record["teacher_cache"] = opened.stats()

@@ -1,5 +1,6 @@
 """``distill``: score -> cache -> train -> evaluate -> report, into one folder, continued where it was interrupted."""
 
+import gc
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -122,6 +123,7 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
     examples = run.path / "selection" / "examples.json"
     if unmeasured or not examples.exists():
         work.__dict__.pop("student", None)  # the trained one in memory; what is measured is what was saved
+        gc.collect()  # it holds itself through its bound loss
         student = load_model(locate(str(run.path / "student"), work.cache_dir), torch.float32, work.device)
         if unmeasured:
             with _recorded(run, work):

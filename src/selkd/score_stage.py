@@ -100,17 +100,21 @@ def _subset(work: Workspace) -> ClassSubset:
     return class_subset(ordered, options.frequent_classes, options.tail_classes, seed, "samples", device=device)
 
 
-def _scoring_agreement(work: Workspace, scores: np.ndarray) -> dict[str, float | int]:
+def _scoring_agreement(work: Workspace, scores: np.ndarray) -> dict[str, float | int | None]:
     """Approximate ``scores`` [N] against exact ones on a few samples, drawn by the seed."""
     options, train = work.recipe.samples, work.splits.train
     assert options is not None
     count = min(len(train), max(COMPARED_SAMPLES, len(train) // 50))
     generator = sample_generator(work.recipe.seed, b"", "compared samples")
     some = np.sort(generator.choice(len(train), count, replace=False))
+    started = time.perf_counter()
     exact, _ = _score(work, train.select(some), None)
+    seconds = time.perf_counter() - started
+    varies = bool(np.ptp(exact) > 0 and np.ptp(scores[some]) > 0)
     best, found = highest(exact, options.fraction), highest(scores[some], options.fraction)
     return {
         "samples_compared": count,
         "share_of_exact_choice": len(np.intersect1d(best, found)) / max(1, len(best)),
-        "correlation": float(np.corrcoef(exact, scores[some])[0, 1]) if count > 1 else 1.0,
+        "correlation": float(np.corrcoef(exact, scores[some])[0, 1]) if varies else None,
+        "seconds": round(seconds, 3),
     }

@@ -17,7 +17,7 @@ from selkd.data.batching import Fitting, collate
 from selkd.data.chats import encode_conversation
 from selkd.data.encoding import Encoder
 from selkd.data.marked import Marked, encode_parts
-from selkd.data.rows import Conversation, Exchange
+from selkd.data.rows import Conversation, Exchange, Fields
 from selkd.data.samples import Sample, SampleDataset
 from selkd.data.tokenised import Splits, load_splits
 from selkd.errors import InputError
@@ -339,3 +339,19 @@ def test_only_what_the_assistant_says_is_ever_valid_or_selected(
     for text in ("<think>\n\n</think>\n\n", "<|im_end|>", "</s>"):
         found = [each.removeprefix(text).removesuffix(text) for each in found]
     assert sorted(found) == said, "exactly the assistant's words, each turn ended"
+
+
+def test_a_message_with_more_than_its_content_is_refused() -> None:
+    """The template would show it, and it would not be learned."""
+    said = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}], "id": 7}
+    with pytest.raises(InputError, match="a message with tool_calls, which selkd does not give to the chat template"):
+        Fields(messages="messages").take({"messages": [said]}, "row 1")
+    harmless = {"role": "assistant", "content": "4", "tool_calls": None, "id": 7}
+    assert Fields(messages="messages").take({"messages": [harmless]}, "row 1") is not None
+
+
+def test_a_null_completion_is_a_prompt_alone() -> None:
+    """So it is counted as unanswered, and not passed over."""
+    fields = Fields(prompt="q", completion="a")
+    assert fields.take({"q": "2 + 2?", "a": None}, "row 1") == Exchange("2 + 2?", None)
+    assert fields.take({"q": None, "a": "4"}, "row 1") is None

@@ -52,6 +52,9 @@ def test_an_adapter_on_the_head_is_refused_loudly() -> None:
         with_adapters(model, taken_in, seed=1)
     with pytest.raises(InputError, match=r"student.lora.target_modules: \['nothing'\]"):
         with_adapters(make_model(3), options(target_modules=["nothing"]), seed=1)
+    with pytest.raises(InputError, match="no layer is called 'q_porj'"):
+        with_adapters(make_model(3), options(target_modules=["v_proj", "q_porj"]), seed=1)
+    with_adapters(make_model(3), options(target_modules=["v_proj", "self_attn.q_proj"]), seed=1)
 
 
 def test_training_moves_the_adapters_alone_and_merging_computes_the_same(tmp_path: Path) -> None:

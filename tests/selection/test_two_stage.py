@@ -1,6 +1,7 @@
 """Two-stage scoring against its specification, against exact scoring, and in a run."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,10 @@ def test_scores_and_selection_are_the_specifications(share: float, probed: float
     for row, mask in enumerate(batch["valid_mask"]):
         order = ordered.tolist()
         if probed:
-            mean = logits[row, mask][:: int(1 / probed)].softmax(-1).mean(0)
+            of_sample = logits[row, mask]
+            n = len(of_sample)
+            probes = torch.linspace(0, n - 1, math.ceil(probed * n)).round().long()
+            mean = of_sample[probes].softmax(-1).mean(0)
             first = mean.argsort(descending=True)[:20].tolist()
             order = first + [each for each in order if each not in first]
         ids.append(class_subset(np.array(order), 20, 9, 5, 3, device=CPU).ids)

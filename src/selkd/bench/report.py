@@ -149,6 +149,9 @@ def _answer(
             }
             for name, timing in timings.items()
         ],
+        "notes": ["on_policy: steps are on the data's completions; generation is not measured"]
+        if subject.recipe.on_policy is not None
+        else [],
     }
 
 

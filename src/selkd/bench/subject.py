@@ -16,6 +16,7 @@ from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate
 from selkd.data.samples import SampleDataset
+from selkd.errors import InputError
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 from selkd.recipe import Recipe
@@ -39,6 +40,11 @@ class Subject:
         self._folder = tempfile.TemporaryDirectory(prefix="selkd-bench-")
         self.work = Workspace(recipe, Path(self._folder.name) / "run")
         self.work.require_positions()
+        if not int(self.samples.n_valid.sum()):
+            raise InputError(
+                "data: the first samples hold no completion to learn, and bench generates none: its steps are on the "
+                "data's. Give data.completion_field."
+            )
         self.device = self.work.device
         self.dtype = self.work.dtype
 

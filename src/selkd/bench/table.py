@@ -11,6 +11,8 @@ def print_table(answer: dict[str, Any], trace: Path | None) -> None:
     """The table, and where the plot of memory over time is, if there is one."""
     console = Console()
     console.print(bench_table(answer))
+    for note in answer["notes"]:
+        console.print(note, highlight=False, markup=False)
     if trace is not None:
         console.print(f"memory over time  {trace / 'memory.svg'}", soft_wrap=True, highlight=False)
 

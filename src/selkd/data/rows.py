@@ -8,6 +8,7 @@ from selkd.errors import InputError
 from selkd.recipe_data import DataOptions
 
 Message = dict[str, str]
+_PARTS_OF_A_TURN = ("reasoning_content", "thinking", "tool_calls", "tool_call_id", "function_call")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Fields:
         return {f"data.{name}_field": column for name, column in named.items() if column is not None}
 
     def take(self, row: Any, where: str) -> Document | None:
-        """The document of a row; None where its text, or its prompt, is null.
+        """The document of a row; None where its text, or its prompt, is null. A null completion is none.
 
         Raises:
             InputError: the row is no object, has no such field (the message lists those there are), or it holds
@@ -67,16 +68,18 @@ class Fields:
             if column not in row:
                 raise InputError(missing_field(key, column, [str(name) for name in row], where))
         values = [row[column] for column in self.columns.values()]
-        if any(value is None for value in values):
+        if values[0] is None:
             return None
+        if self.prompt is not None and values[-1] is None:
+            values = values[:1]
         if self.messages is not None:
             listed = _listed(values[0], self.messages, where)
             return Conversation(tuple(_message(value, self.messages, where) for value in listed))
-        for (key, column), value in zip(self.columns.items(), values, strict=True):
+        for (key, column), value in zip(self.columns.items(), values, strict=False):
             if not isinstance(value, str):
                 raise InputError(f"{key}: {column!r} of {where} is {type(value).__name__}, expected text.")
         if self.prompt is not None:
-            return Exchange(values[0], values[1] if self.completion is not None else None)
+            return Exchange(values[0], values[1] if len(values) > 1 else None)
         return str(values[0])
 
 
@@ -99,6 +102,11 @@ def _message(value: Any, column: str, where: str) -> Message:
         raise InputError(
             f"data.messages_field: {column!r} of {where} holds {value!r:.80}, expected messages with role and content, "
             "both text."
+        )
+    if more := [key for key in _PARTS_OF_A_TURN if value.get(key)]:
+        raise InputError(
+            f"data.messages_field: {column!r} of {where} holds a message with {more[0]}, which selkd does not give to "
+            "the chat template: what is learned would lack it. Put it into the content, or take it out."
         )
     return {"role": role, "content": content}
 

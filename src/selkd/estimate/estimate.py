@@ -155,9 +155,16 @@ def _notes(recipe: Recipe, plan: Plan, needed: Memory, rates: Rates | None, gpus
         notes.append("memory: tensors on one accelerator; its context and fragmentation take some more")
     if recipe.on_policy is not None:
         notes.append(
-            "on_policy: the answers' generation is not counted, neither its time nor its key-value cache; steps and "
-            "tokens are counted as if the data's completions were learned"
+            "on_policy: the answers' key-value cache is not counted, and "
+            + ("the probed step's time includes generating them" if rates else "the time to generate them neither")
+            + "; steps and tokens are counted as if the data's completions were learned"
         )
+    if recipe.student.lora is not None:
+        notes.append("student.lora: counted as if every weight were trained; adapters need less")
+    if recipe.teacher.quantization is not None:
+        notes.append("teacher.quantization: the teacher is counted as it is without")
+    if recipe.teacher.device is not None:
+        notes.append("teacher.device: the teacher is counted on the student's device")
     if recipe.samples is not None and recipe.samples.metric in NEEDS_TEACHER:
         notes.append(f"scoring by {recipe.samples.metric} runs the teacher over every sample")
     return notes

@@ -89,10 +89,11 @@ def _benchmarks(record: dict[str, Any]) -> list[str]:
     for name, task in tasks.items():
         metric = task.get("counts") or next(iter(task["metrics"]))
         described = _plain(str(task.get("described") or metric))
-        figure = formats.percent(dig(task, "metrics", metric, "value"))
+        value = dig(task, "metrics", metric, "value")
+        figure = formats.percent(value) if task.get("counts") else or_dash(value)
         rows.append(f"| {_plain(name)} | {described} | {or_dash(task.get('shots'))} | {figure} |")
     table = "| task | measured | shots | after |\n|---|---|---:|---:|\n" + "\n".join(rows)
-    return [f"## Benchmarks\n\nGreedy, by lm-evaluation-harness:\n\n{table}"]
+    return [f"## Benchmarks\n\nBy lm-evaluation-harness; what is written is written greedily:\n\n{table}"]
 
 
 def _how(record: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ def accuracy(of: str) -> Measure:
 
     def asked(record: Record) -> dict[str, Any]:
         found = benchmarks.accuracies(record).get(of)
-        options = {key: dig(record, "recipe", "evaluation", key) for key in ("shots", "limit", "data")}
+        options = {key: dig(record, "recipe", "evaluation", key) for key in ("shots", "limit", "data", "chat_template")}
         return {"tasks": None if found is None else found.tasks, **options}
 
     rows = "On validation rows, to choose by." if of == "validation suite" else TEST_ROWS

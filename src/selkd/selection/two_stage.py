@@ -3,6 +3,8 @@
 Shapes: B batch, T positions, D hidden, V classes.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -92,7 +94,8 @@ def score_in_two_stages(
             continue
         classes = by_text
         if options.probed_share:
-            probed = of_sample[:: max(1, int(1 / options.probed_share))]
+            count = math.ceil(options.probed_share * len(of_sample))
+            probed = of_sample[torch.linspace(0, len(of_sample) - 1, count).round().long()]
             classes = probable_first(by_text, frequent, probed, head)
         subset = class_subset(classes, frequent, tail, seed, place.step, device=device)
         scores[row, mask] = estimated_entropy(of_sample, head, subset)

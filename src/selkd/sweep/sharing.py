@@ -60,7 +60,7 @@ def _what_scores_depend_on(recipe: Recipe) -> dict[str, Any]:
     options = {key: value for key, value in (content["samples"] or {}).items() if key not in ("fraction", "path")}
     depends = {key: content[key] for key in ("teacher", "student", "data")}
     depends |= {"samples": options, "precision": {key: recipe.training.get(key) for key in _PRECISION}}
-    if options.get("metric") not in _SEEDLESS:
+    if options.get("metric") not in _SEEDLESS or options.get("scoring") == "approximate":
         depends["seed"] = recipe.seed
     return depends
 

@@ -73,6 +73,8 @@ def _owned_key(keys: Iterable[str], part: str) -> str | None:
     """What is wrong with keys that a study sets by itself."""
     if "seed" in keys:
         return f"{part}.seed: not set here; give seeds"
+    if any(key == "hub" or key.startswith("hub.") for key in keys):
+        return f"{part}.hub: not in a study; each run would replace the one before in the same repository"
     if "name" in keys:
         return f"{part}.name: not set here; a recipe is called by its variant and grid values"
     return None
@@ -136,6 +138,8 @@ def expand(study: Study, folder: Path, overrides: Mapping[str, Any] | None = Non
     if owned := _owned_key(overrides or {}, "overrides"):
         raise InputError(owned)
     base = _base(study, folder)
+    if base.get("hub") is not None and (owned := _owned_key({"hub": None}, "base")):
+        raise InputError(owned)
     recipes: dict[str, Recipe] = {}
     for variant, changes in (study.variants or {"": {}}).items():
         name = variant or str(base.get("name"))

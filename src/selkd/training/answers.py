@@ -50,10 +50,14 @@ class Answers:
                 "on_policy: expected a SampleDataset of prompts (selkd.data.tokenised.load_splits), got "
                 f"{type(dataset).__name__}."
             )
-        if dataset is not None and any(len(sample.document_starts) > 1 for sample in dataset):
+        if dataset is None:
+            return
+        if any(len(sample.document_starts) > 1 for sample in dataset):
             raise InputError(
                 "on_policy: samples of several documents. The student answers one prompt a sample: no packing."
             )
+        if len(dataset) and all(sample.is_target is None for sample in dataset):
+            raise InputError("on_policy: samples of plain text, without a prompt to answer. Give prompts.")
 
     def __call__(self, model: PreTrainedModel, batches: Sequence[Batch], step: int) -> tuple[list[Batch], RolloutSums]:
         """The micro-batches of a step with the student's answers, and what was answered, over all ranks."""

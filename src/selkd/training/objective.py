@@ -82,10 +82,10 @@ class Objective:
         Returns:
             ``loss``, a scalar with gradient; ``scores`` [B, T], detached; and detached sums for logging:
             ``positions_selected``; over the selected positions ``divergence_nats``, ``cross_entropy_nats`` (if it is
-            in the criterion) and ``selected_score``, over the valid ones ``valid_score``; the same of the student's
-            entropy (``selected_entropy_nats``, ``valid_entropy_nats``) if the metric is made of it; on some steps of
-            two-stage scoring, of its float32 selection, how much of it is exact selection's (``agreeing_positions``
-            of ``compared_positions``).
+            in the criterion) and ``selected_score``, over the valid ones ``valid_score`` (of exact scoring); the same
+            of the student's entropy (``selected_entropy_nats``, ``valid_entropy_nats``) if the metric is made of it;
+            on some steps of two-stage scoring, of its float32 selection, how much of it is exact selection's
+            (``agreeing_positions`` of ``compared_positions``).
 
         Raises:
             RunError: a logit is not finite; the sample and position are named.
@@ -120,7 +120,9 @@ class Objective:
         if "student_entropy" in scored.statistics:
             logged["entropy_nats"] = scored.statistics["student_entropy"]
         for name, each in logged.items():
-            sums[f"selected_{name}"], sums[f"valid_{name}"] = each.flatten()[picked].sum(), each.flatten()[valid].sum()
+            sums[f"selected_{name}"] = each.flatten()[picked].sum()
+            if self.positions.scoring == "exact":  # else those of the other positions are estimates
+                sums[f"valid_{name}"] = each.flatten()[valid].sum()
         if self.positions.scoring == "two_stage" and total.requires_grad and place.step % AGREEMENT_EVERY == 0:
             sums |= self.agreement(hidden_states.detach(), head, batch, place)
         return {"loss": total, "scores": scored.values, **sums}

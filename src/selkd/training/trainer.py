@@ -302,8 +302,9 @@ class DistillTrainer(Trainer):
         if "cross_entropy_nats" in total:
             logs["ce_nats"] = total["cross_entropy_nats"] / selected
         for name in ("entropy_nats", "score"):
-            if f"valid_{name}" in total:
+            if f"selected_{name}" in total:
                 logs[f"selected_{name}"] = total[f"selected_{name}"] / selected
+            if f"valid_{name}" in total:
                 logs[f"mean_{name}"] = total[f"valid_{name}"] / valid
         if total.get("compared_positions"):
             logs["selection_agreement"] = total["agreeing_positions"] / total["compared_positions"]
