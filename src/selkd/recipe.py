@@ -121,6 +121,10 @@ class Recipe(Part):
     def _possible(self) -> "Recipe":
         if self.samples is not None and self.samples.metric == "all":  # no filter
             object.__setattr__(self, "samples", None)
+        if self.teacher.quantization is not None and self.student.prune_from_teacher is not None:
+            raise ValueError(
+                "teacher.quantization: a student is not cut from quantised layers; give student.model, or leave it out"
+            )
         if self.on_policy is not None:
             self._settle(criterion=on_policy_criterion(self.criterion))
             self._check_on_policy(self.on_policy)

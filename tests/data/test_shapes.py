@@ -110,8 +110,21 @@ def test_loss_on_all_learns_the_prompt_too() -> None:
     tokenizer = chat_tokenizer(PLAIN)
     for fields in ({"messages_field": "m"}, {"prompt_field": "p", "completion_field": "c"}):
         document = Conversation(tuple(CHAT)) if "messages_field" in fields else Exchange("a?", "b")
-        (marked,) = Encoder(options(**fields, loss_on="all"), tokenizer)(document)
-        assert all(marked.is_target)
+        documents = Encoder(options(**fields, loss_on="all"), tokenizer)(document)
+        (sample,) = Fitting(200, packing=False, learns_all=True)(documents)
+        assert sample.n_valid == len(sample.token_ids) - 1
+
+
+def test_loss_on_all_counts_no_turn_twice_and_cuts_no_prompt_to_nothing() -> None:
+    """Also where the template rewrites earlier turns, and where the prompt alone fills a sample."""
+    tokenizer = chat_tokenizer(REASONING)
+    documents = Encoder(options(messages_field="m", loss_on="all"), tokenizer)(Conversation(tuple(CHAT)))
+    assert len(documents) == 1
+    assert all(message["content"] in tokenizer.decode(documents[0].token_ids) for message in CHAT[:-1])
+    fitting = Fitting(12, packing=False, learns_all=True)
+    long_prompt = Marked(list(range(40)), [False] * 30 + [True] * 10)
+    assert list(fitting([long_prompt])) == []
+    assert (fitting.too_long, fitting.cut) == (1, 0)
 
 
 def test_a_template_of_ones_own_puts_white_space_to_the_completion() -> None:

@@ -1,7 +1,6 @@
 """GSM8K: the final number after ####, and the last number as the flexible form; greedy; shots as they were asked."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from tiny_benchmarks import make_byte_tokenizer, save_model, write_rows
 from selkd.evaluation import harness
 from selkd.evaluation.harness import build_requests, load_tasks, run_task
 from selkd.evaluation.held_out import FidelityOptions, measure_fidelity
-from selkd.evaluation.measuring import BenchmarkOptions, measure_benchmarks
+from selkd.evaluation.measuring import BenchmarkOptions, load_benchmarks, measure_benchmarks
 from selkd.evaluation.subject import find_subject
 
 # Of 0 + 2, 1 + 2, 2 + 2, 3 + 2.
@@ -22,6 +21,8 @@ ANSWERS = ["She has 0+2.\n#### 2", "So there are 3.", "#### 4.", "5 eggs\n#### 7
 class Scripted(LM):
     """Says what it was told to, and keeps what it was asked."""
 
+    max_length, max_gen_toks = 4096, 256
+
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[tuple[str, dict[str, Any]]] = []
@@ -29,6 +30,9 @@ class Scripted(LM):
     def generate_until(self, requests: list[Any]) -> list[str]:
         self.asked = [request.args for request in requests]
         return [ANSWERS[int(prompt.rpartition("Ann has ")[2].split()[0])] for prompt, _ in self.asked]
+
+    def tok_encode(self, text: str) -> list[int]:
+        return list(text.encode())
 
     def loglikelihood(self, requests: Any) -> Any:  # noqa: ARG002
         raise AssertionError
@@ -43,8 +47,8 @@ def test_the_final_number_is_matched_greedily(tmp_path: Path, monkeypatch: pytes
     data = write_rows(tmp_path / "data")
     task = load_tasks("gsm8k", [data], shots)["gsm8k"]
     build_requests(task, [0, 1, 2, 3])
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace()))  # noqa: ARG005
-    output = run_task("gsm8k", task, [0, 1, 2, 3], model, make_byte_tokenizer(), torch.float32, batch_size=1)  # type: ignore[arg-type]
+    model = find_subject(str(save_model(tmp_path / "model")), "float32", torch.device("cpu")).model
+    output = run_task("gsm8k", task, [0, 1, 2, 3], model, make_byte_tokenizer(), torch.float32, batch_size=1)
     assert output.figures["exact_match,strict-match"] == pytest.approx(2 / 4)
     assert output.figures["exact_match,flexible-extract"] == pytest.approx(3 / 4)
     assert len(scripted.asked) == 4
@@ -60,7 +64,7 @@ def test_the_shots_are_told(tmp_path: Path, shots: int) -> None:
     folder = save_model(tmp_path / "model")
     subject = find_subject(str(folder), "float32", torch.device("cpu"))
     options = BenchmarkOptions(["gsm8k"], [str(write_rows(tmp_path / "data"))], limit=1, shots=shots)
-    assert measure_benchmarks(subject, options)["gsm8k"].summary()["shots"] == shots
+    assert measure_benchmarks(subject, load_benchmarks(options), options)["gsm8k"].summary()["shots"] == shots
 
 
 def test_fidelity_on_completions_alone(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
+from chatty import PLAIN, chat_tokenizer
 from tiny import V, make_model, make_tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
@@ -86,3 +87,15 @@ def test_the_stop_tokens_are_the_tokenizers_and_the_models(own: int | list[int] 
     model = make_model(3)
     model.generation_config.eos_token_id = own
     assert stop_ids(model, make_tokenizer()) == expected
+
+
+def test_the_end_of_a_chats_turn_stops_too() -> None:
+    """A base model's end token is often not the one that its template writes."""
+    tokenizer = chat_tokenizer(PLAIN)
+    tokenizer.eos_token = "</s>"
+    ends = sorted(tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"]))
+    model = make_model(3)
+    model.generation_config.eos_token_id = None
+    assert stop_ids(model, tokenizer) == ends
+    tokenizer.chat_template = None
+    assert stop_ids(model, tokenizer) == [tokenizer.eos_token_id]

@@ -24,6 +24,9 @@ CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is re
 def test_what_this_machine_lacks_is_refused_before_loading(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     teacher = recipe["teacher"] | {"quantization": "bitsandbytes_8bit"}
+    with pytest.raises(InputError, match="a student is not cut from quantised layers"):
+        distill(recipe | {"teacher": teacher}, tmp_path / "run")
+    recipe["student"] = {"model": recipe["teacher"]["model"]}
     with pytest.raises(InputError, match=r"bitsandbytes_8bit runs on CUDA alone, and the teacher is on cpu.*gguf"):
         distill(recipe | {"teacher": teacher}, tmp_path / "run")
     with pytest.raises(InputError, match=r"teacher.device: cuda:1, but there are 0 CUDA devices"):

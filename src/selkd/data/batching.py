@@ -67,6 +67,7 @@ class Fitting:
         max_length: tokens of a sample.
         packing: several documents in a sample; else one.
         keeps_prompts: a document without a target is kept: the student is to answer it.
+        learns_all: once a document fits, all its tokens are targets, the prompt's too.
         cut: documents whose end was cut off.
         too_long: those left out since their prompt alone fills a sample: it is never cut.
         unanswered: those left out since they hold nothing to learn.
@@ -75,6 +76,7 @@ class Fitting:
     max_length: int
     packing: bool
     keeps_prompts: bool = False
+    learns_all: bool = False
     cut: int = 0
     too_long: int = 0
     unanswered: int = 0
@@ -103,6 +105,12 @@ class Fitting:
         yield from map(_window_sample, windows)
 
     def _fitted(self, document: Marked) -> Marked | None:
+        fitted = self._cut(document)
+        if fitted is None or not self.learns_all:
+            return fitted
+        return Marked(fitted.token_ids, [True] * len(fitted.token_ids))
+
+    def _cut(self, document: Marked) -> Marked | None:
         if not document.has_target and not (self.keeps_prompts and document.token_ids):
             self.unanswered += 1
             return None

@@ -45,6 +45,7 @@ class Encoder:
         """The document's tokens; a conversation may become several documents (see ``encode_conversation``).
 
         A completion ends with the end-of-sequence token, which is learned; a chat's turn ends as its template says.
+        Answers alone are marked also where ``loss_on: all`` learns the rest: ``Fitting`` looks for one before.
         """
         assert not isinstance(document, str), "texts are encoded by `encode`"
         if isinstance(document, Exchange) and self.options.template == CHAT:
@@ -53,9 +54,8 @@ class Encoder:
             found = encode_conversation(self.tokenizer, document.messages)
         else:
             found = [self._exchange(document)]
-        if self.options.loss_on == "all":
-            return [Marked(each.token_ids, [True] * len(each.token_ids)) for each in found]
-        return found
+        # Where all is learned, the last of several documents is the whole conversation, and no turn counts twice.
+        return found[-1:] if self.options.loss_on == "all" else found
 
     def _exchange(self, exchange: Exchange) -> Marked:
         opening, middle, closing = "", "", ""

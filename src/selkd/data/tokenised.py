@@ -183,7 +183,12 @@ def _build(folder: Path, options: DataOptions, corpus: Corpus, encode: Encode) -
 
 
 def _write_splits(folder: Path, options: DataOptions, corpus: Corpus, encode: Encode) -> None:
-    fitting = Fitting(options.max_length, options.packing, keeps_prompts=options.is_prompt_only)
+    fitting = Fitting(
+        options.max_length,
+        options.packing,
+        keeps_prompts=options.is_prompt_only,
+        learns_all=options.loss_on == "all",
+    )
     reading = _Reading(options, encode)
 
     def samples_of(documents: Iterable[Marked]) -> Iterator[Sample]:

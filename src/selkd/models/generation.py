@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -24,10 +25,26 @@ from selkd.models.head import evaluating
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's end token, and those of the model's generation settings."""
+    """The tokens that end an answer: the tokenizer's end token, those of the model's generation settings, and the token
+    with which the chat template ends a turn."""
     named = getattr(model.generation_config, "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
-    return sorted({int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None})
+    return sorted(
+        {int(token) for token in (*listed, tokenizer.eos_token_id, _end_of_turn(tokenizer)) if token is not None}
+    )
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token right after what the assistant says, if the tokenizer has a chat template that shows one."""
+    said = "\ue000"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, ValueError, TypeError):  # no template, or one for other conversations
+        return None
+    following = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    is_special = bool(following) and following[0] in tokenizer.added_tokens_decoder
+    return int(following[0]) if is_special else None
 
 
 class _Draw(LogitsProcessor):

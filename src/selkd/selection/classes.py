@@ -75,12 +75,13 @@ def _at_points(probabilities: Tensor, points: Tensor) -> Drawn:
     blocks = pad(probabilities, (0, -n_classes % BLOCK)).view(n, -1, BLOCK)
     # A block's few classes are summed as exactly in float32 as they are known; all the blocks would not be.
     cumulative = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    points = points * cumulative[:, -1:]
+    below_all = 1 - torch.finfo(torch.float64).eps  # a point that rounds up to the whole would lie in no class
+    points = torch.minimum(points, points.new_tensor(below_all)) * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, points, right=True).clamp_(max=blocks.shape[1] - 1)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).to(torch.float64).cumsum(dim=-1)
     rest = points - pad(cumulative, (1, 0)).gather(1, block)
     # Two sums of one block differ by a rounding: below its own last sum, no class without probability is drawn.
-    rest = torch.minimum(rest, inside[..., -1] * (1 - torch.finfo(torch.float64).eps))
+    rest = torch.minimum(rest, inside[..., -1] * below_all)
     place = torch.searchsorted(inside, rest[..., None], right=True).squeeze(-1)
     return count_distinct(block * BLOCK + place)
 
