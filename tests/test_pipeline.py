@@ -132,7 +132,7 @@ def command(recipe: Path, out: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_killed_run_continues_and_ends_the_same(tmp_path: Path) -> None:
-    """SIGKILL as soon as a checkpoint is complete; the second call resumes from it, to the undisturbed student."""
+    """SIGKILL as soon as a checkpoint is complete; the second call, after the run was moved, resumes from it."""
     training = make_recipe(tmp_path)["training"] | {"num_train_epochs": 60}
     recipe = write_recipe(tmp_path, training=training)
     process = subprocess.Popen(
@@ -147,18 +147,19 @@ def test_a_killed_run_continues_and_ends_the_same(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "student" / "model.safetensors").exists()
-    scores = (tmp_path / "killed" / "selection" / "samples.parquet").read_bytes()
+    moved = (tmp_path / "killed").rename(tmp_path / "moved")
+    scores = (moved / "selection" / "samples.parquet").read_bytes()
 
-    continued = json.loads(subprocess.run(command(recipe, tmp_path / "killed"), capture_output=True, check=True).stdout)
+    continued = json.loads(subprocess.run(command(recipe, moved), capture_output=True, check=True).stdout)
     straight = distill(load_recipe(recipe), tmp_path / "straight")
-    assert (tmp_path / "killed" / "selection" / "samples.parquet").read_bytes() == scores
-    ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("killed", "straight"))
+    assert (moved / "selection" / "samples.parquet").read_bytes() == scores
+    ours, theirs = (load_file(run / "student" / "model.safetensors") for run in (moved, straight.path))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert counts_of(continued) == counts_of(straight.record)
     assert continued["train"] == straight.record["train"]
-    assert [line["step"] for line in metrics_of(tmp_path / "killed")] == [
-        line["step"] for line in metrics_of(tmp_path / "straight")
-    ]
+    assert [line["step"] for line in metrics_of(moved)] == [line["step"] for line in metrics_of(tmp_path / "straight")]
+    assert (moved / "metrics.jsonl").exists()
+    assert not (tmp_path / "killed").exists()
 
 
 @pytest.mark.slow

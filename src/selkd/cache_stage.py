@@ -70,11 +70,13 @@ def _built(
     work: Workspace, run: RunDirectory, directory: Path, fingerprint: Fingerprint, samples: SampleDataset
 ) -> TeacherCache:
     """The cache of these samples, from the teacher; what an earlier build finished is kept."""
+    # Of shards that a killed build left, nobody knows what they cost.
+    is_cost_known = read_cost(directory / CACHE_COST) is not None or not any(directory.glob("shard-*"))
     started = time.perf_counter()
     if tokens := build(work, directory, samples):
         earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
         count_teacher_tokens(work, run, cache=earlier + tokens)
-        if work.state.is_main_process:
+        if work.state.is_main_process and is_cost_known:
             add_cost(directory / CACHE_COST, cost_of(time.perf_counter() - started, tokens))
         work.state.wait_for_everyone()
     return TeacherCache.open(directory, fingerprint)

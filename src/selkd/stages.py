@@ -88,7 +88,7 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
         args=work.arguments,
         train_dataset=samples,
         processing_class=work.tokenizer,
-        callbacks=[MetricsFile(str(run.path / "metrics.jsonl")), TrainingProgress()],
+        callbacks=[MetricsFile("../metrics.jsonl"), TrainingProgress()],
     )
     for theirs in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the answer
         trainer.remove_callback(theirs)

@@ -360,3 +360,14 @@ def test_rows_and_ids_are_what_the_document_says(tmp_path: Path, monkeypatch: py
         assert len(rows.row_lengths) == len(sample.token_ids) - len(sample.document_starts)
         assert rows.row_lengths.min() >= 1
     assert len(n_documents) > 1
+
+
+def test_what_a_cache_cost_is_not_told_where_a_part_of_it_is_not_known(run_path: Path) -> None:
+    """A build that was killed leaves shards and no word of their seconds."""
+    cache, recipe = run_path / "teacher_cache", load_recipe(run_path / "recipe.yaml")
+    assert json.loads((cache / "cost.json").read_text())["teacher_tokens"] > 0
+    for lost in ("cost.json", "manifest.json", "shard-00001.selkd"):
+        (cache / lost).unlink()
+    cache_only(recipe, run_path)
+    assert (cache / "shard-00001.selkd").exists()
+    assert not (cache / "cost.json").exists()

@@ -149,10 +149,12 @@ def test_a_resumed_training_ends_where_a_straight_one_does(tmp_path: Path) -> No
     straight = trainer(tmp_path / "straight", make_prompts(), options, **changes)
     straight.train()
     written = (tmp_path / "straight" / "rollouts.jsonl").read_text()
-    resumed = trainer(tmp_path / "straight", make_prompts(), options, **changes)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    moved = (tmp_path / "straight").rename(tmp_path / "moved")
+    resumed = trainer(moved, make_prompts(), options, **changes)
+    resumed.train(resume_from_checkpoint=str(moved / "checkpoint-2"))
     torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=1e-6)
-    assert (tmp_path / "straight" / "rollouts.jsonl").read_text() == written
+    assert (moved / "rollouts.jsonl").read_text() == written
+    assert not (tmp_path / "straight").exists()
     figures = [each.rollouts.figures() | {"seconds": 0} for each in (straight, resumed)]
     assert figures[0] == figures[1]
     assert figures[0]["rollouts"] == 16

@@ -32,7 +32,11 @@ def optimiser_bytes(arguments: DistillArguments, student: Architecture) -> tuple
         except (ImportError, ValueError, RuntimeError) as error:
             note = f"optimiser: {name} can't be made here ({error}); float32 state is assumed"
             return 4 * _states(name) * student.parameters, note
-        return round(optimiser_bytes_per_parameter(made, tuple(options.items())) * student.parameters), None
+        each = optimiser_bytes_per_parameter(made, tuple(options.items()))
+        if each is None:
+            note = f"optimiser: no step of {name} can be made here; float32 state is assumed"
+            return 4 * _states(name) * student.parameters, note
+        return round(each * student.parameters), None
     whole = 0 if "torch" in name or bits != 8 else student.classes * student.hidden
     narrow = _states(name) * (bits / 8 + 4 / _SHARING[bits]) * (student.parameters - whole)
     return round(narrow) + 4 * _states(name) * whole, None
@@ -45,8 +49,8 @@ def _states(name: str) -> int:
 @cache
 def optimiser_bytes_per_parameter(
     optimiser: type[torch.optim.Optimizer], options: tuple[tuple[str, Any], ...]
-) -> float:
-    """What the optimiser keeps a parameter, found by one step of it on a small matrix."""
+) -> float | None:
+    """What the optimiser keeps a parameter, found by one step of it on a small matrix; None where it makes none."""
     side = 256
     weight = torch.nn.Parameter(torch.zeros(side, side))
     weight.grad = torch.zeros_like(weight)
@@ -56,6 +60,6 @@ def optimiser_bytes_per_parameter(
         state = made.state[weight].values()
     except Exception as error:  # noqa: BLE001  some run on an accelerator alone
         _logger.debug("no step of %s here: %s", optimiser.__name__, error)
-        return 8.0
+        return None
     kept = sum(v.numel() * v.element_size() for v in state if isinstance(v, torch.Tensor) and v.numel() > 1)
     return kept / weight.numel()

@@ -52,12 +52,17 @@ class Answers:
             )
         if dataset is None:
             return
-        if any(len(sample.document_starts) > 1 for sample in dataset):
+        if (dataset.n_documents > 1).any():
             raise InputError(
                 "on_policy: samples of several documents. The student answers one prompt a sample: no packing."
             )
-        if len(dataset) and all(sample.is_target is None for sample in dataset):
+        if len(dataset) and (dataset.n_valid == dataset.lengths - dataset.n_documents).all():
             raise InputError("on_policy: samples of plain text, without a prompt to answer. Give prompts.")
+        if self.answering.options.fraction < 1 and not dataset.n_valid.all():
+            raise InputError(
+                "on_policy.fraction: below 1 the other samples keep their completion, and some samples have none. Give "
+                "completions, or 1.0."
+            )
 
     def __call__(self, model: PreTrainedModel, batches: Sequence[Batch], step: int) -> tuple[list[Batch], RolloutSums]:
         """The micro-batches of a step with the student's answers, and what was answered, over all ranks."""

@@ -1,6 +1,7 @@
 """What happens beside the training steps: metrics' file, progress, held-out fidelity every so many steps."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,11 @@ class MetricsFile(TrainerCallback, ExportableState):
     again.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    path: Path  # found as training begins: a run that was moved goes on where it is now
+
+    def __init__(self, place: str) -> None:
+        """``place``: the file's, from the trainer's ``output_dir``."""
+        self.place = place
         self.earlier_seconds = 0.0
         self._started = time.perf_counter()
 
@@ -33,11 +37,12 @@ class MetricsFile(TrainerCallback, ExportableState):
         return self.earlier_seconds + time.perf_counter() - self._started
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"path": str(self.path)}, "attributes": {"earlier_seconds": self.seconds}}
+        return {"args": {"place": self.place}, "attributes": {"earlier_seconds": self.seconds}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.path = Path(os.path.normpath(Path(args.output_dir) / self.place))
         lines = read_metrics(self.path, up_to_step=state.global_step)
         self._started = time.perf_counter()
         if state.is_world_process_zero:
@@ -79,12 +84,13 @@ class RolloutLog(TrainerCallback, ExportableState):
     On resuming, lines after the checkpoint's step are dropped: those steps run again.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    path: Path  # the arguments' as training begins: a run that was moved goes on where it is now
+
+    def __init__(self) -> None:
         self.sums: dict[str, float] = dict(vars(RolloutSums()))
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"path": str(self.path)}, "attributes": {"sums": self.sums}}
+        return {"args": {}, "attributes": {"sums": self.sums}}
 
     def add(self, sums: RolloutSums) -> None:
         total = RolloutSums(**self.sums)  # type: ignore[arg-type]
@@ -98,6 +104,8 @@ class RolloutLog(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        given = getattr(args, "rollouts_file", None)
+        self.path = Path(given or Path(args.output_dir) / "rollouts.jsonl")
         if state.is_world_process_zero:
             lines = read_metrics(self.path, up_to_step=state.global_step)
             self.path.parent.mkdir(parents=True, exist_ok=True)

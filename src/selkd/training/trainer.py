@@ -7,7 +7,6 @@ import base64
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,7 +164,7 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the whole step's count
         self.add_callback(Totals())
         if self.answers is not None:
-            self.add_callback(RolloutLog(args.rollouts_file or str(Path(args.output_dir) / "rollouts.jsonl")))
+            self.add_callback(RolloutLog())
         queue_size = self.objective.positions.queue_size
         if queue_size is not None:
             self.add_callback(Queue(queue_size))
