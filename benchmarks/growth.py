@@ -1,26 +1,34 @@
-"""How SE-KD's own part of a step grows: memory with the classes V and the positions N, on random tensors.
+"""How a step grows: memory of SE-KD's own part with the classes V and the positions N, time of all of it with T.
 
     python benchmarks/growth.py [--width 576] [--json]
+    python benchmarks/growth.py --time [RECIPE] [--set KEY=VALUE ...] [--repeats 3] [--json]
 
-Exact entropy at all N positions, then forward KL at 20% of them with gradients for hidden states and head, in bfloat16
-over a float32 head. Memory is the peak above that of the tensors given (hidden states, heads and the head's cast), in a
-process of its own for each row (Linux, on a CPU): the gradient of the head, [V, D] in float32, is part of it and told
-beside it. What the dense form would need for logits alone, N x V in float32, for comparison. Growth of a whole step's
-time with T is ``selkd bench RECIPE --set data.max_length=T --set training.per_device_train_batch_size=B``.
+Memory is on random tensors: exact entropy at all N positions, then forward KL at 20% of them with gradients for hidden
+states and head, in bfloat16 over a float32 head; the peak above that of the tensors given (hidden states, heads and the
+head's cast), in a process of its own for each row (Linux, on a CPU). The gradient of the head, [V, D] in float32, is
+part of it and told beside it, and what the dense form would need for logits alone, N x V in float32.
+
+Time is of one sample of T tokens: the seconds of the floor (both bodies, forward and backward), which hold attention,
+and of SE-KD with exact scores, a token; what lies between is SE-KD's own. In turns, medians.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
-from selkd.bench.measure import peak_bytes
+from selkd.bench.measure import interleaved, peak_bytes
+from selkd.bench.subject import Subject
+from selkd.bench.variants import step_of
 from selkd.maths.chunked import ChunkedLogits, chunk_size, chunked_entropy, chunked_loss
 from selkd.maths.divergence import forward_kl
 from selkd.maths.head import Head
+from selkd.recipe_files import load_recipe
 
+LENGTHS = (256, 512, 1024, 2048, 4096)
 CLASSES = (49_152, 98_304, 151_936, 262_144)
 POSITIONS = (512, 1024, 4096)
 ROWS = [(1024, v) for v in CLASSES] + [(n, CLASSES[0]) for n in POSITIONS if n != 1024]
@@ -59,8 +67,44 @@ def peak_above(n: int, n_classes: int, width: int) -> int:
     return peak_bytes(step, device) - before
 
 
+def seconds_a_token(recipe: str, overrides: list[str], length: int, repeats: int) -> dict[str, float]:
+    """Medians of the floor and of SE-KD with exact scores, one sample of ``length`` tokens."""
+    shape = [f"data.max_length={length}", "training.per_device_train_batch_size=1"]
+    subject = Subject(load_recipe(recipe, [*overrides, *shape]))
+    names = ("floor", "se_kd_exact")
+    timings = interleaved({name: step_of(name, subject) for name in names}, repeats, subject.device)
+    n = subject.batch["input_ids"].numel()
+    subject.close()
+    floor, ours = (timings[name].median for name in names)
+    return {
+        "tokens": n,
+        "floor_milliseconds_a_token": 1000 * floor / n,
+        "se_kd_milliseconds_a_token": 1000 * ours / n,
+        "beyond_floor_milliseconds_a_token": 1000 * (ours - floor) / n,
+        "ratio_to_floor": ours / floor,
+    }
+
+
+def memory_row(n: int, n_classes: int, width: int) -> dict[str, int]:
+    command = [sys.executable, __file__, "--width", str(width), "--row", str(n), str(n_classes)]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {
+        "positions": n,
+        "classes": n_classes,
+        "peak_bytes": peak,
+        "gradient_bytes": 4 * n_classes * width,
+        "beyond_gradient_bytes": peak - 4 * n_classes * width,
+        "chunk_positions": chunk_size(n_classes, torch.device("cpu"), torch.bfloat16),
+        "dense_logits_bytes": 4 * n * n_classes,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", default="demo")
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", dest="overrides", default=[])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)  # N and V of the process that measures
@@ -68,26 +112,21 @@ def main() -> None:
     if given.row:
         print(peak_above(*given.row, given.width))
         return
-    found = []
-    for n, n_classes in ROWS:
-        command = [sys.executable, __file__, "--width", str(given.width), "--row", str(n), str(n_classes)]
-        peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        found.append(
-            {
-                "positions": n,
-                "classes": n_classes,
-                "peak_bytes": peak,
-                "gradient_bytes": 4 * n_classes * given.width,
-                "beyond_gradient_bytes": peak - 4 * n_classes * given.width,
-                "chunk_positions": chunk_size(n_classes, torch.device("cpu"), torch.bfloat16),
-                "dense_logits_bytes": 4 * n * n_classes,
-            }
-        )
+    rows: list[dict[str, Any]]
+    if given.time:
+        rows = [seconds_a_token(given.recipe, given.overrides, length, given.repeats) for length in LENGTHS]
+    else:
+        rows = [memory_row(*row, given.width) for row in ROWS]
     if given.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(rows, indent=2))
         return
-    for row in found:
-        print("  ".join(f"{name} {value:,}" for name, value in row.items()))
+    for row in rows:
+        print(
+            "  ".join(
+                f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
+                for name, value in row.items()
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Sample scores against the specification on full logits; the teacher runs only where a metric needs it."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from selkd.recipe import Recipe, parse_part
 from selkd.recipe_choices import SampleMetric, SampleOptions
 from selkd.scoring import NEEDS_TEACHER, score_samples
 from selkd.selection.samples import SampleScores
-from selkd.selection.two_stage import by_frequency, class_subset
+from selkd.selection.two_stage import Estimator, by_frequency, class_subset
 
 
 def scored(metric: str, samples: SampleDataset, **changes: Any) -> tuple[np.ndarray, int]:
@@ -80,19 +81,28 @@ def test_approximate_scores_are_the_means_of_the_estimate(monkeypatch: pytest.Mo
     samples = SampleDataset.from_samples([*make_samples(9), EMPTY_SAMPLE])
     ordered = by_frequency(samples.token_counts(V))
     exact, _ = scored("student_entropy", samples)
-    whole, _ = scored("student_entropy", samples, subset=class_subset(ordered, V, 1, 0, device=torch.device("cpu")))
+    whole, _ = scored("student_entropy", samples, estimator=Estimator(ordered, V, 1, 0.0, 0))
     np.testing.assert_allclose(whole, exact, rtol=2e-5)
 
-    subset = class_subset(ordered, 30, 12, 0, "samples", device=torch.device("cpu"))
-    batch = collate(list(samples), 1)
     student = make_model(1)
-    hidden = hidden_states(student, batch["input_ids"], batch["position_ids"]).detach()
-    values = estimated_entropy(hidden.flatten(0, 1), head_of(student), subset).view(batch["valid_mask"].shape)
-    expected = (values * batch["valid_mask"]).sum(-1) / batch["valid_mask"].sum(-1).clamp(min=1)
-    scores, tokens = scored("student_entropy", samples, subset=subset)
-    np.testing.assert_allclose(scores, expected.numpy(), rtol=2e-5)
-    assert tokens == 0
-    assert not np.allclose(scores, exact, rtol=1e-3)
+    head = head_of(student)
+    for probed in (0.0, 0.3):
+        scores, tokens = scored("student_entropy", samples, estimator=Estimator(ordered, 30, 12, probed, 0))
+        assert tokens == 0
+        assert scores[-1] == 0
+        assert not np.allclose(scores, exact, rtol=1e-3)
+        for sample, score in zip(list(samples)[:-1], scores[:-1], strict=True):  # each one alone, by its own classes
+            batch = collate([sample], 1)
+            hidden = hidden_states(student, batch["input_ids"], batch["position_ids"]).detach()[batch["valid_mask"]]
+            classes = torch.as_tensor(ordered)
+            if probed:
+                n = len(hidden)
+                places = np.linspace(0, n - 1, math.ceil(probed * n)).round().astype(int)
+                mean = torch.softmax(head.logits(hidden[places]), dim=-1).mean(dim=0)
+                classes = torch.argsort(mean, descending=True)[:30]
+                classes = torch.cat([classes, torch.tensor([c for c in ordered if c not in classes.tolist()])])
+            subset = class_subset(classes, 30, 12, 0, "samples", device=torch.device("cpu"))
+            assert score == pytest.approx(float(estimated_entropy(hidden, head, subset).mean()), rel=2e-5)
 
 
 def test_approximate_scoring_says_how_far_it_agrees_and_is_another_file(tmp_path: Path) -> None:
@@ -105,10 +115,11 @@ def test_approximate_scoring_says_how_far_it_agrees_and_is_another_file(tmp_path
     assert 0.3 < found["correlation"] <= 1
     scores = str(tmp_path / "run" / "selection" / "samples.parquet")
     assert "estimated from 40 frequent and 20 other classes" in SampleScores.read(Path(scores)).fingerprint["metric"]
-    for samples in ({"fraction": 0.3}, {**approximate, "tail_classes": 21}):
+    changed = ({"fraction": 0.3}, {**approximate, "tail_classes": 21}, {**approximate, "probed_share": 0})
+    for number, samples in enumerate(changed):
         with pytest.raises(InputError, match="these scores are of another metric: stored 'student_entropy, estimated"):
             score_only(
-                parse_part(Recipe, recipe | {"samples": samples | {"path": scores}}), tmp_path / f"other {len(samples)}"
+                parse_part(Recipe, recipe | {"samples": samples | {"path": scores}}), tmp_path / f"other {number}"
             )
 
 
@@ -120,6 +131,7 @@ def test_approximate_scoring_says_how_far_it_agrees_and_is_another_file(tmp_path
             "samples.scoring: approximate estimates the student's entropy; kl",
         ),
         ({"tail_classes": 3}, "samples.tail_classes: an option of scoring: approximate"),
+        ({"probed_share": 0.1}, "samples.probed_share: an option of scoring: approximate"),
     ],
 )
 def test_an_approximation_of_what_it_cannot_estimate_is_refused(samples: dict[str, Any], message: str) -> None:

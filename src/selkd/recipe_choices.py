@@ -245,22 +245,30 @@ class SampleOptions(Part):
         "exact", description="exact, or approximate for student_entropy: estimated from a part of the classes"
     )
     frequent_classes: int | None = Field(
-        None, ge=1, description="approximate: how many of the training text's most frequent classes are counted; 4096"
+        None, ge=1, description="approximate: how many of the most frequent classes are counted; 4096"
     )
     tail_classes: int | None = Field(
         None, ge=1, description="approximate: how many of the other classes stand for all of them; 1024"
+    )
+    probed_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="approximate: the share of each sample's positions whose exact distributions tell its frequent "
+        "classes; 1/16; 0: the training text tells them",
     )
 
     @model_validator(mode="after")
     def _complete(self) -> "SampleOptions":
         if self.scoring == "exact":
-            _refuse_without(self, "samples", "approximate", tuple(ESTIMATE_CLASSES))
+            _refuse_without(self, "samples", "approximate", (*ESTIMATE_CLASSES, "probed_share"))
         elif self.metric != "student_entropy":
             raise ValueError(
                 f"samples.scoring: approximate estimates the student's entropy; {self.metric} needs scoring: exact"
             )
         else:
-            self._settle(**{key: n for key, n in ESTIMATE_CLASSES.items() if getattr(self, key) is None})
+            defaults: dict[str, Any] = {**ESTIMATE_CLASSES, "probed_share": 1 / 16}
+            self._settle(**{key: value for key, value in defaults.items() if getattr(self, key) is None})
         return self
 
 

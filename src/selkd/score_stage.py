@@ -7,12 +7,11 @@ import numpy as np
 
 from selkd.accounting import count_teacher_tokens, timed
 from selkd.data.samples import SampleDataset
-from selkd.maths.estimate import ClassSubset
 from selkd.run_directory import RunDirectory
 from selkd.scoring import NEEDS_TEACHER, score_samples
 from selkd.selection.noise import sample_generator
 from selkd.selection.samples import SampleScores, highest
-from selkd.selection.two_stage import by_frequency, class_subset
+from selkd.selection.two_stage import Estimator, by_frequency, estimator
 from selkd.shared_costs import cost_of, note_shared
 from selkd.workspace import Workspace
 
@@ -47,7 +46,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
             scores, cost = stored.scores, stored.cost
         else:
             started = time.perf_counter()
-            scores, tokens = _score(work, train, _subset(work) if options.scoring == "approximate" else None)
+            scores, tokens = _score(work, train, _estimator(work) if options.scoring == "approximate" else None)
             cost = cost_of(time.perf_counter() - started, tokens)
             if options.scoring == "approximate":
                 run.record["scoring_agreement"] = _scoring_agreement(work, scores)
@@ -67,7 +66,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
     return train.select(kept)
 
 
-def _score(work: Workspace, samples: SampleDataset, subset: ClassSubset | None) -> tuple[np.ndarray, int]:
+def _score(work: Workspace, samples: SampleDataset, estimator: Estimator | None) -> tuple[np.ndarray, int]:
     """Scores of some of the training samples, and the tokens that the teacher ran on."""
     assert work.recipe.samples is not None
     return score_samples(
@@ -79,7 +78,7 @@ def _score(work: Workspace, samples: SampleDataset, subset: ClassSubset | None) 
         work.pad_token_id,
         work.n_classes,
         work.recipe.seed,
-        subset,
+        estimator,
     )
 
 
@@ -89,15 +88,14 @@ def _approximation(work: Workspace) -> str:
     if options is None or options.scoring == "exact":
         return ""
     classes = f"{options.frequent_classes} frequent and {options.tail_classes} other classes"
-    return f", estimated from {classes}, seed {work.recipe.seed}"
+    told = f"told by {options.probed_share:g} of the positions" if options.probed_share else "told by the text"
+    return f", estimated from {classes}, {told}, seed {work.recipe.seed}"
 
 
-def _subset(work: Workspace) -> ClassSubset:
+def _estimator(work: Workspace) -> Estimator:
     options = work.recipe.samples
-    assert options is not None and options.frequent_classes and options.tail_classes, "settled with approximate"  # noqa: PT018
-    ordered = by_frequency(work.splits.train.token_counts(work.n_classes))
-    seed, device = work.recipe.seed, work.device
-    return class_subset(ordered, options.frequent_classes, options.tail_classes, seed, "samples", device=device)
+    assert options is not None, "a recipe that scores samples"
+    return estimator(options, by_frequency(work.splits.train.token_counts(work.n_classes)), work.recipe.seed)
 
 
 def _scoring_agreement(work: Workspace, scores: np.ndarray) -> dict[str, float | int | None]:

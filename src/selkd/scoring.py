@@ -18,11 +18,11 @@ from selkd.data.grouping import group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
 from selkd.finite import require_finite
 from selkd.maths.chunked import ChunkedLogits, chunked_statistics
-from selkd.maths.estimate import ClassSubset, weighted_entropy
 from selkd.maths.head import Head
 from selkd.maths.importance import ce_ratio, statistics
 from selkd.models.head import head_of, hidden_states
 from selkd.selection.noise import sample_generator
+from selkd.selection.two_stage import Estimator
 
 TOKENS_AT_ONCE = 4096
 
@@ -44,7 +44,7 @@ def score_samples(
     pad_token_id: int,
     n_classes: int,
     seed: int,
-    subset: ClassSubset | None = None,
+    estimator: Estimator | None = None,
 ) -> tuple[np.ndarray, int]:
     """The score of every sample, float64 [N], and the tokens that the teacher ran on, padding included.
 
@@ -56,14 +56,14 @@ def score_samples(
         student, teacher: give the initial student, read under autocast to ``dtype``, and the teacher; called only if
             the metric needs them.
         n_classes: how many classes they share.
-        subset: classes from which ``student_entropy`` is estimated; None: exact.
+        estimator: estimates ``student_entropy``; None: exact.
     """
     if metric == "random":
         return np.array([sample_generator(seed, sample_id, "samples").random() for sample_id in samples.ids]), 0
     state = PartialState()
     groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)
     mine = groups[state.process_index :: state.num_processes]
-    scoring = _Scoring(metric, student(), teacher() if metric in NEEDS_TEACHER else None, dtype, n_classes, subset)
+    scoring = _Scoring(metric, student(), teacher() if metric in NEEDS_TEACHER else None, dtype, n_classes, estimator)
     found: list[tuple[int, float]] = []
     with tqdm(total=sum(map(len, mine)), desc="scoring", unit=" samples", disable=not state.is_main_process) as bar:
         for group in mine:
@@ -86,17 +86,14 @@ class _Scoring:
         teacher: PreTrainedModel | None,
         dtype: torch.dtype,
         n_classes: int,
-        subset: ClassSubset | None,
+        estimator: Estimator | None,
     ) -> None:
-        assert subset is None or metric == "student_entropy", "an estimate is of the student's entropy"
+        assert estimator is None or metric == "student_entropy", "an estimate is of the student's entropy"
         self.metric = metric
         self.student, self.teacher = student.eval(), teacher
         self.dtype = dtype
-        self.head = head_of(student).narrowed(n_classes)
-        if subset is not None:
-            self.head = self.head.rows(subset.ids)
-        self.head = self.head.to(dtype)
-        self.subset = subset
+        self.head = head_of(student).narrowed(n_classes).to(dtype)
+        self.estimator = estimator
         self.teacher_head: Head | None = None if teacher is None else head_of(teacher).narrowed(n_classes)
         self.teacher_tokens = 0
 
@@ -107,25 +104,33 @@ class _Scoring:
         batch = {name: tensor.to(device) for name, tensor in collate(group, pad_token_id).items()}
         valid_mask, inputs = batch["valid_mask"], (batch["input_ids"], batch["position_ids"])
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            hidden = hidden_states(self.student, *inputs)[valid_mask]
-        teachers_logits = None
-        if self.teacher is not None and self.teacher_head is not None:
-            teacher_hidden = hidden_states(self.teacher, *inputs)[valid_mask.to(self.teacher.device)]
-            teachers_logits = ChunkedLogits(teacher_hidden, self.teacher_head)
-            self.teacher_tokens += valid_mask.numel()
-        names, targets = STATISTICS[self.metric], batch["targets"][valid_mask]
-
-        def compute(student_logits: Tensor, rows: slice) -> Tensor:
-            if self.subset is not None:
-                estimate = weighted_entropy(student_logits, self.subset.n_frequent, self.subset.tail_weight)
-                return estimate.unsqueeze(-1)
-            teacher_logits = None if teachers_logits is None else teachers_logits(rows).to(student_logits.device)
-            return statistics(names, student_logits, teacher_logits, targets[rows])
-
-        columns = chunked_statistics(hidden, self.head, compute)
+            hidden = hidden_states(self.student, *inputs)
+        columns = self._statistics(hidden, batch)
         index = valid_mask.flatten().nonzero().flatten()
         require_finite(columns.sum(dim=-1), index, batch, "the initial student's or the teacher's logits, in scoring")
         sums = columns.new_zeros(len(group), columns.shape[1]).index_add_(0, valid_mask.nonzero()[:, 0], columns)
         means = sums / valid_mask.sum(dim=-1, keepdim=True).clamp(min=1)
         scores = ce_ratio(means[:, 0], means[:, 1]) if self.metric == "ce_ratio" else means[:, 0]
         return scores.tolist()
+
+    def _statistics(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The metric's statistics at the valid positions, [N, m], of the student's hidden states [B, T, D]."""
+        valid_mask = batch["valid_mask"]
+        if self.estimator is not None:
+            of_samples = [
+                self.estimator(row[mask], self.head, "samples") for row, mask in zip(hidden, valid_mask, strict=True)
+            ]
+            return torch.cat(of_samples).unsqueeze(-1)
+        teachers_logits = None
+        if self.teacher is not None and self.teacher_head is not None:
+            of_teacher = hidden_states(self.teacher, batch["input_ids"], batch["position_ids"])
+            teacher_hidden = of_teacher[valid_mask.to(self.teacher.device)]
+            teachers_logits = ChunkedLogits(teacher_hidden, self.teacher_head)
+            self.teacher_tokens += valid_mask.numel()
+        names, targets = STATISTICS[self.metric], batch["targets"][valid_mask]
+
+        def compute(student_logits: Tensor, rows: slice) -> Tensor:
+            teacher_logits = None if teachers_logits is None else teachers_logits(rows).to(student_logits.device)
+            return statistics(names, student_logits, teacher_logits, targets[rows])
+
+        return chunked_statistics(hidden[valid_mask], self.head, compute)

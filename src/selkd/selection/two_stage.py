@@ -1,9 +1,12 @@
 """Selection for a fraction of a head pass: entropy estimated at every position, exact at the best of them alone.
 
+A sample's score needs the estimate alone.
+
 Shapes: B batch, T positions, D hidden, V classes.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from selkd.maths.chunked import ChunkedLogits, chunked_entropy, chunks, piece_size, wide
 from selkd.maths.estimate import ClassSubset, estimated_entropy
 from selkd.maths.head import Head
-from selkd.recipe_choices import PositionOptions
+from selkd.recipe_choices import PositionOptions, SampleOptions
 from selkd.selection.noise import sample_generator
 from selkd.selection.positions import Place, counts_of, mark_highest
 from selkd.selection.scores import PositionScores
@@ -58,6 +61,47 @@ def probable_first(ordered: Tensor, frequent: int, hidden_states: Tensor, head: 
     return torch.cat([first, ordered[~is_first[ordered]]])
 
 
+@dataclass(frozen=True)
+class Estimator:
+    """The entropy of a sample's positions from a part of the classes.
+
+    Attributes:
+        ordered: class ids, the most frequent of the training text first, [V].
+        frequent, tail: how many classes are counted, and how many stand for all others.
+        probed_share: the share of the sample's positions, evenly spaced, that tell its frequent classes; 0: the
+            training text tells them.
+        seed: the run's.
+    """
+
+    ordered: np.ndarray | Tensor
+    frequent: int
+    tail: int
+    probed_share: float
+    seed: int
+
+    @torch.no_grad()
+    def __call__(self, hidden_states: Tensor, head: Head, *stream: int | str) -> Tensor:
+        """Entropy in nats, [N], at the hidden states [N, D] of one sample; the classes are a function of (seed, stream)
+        and of them."""
+        device = hidden_states.device
+        if not len(hidden_states):
+            return wide(hidden_states.new_zeros(0))
+        classes = torch.as_tensor(self.ordered, device=device)
+        if self.probed_share:
+            count = math.ceil(self.probed_share * len(hidden_states))
+            probed = hidden_states[torch.linspace(0, len(hidden_states) - 1, count).round().long()]
+            classes = probable_first(classes, self.frequent, probed, head)
+        subset = class_subset(classes, self.frequent, self.tail, self.seed, *stream, device=device)
+        return estimated_entropy(hidden_states, head, subset)
+
+
+def estimator(options: PositionOptions | SampleOptions, ordered: np.ndarray | Tensor, seed: int) -> Estimator:
+    """The estimator of a recipe's part, whose ``scoring`` estimates."""
+    frequent, tail, share = options.frequent_classes, options.tail_classes, options.probed_share
+    assert frequent and tail and share is not None, "settled with the scoring"  # noqa: PT018
+    return Estimator(ordered, frequent, tail, share, seed)
+
+
 @torch.no_grad()
 def score_in_two_stages(
     options: PositionOptions,
@@ -71,9 +115,8 @@ def score_in_two_stages(
 ) -> PositionScores:
     """The student's entropy at the valid positions of a batch: exact at the best, estimated at the others.
 
-    Of each sample ``probed_share`` of the positions, evenly spaced, tell its frequent classes; without, the text does.
-    Then the ceil((fraction + rescored_share) * n) positions with the highest estimate are rescored exactly. What is
-    estimated is kept below the lowest exact score of its sample, so the highest scores are exact ones.
+    The ceil((fraction + rescored_share) * n) positions of a sample with the highest estimate are rescored exactly. What
+    is estimated is kept below the lowest exact score of its sample, so the highest scores are exact ones.
 
     Args:
         options: with ``scoring: two_stage``.
@@ -82,23 +125,13 @@ def score_in_two_stages(
         head: its head, in the dtype of the products.
         batch: of ``selkd.data.batching.collate``.
     """
-    frequent, tail, share = options.frequent_classes, options.tail_classes, options.rescored_share
-    assert frequent and tail and share and options.probed_share is not None, "settled"  # noqa: PT018
-    assert place.fraction is not None, "top_k has a fraction"
-    valid_mask, device = batch["valid_mask"], hidden_states.device
-    by_text = torch.as_tensor(ordered, device=device)
+    share = options.rescored_share
+    assert share and place.fraction is not None, "top_k has a fraction, two_stage a share"  # noqa: PT018
+    valid_mask = batch["valid_mask"]
+    estimate = estimator(options, torch.as_tensor(ordered, device=hidden_states.device), seed)
     scores = wide(hidden_states.new_zeros(valid_mask.shape))
     for row, mask in enumerate(valid_mask):
-        of_sample = hidden_states[row, mask]
-        if not len(of_sample):
-            continue
-        classes = by_text
-        if options.probed_share:
-            count = math.ceil(options.probed_share * len(of_sample))
-            probed = of_sample[torch.linspace(0, len(of_sample) - 1, count).round().long()]
-            classes = probable_first(by_text, frequent, probed, head)
-        subset = class_subset(classes, frequent, tail, seed, place.step, device=device)
-        scores[row, mask] = estimated_entropy(of_sample, head, subset)
+        scores[row, mask] = estimate(hidden_states[row, mask], head, place.step)
     counts = counts_of(min(1.0, place.fraction + share), valid_mask.sum(dim=-1))
     is_best = mark_highest(scores, valid_mask, counts)
     best = is_best.flatten().nonzero().flatten()
