@@ -7,16 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from chatty import MARKED, NO_PROMPT, PLAIN, REASONING, STRICT, TEMPLATES, chat_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from chatty import MARKED, NO_PROMPT, PLAIN, REASONING, STRICT, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from selkd.data.batching import Fitting, collate
 from selkd.data.chats import encode_conversation
 from selkd.data.encoding import Encoder
-from selkd.data.marked import Marked, encode_parts
+from selkd.data.marked import Marked, PartEncoder
 from selkd.data.rows import Conversation, Exchange, Fields
 from selkd.data.samples import Sample, SampleDataset
 from selkd.data.tokenised import Splits, load_splits
@@ -24,12 +21,8 @@ from selkd.errors import InputError
 from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer
 from selkd.recipe import parse_part
-from selkd.recipe_choices import PositionOptions
 from selkd.recipe_data import DataOptions
-from selkd.selection.positions import place_of
-from selkd.selection.scores import choose_positions
 
-TOKENIZERS = {name: chat_tokenizer(template) for name, template in TEMPLATES.items()}
 CHAT = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "the parts?"},
@@ -58,7 +51,7 @@ def options(**changes: Any) -> DataOptions:
 @pytest.mark.real_teacher
 def test_the_demos_own_chat_template() -> None:
     tokenizer = load_tokenizer(locate("demo", default_cache_dir()))
-    (document,) = encode_conversation(tokenizer, CHAT)
+    (document,) = encode_conversation(PartEncoder(tokenizer), CHAT)
     assert learned(tokenizer, document) == ["the sum<|im_end|>", "it is<|im_end|>"]
     assert document.token_ids == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"][:-1]  # a line's end
 
@@ -66,7 +59,7 @@ def test_the_demos_own_chat_template() -> None:
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
 def test_the_assistants_turns_and_their_ends_are_learned(template: str) -> None:
     tokenizer = chat_tokenizer(template)
-    (document,) = encode_conversation(tokenizer, CHAT)
+    (document,) = encode_conversation(PartEncoder(tokenizer), CHAT)
     assert learned(tokenizer, document) == ["the sum<|im_end|>", "it is<|im_end|>"]
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert whole.startswith(tokenizer.decode(document.token_ids))
@@ -74,7 +67,7 @@ def test_the_assistants_turns_and_their_ends_are_learned(template: str) -> None:
 
 def test_a_template_that_rewrites_earlier_turns_gives_a_document_a_turn() -> None:
     tokenizer = chat_tokenizer(REASONING)
-    first, second = encode_conversation(tokenizer, CHAT)
+    first, second = encode_conversation(PartEncoder(tokenizer), CHAT)
     assert learned(tokenizer, first) == ["<think>\n\n</think>\n\nthe sum<|im_end|>"]
     assert learned(tokenizer, second) == ["<think>\n\n</think>\n\nit is<|im_end|>"]
     assert "the sum<|im_end|>" in tokenizer.decode(second.token_ids)
@@ -82,26 +75,25 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_document_a_turn() -> Non
 
 def test_without_a_generation_prompt_the_turns_header_is_not_learned() -> None:
     tokenizer = chat_tokenizer(NO_PROMPT)
-    (document,) = encode_conversation(tokenizer, CHAT)
+    (document,) = encode_conversation(PartEncoder(tokenizer), CHAT)
     assert learned(tokenizer, document) == ["the sum</s>", "it is</s>"]
     hides = "{{ messages | length }}"
     with pytest.raises(InputError, match=r"does not show where an assistant's turn begins.*% generation %"):
-        encode_conversation(chat_tokenizer(hides), CHAT)
+        encode_conversation(PartEncoder(chat_tokenizer(hides)), CHAT)
 
 
 def test_what_a_template_refuses_or_lacks_is_told() -> None:
     with pytest.raises(InputError, match=r"refuses a conversation of \['system'.*the user speaks first"):
-        encode_conversation(chat_tokenizer(STRICT), CHAT)
+        encode_conversation(PartEncoder(chat_tokenizer(STRICT)), CHAT)
     with pytest.raises(InputError, match="need a chat template, and the teacher's tokenizer has none"):
         Encoder(options(messages_field="messages"), chat_tokenizer(None))
 
 
 def test_what_follows_the_last_answer_is_left_out_and_a_question_alone_is_a_prompt() -> None:
     tokenizer = chat_tokenizer(PLAIN)
-    assert encode_conversation(tokenizer, [*CHAT, {"role": "user", "content": "oh"}]) == encode_conversation(
-        tokenizer, CHAT
-    )
-    (prompt,) = encode_conversation(tokenizer, CHAT[:2])
+    encode = PartEncoder(tokenizer)
+    assert encode_conversation(encode, [*CHAT, {"role": "user", "content": "oh"}]) == encode_conversation(encode, CHAT)
+    (prompt,) = encode_conversation(encode, CHAT[:2])
     assert not any(prompt.is_target)
     assert tokenizer.decode(prompt.token_ids).endswith("<|im_start|>assistant\n")
 
@@ -152,7 +144,7 @@ def test_the_chat_template_serves_prompts_and_completions() -> None:
 def test_a_token_across_the_border_is_taken_apart() -> None:
     tokenizer = chat_tokenizer()
     (single,) = tokenizer("the")["input_ids"]
-    found = encode_parts(tokenizer, [("t", False), ("he", True)])
+    found = PartEncoder(tokenizer)([("t", False), ("he", True)])
     assert single not in found.token_ids
     assert found.token_ids[:1] == tokenizer("t")["input_ids"]
     assert found.is_target == [False, *[True] * (len(found.token_ids) - 1)]
@@ -299,59 +291,6 @@ def test_the_targets_are_part_of_a_samples_id_and_all_of_them_are_none() -> None
     with pytest.raises(InputError, match=r"Sample\.is_target: expected 5 booleans"):
         Sample(tokens, starts, np.ones(4, dtype=bool))
     assert SampleDataset.from_samples([plain, same])[1].id == plain.id
-
-
-WORDS = st.text("the sum\n<|>é ", min_size=1, max_size=12).filter(lambda text: text.strip())
-TURNS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    chats=st.lists(TURNS, min_size=1, max_size=4),
-    template=st.sampled_from(sorted(TEMPLATES)),
-    side=st.sampled_from(["left", "right"]),
-    packing=st.booleans(),
-    fraction=st.sampled_from([0.2, 1.0]),
-    extra=st.integers(0, 5),
-)
-def test_only_what_the_assistant_says_is_ever_valid_or_selected(
-    chats: list[list[tuple[str, str]]], template: str, side: Any, packing: bool, fraction: float, extra: int
-) -> None:
-    """Random chats, packed or not, padded on either side: no prompt, template or pad position is touched."""
-    tokenizer = TOKENIZERS[template]
-    documents = []
-    for turns in chats:
-        messages = [m for asked, told in turns for m in (
-            {"role": "user", "content": asked}, {"role": "assistant", "content": told.strip()})]  # fmt: skip
-        documents += encode_conversation(tokenizer, messages)
-    said = sorted(told.strip() for turns in chats for _, told in turns)
-    samples = list(Fitting(400, packing)(documents))
-    width = max(len(sample.token_ids) for sample in samples) + extra
-    batch = collate(samples, tokenizer.pad_token_id, padding_side=side, pad_to=width)
-    scores = torch.rand(batch["valid_mask"].shape, generator=torch.Generator().manual_seed(1))
-    scores += 9 * ~batch["valid_mask"]  # what must not be selected looks best
-    chosen = PositionOptions.model_validate({"fraction": fraction})
-    coefficients = choose_positions(chosen, scores, batch, place_of(chosen, 0, 1), seed=0)
-    assert not coefficients[~batch["valid_mask"]].any()
-
-    found = []
-    for row, sample in enumerate(samples):
-        length = len(sample.token_ids)
-        offset = width - length if side == "left" else 0
-        outside = torch.ones(width, dtype=torch.bool)
-        outside[offset : offset + length] = False
-        assert not batch["valid_mask"][row, outside].any()
-        valid = batch["valid_mask"][row, offset : offset + length].tolist()
-        run: list[int] = []
-        for index, is_valid in enumerate(valid):
-            if is_valid:
-                run.append(int(sample.token_ids[index + 1]))
-            elif run:
-                found.append(tokenizer.decode(run))
-                run = []
-    for text in ("<think>\n\n</think>\n\n", "<|im_end|>", "</s>"):
-        found = [each.removeprefix(text).removesuffix(text) for each in found]
-    assert sorted(found) == said, "exactly the assistant's words, each turn ended"
 
 
 def test_a_message_with_more_than_its_content_is_refused() -> None:

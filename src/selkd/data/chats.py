@@ -5,13 +5,15 @@ with it adds to the rendering of the messages before it, generation prompt inclu
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from selkd.data.marked import Marked, encode_parts
+from selkd.data.marked import Marked, PartEncoder
 from selkd.data.rows import Message
 from selkd.errors import InputError
 
@@ -31,29 +33,67 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         ) from error
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Marked]:
+def encode_conversation(encode: PartEncoder, messages: Sequence[Message], *, learns_all: bool = False) -> list[Marked]:
     """One document of a conversation, or several: where the template shows an earlier turn otherwise once others
     follow (without its reasoning, say), one for each of the assistant's turns, which alone is its target.
 
     Messages after the assistant's last turn are left out: nothing is learned from them. A conversation without such a
     turn is a prompt alone, and ends with the generation prompt.
 
+    Args:
+        learns_all: all messages are learned: they are one document, those after the assistant's last turn, too. Its
+            targets are what follows the first prompt, so that it can be told where that alone fills a sample.
+
     Raises:
         InputError: the template refuses the messages, or it doesn't show where a turn begins.
     """
+    tokenizer = encode.tokenizer
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
-        ids = _apply(tokenizer, messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-        return [Marked(list(ids), [False] * len(ids))]
-    told = list(messages[: turns[-1] + 1])
-    if _MARKS.search(require_chat_template(tokenizer)):
-        found = _apply(tokenizer, told, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return [Marked(list(found["input_ids"]), [bool(value) for value in found["assistant_masks"]])]
+        return [encode([(_text(tokenizer, messages, add_generation_prompt=True), False)], special=False)]
+    if learns_all:
+        whole = _text(tokenizer, messages).rstrip()
+        return [encode.from_on(whole, _first_answer(tokenizer, messages, turns[0], whole))]
+    told = messages[: turns[-1] + 1]
+    if _is_marked(tokenizer):
+        whole, marks = _marked_text(tokenizer, told)
+        return [encode(_cut(whole, marks), special=False)]
     whole = _text(tokenizer, told)
     spans = [_turn(tokenizer, told, turn) for turn in turns]
     if all(whole.startswith(text) for text, _ in spans):
-        return [encode_parts(tokenizer, _cut(whole, [(begin, len(text)) for text, begin in spans]), special=False)]
-    return [encode_parts(tokenizer, _cut(text, [(begin, len(text))]), special=False) for text, begin in spans]
+        return [encode(_cut(whole, [(begin, len(text)) for text, begin in spans]), special=False)]
+    return [encode(_cut(text, [(begin, len(text))]), special=False) for text, begin in spans]
+
+
+def _first_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, whole: str) -> int:
+    """Where in the rendering of all messages the assistant's first turn begins."""
+    if _is_marked(tokenizer):
+        _, marks = _marked_text(tokenizer, messages)
+        return marks[0][0] if marks else len(whole)
+    text, begin = _turn(tokenizer, messages, turn)
+    # As far as the two agree: the generation prompt may hold more than the turn shows once others follow.
+    agreed = zip(whole, text[:begin], strict=False)
+    return next((at for at, (one, other) in enumerate(agreed) if one != other), min(begin, len(whole)))
+
+
+def _is_marked(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return _MARKS.search(require_chat_template(tokenizer)) is not None
+
+
+def _marked_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    """The rendering, and where the template's marks begin and end.
+
+    The tokenizer's own mask of the assistant's tokens is not taken: it counts a token across a mark as the
+    assistant's, and of a tokenizer whose offsets leave out white space it misses whole turns.
+    """
+    with _refusals(messages):
+        (text,), (marks,) = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=require_chat_template(tokenizer),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    return text, [(begin, end) for begin, end in marks if begin < end]
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int) -> tuple[str, int]:
@@ -70,6 +110,8 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn:
             "data: the chat template does not show where an assistant's turn begins: the text with the turn does not "
             "continue the text before it. Take a template with {% generation %} marks."
         )
+    if before and header.startswith(plain) and not header[len(plain) :].strip():
+        return text, len(plain)  # white space is no header: an answer is asked for without it
     return text, len(header)
 
 
@@ -83,12 +125,14 @@ def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
-    return str(_apply(tokenizer, messages, tokenize=False, **options))
+    with _refusals(messages):
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
+@contextmanager
+def _refusals(messages: Sequence[Message]) -> Iterator[None]:
     try:
-        return tokenizer.apply_chat_template(list(messages), **options)
+        yield
     except (TemplateError, ValueError, TypeError) as error:
         roles = [message["role"] for message in messages]
         raise InputError(f"data: the chat template refuses a conversation of {roles} ({error}).") from error

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from selkd.data.chats import encode_conversation, require_chat_template
-from selkd.data.marked import Marked, encode_parts, require_fast
+from selkd.data.marked import Marked, PartEncoder
 from selkd.data.rows import Conversation, Document, Exchange
 from selkd.recipe_data import CHAT, DataOptions
 
@@ -37,25 +37,23 @@ class Encoder:
     """
 
     def __init__(self, options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> None:
-        require_fast(tokenizer)
         self.options, self.tokenizer = options, tokenizer
+        self._encode_parts = PartEncoder(tokenizer)
         self.chat_template = require_chat_template(tokenizer) if options.template == CHAT else None
 
     def __call__(self, document: Document) -> list[Marked]:
         """The document's tokens; a conversation may become several documents (see ``encode_conversation``).
 
         A completion ends with the end-of-sequence token, which is learned; a chat's turn ends as its template says.
-        Answers alone are marked also where ``loss_on: all`` learns the rest: ``Fitting`` looks for one before.
+        Where ``loss_on: all`` learns the prompt, too, it is not marked here: ``Fitting`` looks for more than it before.
         """
         assert not isinstance(document, str), "texts are encoded by `encode`"
         if isinstance(document, Exchange) and self.options.template == CHAT:
             document = _conversation(document)
         if isinstance(document, Conversation):
-            found = encode_conversation(self.tokenizer, document.messages)
-        else:
-            found = [self._exchange(document)]
-        # Where all is learned, the last of several documents is the whole conversation, and no turn counts twice.
-        return found[-1:] if self.options.loss_on == "all" else found
+            learns_all = self.options.loss_on == "all"
+            return encode_conversation(self._encode_parts, document.messages, learns_all=learns_all)
+        return [self._exchange(document)]
 
     def _exchange(self, exchange: Exchange) -> Marked:
         opening, middle, closing = "", "", ""
@@ -67,11 +65,11 @@ class Encoder:
         prompt = f"{opening}{exchange.prompt}{asked}"
         eos = self.tokenizer.eos_token_id
         if exchange.completion is None:
-            found = encode_parts(self.tokenizer, [(prompt, False)])
+            found = self._encode_parts([(prompt, False)])
             ids = found.token_ids[:-1] if found.token_ids[-1:] == [eos] else found.token_ids
             return Marked(ids, [False] * len(ids))
         answer = f"{middle[len(asked) :]}{exchange.completion}{closing}"
-        found = encode_parts(self.tokenizer, [(prompt, False), (answer, True)])
+        found = self._encode_parts([(prompt, False), (answer, True)])
         if eos is None:
             return found
         if found.token_ids[-1:] == [eos]:  # put there by the tokenizer: it ends the completion

@@ -1,11 +1,17 @@
 """A document as tokens, and which of them are to be learned."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from selkd.data.copies import exact_and_continuing
 from selkd.errors import InputError
+
+_BEFORE = "x"  # any letter: what a part is decoded after
 
 
 @dataclass(frozen=True)
@@ -26,57 +32,111 @@ class Marked:
         return any(self.is_target[1:])
 
 
-def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError unless the tokenizer tells where in the text each token stands."""
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"data: prompts need a tokenizer that tells where each token stands, and {type(tokenizer).__name__} does "
-            "not (it has no fast form). Give texts (data.text_field), or convert the tokenizer."
-        )
+class PartEncoder:
+    """The tokens of texts that are made of parts, such as a prompt and its answer.
 
+    Args:
+        tokenizer: a fast one.
 
-def encode_parts(
-    tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]], *, special: bool = True
-) -> Marked:
-    """The tokens of the parts of one text, those of the parts marked True as targets.
-
-    The text is encoded whole. Where a token would lie across the border of two parts, the parts are encoded one by one
-    in its place, so that a prompt is the same tokens here as where it stands alone. ``special``: with the special
-    tokens that the tokenizer puts around a text; those before it are never targets, those after it are the last part's.
+    Raises:
+        InputError: it has no fast form, so it does not tell where in the text each token stands.
     """
-    text = "".join(part for part, _ in parts)
-    encoded = tokenizer(
-        text,
-        truncation=False,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        add_special_tokens=special,
-        verbose=False,
-    )
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    borders, end = [], 0
-    for part, _ in parts:
-        end += len(part)
-        borders.append(end)
-    if any(begin < border < end for border in borders[:-1] for begin, end in offsets):
-        return _one_by_one(tokenizer, parts, ids, special)
-    is_target, at = [], 0
-    for begin, end in offsets:
-        while at + 1 < len(parts) and begin >= borders[at] and (begin, end) != (0, 0):
-            at += 1
-        is_target.append(parts[at][1])
-    return Marked(ids, is_target)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise InputError(
+                "data: prompts need a tokenizer that tells where each token stands, and "
+                f"{type(tokenizer).__name__} does not (it has no fast form). Give texts (data.text_field), or convert "
+                "the tokenizer."
+            )
+        self.tokenizer = tokenizer
+        self._exact, self._continuing = exact_and_continuing(tokenizer)
+
+    def __call__(self, parts: Sequence[tuple[str, bool]], *, special: bool = True) -> Marked:
+        """The tokens of the parts of one text, those of the parts marked True as targets.
+
+        They are those of the text as a whole, except:
+
+        - Where a token would lie across the border of two parts. The part before it then ends as in a text that ends
+          there, so that a prompt is the same tokens here as where it is to be answered; the part after it goes on.
+        - Of a tokenizer that puts a space before a text, or after a special token: a part marked True goes on without.
+
+        Args:
+            special: with the special tokens that the tokenizer puts around a text; those before it are never targets,
+                those after it are the last part's.
+
+        Raises:
+            InputError: the tokenizer can't go on with a part without changing its text.
+        """
+        text = "".join(part for part, _ in parts)
+        whole = _Reading(self._exact, text, special)
+        ids, is_target, begin = [*whole.before], [False] * len(whole.before), 0
+        for part, wanted in parts:
+            found = self._part(whole, begin, begin + len(part), wanted)
+            ids += found
+            is_target += [wanted] * len(found)
+            begin += len(part)
+        return Marked([*ids, *whole.after], [*is_target, *[bool(parts) and parts[-1][1]] * len(whole.after)])
+
+    def from_on(self, text: str, begin: int) -> Marked:
+        """The tokens of a text as a whole; targets are those that end after ``begin``."""
+        whole = _Reading(self._exact, text, special=False)
+        return Marked(whole.ids, [end > begin for end in whole.ends])
+
+    def _part(self, whole: "_Reading", begin: int, end: int, wanted: bool) -> list[int]:
+        goes_on = wanted and begin > 0
+        if goes_on and self._continuing is not self._exact:
+            return self._continued(whole.text[begin:end])
+        found = whole.between(begin, end)
+        if found is None and not goes_on:
+            found = _Reading(self._exact, whole.text[:end]).between(begin, end)
+        return self._continued(whole.text[begin:end]) if found is None else found
+
+    def _continued(self, part: str) -> list[int]:
+        """The tokens of a part that follows others."""
+        ids = self._ids(self._continuing, part)
+        before = self._ids(self._exact, _BEFORE)
+        said = self._decoded(before + ids).removeprefix(self._decoded(before))
+        if said != part:
+            # What the tokenizer makes of any text (normal forms, unknown characters) is no change; its beginning is.
+            read = self._decoded(self._ids(self._exact, part)).lstrip()
+            if said != part[: len(part) - len(part.lstrip())] + read:
+                raise InputError(
+                    f"data: after a prompt, the tokenizer ({type(self.tokenizer).__name__}) makes {said[:40]!r} of "
+                    f"the text {part[:40]!r}. Let prompt and completion meet at white space (data.template), or take a "
+                    "tokenizer whose tokens say the text they were made from."
+                )
+        return ids
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._exact.decode(ids, skip_special_tokens=False))
+
+    @staticmethod
+    def _ids(backend: Tokenizer, text: str) -> list[int]:
+        return list(backend.encode(text, add_special_tokens=False).ids)
 
 
-def _one_by_one(
-    tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]], whole: list[int], special: bool
-) -> Marked:
-    ids: list[int] = []
-    is_target: list[bool] = []
-    if special and parts and (first := tokenizer("", add_special_tokens=True)["input_ids"]) and whole[0] == first[0]:
-        ids, is_target = [whole[0]], [False]
-    for part, wanted in parts:
-        found = tokenizer(part, truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += found
-        is_target += [wanted] * len(found)
-    return Marked(ids, is_target)
+class _Reading:
+    """A text's tokens, where each begins and ends, and the special ones put before and after them."""
+
+    def __init__(self, backend: Tokenizer, text: str, special: bool = False) -> None:
+        encoding = backend.encode(text, add_special_tokens=special)
+        ids, put = encoding.ids, encoding.special_tokens_mask
+        first = len(list(takewhile(bool, put)))
+        last = len(ids) - len(list(takewhile(bool, reversed(put[first:]))))
+        self.text = text
+        self.before, self.ids, self.after = ids[:first], ids[first:last], ids[last:]
+        self.begins = [begin for begin, _ in encoding.offsets[first:last]]
+        self.ends = [end for _, end in encoding.offsets[first:last]]
+
+    def between(self, begin: int, end: int) -> list[int] | None:
+        """The tokens of a part of the text; None where one lies across its borders."""
+        first, last = self._count(begin), self._count(end)
+        return None if first is None or last is None else self.ids[first:last]
+
+    def _count(self, border: int) -> int | None:
+        """How many tokens stand before a border; None where one lies across it."""
+        if border == len(self.text):
+            return len(self.ids)
+        count = bisect_left(self.begins, border)
+        return None if count and self.ends[count - 1] > border else count
