@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from selkd.reporting.figure import ACCENT, MUTED, QUIET, RULE, one_plot, svg
 
 _PANEL, _HEIGHT = 150, 190
+_POINTS = 300  # of a panel: two a pixel
 
 
 def memory_plot(series: Mapping[str, Mapping[str, list[float]]]) -> str:
@@ -20,9 +21,9 @@ def memory_plot(series: Mapping[str, Mapping[str, list[float]]]) -> str:
         only.remove()
         panels = figure.subplots(1, max(1, len(series)), sharey=True, squeeze=False)[0]
         for axes, (name, each) in zip(panels, series.items(), strict=False):
-            heights = [value / 1e9 for value in each["bytes"]]
-            axes.fill_between(each["seconds"], heights, lowest / 1e9, color=QUIET, linewidth=0)
-            axes.plot(each["seconds"], heights, color=ACCENT, linewidth=1.4)
+            seconds, heights = _thinned(each["seconds"], [value / 1e9 for value in each["bytes"]])
+            axes.fill_between(seconds, heights, lowest / 1e9, color=QUIET, linewidth=0)
+            axes.plot(seconds, heights, color=ACCENT, linewidth=1.4)
             for start in each["step_seconds"]:
                 axes.axvline(start, color=RULE, linewidth=0.8)
             if "floor" in peaks:
@@ -32,3 +33,12 @@ def memory_plot(series: Mapping[str, Mapping[str, list[float]]]) -> str:
             axes.set_ylim(lowest / 1e9, lowest / 1e9 + 1.05 * (max(peaks.values()) - lowest) / 1e9 + 1e-6)
         panels[0].set_ylabel("memory in use, GB")
         return svg(figure, "memory", "Memory in use over time, by variant of the step")
+
+
+def _thinned(seconds: list[float], heights: list[float]) -> tuple[list[float], list[float]]:
+    """At most ``_POINTS`` of the readings: the highest of each few, so that no peak is lost."""
+    few = -(-len(heights) // _POINTS) or 1
+    highest = [
+        max(range(at, min(at + few, len(heights))), key=heights.__getitem__) for at in range(0, len(heights), few)
+    ]
+    return [seconds[index] for index in highest], [heights[index] for index in highest]
