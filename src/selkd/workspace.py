@@ -68,7 +68,8 @@ class Workspace:
     def planned_arguments(self) -> DistillArguments:
         """The trainer's arguments, whether or not they can train here: this many processes, these packages.
 
-        Precision is bfloat16 where the device computes in it, unless the recipe says.
+        Unless the recipe says, precision is bfloat16 where the device computes in it, and a process of the data loader
+        reads a teacher cache ahead where an accelerator trains.
         """
         recipe = self.recipe
         given: dict[str, Any] = {
@@ -80,6 +81,8 @@ class Workspace:
         device = self.device
         if device.type == "cpu":
             given["use_cpu"] = True  # Transformers takes bfloat16 on a CPU only where the CPU was asked for
+        elif recipe.cache is not None:  # a CPU's own cores are busy with the steps, and decoding is 0.2% of those
+            given.setdefault("dataloader_num_workers", 1)
         if "bf16" not in given:
             given["bf16"] = native_dtype(device) == torch.bfloat16
         with _refusals_told():

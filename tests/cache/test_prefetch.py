@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from tiny import V, make_arguments, make_model, make_samples, make_tokenizer
+from tiny_run import make_recipe
 from torch import Tensor
 
 from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
+from selkd.recipe import Recipe, parse_part
 from selkd.recipe_choices import ClassOptions
 from selkd.training.trainer import DistillTrainer
+from selkd.workspace import Workspace
 
 
 class ReadBy(TeacherCache):
@@ -58,3 +61,20 @@ def test_workers_read_the_cache_and_change_nothing(tmp_path: Path) -> None:
     assert f"read-by-{os.getpid()}" not in readers
     assert all(torch.equal(alone[name], helped[name]) for name in alone)
     assert any(not torch.equal(alone[name], weight) for name, weight in make_model(1, layers=2).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "workers"),
+    [
+        ("cpu", {}, 0),
+        ("meta", {}, 1),
+        ("meta", {"training": {"dataloader_num_workers": 0}}, 0),
+        ("meta", {"cache": None}, 0),
+    ],
+)
+def test_a_worker_reads_ahead_where_an_accelerator_trains_on_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, changes: dict[str, Any], workers: int
+) -> None:
+    monkeypatch.setattr(Workspace, "device", torch.device(device))
+    work = Workspace(parse_part(Recipe, make_recipe(tmp_path) | changes), tmp_path / "run")
+    assert work.planned_arguments.dataloader_num_workers == workers
