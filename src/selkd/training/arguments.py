@@ -50,8 +50,8 @@ class DistillArguments(TrainingArguments):
         classes = parse_part(ClassOptions, self.classes or {}, "classes")
         if self.on_policy is not None:
             self.on_policy = parse_part(OnPolicyOptions, self.on_policy, "on_policy").model_dump()
-            criterion = on_policy_criterion(criterion)
         try:
+            criterion = criterion if self.on_policy is None else on_policy_criterion(criterion)
             check_parts(criterion, positions, classes)
         except ValueError as error:
             raise InputError(str(error)) from None
