@@ -1,9 +1,10 @@
 """The recipe's ``teacher`` and ``student`` parts: which models, in which form, where."""
 
+import re
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from selkd.recipe_choices import Part
 
@@ -11,6 +12,13 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 INSTALL_PEFT = "pip install 'selkd[peft]'"
 # Names that families give to the embeddings and to the head: the loss reads the head's weight, and both may be one.
 EMBEDDINGS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
+
+
+def check_device(name: str) -> str:
+    """``name``, if it is one of a device that a teacher can be put on. Raises ValueError otherwise."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"expected cpu, cuda, or one of several as cuda:1, got {name!r}")
+    return name
 
 
 class TeacherOptions(Part):
@@ -21,8 +29,8 @@ class TeacherOptions(Part):
     quantization: Literal["bitsandbytes_8bit", "bitsandbytes_4bit"] | None = Field(
         None, description="quantise its layers when it is loaded, on CUDA alone; the head stays as it is"
     )
-    device: str | None = Field(
-        None, pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:1; null: the student's device"
+    device: Annotated[str, AfterValidator(check_device)] | None = Field(
+        None, description="cpu, cuda or cuda:1; null: the student's device"
     )
 
 

@@ -42,6 +42,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def require_device(key: str, device: torch.device) -> None:
+    """Raises InputError, which names ``key``, where this machine has no such device."""
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"{key}: {device}, but there are {torch.cuda.device_count()} CUDA devices. Give one that is here, or leave "
+            "it out for the student's."
+        )
+
+
 def require_quantization(quantization: str, device: torch.device) -> None:
     """Raises InputError unless bitsandbytes is there and the device is one that it computes on."""
     if device.type != "cuda":

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from selkd.errors import InputError
 from selkd.recipe import check_parts, on_policy_criterion, parse_part
 from selkd.recipe_choices import ClassOptions, CriterionOptions, PositionOptions
+from selkd.recipe_models import check_device
 from selkd.recipe_on_policy import OnPolicyOptions
 from selkd.training.objective import Objective
 
@@ -45,6 +46,11 @@ class DistillArguments(TrainingArguments):
                 "DistillArguments: fp16 and deepspeed are not supported (gradients of single classes underflow in "
                 "float16; ZeRO splits the head that the loss reads whole). Use bf16, and fsdp."
             )
+        if self.teacher_device is not None:
+            try:
+                check_device(self.teacher_device)
+            except ValueError as error:
+                raise InputError(f"teacher_device: {error}.") from None
         criterion = parse_part(CriterionOptions, self.criterion or {}, "criterion")
         positions = parse_part(PositionOptions, self.positions or {}, "positions")
         classes = parse_part(ClassOptions, self.classes or {}, "classes")

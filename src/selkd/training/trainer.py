@@ -23,6 +23,7 @@ from selkd.data.encoding import encode
 from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing, head_of
+from selkd.models.loading import require_device
 from selkd.models.tokenizers import shared_classes
 from selkd.recipe_choices import FractionSchedule, needs_teacher
 from selkd.selection.positions import Place, place_of
@@ -96,6 +97,8 @@ class DistillTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         require_one_device(args)
+        if args.teacher_device is not None:
+            require_device("teacher_device", torch.device(args.teacher_device))
         if processing_class is None:
             raise InputError("processing_class: expected the tokenizer that both models share, got None.")
         if args.device.type == "mps":
