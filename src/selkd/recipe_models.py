@@ -26,8 +26,9 @@ class TeacherOptions(Part):
 
     model: str = Field(description="demo, a local folder, a .gguf file (read dequantised) or a hub id")
     dtype: Dtype = Field("auto", description="of its weights; auto: bfloat16 where the device computes in it")
-    quantization: Literal["bitsandbytes_8bit", "bitsandbytes_4bit"] | None = Field(
-        None, description="quantise its layers when it is loaded, on CUDA alone; the head stays as it is"
+    quantization: Literal["torchao_int8", "bitsandbytes_8bit", "bitsandbytes_4bit"] | None = Field(
+        None,
+        description="quantise its layers when it is loaded, on the CPU or CUDA; 4bit is NF4; the head stays as it is",
     )
     device: Annotated[str, AfterValidator(check_device)] | None = Field(
         None, description="cpu, cuda or cuda:1; null: the student's device"

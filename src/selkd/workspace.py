@@ -34,10 +34,10 @@ from selkd.models.loading import (
     n_rows,
     native_dtype,
     require_device,
-    require_quantization,
     resolve_dtype,
 )
 from selkd.models.pruning import prune
+from selkd.models.quantisation import require_quantization
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
 from selkd.recipe import Recipe
