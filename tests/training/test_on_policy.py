@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from test_distributed import WORKER, torchrun
 from tiny import V, make_arguments, make_model, make_prompts, make_tokenizer
@@ -14,8 +15,10 @@ from tiny_run import make_recipe, make_task
 
 from selkd import DistillTrainer, distill
 from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
+from selkd.data.tokenised import load_splits
 from selkd.errors import InputError
 from selkd.recipe import Recipe, parse_part
+from selkd.recipe_data import DataOptions
 from selkd.recipe_files import load_recipe
 from selkd.recipe_on_policy import OnPolicyOptions
 from selkd.training.rollout import Answering, PromptCollator, Rollout, RolloutSums, prompt_length
@@ -155,6 +158,54 @@ def test_micro_batches_make_no_difference(tmp_path: Path) -> None:
     for each in (whole, parts):
         each.train()
     torch.testing.assert_close(weights(whole), weights(parts), rtol=0, atol=1e-5)
+
+
+def test_prompts_are_rows_as_texts_are(tmp_path: Path) -> None:
+    """A SampleDataset used to be asked for. The path is a recipe's: the same rows give the samples of their file."""
+    words = [f"w{3 + n} w{9 + n}" for n in range(8)]
+    rows = [{"question": text, "answer": f"w{20 + n}"} for n, text in enumerate(words)]
+    fields = {"prompt_field": "question", "packing": False, "max_length": 32}
+    trained = []
+    for given in (rows, Dataset.from_list(rows), [{"question": row["question"]} for row in rows]):
+        args = make_arguments(tmp_path, on_policy={"max_new_tokens": 6}, per_device_train_batch_size=8, **fields)
+        on = DistillTrainer(make_model(1), make_model(0), args, given, processing_class=make_tokenizer())
+        on.train()
+        assert on.rollouts.figures()["rollouts"] == 8
+        trained.append(weights(on))
+    assert torch.equal(trained[0], trained[1])
+    assert torch.equal(trained[0], trained[2])
+    args = make_arguments(tmp_path, completion_field="answer", max_steps=1, **fields)
+    off = DistillTrainer(make_model(1), make_model(0), args, rows, processing_class=make_tokenizer())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = parse_part(
+        DataOptions,
+        {"path": str(tmp_path / "rows.jsonl"), "completion_field": "answer", "held_out_fraction": 0, **fields},
+        "data",
+    )
+    expected = load_splits(options, make_tokenizer(), "tiny", tmp_path / "cache").train
+    assert [off.train_dataset[index].id for index in range(8)] == list(expected.ids)
+
+
+def test_rows_that_do_not_serve_are_refused(tmp_path: Path) -> None:
+    def trained_on(rows: Any, **options: Any) -> None:
+        args = make_arguments(tmp_path, **options)
+        DistillTrainer(make_model(1), make_model(0), args, rows, processing_class=make_tokenizer())
+
+    rows, on = [{"question": "w3"}], {"on_policy": {}, "prompt_field": "question"}
+    for given, options, message in [
+        (rows, on, "packing: on_policy answers one prompt a sample; train_dataset needs packing=False"),
+        (rows, on | {"packing": False, "prompt_field": "q"}, "prompt_field: train_dataset, row 0 has no field 'q'"),
+        (rows, {"on_policy": {}, "packing": False}, "text_field: train_dataset, row 0 has no field 'text'"),
+        ([{"text": "w3 w4"}], {"on_policy": {}, "packing": False, "max_length": 2}, "on_policy: samples of plain text"),
+        (rows, {"prompt_field": "question"}, "completion_field: without completions there is nothing to learn from"),
+        (rows, {"prompt_field": "a", "text_field": "b"}, "prompt_field: a row has one shape, and text_field is given"),
+        (rows, on | {"loss_on": "all"}, "loss_on: all makes a text of a prompt alone"),
+        (rows, on | {"loss_on": "all", "completion_field": "a"}, "loss_on: all learns prompts, and on_policy what"),
+        ("w3 w4", {}, "train_dataset: expected a SampleDataset, a datasets.Dataset or a list of rows, got str"),
+        (["w3 w4"], {}, "train_dataset, row 0: expected an object with the field 'text', got str"),
+    ]:
+        with pytest.raises(InputError, match=f"^{message}"):
+            trained_on(given, **options)
 
 
 def test_a_resumed_training_ends_where_a_straight_one_does(tmp_path: Path) -> None:
