@@ -1,5 +1,5 @@
-# make demo: distil a real 135M model. make test: the tests. make docs: the pages, into site/. All set up .venv first;
-# a second call is quick.
+# make demo: distil a real 135M model. make test: the tests. make test-quantised: those of quantised teachers, with their
+# packages. make docs: the pages, into site/. All set up .venv first; a second call is quick.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +7,19 @@ STAMP := $(VENV)/.selkd-installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check docs setup
+.PHONY: demo test test-quantised check docs setup
 
 demo: setup
 	$(BIN)/selkd demo
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Transformers imports these packages wherever it finds them, so they lie apart and only this sees them.
+test-quantised: setup
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/quantised \
+		$$(grep -E '^(bitsandbytes|torchao)==' constraints.txt)
+	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/models/test_quantised.py
 
 check: setup
 	$(BIN)/ruff check .

@@ -60,7 +60,7 @@ def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | N
         RunError: a stage failed; finished stages are kept, and the same call continues.
     """
     checked, path = as_recipe(recipe), None if out is None else Path(out)
-    work, run = start(checked, path)
+    work, run = start(checked, path, pushes=checked.hub is not None)
     with _recorded(run, work):
         samples = score_stage.score(work, run)
     if not stages.is_trained(work, run):
@@ -101,16 +101,16 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     return load_recipe(recipe) if isinstance(recipe, str | Path) else parse_part(Recipe, dict(recipe))
 
 
-def start(recipe: Recipe, out: Path | None) -> tuple[Workspace, RunDirectory]:
-    """Claim the run's folder and find its inputs."""
+def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> tuple[Workspace, RunDirectory]:
+    """Claim the run's folder and find its inputs. ``pushes``: a student will go to the hub at the end."""
     path = out or Path("runs") / (recipe.name or "recipe")
     work = Workspace(recipe, path)
     work.arguments  # noqa: B018  refused, if at all, before anything is loaded or written
     work.teacher_device  # noqa: B018  likewise
-    if recipe.hub is not None:
-        require_login()
     require_benchmarks(recipe.evaluation)
     run = RunDirectory.claim(path, recipe)
+    if pushes and not run.record.get("hub"):
+        require_login()
     work.state.wait_for_everyone()  # all have looked before the main process writes
     with _recorded(run, work):
         stages.prepare(work, run)

@@ -206,7 +206,17 @@ class Recipe(Part):
 
 
 def on_policy_criterion(given: CriterionOptions) -> CriterionOptions:
-    """The criterion of an on-policy run: reverse KL where none is named."""
+    """The criterion of an on-policy run: reverse KL where none is named.
+
+    Raises:
+        ValueError: cross-entropy is mixed in, whose true tokens would be the student's own draws.
+    """
+    if given.kd_weight < 1:
+        raise ValueError(
+            f"criterion.kd_weight: expected 1.0 beside on_policy, got {given.kd_weight}. Cross-entropy would teach the "
+            "student the very tokens that it drew; set it to 1.0, and keep some of the data's completions with "
+            "on_policy.fraction"
+        )
     if "name" in given.model_fields_set:
         return given
     return CriterionOptions.model_validate({**given.model_dump(exclude_unset=True), "name": "reverse_kl"})

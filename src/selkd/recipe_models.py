@@ -1,9 +1,10 @@
 """The recipe's ``teacher`` and ``student`` parts: which models, in which form, where."""
 
+import re
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from selkd.recipe_choices import Part
 
@@ -13,16 +14,24 @@ INSTALL_PEFT = "pip install 'selkd[peft]'"
 EMBEDDINGS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
 
 
+def check_device(name: str) -> str:
+    """``name``, if it is one of a device that a teacher can be put on. Raises ValueError otherwise."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"expected cpu, cuda, or one of several as cuda:1, got {name!r}")
+    return name
+
+
 class TeacherOptions(Part):
     """The large model. ``model``: ``demo``, a local folder, a .gguf file or a hub id."""
 
     model: str = Field(description="demo, a local folder, a .gguf file (read dequantised) or a hub id")
     dtype: Dtype = Field("auto", description="of its weights; auto: bfloat16 where the device computes in it")
-    quantization: Literal["bitsandbytes_8bit", "bitsandbytes_4bit"] | None = Field(
-        None, description="quantise its layers when it is loaded, on CUDA alone; the head stays as it is"
+    quantization: Literal["torchao_int8", "bitsandbytes_8bit", "bitsandbytes_4bit"] | None = Field(
+        None,
+        description="quantise its layers when it is loaded, on the CPU or CUDA; 4bit is NF4; the head stays as it is",
     )
-    device: str | None = Field(
-        None, pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:1; null: the student's device"
+    device: Annotated[str, AfterValidator(check_device)] | None = Field(
+        None, description="cpu, cuda or cuda:1; null: the student's device"
     )
 
 

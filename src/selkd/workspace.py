@@ -28,8 +28,16 @@ from selkd.data.tokenised import Splits, load_splits
 from selkd.errors import InputError
 from selkd.models.adapters import with_adapters
 from selkd.models.head import check_head, check_packing
-from selkd.models.loading import load_model, n_positions, n_rows, native_dtype, require_quantization, resolve_dtype
+from selkd.models.loading import (
+    load_model,
+    n_positions,
+    n_rows,
+    native_dtype,
+    require_device,
+    resolve_dtype,
+)
 from selkd.models.pruning import prune
+from selkd.models.quantisation import require_quantization
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
 from selkd.recipe import Recipe
@@ -141,10 +149,7 @@ class Workspace:
         """Where the teacher is. Raises InputError: no such device, or one that can't run it quantised."""
         options = self.recipe.teacher
         device = self.device if options.device is None else torch.device(options.device)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(
-                f"teacher.device: {options.device}, but there are {torch.cuda.device_count()} CUDA devices."
-            )
+        require_device("teacher.device", device)
         if options.quantization is not None:
             require_quantization(options.quantization, device)
         return device

@@ -82,6 +82,38 @@ def test_before_during_and_after(tmp_path: Path) -> None:
     assert not (plain.path / "best_student").exists()
 
 
+@pytest.mark.usefixtures("short_answers")
+def test_a_runs_prompts_are_put_into_the_chat_template(tmp_path: Path) -> None:
+    """``evaluation.chat_template`` alone makes the difference; what is to be answered stays the same."""
+    given = recipe(tmp_path)
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    options = {"suite": ["piqa", "gsm8k"], "limit": 2, "data": str(tmp_path / "data")}
+    shown: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+    for is_chat in (False, True):
+        evaluation = options | {"chat_template": is_chat}
+        run = distill(given | {"evaluation": evaluation}, tmp_path / f"run-{is_chat}")
+        for name in ("piqa", "gsm8k"):
+            (file,) = (run.path / "benchmarks" / "after").glob(f"{name}*/examples.jsonl")
+            shown[is_chat, name] = [json.loads(line) for line in file.read_text().splitlines()]
+    for name in ("piqa", "gsm8k"):
+        for plain, chat in zip(shown[False, name], shown[True, name], strict=True):
+            assert "<user>" not in plain["prompt"]
+            assert chat["prompt"] == f"<user>{plain['prompt']}</><assistant>"
+            assert chat["row"] == plain["row"]
+    assert shown[False, "piqa"][0]["prompt"] == "Question: How do I ready cage 0?\nAnswer:"
+
+
+def test_a_chat_template_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    given = recipe(tmp_path, suite=["piqa"], data=str(tmp_path / "data"), chat_template=True)
+    with pytest.raises(InputError, match="the tokenizer has none"):
+        distill(given, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("metric", "is_better"), [("perplexity", min), ("top1_agreement", max), ("validation", max)])
 def test_the_best_student_is_kept(metric: str, is_better: Any, tmp_path: Path) -> None:
     """The first of two equal ones stays; the weights are those of its step."""

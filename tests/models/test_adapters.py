@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_arguments, make_model, make_samples, make_tokenizer
 from tiny_run import make_recipe, make_task
-from transformers import AutoModelForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selkd import DistillTrainer, distill
 from selkd.errors import InputError
@@ -75,6 +76,72 @@ def test_training_moves_the_adapters_alone_and_merging_computes_the_same(tmp_pat
     assert "lora" not in " ".join(whole.state_dict())
     assert any("lora_" in name for name in student.state_dict()), "the student itself is left as it was"
     assert merged(whole) is whole
+
+
+def trained_student(tmp_path: Path, **config: object) -> PreTrainedModel:
+    """With an adapter that computes something, and the loss bound to its forward."""
+    student = with_adapters(make_model(3, **config), options(), seed=1)
+    DistillTrainer(
+        model=student,
+        teacher=make_model(0),
+        args=make_arguments(tmp_path, max_steps=3, positions={"fraction": 0.5}),
+        train_dataset=make_samples(),
+        processing_class=make_tokenizer(),
+    ).train()
+    return student
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_merging_leaves_the_student_bit_for_bit_and_what_is_saved_computes_what_it_does(
+    tmp_path: Path, is_tied: bool
+) -> None:
+    student = trained_student(tmp_path, tie_word_embeddings=is_tied)
+    logits = student(input_ids=IDS).logits
+    tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    before = {name: (tensor.data_ptr(), tensor.detach().clone()) for name, tensor in tensors.items()}
+    whole = merged(student)
+    assert not {each.data_ptr() for each in whole.parameters()} & {place for place, _ in before.values()}
+    whole.save_pretrained(tmp_path / "student")
+    for name, tensor in {**dict(student.named_parameters()), **dict(student.named_buffers())}.items():
+        place, value = before[name]
+        assert tensor.data_ptr() == place, name
+        assert torch.equal(tensor, value), name
+    assert torch.equal(student(input_ids=IDS).logits, logits)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    torch.testing.assert_close(saved(IDS).logits, logits, rtol=0, atol=1e-5)
+    assert (saved(IDS).logits - make_model(3, tie_word_embeddings=is_tied)(IDS).logits).abs().max() > 1e-2
+    assert ("lm_head.weight" in load_file(tmp_path / "student" / "model.safetensors")) != is_tied
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of tensors that are not asked for in main memory, whatever device they are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_the_device = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_copy = func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+        if is_copy and (kwargs or {}).get("device") != torch.device("cpu"):
+            self.on_the_device += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_merging_asks_the_students_device_for_no_second_student(tmp_path: Path) -> None:
+    student = trained_student(tmp_path)
+    with Copies() as copies:
+        merged(student)
+    assert copies.on_the_device == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs memory that is counted")
+def test_merging_takes_no_memory_of_the_accelerator(tmp_path: Path) -> None:
+    student = trained_student(tmp_path).to("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    whole = merged(student)
+    assert torch.cuda.max_memory_allocated() == before
+    assert {each.device.type for each in whole.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("is_on_policy", [False, True])

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selkd import distill
 from selkd.errors import InputError, RunError
+from selkd.pipeline import cache_only, score_only
+from selkd.recipe import Recipe, parse_part
 from selkd.recipe_files import load_recipe
 
 HUB = {"repo": "someone/a-student", "private": False}
@@ -76,3 +78,18 @@ def test_nobody_logged_in_is_told_before_anything_runs(tmp_path: Path, monkeypat
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"hub.repo: string should match pattern"):
         load_recipe("se_kd", ["hub.repo=nobody"])
+
+
+def test_who_pushes_nothing_need_not_log_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring and caching by themselves used to ask; so did a run whose student is on the hub already."""
+    recipe = parse_part(Recipe, make_recipe(tmp_path, hub=HUB))
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    score_only(recipe, tmp_path / "run")
+    cache_only(recipe, tmp_path / "run")
+    with pytest.raises(InputError, match="hub: nobody is logged in"):
+        distill(recipe, tmp_path / "run")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    pushed = distill(recipe, tmp_path / "run").record["hub"]
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert distill(recipe, tmp_path / "run").record["hub"] == pushed

@@ -359,7 +359,7 @@ def test_a_data_set_of_texts_becomes_samples(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, texts, RECIPES["se-kd"], max_length=16)
     trainer.train()
     assert len(trainer.train_dataset) == 6 * 41 // 16
-    with pytest.raises(InputError, match="column 'body'"):
+    with pytest.raises(InputError, match="train_dataset, row 0 has no field 'body'"):
         trainer_of(tmp_path, texts, RECIPES["se-kd"], text_field="body")
 
 

@@ -78,7 +78,7 @@ def load_splits(
     fingerprint = _fingerprint(options, corpus, tokenizer_fingerprint, chat_template)
     folder = cache_dir / "tokenised" / fingerprint
     if not folder.exists():
-        _build(folder, options, corpus, _encode_with(encoder, tokenizer))
+        _build(folder, options, corpus, encode_with(encoder, tokenizer))
     splits = _open(folder, fingerprint)
     _tell_what_did_not_fit(options, splits)
     # A budget is filled until another sample might not fit; where more is missing, the text ended first.
@@ -103,11 +103,28 @@ def _tell_what_did_not_fit(options: DataOptions, splits: Splits) -> None:
 Encode = Callable[[Sequence[Document]], list[list[Marked]]]
 
 
-def _encode_with(encoder: Encoder | None, tokenizer: PreTrainedTokenizerBase) -> Encode:
+def encode_with(encoder: Encoder | None, tokenizer: PreTrainedTokenizerBase) -> Encode:
     """Documents in, for each the token sequences that it becomes out."""
     if encoder is not None:
         return lambda documents: [encoder(document) for document in documents]
     return lambda texts: [[Marked(ids, [True] * len(ids))] for ids in encode(tokenizer, [str(text) for text in texts])]
+
+
+def fitting_of(options: DataOptions) -> Fitting:
+    """How whole documents become samples, and what of them did not fit."""
+    return Fitting(
+        options.max_length,
+        options.packing,
+        keeps_prompts=options.is_prompt_only,
+        learns_all=options.loss_on == "all",
+    )
+
+
+def samples_of(documents: Iterable[Marked], options: DataOptions, fitting: Fitting) -> Iterator[Sample]:
+    """Texts are continued from sample to sample; what asks for an answer stays whole."""
+    if options.has_prompts:
+        return fitting(documents)
+    return (pack if options.packing else split)((each.token_ids for each in documents), options.max_length)
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
@@ -183,21 +200,10 @@ def _build(folder: Path, options: DataOptions, corpus: Corpus, encode: Encode) -
 
 
 def _write_splits(folder: Path, options: DataOptions, corpus: Corpus, encode: Encode) -> None:
-    fitting = Fitting(
-        options.max_length,
-        options.packing,
-        keeps_prompts=options.is_prompt_only,
-        learns_all=options.loss_on == "all",
-    )
+    fitting = fitting_of(options)
     reading = _Reading(options, encode)
-
-    def samples_of(documents: Iterable[Marked]) -> Iterator[Sample]:
-        if options.has_prompts:
-            return fitting(documents)
-        return (pack if options.packing else split)((each.token_ids for each in documents), options.max_length)
-
     documents = reading.training_documents(corpus.documents())
-    samples = _within(samples_of(documents), options.tokens, options.max_length)
+    samples = _within(samples_of(documents, options, fitting), options.tokens, options.max_length)
     with tqdm(
         total=options.tokens, desc="tokenising", unit=" tokens", unit_scale=True, delay=2, disable=None
     ) as progress:
@@ -214,7 +220,7 @@ def _write_splits(folder: Path, options: DataOptions, corpus: Corpus, encode: En
             f"documents ({reading.held_out_documents} more were held out), fewer than one sample: data.max_length is "
             f"{options.max_length}, data.tokens is {options.tokens}. Give more text or lower data.max_length."
         )
-    held_out = _within(samples_of(reading.held_out), options.held_out_tokens, options.max_length)
+    held_out = _within(samples_of(reading.held_out, options, fitting), options.held_out_tokens, options.max_length)
     n_held_out, _ = _write(folder / "held_out.arrow", held_out, None)
     if n_held_out == 0 and options.held_out_fraction > 0:
         raise InputError(

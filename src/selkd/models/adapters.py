@@ -55,8 +55,18 @@ def has_adapters(model: Any) -> bool:
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its adapters added to its weights, a copy; itself if it has none."""
+    """The model with its adapters added to its weights, a copy in main memory; itself if it has none.
+
+    The student stays bit for bit what it is: taking merged adapters off again would round its weights. And its device
+    is not asked for a second student, which is where memory is short as a run ends.
+    """
     if not has_adapters(model):
         return model
-    whole: PreTrainedModel = copy.deepcopy(model).merge_and_unload()
-    return whole
+    held = [*model.parameters(), *model.buffers()]
+    whole: PreTrainedModel = copy.deepcopy(model, {id(tensor): _in_main_memory(tensor) for tensor in held})
+    return whole.merge_and_unload()
+
+
+def _in_main_memory(tensor: torch.Tensor) -> torch.Tensor:
+    moved = tensor.detach().to("cpu", copy=True)
+    return torch.nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else moved

@@ -50,7 +50,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 class _Draw(LogitsProcessor):
     """Leaves one class of each row: the one at which the cumulative distribution passes the row's next uniform.
 
-    So an answer depends on its prompt's uniforms alone, never on a stream that the whole batch shares.
+    So an answer is drawn by its prompt's uniforms alone, never by a stream that the whole batch shares. What else is in
+    the batch moves its logits by rounding, no more: in bfloat16 enough to change a draw now and then.
     """
 
     def __init__(self, uniforms: Tensor, prompt_width: int) -> None:

@@ -1,14 +1,14 @@
 """Models from disk into memory, in the dtype that suits the device."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from selkd.errors import InputError
+from selkd.models.quantisation import quantization_config, require_quantization
 from selkd.models.sources import ModelSource
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -42,15 +42,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def require_quantization(quantization: str, device: torch.device) -> None:
-    """Raises InputError unless bitsandbytes is there and the device is one that it computes on."""
-    if device.type != "cuda":
+def require_device(key: str, device: torch.device) -> None:
+    """Raises InputError, which names ``key``, where this machine has no such device."""
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"teacher.quantization: {quantization} runs on CUDA alone, and the teacher is on {device}. Leave it out; a "
-            ".gguf file (teacher.model) is read anywhere."
+            f"{key}: {device}, but there are {torch.cuda.device_count()} CUDA devices. Give one that is here, or leave "
+            "it out for the student's."
         )
-    if find_spec("bitsandbytes") is None:
-        raise InputError(f"teacher.quantization: {quantization} needs the package: pip install bitsandbytes")
 
 
 def load_model(
@@ -68,9 +66,7 @@ def load_model(
     options: dict[str, Any] = {}
     if quantization is not None:
         require_quantization(quantization, device)
-        bits = {"load_in_8bit": True} if quantization == "bitsandbytes_8bit" else {"load_in_4bit": True}
-        config = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"])
-        options = {"quantization_config": config, "device_map": {"": device}}
+        options = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -81,7 +77,7 @@ def load_model(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(
             f"model {source.name!r} can't be loaded as a causal language model from {source.path}: {error}"
         ) from error

@@ -38,17 +38,12 @@ class Answers:
         self._window = RolloutSums()  # since the last logged step
         self._last: list[Rollout] = []
 
-    def require_prompts(self, dataset: Any, teacher: Teacher) -> None:
+    def require_prompts(self, dataset: SampleDataset | None, teacher: Teacher) -> None:
         """Raises InputError unless the student can answer: a live teacher, prompts one a sample."""
         if not teacher.is_live:
             raise InputError(
                 "on_policy: a TeacherCache holds the classes of the data's own tokens, and what the student will "
                 "answer is not known before. Give a live teacher."
-            )
-        if dataset is not None and not isinstance(dataset, SampleDataset):
-            raise InputError(
-                "on_policy: expected a SampleDataset of prompts (selkd.data.tokenised.load_splits), got "
-                f"{type(dataset).__name__}."
             )
         if dataset is None:
             return

@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 from selkd.errors import InputError
 from selkd.recipe import check_parts, on_policy_criterion, parse_part
 from selkd.recipe_choices import ClassOptions, CriterionOptions, PositionOptions
+from selkd.recipe_data import DataOptions
+from selkd.recipe_models import check_device
 from selkd.recipe_on_policy import OnPolicyOptions
 from selkd.training.objective import Objective
 
@@ -18,11 +20,12 @@ class DistillArguments(TrainingArguments):
 
     Attributes:
         criterion, positions, classes: the recipe's parts of those names, as mappings; checked here.
-        on_policy: the recipe's part of that name; None: the student doesn't answer. It needs a ``SampleDataset`` of
-            prompts (``selkd.data.tokenised.load_splits``).
+        on_policy: the recipe's part of that name; None: the student doesn't answer. It needs prompts, and
+            ``packing=False``.
         rollouts_file: where some of its answers are written; None: ``rollouts.jsonl`` in ``output_dir``.
         teacher_device: where a live teacher is put; None: the student's device.
-        max_length, packing, text_field: how a data set of texts becomes samples.
+        max_length, packing, text_field, prompt_field, completion_field, messages_field, template, loss_on: how the rows
+            of a data set become samples, as the recipe's ``data`` says; none of the fields: ``text_field`` is ``text``.
 
     Raises:
         InputError: a part that a recipe would refuse.
@@ -36,7 +39,12 @@ class DistillArguments(TrainingArguments):
     rollouts_file: str | None = field(default=None, metadata={"help": "where some answers are written"})
     max_length: int = field(default=512, metadata={"help": "tokens of a sample at most"})
     packing: bool = field(default=True, metadata={"help": "fill samples with several documents"})
-    text_field: str = field(default="text", metadata={"help": "the data set's column of texts"})
+    text_field: str | None = field(default=None, metadata={"help": "the rows' field of a text"})
+    prompt_field: str | None = field(default=None, metadata={"help": "the rows' field of a prompt"})
+    completion_field: str | None = field(default=None, metadata={"help": "the rows' field of its completion"})
+    messages_field: str | None = field(default=None, metadata={"help": "the rows' field of a conversation"})
+    template: str | None = field(default=None, metadata={"help": "chat, or a text with {prompt} and {completion}"})
+    loss_on: str | None = field(default=None, metadata={"help": "completions, or all"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,16 +53,22 @@ class DistillArguments(TrainingArguments):
                 "DistillArguments: fp16 and deepspeed are not supported (gradients of single classes underflow in "
                 "float16; ZeRO splits the head that the loss reads whole). Use bf16, and fsdp."
             )
+        if self.teacher_device is not None:
+            try:
+                check_device(self.teacher_device)
+            except ValueError as error:
+                raise InputError(f"teacher_device: {error}.") from None
         criterion = parse_part(CriterionOptions, self.criterion or {}, "criterion")
         positions = parse_part(PositionOptions, self.positions or {}, "positions")
         classes = parse_part(ClassOptions, self.classes or {}, "classes")
         if self.on_policy is not None:
             self.on_policy = parse_part(OnPolicyOptions, self.on_policy, "on_policy").model_dump()
-            criterion = on_policy_criterion(criterion)
         try:
+            criterion = criterion if self.on_policy is None else on_policy_criterion(criterion)
             check_parts(criterion, positions, classes)
         except ValueError as error:
             raise InputError(str(error)) from None
+        self._check_rows()
         self.criterion, self.positions = criterion.model_dump(), positions.model_dump()
         self.classes = classes.model_dump()
         self.remove_unused_columns = False
@@ -62,6 +76,26 @@ class DistillArguments(TrainingArguments):
         self.label_names = ["targets"]
         self.restore_callback_states_from_checkpoint = True
         self.logging_nan_inf_filter = False
+
+    def _check_rows(self) -> None:
+        """Raises InputError for fields that don't go together, in the words of a recipe less its ``data.``."""
+        try:
+            options = self.data_options("train_dataset")
+        except InputError as error:
+            raise InputError(str(error).replace("data.", "")) from None
+        if self.on_policy is None and options.is_prompt_only:
+            raise InputError(
+                "completion_field: without completions there is nothing to learn from; give it, or let the student "
+                "answer (on_policy={})."
+            )
+        if self.on_policy is not None and self.loss_on == "all":
+            raise InputError("loss_on: all learns prompts, and on_policy what the student answers; leave it out.")
+
+    def data_options(self, name: str) -> DataOptions:
+        """How the rows of ``name`` (train_dataset, eval_dataset) become samples. Raises InputError as a recipe."""
+        names = ("text_field", "prompt_field", "completion_field", "messages_field", "template", "loss_on")
+        given = {key: getattr(self, key) for key in (*names, "max_length", "packing")}
+        return parse_part(DataOptions, {"path": name, **given}, "data")
 
     @property
     def objective(self) -> Objective:

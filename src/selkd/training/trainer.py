@@ -18,11 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import ExportableState
 
 from selkd.cache.reader import TeacherCache
-from selkd.data.batching import collate, pack, split
-from selkd.data.encoding import encode
+from selkd.data.batching import collate
+from selkd.data.in_memory import samples_of_rows
 from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing, head_of
+from selkd.models.loading import require_device
 from selkd.models.tokenizers import shared_classes
 from selkd.recipe_choices import FractionSchedule, needs_teacher
 from selkd.selection.positions import Place, place_of
@@ -75,7 +76,8 @@ class DistillTrainer(Trainer):
         model: the student, float32 weights (with ``bf16=True`` products run in bfloat16 under autocast).
         teacher: a model, or a ``TeacherCache`` that holds every training sample.
         args: a ``DistillArguments``.
-        train_dataset, eval_dataset: ``SampleDataset``, or a ``datasets.Dataset`` with a column of texts.
+        train_dataset, eval_dataset: a ``datasets.Dataset`` or a list of rows, whose fields the arguments name (texts,
+            prompts with or without completions, conversations), or a ``SampleDataset``.
         processing_class: the tokenizer, shared by both models.
         **kwargs: what else ``transformers.Trainer`` takes.
 
@@ -96,6 +98,8 @@ class DistillTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         require_one_device(args)
+        if args.teacher_device is not None:
+            require_device("teacher_device", torch.device(args.teacher_device))
         if processing_class is None:
             raise InputError("processing_class: expected the tokenizer that both models share, got None.")
         if args.device.type == "mps":
@@ -115,8 +119,8 @@ class DistillTrainer(Trainer):
             for packed in (model, teacher):
                 if not isinstance(packed, TeacherCache):
                     check_packing(packed)
-        train_samples = _as_samples(train_dataset, processing_class, args)
-        eval_samples = _as_samples(eval_dataset, processing_class, args)
+        train_samples = _as_samples(train_dataset, "train_dataset", processing_class, args)
+        eval_samples = _as_samples(eval_dataset, "eval_dataset", processing_class, args)
         skipped = args.objective.positions.skip_first or 0
         if train_samples is not None and skipped >= args.max_length - 1:
             raise InputError(
@@ -144,7 +148,7 @@ class DistillTrainer(Trainer):
         data_collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=pad_token_id)
         self.answers = None if args.on_policy is None else Answers(args, model, processing_class, n_classes)
         if self.answers is not None:
-            self.answers.require_prompts(train_dataset, self.teacher)
+            self.answers.require_prompts(train_samples, self.teacher)
             data_collator = PromptCollator(pad_token_id)
         if isinstance(self.teacher, CachedTeacher):  # read by the data loader's workers, ahead of training
             data_collator = CachedCollator(data_collator, self.teacher)
@@ -321,24 +325,18 @@ def _sizes(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) ->
     return {"student": head_of(student).n_classes, "teacher": head_of(teacher).n_classes}
 
 
-def _as_samples(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: DistillArguments) -> SampleDataset | None:
+def _as_samples(
+    dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: DistillArguments
+) -> SampleDataset | None:
     if dataset is None or isinstance(dataset, SampleDataset):
         return dataset
-    names = getattr(dataset, "column_names", None)
-    if names is None or args.text_field not in names:
-        raise InputError(
-            f"train_dataset: expected a SampleDataset or a datasets.Dataset with the column {args.text_field!r} "
-            f"(text_field), got {type(dataset).__name__} with {names}."
-        )
-    cut = pack if args.packing else split
-    texts = [text for text in dataset[args.text_field] if text]
-    samples = list(cut(encode(tokenizer, texts), args.max_length)) if texts else []
-    if not samples:
-        raise InputError(
-            f"train_dataset: {len(texts)} texts are fewer tokens than one sample of max_length = {args.max_length}. "
-            "Give more text or a smaller max_length."
-        )
-    return SampleDataset.from_samples(samples)
+    options = args.data_options(name)
+    if args.on_policy is not None and options.packing:
+        raise InputError(f"packing: on_policy answers one prompt a sample; {name} needs packing=False.")
+    try:
+        return samples_of_rows(dataset, options, tokenizer)
+    except InputError as error:  # a recipe's keys stand below data
+        raise InputError(str(error).replace("data.", "")) from None
 
 
 def _as_teacher(
