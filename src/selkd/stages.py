@@ -24,6 +24,8 @@ from selkd.training.checkpoints import last_whole_checkpoint
 from selkd.training.trainer import DistillTrainer
 from selkd.workspace import Workspace, environment
 
+STUDENT_KEYS = ("fingerprint", "parameters", "layers", "trained_parameters")  # told by later stages
+
 
 def prepare(work: Workspace, run: RunDirectory) -> None:
     """Find the models, tokenise the text, cut the student; write down what there is."""
@@ -64,7 +66,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
             "model": recipe.student.model,
             "initial_fingerprint": source.fingerprint,
             "pruned_from_teacher": work.pruning,
-        } | {k: v for k, v in (run.record.get("student") or {}).items() if k in ("fingerprint", "parameters", "layers")}
+        } | {k: v for k, v in (run.record.get("student") or {}).items() if k in STUDENT_KEYS}
         teacher = {"model": work.teacher_source.name, "fingerprint": work.teacher_source.fingerprint}
         run.record["teacher"] = {**(run.record.get("teacher") or {}), **teacher}
         count_teacher_tokens(work, run)
@@ -108,6 +110,10 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
         if saved != student_path:
             merged(work.student).save_pretrained(student_path)
             work.tokenizer.save_pretrained(student_path)
+    trained = sum(parameter.numel() for parameter in work.student.parameters() if parameter.requires_grad)
+    run.record["student"] |= size(work.student) | {"trained_parameters": trained}
+    if work.recipe.student.lora is not None:  # the adapters are none of the saved student's own
+        run.record["student"]["parameters"] -= trained
     # Looked up now: resuming has replaced the callback by the checkpoint's.
     metrics = next(found for found in trainer.callback_handler.callbacks if isinstance(found, MetricsFile))
     add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0), is_alone)

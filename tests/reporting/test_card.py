@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_run import make_recipe, make_task
+from transformers import AutoModelForCausalLM
 
+from selkd import distill
 from selkd.reporting.card import model_card
 
 
@@ -67,10 +70,70 @@ def test_hostile_names_stay_text(record: dict[str, Any]) -> None:
     assert yaml.safe_load(fence.group(2)) == record["recipe"]
 
 
-def test_a_run_that_has_only_begun_shows_dashes() -> None:
+def test_what_is_not_known_leaves_no_blanks(record: dict[str, Any]) -> None:
     card = model_card({"name": "x", "recipe": {}})
-    assert "| Perplexity | – | – | – |" in card
-    assert "None" not in card
+    assert "Closeness to the teacher on held-out text was not measured." in card
+    for blank in ("None", "–", "| |", "How it was made", "The figures measure"):
+        assert blank not in card, blank
+    record["fidelity"] = None
+    unmeasured = model_card(record)
+    assert "was not measured" in unmeasured
+    assert "Perplexity" not in unmeasured
+    assert "- Data: text of the Python manual." in unmeasured
+
+
+def test_a_figure_that_was_not_taken_before_is_no_column(record: dict[str, Any]) -> None:
+    record["fidelity"]["before"] = None
+    card = model_card(record)
+    assert "| | after | teacher |\n|---|---:|---:|\n| Perplexity | 36.0 | 18.0 |" in card
+    record["fidelity"]["teacher"] = None
+    assert "| Perplexity | 36.0 | not measured |\n| KL to the teacher, nats | 0.89 | 0 |" in model_card(record)
+
+
+def test_cross_entropy_is_told_where_it_is_mixed_in(record: dict[str, Any]) -> None:
+    assert "- Criterion: forward KL divergence, temperature 1.0.\n" in model_card(record)
+    record["recipe"]["criterion"]["kd_weight"] = 0.9
+    assert "temperature 1.0, weight 0.9 against cross-entropy on the true token." in model_card(record)
+
+
+def test_a_quantised_teacher_is_told(record: dict[str, Any]) -> None:
+    assert "quantised" not in model_card(record)
+    for name, words in (
+        ("torchao_int8", "int8 weights by torchao"),
+        ("bitsandbytes_4bit", "4 bits (NF4) by bitsandbytes"),
+    ):
+        record["recipe"]["teacher"]["quantization"] = name
+        assert f"- Teacher: its layers quantised, {words}; the head is not." in model_card(record)
+
+
+def test_a_run_with_adapters_at_its_own_answers_says_so(tmp_path: Path) -> None:
+    """A real run, measured and not: adapters, rollouts, and completions that are no rollouts."""
+    pytest.importorskip("peft")
+    recipe = make_recipe(
+        tmp_path, data=make_task(tmp_path, packing=False), cache=None, classes={"sampler": "all"}, samples=None,
+        on_policy={"max_new_tokens": 6, "fraction": 0.5}, evaluation={"suite": []},
+    )  # fmt: skip
+    recipe["student"] = {
+        "prune_from_teacher": {"layers": 2},
+        "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    }
+    run = distill(recipe, tmp_path / "run")
+    card, told = (run.student / "README.md").read_text(), run.record["on_policy"]
+    trained = 2 * (4 * (32 + 32) + 4 * (32 + 16))  # rank x (in + out), of two layers
+    assert run.record["student"]["trained_parameters"] == trained
+    saved = AutoModelForCausalLM.from_pretrained(run.student)
+    assert run.record["student"]["parameters"] == saved.num_parameters()
+    assert "adapters (LoRA) of rank 4, alpha 8, on q\\_proj, v\\_proj, 896 parameters; they are merged" in card
+    assert (
+        "- Data: prompts of task.jsonl, 50% answered by the student itself, the others with the data’s own answers."
+        in card
+    )
+    assert (
+        f"- Rollouts, the student's own answers: {told['rollouts']} answers of {told['tokens']} tokens in all, "
+        f"{told['mean_tokens']:.1f} on average; {100 * told['ended_share']:.1f}% came to an end by themselves." in card
+    )
+    assert "was not measured" in card
+    assert "–" not in card.split("## Recipe")[0]
 
 
 def test_cards_and_tables_load_no_plotting_and_no_torch() -> None:

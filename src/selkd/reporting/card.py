@@ -28,8 +28,8 @@ def model_card(record: dict[str, Any]) -> str:
         front["datasets"] = [data]
     front["tags"] = ["selkd", "knowledge-distillation", "selective-knowledge-distillation"]
     matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    sections = [_what(record), _figures(record), *_benchmarks(record), _how(record), _limits(), _recipe(record)]
-    return f"---\n{matter}---\n\n" + "\n\n".join(sections) + "\n"
+    sections = [_what(record), _figures(record), *_benchmarks(record), _how(record), _limits(record), _recipe(record)]
+    return f"---\n{matter}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _base_model(record: dict[str, Any]) -> str | None:
@@ -44,13 +44,22 @@ def _hub_id(name: str | None) -> str | None:
     return name if name is not None and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
+def _when(text: str, *values: object) -> str:
+    """``text`` where all of ``values`` are known, else nothing: a card tells no blanks."""
+    return text if all(value is not None for value in values) else ""
+
+
 def _what(record: dict[str, Any]) -> str:
-    layers, version = dig(record, "student", "layers"), _plain(or_dash(dig(record, "environment", "selkd")))
+    parameters, layers = dig(record, "student", "parameters"), dig(record, "student", "layers")
+    size = _when(
+        f" of {formats.parameters(parameters)} parameters and {formats.count(layers)} layers", parameters, layers
+    )
+    origin = _when(f" ({_plain(words.student(record))})", _base_model(record))
+    teacher, version = dig(record, "teacher", "model"), dig(record, "environment", "selkd")
+    distilled = f"distilled{_when(f' from {_code(words.model(teacher))}', teacher)} with selkd"
     return (
         f"# {_plain(str(dig(record, 'name') or 'student'))}\n\n"
-        f"A causal language model of {formats.parameters(dig(record, 'student', 'parameters'))} parameters and "
-        f"{formats.count(layers)} layers ({_plain(words.student(record))}), distilled from "
-        f"{_code(words.model(dig(record, 'teacher', 'model')))} with selkd {version}.\n\n"
+        f"A causal language model{size}{origin}, {distilled}{_when(f' {_plain(str(version))}', version)}.\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # this folder, or its id on the hub\n'
@@ -61,22 +70,32 @@ def _what(record: dict[str, Any]) -> str:
 
 
 def _figures(record: dict[str, Any]) -> str:
-    before, after = dig(record, "fidelity", "before"), dig(record, "fidelity", "after")
-    teacher = formats.perplexity(dig(record, "fidelity", "teacher", "perplexity"))
-    rows: list[tuple[str, str, Callable[[float | None], str], str]] = [
-        ("Perplexity", "perplexity", formats.perplexity, teacher),
-        ("KL to the teacher, nats", "kl_nats", formats.nats, "0"),
-        ("Top-1 agreement with the teacher", "top1_agreement", formats.percent, "100%"),
+    """What was measured, a column for each time that it was; a sentence where nothing was."""
+    teacher = dig(record, "fidelity", "teacher", "perplexity")
+    columns: dict[str, dict[str, float]] = {
+        "before": dig(record, "fidelity", "before") or {},
+        "after": dig(record, "fidelity", "after") or {},
+        "teacher": {"kl_nats": 0.0, "top1_agreement": 1.0} | ({} if teacher is None else {"perplexity": teacher}),
+    }
+    if not columns["after"]:
+        return "## Figures\n\nCloseness to the teacher on held-out text was not measured."
+    columns = {name: column for name, column in columns.items() if column}
+    rows: list[tuple[str, str, Callable[[float | None], str]]] = [
+        ("Perplexity", "perplexity", formats.perplexity),
+        ("KL to the teacher, nats", "kl_nats", lambda value: formats.nats(value) if value else "0"),
+        ("Top-1 agreement with the teacher", "top1_agreement", lambda v: "100%" if v == 1 else formats.percent(v)),
     ]
     table = "\n".join(
-        f"| {name} | {form(dig(before, key))} | {form(dig(after, key))} | {at_teacher} |"
-        for name, key, form, at_teacher in rows
+        f"| {name} | "
+        + " | ".join("not measured" if column.get(key) is None else form(column[key]) for column in columns.values())
+        + " |"
+        for name, key, form in rows
+        if columns["after"].get(key) is not None
     )
+    positions = dig(record, "fidelity", "positions")
     return (
-        "## Figures\n\n"
-        f"On {formats.count(dig(record, 'fidelity', 'positions'))} held-out positions, text of the same source as the "
-        "training's:\n\n"
-        f"| | before | after | teacher |\n|---|---:|---:|---:|\n{table}"
+        f"## Figures\n\nOn {_when(f'{formats.count(positions)} ', positions)}held-out positions, text of the same "
+        f"source as the training's:\n\n| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}\n{table}"
     )
 
 
@@ -98,28 +117,70 @@ def _benchmarks(record: dict[str, Any]) -> list[str]:
 
 def _how(record: dict[str, Any]) -> str:
     recipe, counts, seconds = dig(record, "recipe"), dig(record, "counts"), dig(record, "seconds")
-    kept, samples = formats.count(dig(counts, "samples_kept")), formats.count(dig(counts, "samples"))
-    share = formats.percent(formats.share(dig(counts, "positions_selected"), dig(counts, "positions_valid")))
-    environment = dig(record, "environment")
+    kept, samples = dig(counts, "samples_kept"), dig(counts, "samples")
+    share = formats.share(dig(counts, "positions_selected"), dig(counts, "positions_valid"))
+    quantised, adapters = dig(recipe, "teacher", "quantization"), dig(recipe, "student", "lora")
+    trained, rollouts = dig(record, "student", "trained_parameters"), dig(record, "on_policy")
+    path, criterion = dig(recipe, "data", "path"), dig(recipe, "criterion", "name")
     lines = [
-        f"Data: {words.data(recipe)}.",
-        f"Samples: {words.samples(recipe)} ({kept} of {samples}).",
-        f"Positions: {words.positions(recipe)} ({share} of those seen).",
-        f"Classes: {words.classes(recipe)}.",
-        f"Criterion: {words.criterion(recipe)}, temperature {or_dash(dig(recipe, 'criterion', 'temperature'))}, "
-        f"weight {or_dash(dig(recipe, 'criterion', 'kd_weight'))} against cross-entropy on the true token.",
-        f"Training: {formats.count(dig(record, 'train', 'steps'))} optimiser steps in "
-        f"{formats.duration(dig(seconds, 'train'))}; the whole run took {formats.duration(dig(seconds, 'total'))} on "
-        f"{or_dash(dig(environment, 'device'))} ({or_dash(dig(environment, 'processor'))}, "
-        f"{or_dash(dig(environment, 'precision'))}).",
+        _when(f"Data: {words.data(recipe)}.", path),
+        "" if not rollouts else f"Rollouts, the student's own answers: {words.rollouts(rollouts)}.",
+        _when(
+            f"Samples: {words.samples(recipe)}"
+            + _when(f" ({formats.count(kept)} of {formats.count(samples)})", kept, samples)
+            + ".",
+            path,
+        ),
+        _when(
+            f"Positions: {words.positions(recipe)}{_when(f' ({formats.percent(share)} of those seen)', share)}.",
+            dig(recipe, "positions", "policy"),
+        ),
+        _when(f"Classes: {words.classes(recipe)}.", dig(recipe, "classes", "sampler")),
+        _when(f"Criterion: {words.criterion(recipe)}{_weighting(recipe)}.", criterion),
+        ""
+        if quantised is None
+        else f"Teacher: its layers quantised, {words.quantisation(quantised)}; the head is not.",
+        ""
+        if adapters is None
+        else f"Trained: {words.adapters(adapters)}"
+        + _when(f", {formats.parameters(trained)} parameters", trained)
+        + "; they are merged into the weights here.",
+        _training(record, seconds),
     ]
-    return "## How it was made\n\n" + "\n".join(f"- {_plain(line)}" for line in lines)
+    told = "\n".join(f"- {_plain(line)}" for line in lines if line)
+    return told and f"## How it was made\n\n{told}"
 
 
-def _limits() -> str:
+def _weighting(recipe: Any) -> str:
+    temperature, weight = dig(recipe, "criterion", "temperature"), dig(recipe, "criterion", "kd_weight")
+    told = _when(f", temperature {temperature}", temperature)
+    if weight is not None and weight < 1:
+        told += f", weight {weight} against cross-entropy on the true token"
+    return told
+
+
+def _training(record: dict[str, Any], seconds: Any) -> str:
+    steps, train, total = dig(record, "train", "steps"), dig(seconds, "train"), dig(seconds, "total")
+    keys = ("device", "processor", "precision")
+    device, *more = (str(value) for key in keys if (value := dig(record, "environment", key)) or key == "device")
+    machine = f" on {device}" + (f" ({', '.join(more)})" if more else "")
+    return _when(
+        f"Training: {formats.count(steps)} optimiser steps"
+        + _when(f" in {formats.duration(train)}", train)
+        + _when(f"; the whole run took {formats.duration(total)}", total)
+        + _when(machine, dig(record, "environment", "device"))
+        + ".",
+        steps,
+    )
+
+
+def _limits(record: dict[str, Any]) -> str:
+    measured = (
+        "The figures measure closeness to the teacher on one kind of text; they are no benchmark of ability or safety. "
+    )
     return (
         "## Limits\n\n"
-        "The figures measure closeness to the teacher on one kind of text; they are no benchmark of ability or safety. "
+        f"{_when(measured, dig(record, 'fidelity', 'after'))}"
         "The student inherits what its teacher gets wrong. The licence of the base model applies.\n\n"
         'Method: "Rethinking Selective Knowledge Distillation" (arXiv 2602.01395) and the works it builds on.'
     )

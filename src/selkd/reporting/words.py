@@ -110,19 +110,49 @@ def classes(recipe: Any) -> str:
 
 
 def data(recipe: Any) -> str:
-    """What was learned from, as a noun phrase."""
-    path = dig(recipe, "data", "path")
+    """What was learned from, as a noun phrase. A rollout is the student's answer; a completion is the data's."""
+    path, share = dig(recipe, "data", "path"), dig(recipe, "on_policy", "fraction")
     source = {"demo": "the Python manual", None: formats.DASH}.get(path, model(path))
     if dig(recipe, "data", "messages_field") is not None:
-        found = f"the assistant’s turns in conversations of {source}"
+        asked, told = f"conversations of {source}", f"the assistant’s turns in conversations of {source}"
     elif dig(recipe, "data", "prompt_field") is not None:
-        found = f"completions of the prompts of {source}"
+        asked, told = f"prompts of {source}", f"completions of the prompts of {source}"
     else:
-        found = f"text of {source}"
-    share = dig(recipe, "on_policy", "fraction")
+        return f"text of {source}"
     if share is None:
-        return found
-    return f"{found}, {'all' if share == 1 else formats.fraction(share)} of them the student’s own answers"
+        return told
+    if share == 1:
+        return f"{asked}, answered by the student itself"
+    return f"{asked}, {formats.fraction(share)} answered by the student itself, the others with the data’s own answers"
+
+
+def adapters(options: Mapping[str, Any]) -> str:
+    """A recipe's ``student.lora``, as a noun phrase."""
+    targets = options.get("target_modules")
+    where = "every linear layer but the head" if isinstance(targets, str) else ", ".join(targets or ())
+    return f"low-rank adapters (LoRA) of rank {options.get('rank')}, alpha {options.get('alpha'):g}, on {where}"
+
+
+def rollouts(figures: Mapping[str, Any]) -> str:
+    """What a record's ``on_policy`` tells of the student's answers, as a sentence's beginning."""
+    told = f"{formats.count(figures['rollouts'])} answers of {formats.count(figures['tokens'])} tokens in all"
+    if figures.get("mean_tokens") is not None:
+        told += f", {formats.decimal(figures['mean_tokens'], 1)} on average"
+    if figures.get("ended_share") is not None:
+        told += f"; {formats.percent(figures['ended_share'])} came to an end by themselves"
+    return told
+
+
+_QUANTISED = {
+    "torchao_int8": "int8 weights by torchao",
+    "bitsandbytes_8bit": "8 bits by bitsandbytes",
+    "bitsandbytes_4bit": "4 bits (NF4) by bitsandbytes",
+}
+
+
+def quantisation(name: str) -> str:
+    """A recipe's ``teacher.quantization``: what its layers were in."""
+    return _QUANTISED.get(name, name)
 
 
 def student(record: Any) -> str:
