@@ -329,7 +329,11 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
 
 def test_full_kd_is_compared_on_the_same_samples(tmp_path: Path) -> None:
     run = distill(make_recipe(tmp_path), tmp_path / "run")
-    full = full_kd_on_same_samples(run)
+    written = run.path / "recipe.yaml"
+    written.write_text(written.read_text().replace("hub: null", "hub: {repo: somebody/student}"))
+    assert load_recipe(written).hub is not None
+    full = full_kd_on_same_samples(run)  # pushes nothing, and asks for no login
+    assert load_recipe(full.path / "recipe.yaml").hub is None
     kept = [pq.read_table(r.path / "selection" / "samples.parquet")["kept"].to_pylist() for r in (run, full)]
     assert kept[0] == kept[1]
     assert full.path == tmp_path / "run-full-kd"

@@ -178,6 +178,7 @@ def full_kd_on_same_samples(run: Run) -> Run:
         "positions": {"policy": "all", "reduction": recipe.positions.reduction},
         "classes": {"sampler": "all"},
         "cache": None,
+        "hub": None,  # the student that is compared is the one to publish
     }
     if recipe.samples is not None:
         scores = run.path / "selection" / "samples.parquet"
