@@ -15,13 +15,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny import V, make_tokenizer
 from tiny_run import make_recipe, make_task, make_teacher, make_text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from selkd import DistillTrainer, TeacherCache, distill
 from selkd.errors import InputError
 from selkd.pipeline import full_kd_on_same_samples
+from selkd.recipe import Recipe, parse_part
 from selkd.recipe_files import load_recipe, named_recipes
+from selkd.workspace import Workspace
 
 CONTRACT = {
     "recipe": None,
@@ -318,6 +321,25 @@ def test_a_student_of_its_own_and_a_wrong_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"different tokenizers.*'w7'"):
         distill(own, tmp_path / "run2")
+
+
+def test_models_that_see_across_packed_documents_train_unpacked(tmp_path: Path) -> None:
+    """The trainer's own default is packing, which it refuses of them; the recipe's word counts."""
+    config = BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    recipe = make_recipe(tmp_path, student={"model": str(tmp_path / "teacher")})
+    recipe["data"] |= {"packing": False}
+    assert distill(recipe, tmp_path / "run").record["train"]["steps"] > 0
+
+
+def test_what_the_first_positions_skip_is_held_against_the_recipes_length(tmp_path: Path) -> None:
+    """The trainer's own default is 512 tokens."""
+    recipe = make_recipe(tmp_path, samples=None, cache=None, classes={"sampler": "all"})
+    recipe["data"] |= {"max_length": 600}
+    recipe["positions"] = {"policy": "pos_rs", "fraction": 0.2, "skip_first": 520}
+    arguments = Workspace(parse_part(Recipe, recipe), tmp_path / "run").planned_arguments
+    assert (arguments.max_length, arguments.packing) == (600, True)
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ class Workspace:
                 on_policy=None if recipe.on_policy is None else recipe.on_policy.model_dump(),
                 teacher_device=recipe.teacher.device,
                 rollouts_file=str(self.run_path / "rollouts.jsonl"),
+                max_length=recipe.data.max_length,
+                packing=recipe.data.packing,
                 **given,
             )
 

@@ -12,7 +12,7 @@ import torch
 from chatty import ALL_TEMPLATES, KINDS, chat_tokenizer, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from selkd.data.batching import Fitting, collate
@@ -207,6 +207,23 @@ def test_no_prompt_at_all_leaves_the_answer_as_it_stands_alone() -> None:
         found = PartEncoder(tokenizer)([("", False), ("the sum", True)])
         assert found.token_ids == tokenizer("the sum")["input_ids"]
         assert found.is_target == [token != tokenizer.convert_tokens_to_ids("<s>") for token in found.token_ids]
+
+
+def test_a_prompt_that_ends_with_the_end_token_keeps_it_and_what_a_tokenizer_puts_there_goes() -> None:
+    asked = "so?<|im_end|>"
+    for ends in (False, True):
+        tokenizer = chat_tokenizer()
+        if ends:
+            end = [("<|im_end|>", tokenizer.eos_token_id)]
+            tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                single="$A <|im_end|>", special_tokens=end
+            )
+        fields = {"prompt_field": "q", "completion_field": "a"}
+        (prompt,) = Encoder(options(prompt_field="q"), tokenizer)(Exchange(asked, None))
+        (answered,) = Encoder(options(**fields), tokenizer)(Exchange(asked, "it is"))
+        assert text_of(tokenizer, prompt.token_ids) == asked
+        assert text_of(tokenizer, answered.token_ids) == f"{asked}it is<|im_end|>"
+        assert answered.token_ids[: answered.is_target.index(True)] == prompt.token_ids
 
 
 def test_neither_an_earlier_call_nor_markup_read_as_text_changes_the_tokens() -> None:

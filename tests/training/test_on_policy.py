@@ -1,6 +1,7 @@
 """On-policy distillation: what is answered, what is learned of it, and that it is the off-policy step on that."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_micro_batches_make_no_difference(tmp_path: Path) -> None:
 def test_prompts_are_rows_as_texts_are(tmp_path: Path) -> None:
     """A SampleDataset used to be asked for. The path is a recipe's: the same rows give the samples of their file."""
     words = [f"w{3 + n} w{9 + n}" for n in range(8)]
-    rows = [{"question": text, "answer": f"w{20 + n}"} for n, text in enumerate(words)]
+    rows = [{"question": text, "answer": f" w{20 + n}"} for n, text in enumerate(words)]
     fields = {"prompt_field": "question", "packing": False, "max_length": 32}
     trained = []
     for given in (rows, Dataset.from_list(rows), [{"question": row["question"]} for row in rows]):
@@ -206,6 +207,14 @@ def test_rows_that_do_not_serve_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(InputError, match=f"^{message}"):
             trained_on(given, **options)
+
+
+def test_rows_without_anything_to_learn_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"q": "w3 w4", "a": " w5 w6"}, {"q": "w7 w8", "a": None}, {"q": "w3 w9", "a": None}]
+    args = make_arguments(tmp_path, prompt_field="q", completion_field="a", packing=False)
+    with caplog.at_level(logging.WARNING):
+        DistillTrainer(make_model(1), make_model(0), args, rows, processing_class=make_tokenizer())
+    assert "train_dataset: of 3 rows 2 hold nothing to learn and were left out" in caplog.text
 
 
 def test_a_resumed_training_ends_where_a_straight_one_does(tmp_path: Path) -> None:

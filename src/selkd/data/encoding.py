@@ -63,13 +63,10 @@ class Encoder:
         # White space between the two is the completion's: a prompt that ends with it is other tokens than the text's.
         asked = middle.rstrip()
         prompt = f"{opening}{exchange.prompt}{asked}"
-        eos = self.tokenizer.eos_token_id
         if exchange.completion is None:
-            found = self._encode_parts([(prompt, False)])
-            ids = found.token_ids[:-1] if found.token_ids[-1:] == [eos] else found.token_ids
-            return Marked(ids, [False] * len(ids))
+            return self._encode_parts([(prompt, False)], ended=False)
         answer = f"{middle[len(asked) :]}{exchange.completion}{closing}"
-        found = self._encode_parts([(prompt, False), (answer, True)])
+        found, eos = self._encode_parts([(prompt, False), (answer, True)]), self.tokenizer.eos_token_id
         if eos is None:
             return found
         if found.token_ids[-1:] == [eos]:  # put there by the tokenizer: it ends the completion

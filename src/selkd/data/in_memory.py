@@ -36,7 +36,11 @@ def samples_of_rows(rows: Any, options: DataOptions, tokenizer: PreTrainedTokeni
             yield from encode([document])[0]
 
     samples = list(samples_of(documents(), options, fitting))
-    for count, what in ((fitting.too_long, "prompts alone fill a sample and were left out"), (fitting.cut, "were cut")):
+    for count, what in (
+        (fitting.too_long, "prompts alone fill a sample and were left out"),
+        (fitting.cut, "were cut"),
+        (fitting.unanswered, "hold nothing to learn and were left out"),
+    ):
         if count:
             _logger.warning("%s: of %d rows %d %s (max_length = %d).", options.path, len(rows), count, what,
                             options.max_length)  # fmt: skip

@@ -52,7 +52,7 @@ class PartEncoder:
         self.tokenizer = tokenizer
         self._exact, self._continuing = exact_and_continuing(tokenizer)
 
-    def __call__(self, parts: Sequence[tuple[str, bool]], *, special: bool = True) -> Marked:
+    def __call__(self, parts: Sequence[tuple[str, bool]], *, special: bool = True, ended: bool = True) -> Marked:
         """The tokens of the parts of one text, those of the parts marked True as targets.
 
         They are those of the text as a whole, except:
@@ -64,6 +64,7 @@ class PartEncoder:
         Args:
             special: with the special tokens that the tokenizer puts around a text; those before it are never targets,
                 those after it are the last part's.
+            ended: those after it, too; False: the text is to go on.
 
         Raises:
             InputError: the tokenizer can't go on with a part without changing its text.
@@ -76,7 +77,8 @@ class PartEncoder:
             ids += found
             is_target += [wanted] * len(found)
             begin += len(part)
-        return Marked([*ids, *whole.after], [*is_target, *[bool(parts) and parts[-1][1]] * len(whole.after)])
+        after = whole.after if ended else []
+        return Marked([*ids, *after], [*is_target, *[bool(parts) and parts[-1][1]] * len(after)])
 
     def from_on(self, text: str, begin: int) -> Marked:
         """The tokens of a text as a whole; targets are those that end after ``begin``."""

@@ -26,7 +26,7 @@ from selkd.data.samples import FEATURES, Sample, SampleDataset, record_batch
 from selkd.errors import InputError, RunError
 from selkd.recipe_data import DataOptions
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _DOCUMENTS_AT_ONCE = 64
 _SAMPLES_AT_ONCE = 512
 _logger = logging.getLogger(__name__)
