@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from selkd.accounting import count_teacher_tokens, timed
 from selkd.data.samples import SampleDataset
@@ -95,7 +96,8 @@ def _approximation(work: Workspace) -> str:
 def _estimator(work: Workspace) -> Estimator:
     options = work.recipe.samples
     assert options is not None, "a recipe that scores samples"
-    return estimator(options, by_frequency(work.splits.train.token_counts(work.n_classes)), work.recipe.seed)
+    ordered = torch.from_numpy(by_frequency(work.splits.train.token_counts(work.n_classes))).to(work.device)
+    return estimator(options, ordered, work.recipe.seed)
 
 
 def _scoring_agreement(work: Workspace, scores: np.ndarray) -> dict[str, float | int | None]:

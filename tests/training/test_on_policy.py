@@ -217,6 +217,23 @@ def test_rows_without_anything_to_learn_are_said(tmp_path: Path, caplog: pytest.
     assert "train_dataset: of 3 rows 2 hold nothing to learn and were left out" in caplog.text
 
 
+def test_an_evaluation_on_prompts_alone_and_answers_past_the_window_are_refused(tmp_path: Path) -> None:
+    rows = [{"q": "w3 w4"}, {"q": "w7 w8 w9"}]
+    options: dict[str, Any] = {"prompt_field": "q", "packing": False, "max_length": 32}
+
+    def made(new_tokens: int, **datasets: Any) -> DistillTrainer:
+        args = make_arguments(tmp_path, on_policy={"max_new_tokens": new_tokens}, **options)
+        return DistillTrainer(make_model(1), make_model(0), args, rows, processing_class=make_tokenizer(), **datasets)
+
+    window = make_model(1).config.max_position_embeddings
+    longest = int(made(window - 8).train_dataset.samples.lengths.max())
+    made(window - longest)
+    with pytest.raises(InputError, match=f"max_new_tokens: {window - longest + 1} after a prompt of up to {longest}"):
+        made(window - longest + 1)
+    with pytest.raises(InputError, match="eval_dataset: prompts alone"):
+        made(4, eval_dataset=rows)
+
+
 def test_a_resumed_training_ends_where_a_straight_one_does(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_new_tokens": 6}
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}

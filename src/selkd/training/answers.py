@@ -59,6 +59,20 @@ class Answers:
                 "completions, or 1.0."
             )
 
+    def require_positions(self, dataset: SampleDataset | None, models: Sequence[Any]) -> None:
+        """Raises InputError if a prompt with its answer may be longer than a model has positions for."""
+        longest = int(dataset.lengths.max(initial=0)) if dataset is not None else 0
+        answer = self.answering.options.max_new_tokens
+        for model in models:
+            if not isinstance(model, PreTrainedModel):  # a cache, which is refused for another reason
+                continue
+            limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            if limit is not None and longest + answer > limit:
+                raise InputError(
+                    f"on_policy.max_new_tokens: {answer} after a prompt of up to {longest} tokens, but "
+                    f"{type(model).__name__} has positions for {limit}. Lower max_new_tokens, or max_length."
+                )
+
     def __call__(self, model: PreTrainedModel, batches: Sequence[Batch], step: int) -> tuple[list[Batch], RolloutSums]:
         """The micro-batches of a step with the student's answers, and what was answered, over all ranks."""
         answered, rollouts, seconds = self.answering(model, batches, step, self.dtype)

@@ -149,6 +149,11 @@ class DistillTrainer(Trainer):
         self.answers = None if args.on_policy is None else Answers(args, model, processing_class, n_classes)
         if self.answers is not None:
             self.answers.require_prompts(train_samples, self.teacher)
+            self.answers.require_positions(train_samples, [model, teacher])
+            if eval_samples is not None and not eval_samples.n_valid.any():
+                raise InputError(
+                    "eval_dataset: prompts alone. The evaluation is on completions of the data; give some, or None."
+                )
             data_collator = PromptCollator(pad_token_id)
         if isinstance(self.teacher, CachedTeacher):  # read by the data loader's workers, ahead of training
             data_collator = CachedCollator(data_collator, self.teacher)
@@ -381,6 +386,7 @@ def _as_teacher(
     check_head(teacher)
     teacher.eval().requires_grad_(False)
     device = args.device if args.teacher_device is None else torch.device(args.teacher_device)
-    if teacher.device != device:  # a quantised model is where it was loaded, and can't be moved
+    # A quantised model can't be moved, and need not be: cuda:0 is cuda.
+    if teacher.device.type != device.type or device.index not in (None, teacher.device.index):
         teacher = teacher.to(device)
     return LiveTeacher(teacher, args.class_options, temperature, args.seed, n_classes)
