@@ -5,7 +5,8 @@
 
 Memory is on random tensors: exact entropy at all N positions, then forward KL at 20% of them with gradients for hidden
 states and head, in bfloat16 over a float32 head; the peak above that of the tensors given (hidden states, heads and the
-head's cast), in a process of its own for each row (Linux, on a CPU). The gradient of the head, [V, D] in float32, is
+head's cast), in a process of its own for each row (Linux, on a CPU): the resident one, and that of the tensors, as
+torch's profiler counts them, without what the allocator holds back. The gradient of the head, [V, D] in float32, is
 part of it and told beside it, and what the dense form would need for logits alone, N x V in float32.
 
 Time is of one sample of T tokens: the seconds of the floor (both bodies, forward and backward), which hold attention,
@@ -16,9 +17,12 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from selkd.bench.measure import interleaved, peak_bytes
 from selkd.bench.subject import Subject
@@ -34,7 +38,18 @@ POSITIONS = (512, 1024, 4096)
 ROWS = [(1024, v) for v in CLASSES] + [(n, CLASSES[0]) for n in POSITIONS if n != 1024]
 
 
-def peak_above(n: int, n_classes: int, width: int) -> int:
+def peak_of_tensors(step: Callable[[], None]) -> int:
+    """The most bytes that tensors held at once during a call, beyond those alive before it."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes), default=0)
+
+
+def peaks_above(n: int, n_classes: int, width: int) -> tuple[int, int]:
+    """The resident peak above what was there before, and that of the tensors alone."""
     generator = torch.Generator().manual_seed(0)
     hidden, teachers = (torch.randn(n, width, generator=generator) for _ in range(2))
     weight = torch.randn(n_classes, width, generator=generator).div_(width**0.5).requires_grad_()
@@ -64,7 +79,7 @@ def peak_above(n: int, n_classes: int, width: int) -> int:
 
     device = hidden.device
     before = peak_bytes(nothing, device)
-    return peak_bytes(step, device) - before
+    return peak_bytes(step, device) - before, peak_of_tensors(step)
 
 
 def seconds_a_token(recipe: str, overrides: list[str], length: int, repeats: int) -> dict[str, float]:
@@ -87,13 +102,15 @@ def seconds_a_token(recipe: str, overrides: list[str], length: int, repeats: int
 
 def memory_row(n: int, n_classes: int, width: int) -> dict[str, int]:
     command = [sys.executable, __file__, "--width", str(width), "--row", str(n), str(n_classes)]
-    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    peak, of_tensors = map(int, said.split())
     return {
         "positions": n,
         "classes": n_classes,
         "peak_bytes": peak,
+        "tensors_bytes": of_tensors,
         "gradient_bytes": 4 * n_classes * width,
-        "beyond_gradient_bytes": peak - 4 * n_classes * width,
+        "tensors_beyond_gradient_bytes": of_tensors - 4 * n_classes * width,
         "chunk_positions": chunk_size(n_classes, torch.device("cpu"), torch.bfloat16),
         "dense_logits_bytes": 4 * n * n_classes,
     }
@@ -110,7 +127,7 @@ def main() -> None:
     parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)  # N and V of the process that measures
     given = parser.parse_args()
     if given.row:
-        print(peak_above(*given.row, given.width))
+        print(*peaks_above(*given.row, given.width))
         return
     rows: list[dict[str, Any]]
     if given.time:
