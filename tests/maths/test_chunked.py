@@ -1,6 +1,6 @@
 """The chunked engine against the dense expressions, values and gradients."""
 
-import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -207,7 +207,8 @@ def test_logits_are_handed_out_from_one_product_a_chunk(monkeypatch: pytest.Monk
     hidden, head, _, _ = make(torch.float64)
     monkeypatch.setattr(chunked, "chunk_size", lambda *_: 10)
     made: list[int] = []
-    monkeypatch.setattr(Head, "logits", lambda self, h: made.append(len(h)) or h @ self.weight.T)
+    product = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda self, h, out: made.append(len(h)) or product(self, h, out))
     logits = ChunkedLogits(hidden, head)
     for start in range(0, N, 5):
         rows = slice(start, min(start + 5, N))
@@ -221,18 +222,40 @@ def test_logits_are_handed_out_from_one_product_a_chunk(monkeypatch: pytest.Monk
 
 def test_the_logits_of_one_chunk_live_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, teacher, coefficients = make(torch.float64)
-    made: list[weakref.ref[Tensor]] = []
-    alive: list[int] = []
+    places: list[tuple[int, int]] = []
+    product = Head.logits
 
-    def logits(self: Head, h: Tensor) -> Tensor:
-        alive.append(sum(each() is not None for each in made))
-        found = (h @ self.weight.T).detach()
-        made.append(weakref.ref(found))
-        return found
+    def logits(self: Head, h: Tensor, out: Tensor) -> Tensor:
+        places.append((out.untyped_storage().data_ptr(), out.untyped_storage().nbytes()))
+        return product(self, h, out)
 
     monkeypatch.setattr(Head, "logits", logits)
     chunked_entropy(hidden, head, chunk=5)
+    n_chunks = -(-N // 5)
+    assert len(places) == n_chunks
+    assert len(set(places)) == 1, "all in one place"
     loss, _ = chunked_loss(hidden, head, coefficients, lambda z, rows: forward_kl(z, teacher[rows]), chunk=5)
     loss.backward()
-    assert len(made) == 2 * -(-N // 5)
-    assert set(alive) == {0}
+    assert len(places) == 2 * n_chunks
+    assert len(set(places[n_chunks:])) == 1
+    assert {size for _, size in places} == {5 * V * 8}, "of one chunk's size"
+
+
+@pytest.mark.parametrize("head", [{}, {"bias": True}, {"scale": 0.3}, {"bias": True, "scale": 2.0, "softcap": 4.0}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_logits_are_the_same_in_a_place_of_their_own(head: dict[str, Any], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((7, 6), (11, 6), (11,)))
+    made = Head(weight, **head | ({"bias": bias} if "bias" in head else {}))
+    place = torch.full((9, 11), torch.nan, dtype=dtype)
+    found = made.logits(hidden, out=place[:7])
+    assert found.data_ptr() == place.data_ptr()
+    torch.testing.assert_close(found, made.logits(hidden), rtol=1e-12 if dtype == torch.float64 else 2e-2, atol=1e-12)
+    assert place[7:].isnan().all()
+
+
+def test_what_a_statistic_returns_is_kept_though_its_logits_are_written_over() -> None:
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(10, 6, generator=generator), torch.randn(11, 6, generator=generator)
+    found = chunked_statistics(hidden, Head(weight), lambda logits, _: logits[:, 2:4], chunk=3)
+    torch.testing.assert_close(found, (hidden @ weight.T)[:, 2:4])

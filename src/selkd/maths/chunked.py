@@ -46,6 +46,11 @@ def wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _chunk_buffer(hidden_states: Tensor, n_classes: int, chunk: int) -> Tensor:
+    """Where all chunks' logits are written in turn: freed and made anew they need not fit in their old place."""
+    return hidden_states.new_empty(min(chunk, len(hidden_states)), n_classes)
+
+
 def _pieces(rows: slice, n_classes: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """The chunk ``rows`` cut into pieces: where each lies among all positions, and where within the chunk."""
     for within in chunks(rows.stop - rows.start, piece_size(n_classes, device)):
@@ -62,18 +67,20 @@ class ChunkedLogits:
         self.hidden_states = hidden_states.to(head.weight.dtype)
         self.head = head
         self._start = self._stop = 0
-        self._logits: Tensor | None = None
+        self._logits = self.hidden_states.new_empty(0, head.n_classes)
 
     @torch.no_grad()
     def __call__(self, rows: slice) -> Tensor:
         """Logits [n, V] of ``rows``, float32 or float64, the caller's own to overwrite."""
         device = self.hidden_states.device
-        if self._logits is None or not self._start <= rows.start <= rows.stop <= self._stop:
+        if not self._start <= rows.start <= rows.stop <= self._stop or self._start == self._stop:
             size = max(chunk_size(self.head.n_classes, device, self.head.weight.dtype), rows.stop - rows.start)
             self._start, self._stop = rows.start, min(rows.start + size, len(self.hidden_states))
-            self._logits = None  # given back before the next is made
+            n = self._stop - self._start
+            if n > len(self._logits):
+                self._logits = self.hidden_states.new_empty(n, self.head.n_classes)
             with torch.autocast(device.type, enabled=False):
-                self._logits = self.head.logits(self.hidden_states[self._start : self._stop])
+                self.head.logits(self.hidden_states[self._start : self._stop], out=self._logits[:n])
         found = self._logits[rows.start - self._start : rows.stop - self._start]
         return wide(found) if found.dtype in (torch.bfloat16, torch.float16) else found.clone()
 
@@ -94,11 +101,12 @@ def chunked_statistics(
     chunk = chunk or chunk_size(n_classes, device, head.weight.dtype)
     hidden_states = hidden_states.to(head.weight.dtype)
     parts = []
+    buffer = _chunk_buffer(hidden_states, n_classes, chunk)
     with torch.autocast(device.type, enabled=False):
         for rows in chunks(len(hidden_states), chunk):
-            logits = head.logits(hidden_states[rows])
-            parts += [compute(wide(logits[within]), piece) for piece, within in _pieces(rows, n_classes, device)]
-            del logits  # given back before the next chunk's are made
+            logits = head.logits(hidden_states[rows], out=buffer[: rows.stop - rows.start])
+            for piece, within in _pieces(rows, n_classes, device):
+                parts.append(compute(wide(logits[within]), piece).clone())  # what is a view would be written over
     return torch.cat(parts) if parts else wide(hidden_states.new_zeros(0, 1))
 
 
@@ -179,8 +187,9 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias, dtype=wide_dtype) if bias is not None and need_bias else None
             if grad_weight is not None and len(hidden_states) == 0:
                 grad_weight.zero_()
+            buffer = _chunk_buffer(narrow_hidden, head.n_classes, chunk)
             for rows in chunks(len(hidden_states), chunk):
-                logits = head.logits(narrow_hidden[rows])
+                logits = head.logits(narrow_hidden[rows], out=buffer[: rows.stop - rows.start])
                 for piece, within in _pieces(rows, head.n_classes, logits.device):
                     student_logits = wide(logits[within])
                     output = student_logits.clone() if head.softcap is not None else None
@@ -196,7 +205,6 @@ class _ChunkedLoss(torch.autograd.Function):
                     torch.mm(logits, head.weight, out=grad_hidden[rows])
                 if grad_weight is not None:
                     _add_product_(grad_weight, logits, narrow_hidden[rows], is_first=rows.start == 0)
-                del logits, student_logits, gradient  # given back before the next chunk's are made
             ctx.gradients = (grad_hidden, grad_weight, grad_bias)
             ctx.dtypes = (hidden_states.dtype, weight.dtype, None if bias is None else bias.dtype)
             loss = torch.linalg.vecdot(coefficients.to(wide_dtype), values)

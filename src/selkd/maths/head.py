@@ -28,8 +28,21 @@ class Head:
     def n_classes(self) -> int:
         return self.weight.shape[0]
 
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of hidden states [..., D], in the dtype of the product."""
+    def logits(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., D], in the dtype of the product.
+
+        Args:
+            out: [n, V], written over and returned, for hidden states [n, D] and without gradient.
+        """
+        if out is not None:
+            weight = self.weight.T
+            if self.bias is None:
+                torch.mm(hidden_states, weight, out=out)
+            else:
+                torch.addmm(self.bias, hidden_states, weight, out=out)
+            if self.scale != 1.0:
+                out.mul_(self.scale)
+            return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
         logits = torch.nn.functional.linear(hidden_states, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
