@@ -148,3 +148,12 @@ def tokenizer_of(kind: str, template: str = "plain") -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind](), eos_token="</s>", pad_token="</s>")
     tokenizer.chat_template = ALL_TEMPLATES[template]
     return tokenizer
+
+
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "the parts?"},
+    {"role": "assistant", "content": "the sum"},
+    {"role": "user", "content": "so?"},
+    {"role": "assistant", "content": "it is"},
+]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chatty import ALL_TEMPLATES, KINDS, chat_tokenizer, tokenizer_of
+from chatty import ALL_TEMPLATES, CHAT, KINDS, chat_tokenizer, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
@@ -252,14 +252,7 @@ def test_normal_forms_are_no_change_of_text_but_a_space_is() -> None:
         PartEncoder(PreTrainedTokenizerFast(tokenizer_object=words))([("so", False), ("the", True)])
 
 
-CHAT = [
-    {"role": "system", "content": "be brief"},
-    {"role": "user", "content": "the parts?"},
-    {"role": "assistant", "content": "the sum"},
-    {"role": "user", "content": "so?"},
-    {"role": "assistant", "content": "it is"},
-    {"role": "user", "content": "oh, the parts"},
-]
+UNENDED = [*CHAT, {"role": "user", "content": "oh, the parts"}]
 
 
 @pytest.mark.parametrize("template", ALL_TEMPLATES)
@@ -268,11 +261,11 @@ def test_loss_on_all_learns_every_message_to_the_last(kind: str, template: str) 
     """As one document, its tokens those of the whole rendering, also where the template rewrites earlier turns."""
     tokenizer = tokenizer_of(kind, template)
     encode = Encoder(options(messages_field="m", loss_on="all"), tokenizer)
-    (document,) = encode(Conversation(tuple(CHAT)))
-    shown = tokenizer.apply_chat_template(CHAT, tokenize=False).rstrip()
+    (document,) = encode(Conversation(tuple(UNENDED)))
+    shown = tokenizer.apply_chat_template(UNENDED, tokenize=False).rstrip()
     assert document.token_ids == tokenizer(shown, add_special_tokens=False)["input_ids"]
     first = document.is_target.index(True)
-    prompt = plain_spaces(prompt_of(tokenizer, CHAT[:2], template), kind)
+    prompt = plain_spaces(prompt_of(tokenizer, UNENDED[:2], template), kind)
     assert prompt.startswith(plain_spaces(text_of(tokenizer, document.token_ids[:first]), kind))
     assert not prompt.startswith(plain_spaces(text_of(tokenizer, document.token_ids[: first + 1]), kind))
     (sample,) = Fitting(400, packing=False, learns_all=True)([document])
@@ -285,15 +278,15 @@ def test_loss_on_all_learns_every_message_to_the_last(kind: str, template: str) 
 def test_a_conversation_without_an_answer_is_none_to_learn_from() -> None:
     encode = Encoder(options(messages_field="m", loss_on="all"), chat_tokenizer())
     fitting = Fitting(400, packing=False, learns_all=True)
-    assert list(fitting(encode(Conversation(tuple(CHAT[:2]))))) == []
+    assert list(fitting(encode(Conversation(tuple(UNENDED[:2]))))) == []
     assert fitting.unanswered == 1
 
 
 def test_a_space_that_the_template_puts_before_an_answer_is_the_answers() -> None:
     """Of a template without a generation prompt: an answer is asked for with what is rendered, without that space."""
     tokenizer = tokenizer_of("metaspace_first", "in_words")
-    (document,) = encode_conversation(PartEncoder(tokenizer), CHAT[:3])
-    (asked,) = encode_conversation(PartEncoder(tokenizer), CHAT[:2])
+    (document,) = encode_conversation(PartEncoder(tokenizer), UNENDED[:3])
+    (asked,) = encode_conversation(PartEncoder(tokenizer), UNENDED[:2])
     assert document.token_ids[: len(asked.token_ids)] == asked.token_ids
     assert tokenizer.convert_ids_to_tokens(document.token_ids)[len(asked.token_ids)] == "▁the"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chatty import MARKED, NO_PROMPT, PLAIN, REASONING, STRICT, chat_tokenizer
+from chatty import CHAT, MARKED, NO_PROMPT, PLAIN, REASONING, STRICT, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from selkd.data.batching import Fitting, collate
@@ -22,14 +22,6 @@ from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer
 from selkd.recipe import parse_part
 from selkd.recipe_data import DataOptions
-
-CHAT = [
-    {"role": "system", "content": "be brief"},
-    {"role": "user", "content": "the parts?"},
-    {"role": "assistant", "content": "the sum"},
-    {"role": "user", "content": "so?"},
-    {"role": "assistant", "content": "it is"},
-]
 
 
 def learned(tokenizer: PreTrainedTokenizerFast, document: Marked) -> list[str]:
