@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.selkd-installed
+QUANTISED := $(VENV)/quantised
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -16,10 +17,13 @@ test: setup
 	$(BIN)/python -m pytest
 
 # Transformers imports these packages wherever it finds them, so they lie apart and only this sees them.
-test-quantised: setup
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/quantised \
+test-quantised: setup $(QUANTISED)/.installed
+	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/models/test_quantised.py
+
+$(QUANTISED)/.installed: constraints.txt | setup
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(QUANTISED) \
 		$$(grep -E '^(bitsandbytes|torchao)==' constraints.txt)
-	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest tests/models/test_quantised.py
+	touch $@
 
 check: setup
 	$(BIN)/ruff check .

@@ -146,7 +146,7 @@ class PositionOptions(Part):
         None, ge=1, description="two_stage: how many of the most frequent classes are counted; 4096"
     )
     tail_classes: int | None = Field(
-        None, ge=1, description="two_stage: how many of the other classes stand for all of them; 1024"
+        None, ge=1, description="two_stage: about how many of the other classes stand for all of them; 1024"
     )
     rescored_share: Fraction | None = Field(
         None, description="two_stage: the share of the valid positions, beyond `fraction`, that are rescored; 0.15"
@@ -248,7 +248,7 @@ class SampleOptions(Part):
         None, ge=1, description="approximate: how many of the most frequent classes are counted; 4096"
     )
     tail_classes: int | None = Field(
-        None, ge=1, description="approximate: how many of the other classes stand for all of them; 1024"
+        None, ge=1, description="approximate: about how many of the other classes stand for all of them; 1024"
     )
     probed_share: float | None = Field(
         None,

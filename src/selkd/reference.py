@@ -92,11 +92,12 @@ def two_stage_scores(
     """The student's entropy [B, T], exact at the best positions of each sample and below those elsewhere; 0 if invalid.
 
     Best are the ceil((fraction + rescored_share) * n) highest by an estimate: the entropy formula over ``class_ids``
-    [B, m] alone, each counted ``class_weights`` [m] times. What is not rescored ranks below what is.
+    [B, m] alone, each counted ``class_weights`` [B, m] times (0: not). What is not rescored ranks below what is.
     """
     z = student_logits.gather(-1, class_ids.unsqueeze(1).expand(-1, student_logits.shape[1], -1))
-    log_total = (z + class_weights.log()).logsumexp(dim=-1)
-    estimate = log_total - (class_weights * (z - log_total.unsqueeze(-1)).exp() * z).sum(dim=-1)
+    weights = class_weights.unsqueeze(1)
+    log_total = (z + weights.log()).logsumexp(dim=-1)
+    estimate = log_total - (weights * (z - log_total.unsqueeze(-1)).exp() * z).sum(dim=-1)
     exact = importance("student_entropy", student_logits, None, torch.zeros_like(valid_mask, dtype=torch.int64))
     scores = torch.zeros_like(exact)
     for row, valid in enumerate(valid_mask.bool()):

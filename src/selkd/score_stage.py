@@ -88,7 +88,7 @@ def _approximation(work: Workspace) -> str:
     options = work.recipe.samples
     if options is None or options.scoring == "exact":
         return ""
-    classes = f"{options.frequent_classes} frequent and {options.tail_classes} other classes"
+    classes = f"{options.frequent_classes} frequent and about {options.tail_classes} other classes"
     told = f"told by {options.probed_share:g} of the positions" if options.probed_share else "told by the text"
     return f", estimated from {classes}, {told}, seed {work.recipe.seed}"
 

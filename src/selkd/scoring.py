@@ -133,4 +133,4 @@ class _Scoring:
             teacher_logits = None if teachers_logits is None else teachers_logits(rows).to(student_logits.device)
             return statistics(names, student_logits, teacher_logits, targets[rows])
 
-        return chunked_statistics(hidden[valid_mask], self.head, compute)
+        return chunked_statistics(hidden[valid_mask], self.head, compute, n_statistics=len(names))

@@ -37,7 +37,7 @@ from selkd.models.loading import (
     resolve_dtype,
 )
 from selkd.models.pruning import prune
-from selkd.models.quantisation import require_quantization
+from selkd.models.quantisation import precision_of, require_quantization
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
 from selkd.recipe import Recipe
@@ -89,7 +89,7 @@ class Workspace:
         device = self.device
         if device.type == "cpu":
             given["use_cpu"] = True  # Transformers takes bfloat16 on a CPU only where the CPU was asked for
-        elif recipe.cache is not None:  # a CPU's own cores are busy with the steps, and decoding is 0.2% of those
+        elif recipe.cache is not None:  # a CPU's own cores are busy with the steps
             given.setdefault("dataloader_num_workers", 1)
         if "bf16" not in given:
             given["bf16"] = native_dtype(device) == torch.bfloat16
@@ -162,9 +162,7 @@ class Workspace:
 
     @property
     def teacher_precision(self) -> str:
-        """The teacher's dtype and quantisation: what of its form moves its distribution."""
-        quantization = self.recipe.teacher.quantization
-        return str(self.teacher_dtype) + (f" {quantization}" if quantization else "")
+        return precision_of(self.teacher_dtype, self.recipe.teacher.quantization)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ from torch import Tensor
 from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
+from selkd.errors import InputError, RunError
 from selkd.recipe import Recipe, parse_part
 from selkd.recipe_choices import ClassOptions
 from selkd.training.trainer import DistillTrainer
@@ -61,6 +62,25 @@ def test_workers_read_the_cache_and_change_nothing(tmp_path: Path) -> None:
     assert f"read-by-{os.getpid()}" not in readers
     assert all(torch.equal(alone[name], helped[name]) for name in alone)
     assert any(not torch.equal(alone[name], weight) for name, weight in make_model(1, layers=2).state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_finds_damaged_is_told_in_the_readers_own_words(workers: int, tmp_path: Path) -> None:
+    samples = make_samples(8)
+    fingerprint = {"sampler": "rs_kd", "draws": 8, "temperature": 1.0, "vocabulary": V, "seed": 11}
+    options = ClassOptions(sampler="rs_kd", draws=8)
+    build_cache(tmp_path / "cache", fingerprint, samples, lambda: make_model(0, layers=3), options, 1.0, 11, 1)
+    cache = TeacherCache.open(tmp_path / "cache")
+    for shard in (tmp_path / "cache").glob("shard-*"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(bytes(content))
+    with pytest.raises((InputError, RunError)) as told:
+        trained(tmp_path / "run", samples, cache, workers=workers)
+    assert "\n" not in str(told.value)
+    assert "DataLoader" not in str(told.value)
+    assert str(tmp_path / "cache") in str(told.value)
 
 
 @pytest.mark.parametrize(

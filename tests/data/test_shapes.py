@@ -74,6 +74,20 @@ def test_without_a_generation_prompt_the_turns_header_is_not_learned() -> None:
         encode_conversation(PartEncoder(chat_tokenizer(hides)), CHAT)
 
 
+@pytest.mark.parametrize("ends", ["", "</s>"])
+def test_an_empty_turn_has_its_end_alone_to_learn(ends: str) -> None:
+    """Also where the generation prompt ends with a space, which the template's own turn may not show."""
+    turns = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}" + ends + "\n{% endfor %}"
+    tokenizer = chat_tokenizer(turns + "{% if add_generation_prompt %}assistant: {% endif %}")
+    for content, said in (("", ends), ("it is", f"it is{ends}")):
+        answered = [CHAT[1], {"role": "assistant", "content": content}]
+        (document,) = encode_conversation(PartEncoder(tokenizer), answered)
+        assert learned(tokenizer, document) == [said] * bool(said)
+        first, *rest = encode_conversation(PartEncoder(tokenizer), [*answered, *CHAT[1:3]])
+        assert learned(tokenizer, first) == [said] * bool(said) + [f"{CHAT[2]['content']}{ends}"]
+        assert not rest
+
+
 def test_what_a_template_refuses_or_lacks_is_told() -> None:
     with pytest.raises(InputError, match=r"refuses a conversation of \['system'.*the user speaks first"):
         encode_conversation(PartEncoder(chat_tokenizer(STRICT)), CHAT)

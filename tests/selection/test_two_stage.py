@@ -11,6 +11,7 @@ import torch
 from test_trainer import logits_of, trainer_of, weights
 from tiny import V, make_model, make_samples
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from selkd import reference
 from selkd.data.batching import collate
@@ -25,8 +26,6 @@ from selkd.selection.positions import place_of
 from selkd.selection.scores import choose_positions, score_positions
 from selkd.selection.two_stage import by_frequency, class_subset, score_in_two_stages
 
-CPU = torch.device("cpu")
-
 
 def options_of(**changes: Any) -> PositionOptions:
     return parse_part(PositionOptions, {"scoring": "two_stage", "fraction": 0.3, **changes})
@@ -36,27 +35,44 @@ def test_the_most_frequent_come_first_and_the_tail_stands_for_the_rest() -> None
     counts = np.array([0, 5, 0, 9, 5, 1])
     ordered = by_frequency(counts)
     assert ordered.tolist() == [3, 1, 4, 5, 0, 2]
-    subset = class_subset(ordered, 2, 2, 7, 0, device=CPU)
+    ids = torch.from_numpy(ordered)
+    subset = class_subset(ids[:2], ids, 2, 7, 0)
     assert subset.ids[:2].tolist() == [3, 1]
-    assert (subset.n_frequent, subset.tail_weight) == (2, 2.0)
+    assert subset.n_frequent == 2
     assert set(subset.ids[2:].tolist()) <= {4, 5, 0, 2}
-    whole = class_subset(ordered, 4, 50, 7, 0, device=CPU)
-    assert (whole.ids.tolist(), whole.tail_weight) == (ordered.tolist(), 1.0)
+    assert subset.tail_weight == 4 / len(subset.ids[2:])
+    for tail in (2, 50):
+        whole = class_subset(ids[:4], ids, tail, 7, 0)
+        assert (whole.ids.tolist(), whole.tail_weight) == (ordered.tolist(), 1.0)
+    everything = class_subset(ids, ids, 2, 7, 0)
+    assert (everything.ids.tolist(), everything.n_frequent) == (ordered.tolist(), 6)
 
 
 def test_the_tail_is_a_function_of_seed_and_step_and_favours_none() -> None:
-    ordered = np.arange(40)
+    ordered = torch.arange(40)
+    first = torch.tensor([0, 1, 2, 3, 4, 5, 6, 20, 31, 39])
 
     def drawn(seed: int, step: int) -> list[int]:
-        return class_subset(ordered, 10, 7, seed, step, device=CPU).ids[10:].tolist()
+        return class_subset(first, ordered, 7, seed, step).ids[10:].tolist()
 
     assert drawn(1, 2) == drawn(1, 2)
     assert drawn(1, 2) != drawn(1, 3)
     assert drawn(1, 2) != drawn(2, 2)
-    times = np.bincount([each for step in range(3000) for each in drawn(0, step)], minlength=40)[10:]
-    expected = 3000 * 7 / 30
-    assert times.sum() == 3000 * 7
-    assert np.abs(times - expected).max() < 6 * expected**0.5
+    times = np.bincount([each for step in range(3000) for each in drawn(0, step)], minlength=40)
+    assert not times[first].any()
+    others = np.delete(times, first)
+    expected = 3000 * 9 / 40  # one of each of 9 stretches: 7 among the 30 others, as nearly as can be
+    assert others.sum() == pytest.approx(3000 * 7, rel=0.05)
+    assert np.abs(others - expected).max() < 6 * expected**0.5
+
+
+def test_another_frequent_class_leaves_the_other_draws_as_they_are() -> None:
+    """Rounding moves which class is the last frequent one: with the padding, or with the batch."""
+    ordered = torch.arange(4000)
+    for step in range(50):
+        one, other = (class_subset(torch.arange(300) + moved, ordered, 200, 0, step) for moved in (0, 1))
+        draws, others = (set(each.ids[300:].tolist()) for each in (one, other))
+        assert len(draws ^ others) <= 1
 
 
 def test_samples_are_counted() -> None:
@@ -96,19 +112,22 @@ def scored(options: PositionOptions, samples: SampleDataset) -> tuple[Any, ...]:
 def test_scores_and_selection_are_the_specifications(share: float, probed: float) -> None:
     options = options_of(frequent_classes=20, tail_classes=9, rescored_share=share, probed_share=probed)
     batch, student, _, ordered, place, found = scored(options, make_samples(6))
-    logits, ids = logits_of(student, batch).detach(), []
+    logits, subsets = logits_of(student, batch).detach(), []
     for row, mask in enumerate(batch["valid_mask"]):
-        order = ordered.tolist()
+        first = ordered[:20].tolist()
         if probed:
             of_sample = logits[row, mask]
             n = len(of_sample)
             probes = torch.linspace(0, n - 1, math.ceil(probed * n)).round().long()
             mean = of_sample[probes].softmax(-1).mean(0)
             first = mean.argsort(descending=True)[:20].tolist()
-            order = first + [each for each in order if each not in first]
-        ids.append(class_subset(np.array(order), 20, 9, 5, 3, device=CPU).ids)
-    class_weights = torch.tensor([1.0] * 20 + [(V - 20) / 9] * 9, dtype=torch.float64)
-    expected = reference.two_stage_scores(logits, batch["valid_mask"], 0.3, share, torch.stack(ids), class_weights)
+        subsets.append(class_subset(torch.tensor(first), torch.from_numpy(ordered), 9, 5, 3).ids)
+    class_ids = pad_sequence(subsets, batch_first=True)
+    sizes = torch.tensor([len(each) for each in subsets]).unsqueeze(-1)
+    class_weights = ((V - 20) / (sizes - 20).double()).expand(class_ids.shape).clone()
+    class_weights[:, :20] = 1.0
+    class_weights[torch.arange(class_ids.shape[1]) >= sizes] = 0.0
+    expected = reference.two_stage_scores(logits, batch["valid_mask"], 0.3, share, class_ids, class_weights)
     torch.testing.assert_close(found.values, expected)
     chosen = choose_positions(options, found.values, batch, place, seed=5)
     torch.testing.assert_close(chosen, reference.select("top_k", expected, batch["valid_mask"], 0.3))
@@ -191,6 +210,17 @@ def test_options_are_settled_and_read_back_equal() -> None:
     assert parse_part(PositionOptions, json.loads(options.model_dump_json(by_alias=True))) == options
     assert parse_part(PositionOptions, {}).scoring == "exact"
     assert parse_part(PositionOptions, {"policy": "all"}).scoring is None
+
+
+def test_one_position_that_is_not_finite_leaves_the_others_their_scores() -> None:
+    options = options_of(frequent_classes=10, tail_classes=5)
+    hidden = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0))
+    hidden[0, 13] = torch.nan
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    head = Head(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)))
+    place = place_of(options, 0, 1)
+    found = score_in_two_stages(options, np.arange(30), hidden, head, {"valid_mask": mask}, place, seed=0)
+    assert found.values.isfinite().logical_not().nonzero().tolist() == [[0, 13]]
 
 
 def test_a_few_distributions_tell_the_classes_of_a_student_that_the_text_does_not() -> None:

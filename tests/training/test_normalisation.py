@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from selkd import reference
 from selkd.data.batching import collate
 from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
+from selkd.maths.importance import METRICS
 
 END = 1  # the tokenizer's end token, which also pads
 PER_POSITION: dict[str, Any] = {"positions": {"policy": "all", "reduction": "per_position"}}
@@ -121,6 +122,19 @@ def test_a_sample_of_which_no_position_is_eligible_counts_nowhere(
     assert short.n_valid == 3
     found = take_step(student, teacher, [[short], [*SAMPLES, short]], recipe, pad_token_id=END)
     assert found == pytest.approx(loss, rel=1e-5)
+    assert_gradients(gradients_of(student), expected)
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_fillers_alone_are_a_micro_batch_as_good_as_any(
+    metric: str, models: tuple[PreTrainedModel, PreTrainedModel]
+) -> None:
+    """As the last one of an epoch may be, on some of the ranks; whatever the metric is made of."""
+    recipe = {"positions": {"metric": metric, "fraction": 0.3}}
+    student, teacher = models
+    loss = take_step(student, teacher, [list(SAMPLES)], recipe, pad_token_id=END)
+    expected = gradients_of(student)
+    assert take_step(student, teacher, [list(SAMPLES), NOWHERE[:1]], recipe, pad_token_id=END) == loss
     assert_gradients(gradients_of(student), expected)
 
 

@@ -18,9 +18,11 @@ from selkd import DistillTrainer, distill
 from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
 from selkd.data.tokenised import load_splits
 from selkd.errors import InputError
+from selkd.models.adapters import with_adapters
 from selkd.recipe import Recipe, parse_part
 from selkd.recipe_data import DataOptions
 from selkd.recipe_files import load_recipe
+from selkd.recipe_models import LoraOptions
 from selkd.recipe_on_policy import OnPolicyOptions
 from selkd.training.rollout import Answering, PromptCollator, Rollout, RolloutSums, prompt_length
 
@@ -202,6 +204,7 @@ def test_rows_that_do_not_serve_are_refused(tmp_path: Path) -> None:
         (rows, {"prompt_field": "a", "text_field": "b"}, "prompt_field: a row has one shape, and text_field is given"),
         (rows, on | {"loss_on": "all"}, "loss_on: all makes a text of a prompt alone"),
         (rows, on | {"loss_on": "all", "completion_field": "a"}, "loss_on: all learns prompts, and on_policy what"),
+        ([{"data.text": "w3"}], {}, "text_field: train_dataset, row 0 has no field 'text'; it has data.text."),
         ("w3 w4", {}, "train_dataset: expected a SampleDataset, a datasets.Dataset or a list of rows, got str"),
         (["w3 w4"], {}, "train_dataset, row 0: expected an object with the field 'text', got str"),
     ]:
@@ -230,6 +233,19 @@ def test_an_evaluation_on_prompts_alone_and_answers_past_the_window_are_refused(
     made(window - longest)
     with pytest.raises(InputError, match=f"max_new_tokens: {window - longest + 1} after a prompt of up to {longest}"):
         made(window - longest + 1)
+
+    # The answer takes the place of the data's completion, which need not fit beside it.
+    with_answers = SampleDataset.from_samples([Sample(np.arange(2, 32), np.array([0]), np.arange(30) >= 10)])
+
+    def on(student: Any, new_tokens: int) -> None:
+        args = make_arguments(tmp_path, on_policy={"max_new_tokens": new_tokens}, **options)
+        DistillTrainer(student, make_model(0), args, with_answers, processing_class=make_tokenizer())
+
+    adapted = with_adapters(make_model(1), LoraOptions(), 0)
+    for student in (make_model(1), adapted):
+        on(student, window - 10)
+        with pytest.raises(InputError, match=f"max_new_tokens: {window - 9} after a prompt of up to 10 tokens"):
+            on(student, window - 9)
     with pytest.raises(InputError, match="eval_dataset: prompts alone"):
         made(4, eval_dataset=rows)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selkd.bench.subject import Subject
-from selkd.maths.chunked import wide
+from selkd.maths.chunked import chunks, piece_size, wide
 from selkd.maths.divergence import entropy
 from selkd.models.head import hidden_states
 from selkd.recipe_choices import ClassOptions, CriterionOptions, PositionOptions
@@ -129,7 +129,10 @@ def _dense_student_loss(subject: Subject, positions: PositionOptions, teacher_is
         targets = subject.live_teacher(EVERY_CLASS).targets(batch, 0)
     with subject.autocast():
         student_logits = subject.student(**subject.inputs, use_cache=False).logits[..., :n_classes]
-    scores = entropy(student_logits.detach().float().clone())
+    flat = student_logits.detach().flatten(0, 1)
+    pieces = chunks(len(flat), piece_size(n_classes, flat.device))
+    of_all = [entropy(flat[rows].to(torch.float32, copy=True)) for rows in pieces]  # which works on its own copy
+    scores = torch.cat(of_all).view(student_logits.shape[:2])
     picked = select(positions, scores, batch["valid_mask"], place) > 0
     if teacher_is_dense:
         teacher_logits = all_of_teacher[picked]

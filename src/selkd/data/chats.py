@@ -105,6 +105,8 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn:
         return text, len(asked)
     # No generation prompt, or none that the turn goes on from: what stands before the content is the template's.
     header, found, _ = _text(tokenizer, [*before, {**messages[turn], "content": _NO_TEXT}]).partition(_NO_TEXT)
+    if found and header.rstrip() == text:
+        return text, len(text)  # an empty turn, of which the template shows no end
     if not found or not text.startswith(header):
         raise InputError(
             "data: the chat template does not show where an assistant's turn begins: the text with the turn does not "

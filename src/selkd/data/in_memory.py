@@ -7,10 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from selkd.data.encoding import Encoder
-from selkd.data.marked import Marked
 from selkd.data.rows import Document, Fields, texts_of
 from selkd.data.samples import SampleDataset
-from selkd.data.tokenised import encode_with, fitting_of, samples_of
+from selkd.data.tokenised import encode_with, encoded, fitting_of, samples_of
 from selkd.errors import InputError
 from selkd.recipe_data import DataOptions
 
@@ -30,12 +29,8 @@ def samples_of_rows(rows: Any, options: DataOptions, tokenizer: PreTrainedTokeni
         )
     encode = encode_with(Encoder(options, tokenizer) if options.has_prompts else None, tokenizer)
     fitting = fitting_of(options)
-
-    def documents() -> Iterator[Marked]:
-        for document in _documents(rows, options):
-            yield from encode([document])[0]
-
-    samples = list(samples_of(documents(), options, fitting))
+    documents = (each for _, found in encoded(_documents(rows, options), encode) for each in found)
+    samples = list(samples_of(documents, options, fitting))
     for count, what in (
         (fitting.too_long, "prompts alone fill a sample and were left out"),
         (fitting.cut, "were cut"),

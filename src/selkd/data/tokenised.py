@@ -110,6 +110,13 @@ def encode_with(encoder: Encoder | None, tokenizer: PreTrainedTokenizerBase) -> 
     return lambda texts: [[Marked(ids, [True] * len(ids))] for ids in encode(tokenizer, [str(text) for text in texts])]
 
 
+def encoded(documents: Iterable[Document], encode: Encode) -> Iterator[tuple[Document, list[Marked]]]:
+    """Each document with its token sequences; some are encoded at a time, which is quicker than one by one."""
+    documents = iter(documents)
+    while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+        yield from zip(batch, encode(batch), strict=True)
+
+
 def fitting_of(options: DataOptions) -> Fitting:
     """How whole documents become samples, and what of them did not fit."""
     return Fitting(
@@ -166,18 +173,16 @@ class _Reading:
     train_tokens: int = 0
 
     def training_documents(self, documents: Iterable[Document]) -> Iterator[Marked]:
-        documents = iter(documents)
-        while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
-            for document, found in zip(batch, self.encode(batch), strict=True):
-                tokens = sum(len(each.token_ids) for each in found)
-                if not is_held_out(document, self.options.held_out_fraction):
-                    self.train_documents += 1
-                    self.train_tokens += tokens
-                    yield from found
-                elif self.held_out_tokens < self.options.held_out_tokens:
-                    self.held_out += found
-                    self.held_out_documents += 1
-                    self.held_out_tokens += tokens
+        for document, found in encoded(documents, self.encode):
+            tokens = sum(len(each.token_ids) for each in found)
+            if not is_held_out(document, self.options.held_out_fraction):
+                self.train_documents += 1
+                self.train_tokens += tokens
+                yield from found
+            elif self.held_out_tokens < self.options.held_out_tokens:
+                self.held_out += found
+                self.held_out_documents += 1
+                self.held_out_tokens += tokens
 
 
 def _build(folder: Path, options: DataOptions, corpus: Corpus, encode: Encode) -> None:

@@ -87,7 +87,12 @@ class ChunkedLogits:
 
 @torch.no_grad()
 def chunked_statistics(
-    hidden_states: Tensor, head: Head, compute: Callable[[Tensor, slice], Tensor], chunk: int | None = None
+    hidden_states: Tensor,
+    head: Head,
+    compute: Callable[[Tensor, slice], Tensor],
+    chunk: int | None = None,
+    *,
+    n_statistics: int = 1,
 ) -> Tensor:
     """Numbers of single positions, [N, m], reduced from the logits at hidden states [N, D], without gradient.
 
@@ -96,6 +101,7 @@ def chunked_statistics(
     Args:
         compute: maps student logits [n, V] and the slice of positions to [n, m]. The logits are its own to overwrite.
         chunk: positions of one product; by default from the memory that logits take.
+        n_statistics: m, which no position tells where N is 0.
     """
     device, n_classes = hidden_states.device, head.n_classes
     chunk = chunk or chunk_size(n_classes, device, head.weight.dtype)
@@ -107,7 +113,7 @@ def chunked_statistics(
             logits = head.logits(hidden_states[rows], out=buffer[: rows.stop - rows.start])
             for piece, within in _pieces(rows, n_classes, device):
                 parts.append(compute(wide(logits[within]), piece).clone())  # what is a view would be written over
-    return torch.cat(parts) if parts else wide(hidden_states.new_zeros(0, 1))
+    return torch.cat(parts) if parts else wide(hidden_states.new_zeros(0, n_statistics))
 
 
 def chunked_entropy(hidden_states: Tensor, head: Head, chunk: int | None = None) -> Tensor:

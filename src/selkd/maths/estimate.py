@@ -18,7 +18,7 @@ class ClassSubset:
     Attributes:
         ids: int64 [F + R]: the frequent ones first, then those that stand for all others.
         n_frequent: F.
-        tail_weight: how many classes each of the R stands for, (V - F) / R.
+        tail_weight: how many classes each of the R stands for, (V - F) / R. One may be there twice.
     """
 
     ids: Tensor

@@ -16,6 +16,15 @@ _PACKAGES = {
 }
 
 
+# What beside the name decides a quantised teacher's numbers: part of its precision's name, so of every fingerprint.
+_FORMS = {"bitsandbytes_8bit": "no outliers apart", "bitsandbytes_4bit": "nf4"}
+
+
+def precision_of(dtype: torch.dtype, quantization: str | None) -> str:
+    """A teacher's dtype and form, in words: what beside its weights moves its distribution."""
+    return " ".join(filter(None, (str(dtype), quantization, _FORMS.get(quantization or ""))))
+
+
 def require_quantization(quantization: str, device: torch.device) -> None:
     """Raises InputError unless the package is there and the device is one that it computes on."""
     if device.type not in ("cpu", "cuda"):

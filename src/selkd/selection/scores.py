@@ -76,7 +76,7 @@ def score_positions(
         teacher_logits = None if teachers is None else teachers.logits(rows)
         return statistics(names, student_logits, teacher_logits, targets[rows], own)
 
-    columns = chunked_statistics(hidden_states.flatten(0, 1)[valid], head, compute)
+    columns = chunked_statistics(hidden_states.flatten(0, 1)[valid], head, compute, n_statistics=len(names))
     placed = columns.new_zeros(valid_mask.numel(), len(names)).index_copy_(0, valid, columns)
     found = {name: placed[:, i].view(valid_mask.shape) for i, name in enumerate(names)}
     return PositionScores(metric_of(metric).combine(found, valid_mask), found)

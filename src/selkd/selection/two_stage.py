@@ -26,39 +26,39 @@ def by_frequency(token_counts: np.ndarray) -> np.ndarray:
     return np.argsort(-token_counts, kind="stable")
 
 
-def class_subset(
-    ordered: np.ndarray | Tensor, frequent: int, tail: int, seed: int, *stream: int | str, device: torch.device
-) -> ClassSubset:
-    """The ``frequent`` first of the class ids ``ordered`` [V], and ``tail`` of the others.
+def class_subset(first: Tensor, ordered: Tensor, tail: int, seed: int, *stream: int | str) -> ClassSubset:
+    """The classes ``first`` [F], and about ``tail`` of the others.
 
-    Those are drawn one from each of as many equal stretches of the order, so each class is as likely as any other;
-    which, is a function of (seed, stream). A class may end two stretches and then be drawn twice.
+    One class is drawn from each of as many equal stretches of ``ordered`` [V], as a function of (seed, stream) alone,
+    and those among ``first`` are left out. So each other class is as likely as any other, and where rounding puts
+    another class into ``first``, the other draws stay.
     """
-    ordered = torch.as_tensor(ordered, device=device)
-    head, others = ordered[:frequent], ordered[frequent:]
-    tail = min(tail, len(others))
-    if tail == len(others):
-        return ClassSubset(ordered, len(head), 1.0)
-    uniforms = sample_generator(seed, b"", "tail classes", *stream).random(tail)
-    places = ((np.arange(tail) + uniforms) * (len(others) / tail)).astype(np.int64).clip(max=len(others) - 1)
-    ids = torch.cat([head, others[torch.from_numpy(places).to(device)]])
-    return ClassSubset(ids, len(head), len(others) / tail)
+    n_classes = len(ordered)
+    is_first = torch.zeros(n_classes, dtype=torch.bool, device=ordered.device).index_fill_(0, first, True)
+    n_others = n_classes - len(first)
+    if tail < n_others:
+        stretches = round(tail * n_classes / n_others)
+        uniforms = sample_generator(seed, b"", "tail classes", *stream).random(stretches)
+        places = ((np.arange(stretches) + uniforms) * (n_classes / stretches)).astype(np.int64).clip(max=n_classes - 1)
+        drawn = ordered[torch.from_numpy(places).to(ordered.device)]
+        drawn = drawn[~is_first[drawn]]
+        if len(drawn):
+            return ClassSubset(torch.cat([first, drawn]), len(first), n_others / len(drawn))
+    return ClassSubset(torch.cat([first, ordered[~is_first[ordered]]]), len(first), 1.0)
 
 
 @torch.no_grad()
-def probable_first(ordered: Tensor, frequent: int, hidden_states: Tensor, head: Head) -> Tensor:
-    """Class ids [V]: the ``frequent`` most probable at a few hidden states [n, D] first, the rest as in ``ordered``.
+def most_probable(n: int, hidden_states: Tensor, head: Head) -> Tensor:
+    """Ids of the ``n`` classes most probable at a few hidden states [N, D].
 
-    Dense expression: ``softmax(head.logits(hidden_states)).mean(0).topk(frequent)``. A student that is cut or untrained
-    puts its mass on classes that are rare in the text; they are told by a few of its own distributions.
+    Dense expression: ``softmax(head.logits(hidden_states)).mean(0).topk(n).indices``. A student that is cut or
+    untrained puts its mass on classes that are rare in the text; they are told by a few of its own distributions.
     """
     logits, n_classes = ChunkedLogits(hidden_states, head), head.n_classes
     total = torch.zeros((), device=hidden_states.device)
     for rows in chunks(len(hidden_states), piece_size(n_classes, hidden_states.device)):
         total = total + torch.softmax(logits(rows), dim=-1).sum(dim=0)
-    first = total.topk(min(frequent, n_classes)).indices
-    is_first = torch.zeros(n_classes, dtype=torch.bool, device=first.device).index_fill_(0, first, True)
-    return torch.cat([first, ordered[~is_first[ordered]]])
+    return total.topk(n).indices
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Estimator:
 
     Attributes:
         ordered: class ids, the most frequent of the training text first, [V].
-        frequent, tail: how many classes are counted, and how many stand for all others.
+        frequent, tail: how many classes are counted, and about how many stand for all others.
         probed_share: the share of the sample's positions, evenly spaced, that tell its frequent classes; 0: the
             training text tells them.
         seed: the run's.
@@ -83,16 +83,17 @@ class Estimator:
     def __call__(self, hidden_states: Tensor, head: Head, *stream: int | str) -> Tensor:
         """Entropy in nats, [N], at the hidden states [N, D] of one sample; the classes are a function of (seed, stream)
         and of them."""
-        device = hidden_states.device
         if not len(hidden_states):
             return wide(hidden_states.new_zeros(0))
-        classes = torch.as_tensor(self.ordered, device=device)
+        ordered = torch.as_tensor(self.ordered, device=hidden_states.device)
+        frequent = min(self.frequent, len(ordered))
         if self.probed_share:
             count = math.ceil(self.probed_share * len(hidden_states))
             probed = hidden_states[torch.linspace(0, len(hidden_states) - 1, count).round().long()]
-            classes = probable_first(classes, self.frequent, probed, head)
-        subset = class_subset(classes, self.frequent, self.tail, self.seed, *stream, device=device)
-        return estimated_entropy(hidden_states, head, subset)
+            first = most_probable(frequent, probed, head)
+        else:
+            first = ordered[:frequent]
+        return estimated_entropy(hidden_states, head, class_subset(first, ordered, self.tail, self.seed, *stream))
 
 
 def estimator(options: PositionOptions | SampleOptions, ordered: np.ndarray | Tensor, seed: int) -> Estimator:
@@ -136,7 +137,8 @@ def score_in_two_stages(
     is_best = mark_highest(scores, valid_mask, counts)
     best = is_best.flatten().nonzero().flatten()
     exact = chunked_entropy(hidden_states.flatten(0, 1)[best], head)
-    lowest = exact.new_full(valid_mask.shape, torch.inf).masked_scatter_(is_best, exact).amin(dim=-1, keepdim=True)
+    known = exact.nan_to_num(nan=torch.inf)  # so that an error names the position that is not finite, and no other
+    lowest = exact.new_full(valid_mask.shape, torch.inf).masked_scatter_(is_best, known).amin(dim=-1, keepdim=True)
     below = lowest * (1 - 1e-6) - 1e-6
     scores = scores.minimum(below).masked_fill(~valid_mask, 0).masked_scatter(is_best, exact)
     return PositionScores(scores, {"student_entropy": scores})

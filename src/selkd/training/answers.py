@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selkd.data.samples import SampleDataset
@@ -13,7 +15,7 @@ from selkd.errors import InputError
 from selkd.models.generation import stop_ids
 from selkd.teacher import Batch, Teacher
 from selkd.training.arguments import DistillArguments
-from selkd.training.rollout import Answering, Rollout, RolloutSums
+from selkd.training.rollout import Answering, Rollout, RolloutSums, prompt_length
 
 
 class Answers:
@@ -61,13 +63,20 @@ class Answers:
 
     def require_positions(self, dataset: SampleDataset | None, models: Sequence[Any]) -> None:
         """Raises InputError if a prompt with its answer may be longer than a model has positions for."""
-        longest = int(dataset.lengths.max(initial=0)) if dataset is not None else 0
+        if dataset is None:
+            return
         answer = self.answering.options.max_new_tokens
         for model in models:
-            if not isinstance(model, PreTrainedModel):  # a cache, which is refused for another reason
+            if not isinstance(model, nn.Module):  # a cache, which is refused for another reason
                 continue
-            limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-            if limit is not None and longest + answer > limit:
+            config: Any = model.config
+            limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+            if limit is None:
+                continue
+            # The answer takes the completion's place, so only long samples are read for where their prompt ends.
+            long = np.flatnonzero(dataset.lengths + answer > limit).tolist()
+            longest = max((prompt_length(dataset[index]) for index in long), default=0)
+            if longest + answer > limit:
                 raise InputError(
                     f"on_policy.max_new_tokens: {answer} after a prompt of up to {longest} tokens, but "
                     f"{type(model).__name__} has positions for {limit}. Lower max_new_tokens, or max_length."

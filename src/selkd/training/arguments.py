@@ -1,5 +1,6 @@
 """``DistillArguments``: ``transformers.TrainingArguments`` and what a recipe says about the loss."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from selkd.recipe_data import DataOptions
 from selkd.recipe_models import check_device
 from selkd.recipe_on_policy import OnPolicyOptions
 from selkd.training.objective import Objective
+
+_DATA_KEY = re.compile(rf"(?<![\w./-])data\.(?=(?:{'|'.join(DataOptions.model_fields)})\b)")
 
 
 @dataclass
@@ -82,7 +85,7 @@ class DistillArguments(TrainingArguments):
         try:
             options = self.data_options("train_dataset")
         except InputError as error:
-            raise InputError(str(error).replace("data.", "")) from None
+            raise of_arguments(error) from None
         if self.on_policy is None and options.is_prompt_only:
             raise InputError(
                 "completion_field: without completions there is nothing to learn from; give it, or let the student "
@@ -112,6 +115,11 @@ class DistillArguments(TrainingArguments):
     @property
     def class_options(self) -> ClassOptions:
         return ClassOptions.model_validate(self.classes)
+
+
+def of_arguments(error: InputError) -> InputError:
+    """A recipe's refusal of its ``data`` in the names of these arguments, which don't stand below ``data``."""
+    return InputError(_DATA_KEY.sub("", str(error)))
 
 
 def require_one_device(args: TrainingArguments) -> None:

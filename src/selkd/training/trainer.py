@@ -31,7 +31,7 @@ from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
 from selkd.teacher import Batch, CachedCollator, CachedTeacher, LiveTeacher, Teacher
 from selkd.training.answers import Answers
-from selkd.training.arguments import DistillArguments, require_one_device
+from selkd.training.arguments import DistillArguments, of_arguments, require_one_device
 from selkd.training.callbacks import RolloutLog
 from selkd.training.objective import Budget
 from selkd.training.rollout import PromptCollator
@@ -340,8 +340,8 @@ def _as_samples(
         raise InputError(f"packing: on_policy answers one prompt a sample; {name} needs packing=False.")
     try:
         return samples_of_rows(dataset, options, tokenizer)
-    except InputError as error:  # a recipe's keys stand below data
-        raise InputError(str(error).replace("data.", "")) from None
+    except InputError as error:
+        raise of_arguments(error) from None
 
 
 def _as_teacher(
