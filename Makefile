@@ -18,10 +18,12 @@ test: setup
 
 # Transformers imports these packages wherever it finds them, so they lie apart and only this sees them.
 test-quantised: setup $(QUANTISED)/.installed
+	PYTHONPATH=$(QUANTISED) $(BIN)/python -c 'import bitsandbytes, torchao'  # else the tests would be skipped
 	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/models/test_quantised.py
 
 $(QUANTISED)/.installed: constraints.txt | setup
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(QUANTISED) \
+	rm -rf $(QUANTISED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(QUANTISED) \
 		$$(grep -E '^(bitsandbytes|torchao)==' constraints.txt)
 	touch $@
 

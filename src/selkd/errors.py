@@ -1,8 +1,9 @@
 """The two ways in which selkd fails: the input was bad, or something failed while running."""
 
 
-def _own_words(message: str, kind: type[Exception]) -> str:
+def _own_words(message: object, kind: type[Exception]) -> str:
     """The message; of an error in a data loader's process, which comes with that one's traceback, its own alone."""
+    message = str(message)
     if not (message.startswith("Caught ") and "DataLoader worker process" in message.partition("\n")[0]):
         return message
     return message.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].rstrip("\n") or message
@@ -14,12 +15,12 @@ class InputError(ValueError):
     The command line prints it without a traceback and exits with 2.
     """
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, message: object = "") -> None:
         super().__init__(_own_words(message, type(self)))
 
 
 class RunError(RuntimeError):
     """A stage failed while running; what was finished before it is kept. The command line exits with 1."""
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, message: object = "") -> None:
         super().__init__(_own_words(message, type(self)))

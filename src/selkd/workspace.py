@@ -42,6 +42,7 @@ from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
 from selkd.recipe import Recipe
 from selkd.training.arguments import DistillArguments, require_one_device
+from selkd.training.rollout import longest_prompt
 
 CALIBRATION_SAMPLES = 16
 STUDENT_FORMAT = 1
@@ -182,7 +183,7 @@ class Workspace:
         return self._first(lambda: load_splits(self.recipe.data, self.tokenizer, fingerprint, self.cache_dir))
 
     def require_positions(self) -> None:
-        """Raises InputError if a sample may be longer than a model has positions for."""
+        """Raises InputError if a sample, or a prompt with its answer, may be longer than a model has positions for."""
         sources = [self.teacher_source] + ([self.student_source] if self.recipe.student.model is not None else [])
         for source in sources:
             limit = n_positions(source)
@@ -191,12 +192,14 @@ class Workspace:
                     f"data.max_length: {self.recipe.data.max_length} tokens, but {source.name} has positions for "
                     f"{limit}. Lower data.max_length."
                 )
-            answer = self.recipe.on_policy.max_new_tokens if self.recipe.on_policy is not None else 0
-            if limit is not None and self.recipe.data.max_length + answer > limit:
-                raise InputError(
-                    f"on_policy.max_new_tokens: {answer} after a prompt of up to {self.recipe.data.max_length} tokens "
-                    f"(data.max_length), but {source.name} has positions for {limit}. Lower one of them."
-                )
+            if limit is not None and self.recipe.on_policy is not None:
+                answer = self.recipe.on_policy.max_new_tokens
+                longest = longest_prompt(self.splits.train, limit - answer)
+                if longest + answer > limit:
+                    raise InputError(
+                        f"on_policy.max_new_tokens: {answer} after a prompt of up to {longest} tokens, but "
+                        f"{source.name} has positions for {limit}. Lower max_new_tokens, or data.max_length."
+                    )
 
     def teacher(self) -> PreTrainedModel:
         """The teacher, loaded if it is not in memory."""

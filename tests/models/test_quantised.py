@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 from selkd import distill
 from selkd.models.head import check_head, head_of
 from selkd.models.loading import load_model
+from selkd.models.quantisation import precision_of, quantization_config
 from selkd.models.sources import default_cache_dir, locate
 
 CPU = torch.device("cpu")
@@ -113,3 +114,15 @@ def test_the_demos_teacher_quantised(form: str) -> None:
     with torch.no_grad():
         expected = load_model(source, torch.bfloat16, CPU)(ids).logits
         assert divergence(expected, load_model(source, torch.bfloat16, CPU, installed(form))(ids).logits) < 1.0
+
+
+def test_what_decides_a_quantised_teachers_numbers_is_in_the_name_of_its_precision() -> None:
+    """Which every fingerprint holds: caches and scores of another form are never taken for this one's."""
+    four = quantization_config(installed("bitsandbytes_4bit"), torch.bfloat16)
+    assert precision_of(torch.bfloat16, "bitsandbytes_4bit").split() == [
+        "torch.bfloat16", "bitsandbytes_4bit", four.bnb_4bit_quant_type,
+    ]  # fmt: skip
+    eight = quantization_config("bitsandbytes_8bit", torch.bfloat16)
+    assert eight.llm_int8_threshold == 0
+    assert precision_of(torch.bfloat16, "bitsandbytes_8bit") == "torch.bfloat16 bitsandbytes_8bit no outliers apart"
+    assert precision_of(torch.float32, None) == "torch.float32"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from selkd.recipe_files import load_recipe
 from selkd.recipe_models import LoraOptions
 from selkd.recipe_on_policy import OnPolicyOptions
 from selkd.training.rollout import Answering, PromptCollator, Rollout, RolloutSums, prompt_length
+from selkd.workspace import Workspace
 
 POSITIONS = {"metric": "student_entropy", "policy": "top_k", "fraction": 0.5}
 
@@ -204,7 +206,8 @@ def test_rows_that_do_not_serve_are_refused(tmp_path: Path) -> None:
         (rows, {"prompt_field": "a", "text_field": "b"}, "prompt_field: a row has one shape, and text_field is given"),
         (rows, on | {"loss_on": "all"}, "loss_on: all makes a text of a prompt alone"),
         (rows, on | {"loss_on": "all", "completion_field": "a"}, "loss_on: all learns prompts, and on_policy what"),
-        ([{"data.text": "w3"}], {}, "text_field: train_dataset, row 0 has no field 'text'; it has data.text."),
+        ([{"data.name": "w3"}], {}, "text_field: train_dataset, row 0 has no field 'text'; it has data.name."),
+        ([{"a": "w3"}], {"text_field": "data.path"}, "text_field: train_dataset, row 0 has no field 'data.path'"),
         ("w3 w4", {}, "train_dataset: expected a SampleDataset, a datasets.Dataset or a list of rows, got str"),
         (["w3 w4"], {}, "train_dataset, row 0: expected an object with the field 'text', got str"),
     ]:
@@ -246,6 +249,18 @@ def test_an_evaluation_on_prompts_alone_and_answers_past_the_window_are_refused(
         on(student, window - 10)
         with pytest.raises(InputError, match=f"max_new_tokens: {window - 9} after a prompt of up to 10 tokens"):
             on(student, window - 9)
+
+    # Where some samples keep their completion, it has to fit, too.
+    long = SampleDataset.from_samples([Sample(np.arange(window + 1) % V, np.array([0]), np.arange(window + 1) >= 10)])
+    for on_policy, refused in (({"fraction": 0.5, "max_new_tokens": 4}, True), ({"max_new_tokens": 4}, False)):
+        args = make_arguments(tmp_path, on_policy=on_policy, **options)
+        with (
+            pytest.raises(InputError, match=f"train_dataset has a sample of {window + 1}") if refused else nullcontext()
+        ):
+            DistillTrainer(make_model(1), make_model(0), args, long, processing_class=make_tokenizer())
+    args = make_arguments(tmp_path, packing=False)
+    with pytest.raises(InputError, match=f"^max_length: train_dataset has a sample of {window + 1} tokens, but"):
+        DistillTrainer(make_model(1), make_model(0), args, long, processing_class=make_tokenizer())
     with pytest.raises(InputError, match="eval_dataset: prompts alone"):
         made(4, eval_dataset=rows)
 
@@ -314,6 +329,27 @@ def test_prompts_alone_are_enough(tmp_path: Path) -> None:
     run = distill(recipe, tmp_path / "run")
     assert run.record["on_policy"]["rollouts"] == 3 * run.record["counts"]["samples"]
     assert run.record["counts"]["positions_valid"] == run.record["on_policy"]["tokens"]
+
+
+def test_a_recipes_answers_are_held_against_its_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not against its longest sample: an answer takes the completion's place."""
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "cache"))
+
+    def workspace(new_tokens: int) -> Workspace:
+        recipe = make_recipe(
+            tmp_path, data=make_task(tmp_path, packing=False), cache=None, classes={"sampler": "all"}, samples=None,
+            on_policy={"max_new_tokens": new_tokens},
+        )  # fmt: skip
+        return Workspace(parse_part(Recipe, recipe), tmp_path / "run")
+
+    longest = max(prompt_length(sample) for sample in workspace(8).splits.train)
+    assert longest < 16
+    workspace(64 - longest).require_positions()
+    message = (
+        f"on_policy.max_new_tokens: {65 - longest} after a prompt of up to {longest} tokens, but .* positions for 64"
+    )
+    with pytest.raises(InputError, match=message):
+        workspace(65 - longest).require_positions()
 
 
 @pytest.mark.slow

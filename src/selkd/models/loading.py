@@ -106,7 +106,17 @@ def n_rows(source: ModelSource) -> int:
 
 def n_positions(source: ModelSource) -> int | None:
     """How many positions the model was made for, None if its configuration names no limit. Raises as ``n_rows``."""
-    limit = getattr(_text_config(source), "max_position_embeddings", None)
+    return _limit(_text_config(source))
+
+
+def window_of(model: Any) -> int | None:
+    """The same of a model in memory, with adapters or without; None of what is no model, such as a cache."""
+    config: Any = getattr(model, "config", None)
+    return None if config is None else _limit(config.get_text_config(decoder=True))
+
+
+def _limit(config: Any) -> int | None:
+    limit = getattr(config, "max_position_embeddings", None)
     return None if limit is None else int(limit)
 
 

@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.models.generation import stop_ids
+from selkd.models.loading import window_of
 from selkd.teacher import Batch, Teacher
 from selkd.training.arguments import DistillArguments
-from selkd.training.rollout import Answering, Rollout, RolloutSums, prompt_length
+from selkd.training.rollout import Answering, Rollout, RolloutSums, longest_prompt
 
 
 class Answers:
@@ -63,19 +62,13 @@ class Answers:
 
     def require_positions(self, dataset: SampleDataset | None, models: Sequence[Any]) -> None:
         """Raises InputError if a prompt with its answer may be longer than a model has positions for."""
-        if dataset is None:
-            return
         answer = self.answering.options.max_new_tokens
         for model in models:
-            if not isinstance(model, nn.Module):  # a cache, which is refused for another reason
-                continue
-            config: Any = model.config
-            limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-            if limit is None:
+            limit = window_of(model)
+            if dataset is None or limit is None:
                 continue
             # The answer takes the completion's place, so only long samples are read for where their prompt ends.
-            long = np.flatnonzero(dataset.lengths + answer > limit).tolist()
-            longest = max((prompt_length(dataset[index]) for index in long), default=0)
+            longest = longest_prompt(dataset, limit - answer)
             if longest + answer > limit:
                 raise InputError(
                     f"on_policy.max_new_tokens: {answer} after a prompt of up to {longest} tokens, but "

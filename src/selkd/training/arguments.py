@@ -14,7 +14,7 @@ from selkd.recipe_models import check_device
 from selkd.recipe_on_policy import OnPolicyOptions
 from selkd.training.objective import Objective
 
-_DATA_KEY = re.compile(rf"(?<![\w./-])data\.(?=(?:{'|'.join(DataOptions.model_fields)})\b)")
+_DATA_KEY = re.compile(rf"(?<![\w./'-])data\.(?=(?:{'|'.join(DataOptions.model_fields)})\b)")
 
 
 @dataclass
@@ -119,7 +119,8 @@ class DistillArguments(TrainingArguments):
 
 def of_arguments(error: InputError) -> InputError:
     """A recipe's refusal of its ``data`` in the names of these arguments, which don't stand below ``data``."""
-    return InputError(_DATA_KEY.sub("", str(error)))
+    said, listed, columns = str(error).partition("; it has ")  # a row's own fields keep their names
+    return InputError(_DATA_KEY.sub("", said) + listed + columns)
 
 
 def require_one_device(args: TrainingArguments) -> None:

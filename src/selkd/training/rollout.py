@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from selkd.data.batching import collate
-from selkd.data.samples import EMPTY_SAMPLE, Sample
+from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
 from selkd.models.generation import generate
 from selkd.recipe_on_policy import OnPolicyOptions
 from selkd.selection.noise import sample_generator
@@ -140,6 +140,12 @@ def prompt_length(sample: Sample) -> int:
         return len(sample.token_ids)
     gaps = np.flatnonzero(np.diff(targets) > 1)
     return int(targets[gaps[-1] + 1] if len(gaps) else targets[0])
+
+
+def longest_prompt(samples: SampleDataset, beyond: int) -> int:
+    """The tokens of the longest prompt among the samples of more than ``beyond`` tokens; 0 where there are none."""
+    long = np.flatnonzero(samples.lengths > beyond).tolist()
+    return max((prompt_length(samples[index]) for index in long), default=0)
 
 
 def _samples_of(batch: Batch) -> Iterator[Sample]:

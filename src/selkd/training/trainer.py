@@ -23,7 +23,7 @@ from selkd.data.in_memory import samples_of_rows
 from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import check_head, check_packing, head_of
-from selkd.models.loading import require_device
+from selkd.models.loading import require_device, window_of
 from selkd.models.tokenizers import shared_classes
 from selkd.recipe_choices import FractionSchedule, needs_teacher
 from selkd.selection.positions import Place, place_of
@@ -127,6 +127,9 @@ class DistillTrainer(Trainer):
                 f"positions.skip_first: {skipped} leaves no position of samples of max_length = {args.max_length} "
                 "tokens. Lower it."
             )
+        for samples, name in ((train_samples, "train_dataset"), (eval_samples, "eval_dataset")):
+            if samples is not None:
+                _require_window(samples, name, [model, teacher], args)
         n_classes = shared_classes(_sizes(model, teacher), processing_class)
         self.teacher = _as_teacher(teacher, args, n_classes, [train_samples, eval_samples])
         self.objective = args.objective
@@ -342,6 +345,21 @@ def _as_samples(
         return samples_of_rows(dataset, options, tokenizer)
     except InputError as error:
         raise of_arguments(error) from None
+
+
+def _require_window(samples: SampleDataset, name: str, models: list[Any], args: DistillArguments) -> None:
+    """Raises InputError where a sample is longer than a model has positions for."""
+    on_policy = args.on_policy_options
+    if on_policy is not None and on_policy.fraction == 1 and name == "train_dataset":
+        return  # no completion of the data is learned: `Answers` looks at prompts and answers
+    longest = int(samples.lengths.max(initial=0))
+    for model in models:
+        limit = window_of(model)
+        if limit is not None and longest > limit:
+            raise InputError(
+                f"max_length: {name} has a sample of {longest} tokens, but {type(model).__name__} has positions for "
+                f"{limit}. Make the samples shorter."
+            )
 
 
 def _as_teacher(
