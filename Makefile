@@ -1,5 +1,5 @@
-# make demo: distil a real 135M model. make test: the tests. make test-quantised: those of quantised teachers, with their
-# packages. make docs: the pages, into site/. All set up .venv first; a second call is quick.
+# make demo: distil a real 135M model. make test: the tests, in two processes. make test-quantised: those of quantised
+# teachers, with their packages. make docs: the pages, into site/. All set up .venv first; a second call is quick.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ demo: setup
 	$(BIN)/selkd demo
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Transformers imports these packages wherever it finds them, so they lie apart and only this sees them.
 test-quantised: setup $(QUANTISED)/.installed
