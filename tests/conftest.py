@@ -23,8 +23,8 @@ def case(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, those with the real teacher, so that two processes end at about the same time."""
-    items.sort(key=lambda item: item.get_closest_marker("real_teacher") is None)
+    """The longest first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("real_teacher", "slow")])
 
 
 @pytest.fixture(autouse=True)
