@@ -143,8 +143,8 @@ def test_the_python_runs(workplace: Path, page: Path, capsys: pytest.CaptureFixt
     del workplace
     shared: dict[str, Any] = {}
     for block in blocks(page, "python"):
-        short = 'max_steps=1, max_length=64, use_cpu=True, report_to="none", output_dir='
         code = at_toy_size(block)
-        code = code.replace("output_dir=", short.replace("max_length=64, ", "") if "max_length=" in code else short)
+        window = "" if "max_length=" in code else "max_length=64, "
+        code = code.replace("output_dir=", f'{window}max_steps=1, use_cpu=True, report_to="none", output_dir=')
         exec(compile(code, page.name, "exec"), shared)
     capsys.readouterr()

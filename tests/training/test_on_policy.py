@@ -414,7 +414,7 @@ def test_a_cache_and_packed_samples_are_refused_by_the_trainer(tmp_path: Path, m
     with pytest.raises(InputError, match=r"criterion\.kd_weight: expected 1.0 beside on_policy, got 0.5"):
         make_arguments(tmp_path, on_policy={}, criterion={"kd_weight": 0.5})
     off = trainer(tmp_path, make_prompts(), None)
-    monkeypatch.setattr("selkd.training.trainer._as_teacher", lambda *_: type("Cached", (), {"is_live": False})())
+    monkeypatch.setattr("selkd.training.trainer.as_teacher", lambda *_: type("Cached", (), {"is_live": False})())
     assert off.answers is None
     with pytest.raises(InputError, match="on_policy: a TeacherCache holds the classes of the data's own tokens"):
         trainer(tmp_path, make_prompts(), {})
