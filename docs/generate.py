@@ -16,7 +16,7 @@ from selkd.cli import app
 from selkd.recipe import Recipe
 from selkd.recipe_errors import _models_in
 from selkd.recipe_files import named_recipes
-from selkd.recipe_training import OWNED, RANGES
+from selkd.recipe_training import OWNED, RECIPE_RANGES, REFUSED
 
 HERE = Path(__file__).parent
 PAGES = ("recipe.md", "commands.md")
@@ -39,8 +39,11 @@ def generated(name: str) -> str:
     """What stands between the marks of ``name``: a block's name, or ``keys`` and a part of the recipe."""
     block, _, part = name.partition(" ")
     blocks: dict[str, Callable[[], str]] = {
-        "ranges": lambda: table("key | allowed", [[f"`{key}`", told] for key, (_, told) in RANGES.items()]),
+        "ranges": lambda: table("key | allowed", [[f"`{key}`", told] for key, (_, told) in RECIPE_RANGES.items()]),
         "owned": lambda: table("key | instead", [[f"`{key}`", told] for key, told in OWNED.items()]),
+        "refused": lambda: table(
+            "key | why, or what to do", [[f"`{key}`", told] for key, (_, told) in REFUSED.items()]
+        ),
         "recipes": lambda: table("name | what it is", [[f"`{n}`", first_line(t)] for n, t in named_recipes().items()]),
         "commands": commands_text,
         "keys": lambda: table("key | type | default | meaning", keys_of(part)),

@@ -165,13 +165,26 @@ class Recipe(Part):
                 "evaluation.suite: [fidelity] measures held-out text, and data.held_out_fraction is 0; "
                 "raise it, or leave fidelity out of evaluation.suite"
             )
-        if self.student.lora is not None and self.training.get("fsdp"):
+        if self.training.get("fsdp"):
+            self.check_sharded()
+        return self
+
+    def check_sharded(self) -> None:
+        """What a student that FSDP shards can't do, whether the recipe or a launcher says that it is sharded.
+
+        Raises:
+            ValueError: adapters, measurements on the way, or the student's own answers.
+        """
+        if self.student.lora is not None:
             raise ValueError("training.fsdp: adapters (student.lora) are trained on one GPU or with DDP")
-        if self.evaluation.every_steps is not None and self.training.get("fsdp"):
+        if self.evaluation.every_steps is not None:
             raise ValueError(
                 "evaluation.every_steps: a student sharded by training.fsdp is measured after training only"
             )
-        return self
+        if self.on_policy is not None:
+            raise ValueError(
+                "training.fsdp: a sharded student does not generate; on_policy runs on one GPU or under DDP"
+            )
 
     def _check_on_policy(self, options: OnPolicyOptions) -> None:
         if self.cache is not None:
@@ -195,10 +208,6 @@ class Recipe(Part):
             )
         if options.temperature == 0 and options.top_p < 1:
             raise ValueError("on_policy.top_p: without effect at temperature 0, which takes the most likely; leave it")
-        if self.training.get("fsdp"):
-            raise ValueError(
-                "training.fsdp: a sharded student does not generate; on_policy runs on one GPU or under DDP"
-            )
 
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain data, every default written out; reading it back gives an equal recipe."""

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from selkd import evaluation_stage
@@ -55,7 +54,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
                 "prompts_too_long": splits.too_long,
                 "documents_without_target": splits.unanswered,
                 "fingerprint": splits.fingerprint,
-                "held_out_fingerprint": xxhash.xxh3_128_hexdigest(b"".join(splits.held_out.ids)),
+                "held_out_fingerprint": splits.held_out.digest,
             },
         )
         run.record.setdefault("counts", dict.fromkeys(COUNTS))["samples"] = len(splits.train)

@@ -23,7 +23,7 @@ from selkd.errors import InputError
 from selkd.finite import require_finite
 from selkd.maths.chunked import ChunkedLogits, wide
 from selkd.maths.head import Head
-from selkd.models.head import head_of, hidden_states
+from selkd.models.head import head_of, hidden_states, input_device
 from selkd.recipe_choices import ClassOptions
 from selkd.selection.classes import class_sampler
 from selkd.selection.noise import position_uniforms
@@ -103,7 +103,7 @@ class LiveTeacher:
             ids, valid = batch["sample_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
             noise = position_uniforms(self.seed, ids, valid, "classes", step, draws=self.sampler.n_uniforms)
             uniforms = torch.from_numpy(noise).flatten(0, 1).to(batch["input_ids"].device)
-        with torch.autocast(self.model.device.type, enabled=False):
+        with torch.autocast(input_device(self.model).type, enabled=False):
             hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
         everywhere = torch.arange(batch["input_ids"].numel(), device=batch["input_ids"].device)
         return _LiveTargets(hidden.flatten(0, 1), self, uniforms, everywhere, batch)

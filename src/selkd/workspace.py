@@ -41,7 +41,7 @@ from selkd.models.quantisation import precision_of, require_quantization
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
 from selkd.recipe import Recipe
-from selkd.training.arguments import DistillArguments, require_one_device
+from selkd.training.arguments import DistillArguments
 from selkd.training.rollout import longest_prompt
 
 CALIBRATION_SAMPLES = 16
@@ -95,7 +95,7 @@ class Workspace:
         if "bf16" not in given:
             given["bf16"] = native_dtype(device) == torch.bfloat16
         with _refusals_told():
-            return DistillArguments(
+            arguments = DistillArguments(
                 output_dir=str(self.run_path / "checkpoints"),
                 seed=recipe.seed,
                 criterion=recipe.criterion.model_dump(),
@@ -108,6 +108,11 @@ class Workspace:
                 packing=recipe.data.packing,
                 **given,
             )
+        if recipe.training.get("bf16") is False and arguments.compute_dtype == torch.bfloat16:
+            raise InputError(
+                "training.bf16: false, but the run was launched with mixed precision bf16. Set both alike."
+            )
+        return arguments
 
     @cached_property
     def arguments(self) -> DistillArguments:
@@ -117,9 +122,13 @@ class Workspace:
             Trainer.get_optimizer_cls_and_kwargs(arguments)
             for callback in get_reporting_integration_callbacks(arguments.report_to):
                 callback()
-        require_one_device(arguments)
-        if arguments.fsdp and self.state.num_processes == 1:
-            raise InputError("training.fsdp: shards over several processes, and this is one. Start with torchrun.")
+        if arguments.is_sharded:
+            if self.state.num_processes == 1:
+                raise InputError("training.fsdp: shards over several processes, and this is one. Start with torchrun.")
+            try:
+                self.recipe.check_sharded()
+            except ValueError as error:
+                raise InputError(f"{error}.") from None
         return arguments
 
     @property
@@ -141,7 +150,7 @@ class Workspace:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the student's products."""
-        return torch.bfloat16 if self.planned_arguments.bf16 else torch.float32
+        return self.planned_arguments.compute_dtype
 
     @cached_property
     def teacher_source(self) -> ModelSource:

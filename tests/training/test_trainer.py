@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from tiny import V, make_arguments, make_model, make_samples, make_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from selkd import DistillTrainer, TeacherCache, reference
 from selkd.build_cache import build_cache
@@ -308,7 +308,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     for is_on in (False, True):
         trainer = trainer_of(tmp_path / str(is_on), make_samples(4), RECIPES["se-kd"], activation_checkpointing=is_on)
         seen: list[int] = []
-        trainer.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        trainer.model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda module, _, seen=seen: seen.append(1) if module.training else None  # the check of the head is no step
+        )
         trainer.train()
         trainers[is_on], calls[is_on] = trainer, len(seen)
     assert calls == {False: 1, True: 2}  # the forward pass runs again in the backward pass
@@ -342,18 +344,6 @@ def test_the_model_is_still_a_transformers_model(tmp_path: Path) -> None:
     assert torch.equal(back.generate(prompt, max_new_tokens=4, do_sample=False), generated)
 
 
-def test_evaluation_gives_the_loss_of_the_split(tmp_path: Path) -> None:
-    samples = make_samples(4)
-    trainer = DistillTrainer(
-        model=make_model(1), teacher=make_model(0, layers=3),
-        args=make_arguments(tmp_path, per_device_eval_batch_size=4, **RECIPES["full kd"]),
-        eval_dataset=samples, processing_class=make_tokenizer(),
-    )  # fmt: skip
-    expected = dense_loss(make_model(1), samples, RECIPES["full kd"])
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
-    assert trainer.totals.positions_valid == 0
-
-
 def test_a_data_set_of_texts_becomes_samples(tmp_path: Path) -> None:
     texts = Dataset.from_dict({"text": [" ".join(f"w{(7 * i + j) % V}" for j in range(40)) for i in range(6)]})
     trainer = trainer_of(tmp_path, texts, RECIPES["se-kd"], max_length=16)
@@ -363,18 +353,34 @@ def test_a_data_set_of_texts_becomes_samples(tmp_path: Path) -> None:
         trainer_of(tmp_path, texts, RECIPES["se-kd"], text_field="body")
 
 
+class _Damage(TrainerCallback):
+    """Spoils a weight when the first step is done, and keeps what the weights were then."""
+
+    def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+        self.weights = weights(model)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     student = make_model(1)
-    trainer = trainer_of(tmp_path, make_samples(4), RECIPES["full kd"], student=student)
-    with torch.no_grad():
-        student.model.norm.weight[0] = float("nan")
-    before = weights(student)
+    trainer = trainer_of(tmp_path, make_samples(4), RECIPES["full kd"], student=student, max_steps=2)
+    damage = _Damage()
+    trainer.add_callback(damage)
     with pytest.raises(
-        RunError, match="of the student's or the teacher's logits at optimiser step 0, before its update"
+        RunError, match="of the student's or the teacher's logits at optimiser step 1, before its update"
     ):
         trainer.train()
     for name, value in weights(student).items():
-        torch.testing.assert_close(value, before[name], equal_nan=True)
+        torch.testing.assert_close(value, damage.weights[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_student_of_damaged_weights_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, make_samples(4), RECIPES["full kd"])
+    with torch.no_grad():
+        trainer.model.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match="expected numbers as logits, got nan"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("recipe", ["full kd", "se-kd"])

@@ -184,6 +184,11 @@ class SampleDataset(TorchDataset[Sample]):
         return [sample_id for table in self._tables("id") for sample_id in table["id"].to_pylist()]
 
     @cached_property
+    def digest(self) -> str:
+        """32 hexadecimal digits that tell the samples and their order."""
+        return xxhash.xxh3_128_hexdigest(b"".join(self.ids))
+
+    @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [N]: tokens of each sample."""
         return self._lengths("token_ids")

@@ -153,7 +153,8 @@ def _sums(
     valid = batch["valid_mask"]
     with torch.autocast(student.device.type, dtype=dtype, enabled=dtype != torch.float32):
         student_hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])[valid]
-    teacher_hidden = hidden_states(teacher, batch["input_ids"], batch["position_ids"])[valid.to(teacher.device)]
+    teacher_hidden = hidden_states(teacher, batch["input_ids"], batch["position_ids"])
+    teacher_hidden = teacher_hidden[valid.to(teacher_hidden.device)]
     targets, sample_of = batch["targets"][valid], valid.nonzero()[:, 0].cpu()
     edges = torch.tensor(ENTROPY_EDGES, device=targets.device)
     n_buckets = len(ENTROPY_EDGES) + 1

@@ -64,7 +64,7 @@ class ChunkedLogits:
     """
 
     def __init__(self, hidden_states: Tensor, head: Head) -> None:
-        self.hidden_states = hidden_states.to(head.weight.dtype)
+        self.hidden_states = hidden_states.to(head.weight.device, head.weight.dtype)  # a model may be spread
         self.head = head
         self._start = self._stop = 0
         self._logits = self.hidden_states.new_empty(0, head.n_classes)

@@ -47,10 +47,18 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids:
         position_ids: [B, T] int64, restarting at 0 where a document starts. There is no attention mask: Transformers
             keeps packed documents apart by their positions only where none is given.
     """
-    body, device = body_of(model), model.device
+    body, device = body_of(model), input_device(model)
     return body(
         input_ids=input_ids.to(device), position_ids=position_ids.to(device), attention_mask=None, use_cache=False
     ).last_hidden_state
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its token ids: the device of its embeddings, of which Accelerate's hooks know where they
+    lie in main memory or on disk."""
+    embeddings = model.get_input_embeddings()
+    where = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return model.device if where is None else torch.device(where)
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -59,17 +67,29 @@ def head_of(model: PreTrainedModel) -> Head:
     Equivalent to: ``model(...).logits == head_of(model).logits(hidden_states(model, ...))``; see ``check_head``.
 
     Raises:
-        InputError: the head is no plain linear layer (none at all, quantised, or with an adapter on it).
+        InputError: the head is no plain linear layer (none at all, quantised, or with an adapter on it), or a
+            ``device_map`` keeps it off every device.
     """
-    layer = model.get_output_embeddings()
+    layer = _trained_copy(model.get_output_embeddings())
     if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point() or layer.weight.ndim != 2:
         raise InputError(
             f"the head of {type(model).__name__} is a {type(layer).__name__}; a plain linear layer is needed. "
             "Load it unquantised, and leave the head out of the adapter's target modules."
         )
+    if layer.weight.is_meta:
+        raise InputError(
+            f"the head of {type(model).__name__} is offloaded by its device_map, and the loss reads it in every step. "
+            "Map the head (and the embeddings, where both are one) to a device; the layers may stay offloaded."
+        )
     config = model.config.get_text_config(decoder=True)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(layer.weight, layer.bias, _scale(config), None if softcap is None else float(softcap))
+
+
+def _trained_copy(layer: Any) -> Any:
+    """PEFT's ``modules_to_save`` keeps a copy of a layer, which is trained in its place."""
+    copies, active = getattr(layer, "modules_to_save", None), getattr(layer, "active_adapters", None)
+    return copies[active[0]] if copies and active and active[0] in copies else layer
 
 
 def _scale(config: Any) -> float:
@@ -102,17 +122,17 @@ def probe_ids(model: PreTrainedModel) -> torch.Tensor:
     """A few token ids spread over the vocabulary, [1, 16], on the model's device."""
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(_PROBE_TOKENS) * max(rows // _PROBE_TOKENS, 1) % rows
-    return ids[None].to(model.device)
+    return ids[None].to(input_device(model))
 
 
-def disagreement(actual: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """The greatest difference in words, or None where rounding in the tensors' dtype explains it."""
+def disagreement(actual: torch.Tensor, expected: torch.Tensor, precision: torch.dtype | None = None) -> str | None:
+    """The greatest difference in words, or None where rounding in ``precision`` (their own dtype) explains it."""
     if actual.shape != expected.shape:
         return f"shapes {list(actual.shape)} and {list(expected.shape)}"
     difference = (actual.cpu().double() - expected.cpu().double()).abs().max().item()
     largest = expected.cpu().double().abs().max().item()
     # Written so that a NaN is a disagreement.
-    if difference <= _TOLERANCE[expected.dtype] * largest:
+    if difference <= _TOLERANCE[precision or expected.dtype] * largest:
         return None
     return f"max abs difference {difference:.3g} where the largest value is {largest:.3g}"
 
@@ -128,15 +148,22 @@ def check_head(model: PreTrainedModel) -> None:
     with evaluating(model):
         expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         actual = head_of(model).logits(hidden_states(model, ids, positions))
+    require_same_logits(type(model).__name__, actual.to(expected.dtype), expected)
+
+
+def require_same_logits(
+    name: str, actual: torch.Tensor, expected: torch.Tensor, precision: torch.dtype | None = None
+) -> None:
+    """Raises InputError where the halves' logits are not the model's own; ``precision`` as in ``disagreement``."""
     if expected.isnan().any():
         raise InputError(
-            f"{type(model).__name__}: expected numbers as logits, got nan on a few tokens. Its weights are damaged, or "
+            f"{name}: expected numbers as logits, got nan on a few tokens. Its weights are damaged, or "
             f"{str(expected.dtype).removeprefix('torch.')} is too narrow for them: save them anew, or use float32."
         )
-    if difference := disagreement(actual.to(expected.dtype), expected):
+    if difference := disagreement(actual, expected, precision):
         raise InputError(
-            f"{type(model).__name__} computes its logits in a way that selkd does not know: hidden states x head "
-            f"against the model's own logits, {difference}. This model can't be used."
+            f"{name} computes its logits in a way that selkd does not know: hidden states x head against the model's "
+            f"own logits, {difference}. This model can't be used."
         )
 
 
@@ -144,19 +171,29 @@ def check_packing(model: PreTrainedModel) -> None:
     """Raises InputError if a packed document sees the one before it: then samples must not be packed.
 
     True of models that read no position ids (ALiBi), carry a state along (Mamba, linear attention), or whose attention
-    finds packed documents in batches of one sample alone. Two samples with one second document after different first
-    ones are compared: what differs there is not layout.
+    finds packed documents in batches of one sample alone.
     """
+    packed, positions = packed_probe(model)
+    with evaluating(model):
+        require_apart(type(model).__name__, hidden_states(model, packed, positions))
+
+
+def packed_probe(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and position ids [2, 16] of two samples with one second document after different first ones: what differs
+    there is not layout."""
     ids = probe_ids(model)
     half = ids.shape[1] // 2
-    within = torch.arange(half, device=ids.device).repeat(2)
     firsts = torch.cat([ids[:, :half], ids[:, half:]])
     packed = torch.cat([firsts, ids[:, half:].flip(1).expand(2, -1)], dim=1)
-    with evaluating(model):
-        one, other = hidden_states(model, packed, within.expand(2, -1))[:, half:].cpu().double()
+    return packed, torch.arange(half, device=ids.device).repeat(2).expand(2, -1)
+
+
+def require_apart(name: str, hidden: torch.Tensor) -> None:
+    """Raises InputError where the hidden states [2, 16, D] of ``packed_probe`` differ in the second document."""
+    one, other = hidden[:, hidden.shape[1] // 2 :].cpu().double()
     share = ((one - other).norm() / one.norm()).item()
     if not share <= _TOLERANCE[torch.float32]:
         raise InputError(
-            f"{type(model).__name__} does not keep packed documents apart: a document's hidden states move by "
-            f"{share:.1%} with the document before it. Set data.packing to false."
+            f"{name} does not keep packed documents apart: a document's hidden states move by {share:.1%} with the "
+            "document before it. Set data.packing to false, and give samples of one document."
         )

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +34,7 @@ class Answers:
         pad_token_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         self.answering = Answering(options, args.seed, stop_ids(model, tokenizer), pad_token_id, n_classes)
         self.tokenizer = tokenizer
-        self.dtype = torch.bfloat16 if args.bf16 else torch.float32
+        self.dtype = args.compute_dtype
         self._window = RolloutSums()  # since the last logged step
         self._last: list[Rollout] = []
 

@@ -1,9 +1,13 @@
 """``DistillArguments``: ``transformers.TrainingArguments`` and what a recipe says about the loss."""
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from selkd.errors import InputError
@@ -12,14 +16,24 @@ from selkd.recipe_choices import ClassOptions, CriterionOptions, PositionOptions
 from selkd.recipe_data import DataOptions
 from selkd.recipe_models import check_device
 from selkd.recipe_on_policy import OnPolicyOptions
+from selkd.recipe_training import check_accelerator, check_supported
 from selkd.training.objective import Objective
 
+# How ``accelerate launch`` asks for what splits the student in other ways than data-parallel ranks and FSDP do.
+_LAUNCHERS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: the loss reads the whole head, which ZeRO splits; use FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: it splits the head, which the loss reads whole; use FSDP",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism: samples are spread over data-parallel ranks",
+}
 _DATA_KEY = re.compile(rf"(?<![\w./'-])data\.(?=(?:{'|'.join(DataOptions.model_fields)})\b)")
 
 
 @dataclass
 class DistillArguments(TrainingArguments):
-    """Arguments of ``DistillTrainer``.
+    """Arguments of ``DistillTrainer``: those of ``TrainingArguments``, and what a recipe says about the loss.
+
+    What selkd can't honour of ``TrainingArguments`` is refused by name (``selkd.recipe_training.REFUSED``), whether it
+    comes as an argument or from ``accelerate launch``.
 
     Attributes:
         criterion, positions, classes: the recipe's parts of those names, as mappings; checked here.
@@ -31,9 +45,12 @@ class DistillArguments(TrainingArguments):
             of a data set become samples, as the recipe's ``data`` says; none of the fields: ``text_field`` is ``text``.
 
     Raises:
-        InputError: a part that a recipe would refuse.
+        InputError: a part that a recipe would refuse, or an argument that selkd can't honour.
     """
 
+    # A loss that is not finite stops the training, and callbacks hold what a resumed one needs.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "always False"})
+    restore_callback_states_from_checkpoint: bool = field(default=True, metadata={"help": "always True"})
     criterion: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's criterion"})
     positions: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's positions"})
     classes: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's classes"})
@@ -50,11 +67,18 @@ class DistillArguments(TrainingArguments):
     loss_on: str | None = field(default=None, metadata={"help": "completions, or all"})
 
     def __post_init__(self) -> None:
+        for name, reason in _LAUNCHERS.items():
+            if os.environ.get(name, "false").lower() == "true":
+                raise InputError(f"{name} asks for {reason}.")
+        with _told():
+            check_supported(vars(self))
         super().__post_init__()
-        if self.fp16 or self.deepspeed:
+        with _told():
+            check_accelerator(self.accelerator_config)
+        if self.mixed_precision not in ("no", "bf16"):
             raise InputError(
-                "DistillArguments: fp16 and deepspeed are not supported (gradients of single classes underflow in "
-                "float16; ZeRO splits the head that the loss reads whole). Use bf16, and fsdp."
+                f"ACCELERATE_MIXED_PRECISION={self.mixed_precision} is not supported: gradients of single classes "
+                "underflow. Launch with bf16, or no for float32."
             )
         if self.teacher_device is not None:
             try:
@@ -66,6 +90,8 @@ class DistillArguments(TrainingArguments):
         classes = parse_part(ClassOptions, self.classes or {}, "classes")
         if self.on_policy is not None:
             self.on_policy = parse_part(OnPolicyOptions, self.on_policy, "on_policy").model_dump()
+            if self.is_sharded:
+                raise InputError("on_policy: a student sharded by FSDP does not generate; use one GPU, or DDP.")
         try:
             criterion = criterion if self.on_policy is None else on_policy_criterion(criterion)
             check_parts(criterion, positions, classes)
@@ -74,11 +100,6 @@ class DistillArguments(TrainingArguments):
         self._check_rows()
         self.criterion, self.positions = criterion.model_dump(), positions.model_dump()
         self.classes = classes.model_dump()
-        self.remove_unused_columns = False
-        self.prediction_loss_only = True
-        self.label_names = ["targets"]
-        self.restore_callback_states_from_checkpoint = True
-        self.logging_nan_inf_filter = False
 
     def _check_rows(self) -> None:
         """Raises InputError for fields that don't go together, in the words of a recipe less its ``data.``."""
@@ -101,6 +122,21 @@ class DistillArguments(TrainingArguments):
         return parse_part(DataOptions, {"path": name, **given}, "data")
 
     @property
+    def n_gpu(self) -> int:
+        """A process trains on one device: DataParallel over the others would split the loss wrongly."""
+        return min(1, super().n_gpu)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP shards the student, as these arguments or the launcher say."""
+        return bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the student's products, as these arguments or the launcher say."""
+        return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
+
+    @property
     def objective(self) -> Objective:
         return Objective(
             CriterionOptions.model_validate(self.criterion),
@@ -117,16 +153,16 @@ class DistillArguments(TrainingArguments):
         return ClassOptions.model_validate(self.classes)
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """What can't be honoured, as bad input."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"DistillArguments: {error}") from None
+
+
 def of_arguments(error: InputError) -> InputError:
     """A recipe's refusal of its ``data`` in the names of these arguments, which don't stand below ``data``."""
     said, listed, columns = str(error).partition("; it has ")  # a row's own fields keep their names
     return InputError(_DATA_KEY.sub("", said) + listed + columns)
-
-
-def require_one_device(args: TrainingArguments) -> None:
-    """Raises InputError where one process would train on several GPUs: DataParallel splits the loss wrongly."""
-    if args.n_gpu > 1:
-        raise InputError(
-            f"{args.n_gpu} GPUs in one process would train with DataParallel, which splits the loss wrongly. "
-            f"Start one process a GPU (torchrun --nproc-per-node {args.n_gpu}), or show one (CUDA_VISIBLE_DEVICES)."
-        )

@@ -1,5 +1,6 @@
-"""What a trainer is given, brought to one form or refused: how many classes, the samples, the teacher."""
+"""What a trainer is given, brought to one form or refused: the student, the samples, the teacher."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,25 @@ from selkd.models.loading import window_of
 from selkd.recipe_choices import needs_teacher
 from selkd.teacher import CachedTeacher, LiveTeacher, Teacher
 from selkd.training.arguments import DistillArguments, of_arguments
+from selkd.training.sampling import FilledDataset
+
+
+def require_trainable(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) -> None:
+    """Raises InputError for a student that can't learn as it is: low precision, several devices, its own teacher."""
+    if teacher is student:
+        raise InputError("teacher: the student itself can't be its own teacher; give another model.")
+    places = set((getattr(student, "hf_device_map", None) or {}).values())
+    if len(places) > 1:
+        raise InputError(
+            f"model: its device_map spreads it over {len(places)} devices, and a student trains on one. Load it "
+            "without device_map; the teacher may be spread, and FSDP shards a student over processes."
+        )
+    low = {str(p.dtype) for p in student.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if low:
+        raise InputError(
+            f"model: trainable weights are {', '.join(sorted(low))}, in which small updates round to nothing. Load "
+            "the student in float32; with bf16=True products still run in bfloat16."
+        )
 
 
 def sizes(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) -> dict[str, int]:
@@ -29,6 +49,8 @@ def as_samples(
     """The samples of ``dataset``, called ``name``: as they are, or made of its rows. Raises InputError as a recipe."""
     if dataset is None or isinstance(dataset, SampleDataset):
         return dataset
+    if isinstance(dataset, FilledDataset):
+        return dataset.samples
     options = args.data_options(name)
     if args.on_policy is not None and options.packing:
         raise InputError(f"packing: on_policy answers one prompt a sample; {name} needs packing=False.")
@@ -36,6 +58,28 @@ def as_samples(
         return samples_of_rows(dataset, options, tokenizer)
     except InputError as error:
         raise of_arguments(error) from None
+
+
+def require_completions(samples: SampleDataset, name: str) -> None:
+    """Raises InputError where an evaluation would have nothing to measure."""
+    if not samples.n_valid.any():
+        raise InputError(f"{name}: prompts alone. The evaluation is on completions of the data; give some, or None.")
+
+
+def as_evaluated(given: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: DistillArguments) -> Any:
+    """The samples of an evaluation, a ``FilledDataset``, or several of them by name; None for None."""
+    if isinstance(given, Mapping):
+        return {key: as_evaluated(each, f"{name}[{key!r}]", tokenizer, args) for key, each in given.items()}
+    samples = as_samples(given, name, tokenizer, args)
+    if samples is None:
+        return None
+    require_completions(samples, name)
+    return FilledDataset(samples)
+
+
+def is_packed(samples: SampleDataset | None) -> bool:
+    """Whether a sample holds several documents, which must not see each other."""
+    return samples is not None and bool((samples.n_documents > 1).any())
 
 
 def require_window(samples: SampleDataset, name: str, models: list[Any], args: DistillArguments) -> None:
@@ -57,13 +101,12 @@ def as_teacher(
     teacher: PreTrainedModel | TeacherCache,
     args: DistillArguments,
     n_classes: int,
-    splits: list[SampleDataset | None],
 ) -> Teacher:
-    """The teacher, put on its device; a cache, checked against the arguments and the samples of ``splits``.
+    """The teacher, put on its device; a cache, checked against the arguments.
 
     Raises:
-        InputError: the cache is of other classes, another sampler, or lacks samples; the metric needs a live teacher;
-            the model's head can't be read.
+        InputError: the cache is of other classes or another sampler; the metric needs a live teacher; the model's head
+            can't be read; both a ``device_map`` and ``teacher_device`` say where the model is.
     """
     temperature = args.objective.criterion.temperature
     if isinstance(teacher, TeacherCache):
@@ -90,18 +133,36 @@ def as_teacher(
                     f"{teacher.directory}: the cache's {field} is {teacher.fingerprint.get(field)!r}, these arguments "
                     f"say {value!r}. Set it to the cache's, or build another cache."
                 )
-        for samples in splits:
-            missing = [sample_id for sample_id in samples.ids if sample_id not in teacher] if samples else []
-            if missing:
-                raise InputError(
-                    f"{teacher.directory}: the cache lacks {len(missing)} samples, the first {missing[0].hex()}. "
-                    "Build it from this data, or give a live teacher."
-                )
         return CachedTeacher(teacher)
-    check_head(teacher)
     teacher.eval().requires_grad_(False)
+    teacher = _placed(teacher, args)
+    check_head(teacher)
+    return LiveTeacher(teacher, args.class_options, temperature, args.seed, n_classes)
+
+
+def _placed(teacher: PreTrainedModel, args: DistillArguments) -> PreTrainedModel:
+    """The teacher on ``teacher_device``, else where its ``device_map`` put it, else on the student's device."""
+    device_map = getattr(teacher, "hf_device_map", None)
+    if device_map and args.teacher_device is None:
+        return teacher
+    if device_map and len(set(device_map.values())) > 1:
+        raise InputError(
+            f"teacher_device: {args.teacher_device}, but the teacher's device_map spreads it over "
+            f"{len(set(device_map.values()))} places. Leave teacher_device out, or load the teacher without device_map."
+        )
     device = args.device if args.teacher_device is None else torch.device(args.teacher_device)
     # A quantised model can't be moved, and need not be: cuda:0 is cuda.
     if teacher.device.type != device.type or device.index not in (None, teacher.device.index):
         teacher = teacher.to(device)
-    return LiveTeacher(teacher, args.class_options, temperature, args.seed, n_classes)
+    return teacher
+
+
+def require_stored(teacher: Teacher, samples: SampleDataset) -> None:
+    """Raises InputError where a cache lacks some of the samples."""
+    if isinstance(teacher, CachedTeacher):
+        missing = [sample_id for sample_id in samples.ids if sample_id not in teacher.cache]
+        if missing:
+            raise InputError(
+                f"{teacher.cache.directory}: the cache lacks {len(missing)} samples, the first {missing[0].hex()}. "
+                "Build it from this data, or give a live teacher."
+            )

@@ -5,13 +5,24 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selkd.maths.head import Head
-from selkd.models.head import head_of, hidden_states
+from selkd.models.head import (
+    evaluating,
+    head_of,
+    hidden_states,
+    packed_probe,
+    probe_ids,
+    require_apart,
+    require_same_logits,
+)
 
 Distillation = Callable[[Tensor, Head], dict[str, Tensor]]
+
+_N_CLASSES, _OWN_FORWARD = "_selkd_n_classes", "_selkd_own_forward"
 
 
 def bind_distillation(model: PreTrainedModel, n_classes: int) -> None:
@@ -20,14 +31,49 @@ def bind_distillation(model: PreTrainedModel, n_classes: int) -> None:
     ``model(input_ids, position_ids, distillation=f)`` runs the body and returns ``f(hidden_states, head)``, never the
     full logits. Without the argument the forward is what it was, so ``generate``, PEFT and saving are untouched, and
     parameter names stay. ``n_classes``: how many classes the student shares with the teacher.
-    """
-    original = model.forward
 
-    @functools.wraps(original)
+    The forward knows the model by its ``self`` alone, so that a copy of the model (an average of weights, the best so
+    far, a frozen reference) computes with its own weights.
+    """
+    is_bound = _N_CLASSES in vars(model)
+    setattr(model, _N_CLASSES, n_classes)
+    if is_bound:
+        return
+    own = vars(model).get("forward")  # of this object, where Accelerate's hooks have replaced its class's
+    setattr(model, _OWN_FORWARD, own)
+
+    @functools.wraps(type(model).forward if own is None else getattr(own, "__func__", own))
     def forward(self: PreTrainedModel, *args: Any, distillation: Distillation | None = None, **kwargs: Any) -> Any:
         if distillation is None:
-            return original(*args, **kwargs)
+            own = vars(self)[_OWN_FORWARD]
+            return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
         hidden = hidden_states(self, kwargs["input_ids"], kwargs["position_ids"])
-        return distillation(hidden, head_of(self).narrowed(n_classes))
+        return distillation(hidden, head_of(self).narrowed(vars(self)[_N_CLASSES]))
 
     model.forward = MethodType(forward, model)
+
+
+def check_student(model: nn.Module, student: PreTrainedModel, precision: torch.dtype, is_packed: bool) -> None:
+    """What ``check_head`` and ``check_packing`` ask, of a student as it trains: on its device, wrapped, in autocast.
+
+    Args:
+        model: ``student``, prepared and perhaps wrapped by Accelerate.
+        precision: of its products.
+        is_packed: whether samples of several documents come.
+
+    Raises:
+        InputError: its halves don't give its logits, or packed documents see each other.
+    """
+    name, ids = type(student).__name__, probe_ids(student)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    with evaluating(model), torch.autocast(ids.device.type, dtype=precision, enabled=precision != torch.float32):
+        actual = model(input_ids=ids, position_ids=positions, distillation=_whole)["logits"]
+        expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits[..., : actual.shape[-1]]
+        require_same_logits(name, actual.to(expected.dtype), expected, precision)
+        if is_packed:
+            packed, positions = packed_probe(student)
+            require_apart(name, model(input_ids=packed, position_ids=positions, distillation=_whole)["hidden"])
+
+
+def _whole(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+    return {"hidden": hidden, "logits": head.logits(hidden)}

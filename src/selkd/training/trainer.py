@@ -1,185 +1,258 @@
 """``DistillTrainer``: a ``transformers.Trainer`` whose loss is selective distillation.
 
 Everything else is the Trainer's: arguments, logging, checkpoints, resuming, schedules, mixed precision, DDP, FSDP.
+The rules of a training live here, for recipes and Python alike: what is refused, in what precision products run, in
+which order samples come, what a checkpoint must agree with.
 """
 
-import base64
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate
 from selkd.data.samples import Sample
 from selkd.errors import InputError
-from selkd.models.head import check_head, check_packing
+from selkd.models.adapters import has_adapters
 from selkd.models.loading import require_device
 from selkd.models.tokenizers import shared_classes
-from selkd.recipe_choices import FractionSchedule
 from selkd.selection.positions import Place, place_of
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
 from selkd.teacher import Batch, CachedCollator, CachedTeacher
 from selkd.training.answers import Answers
-from selkd.training.arguments import DistillArguments, require_one_device
+from selkd.training.arguments import DistillArguments
 from selkd.training.callbacks import RolloutLog
-from selkd.training.inputs import as_samples, as_teacher, require_window, sizes
+from selkd.training.checkpoints import last_whole_checkpoint
+from selkd.training.evaluation import EvaluatingTrainer
+from selkd.training.inputs import (
+    as_evaluated,
+    as_samples,
+    as_teacher,
+    require_trainable,
+    sizes,
+)
 from selkd.training.objective import Budget
 from selkd.training.rollout import PromptCollator
 from selkd.training.sampling import FilledDataset, FilledSampler
+from selkd.training.selection_log import SelectionLog
+from selkd.training.state import Queue, Schedule, ScheduleKept, Totals
 from selkd.training.student import bind_distillation
 
-
-class Totals(TrainerCallback, ExportableState):
-    """Sums over the optimiser steps so far, all ranks together. Part of every checkpoint."""
-
-    def __init__(self) -> None:
-        self.positions_valid = 0
-        self.positions_selected = 0
-        self.teacher_tokens = 0
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": dict(vars(self))}
+_UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
-class Queue(TrainerCallback, ExportableState):
-    """The queue of global-level selection. Part of every checkpoint, as little-endian float64 in base64."""
-
-    def __init__(self, capacity: int) -> None:
-        self.scores = ScoreQueue(capacity)
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"capacity": self.scores.capacity}, "attributes": {"encoded": self.encoded}}
-
-    @property
-    def encoded(self) -> str:
-        return base64.b64encode(self.scores.scores.astype("<f8").tobytes()).decode()
-
-    @encoded.setter
-    def encoded(self, text: str) -> None:
-        self.scores.scores = np.frombuffer(base64.b64decode(text), dtype="<f8").astype(np.float64)
-
-
-class DistillTrainer(Trainer):
+class DistillTrainer(EvaluatingTrainer):
     """Distils ``teacher`` into ``model``.
 
+    ``evaluate`` and ``predict`` are told in ``EvaluatingTrainer``.
+
     Args:
-        model: the student, float32 weights (with ``bf16=True`` products run in bfloat16 under autocast).
-        teacher: a model, or a ``TeacherCache`` that holds every training sample.
-        args: a ``DistillArguments``.
-        train_dataset, eval_dataset: a ``datasets.Dataset`` or a list of rows, whose fields the arguments name (texts,
-            prompts with or without completions, conversations), or a ``SampleDataset``.
+        model: the student, float32 weights (with ``bf16=True`` products run in bfloat16 under autocast), on one device.
+        teacher: a model on any device or several, or a ``TeacherCache`` that holds every sample.
+        args: a ``DistillArguments``; None: its defaults, into ``tmp_trainer``.
+        train_dataset: a ``datasets.Dataset`` or a list of rows, whose fields the arguments name (texts, prompts with
+            or without completions, conversations), or a ``SampleDataset``.
+        eval_dataset: the same, or several of them by name.
         processing_class: the tokenizer, shared by both models.
+        model_init: makes the student, in place of ``model``; called anew when a training begins.
+        data_collator, compute_loss_func: refused; samples are put together, and compared, by selkd.
         **kwargs: what else ``transformers.Trainer`` takes.
 
     Raises:
-        InputError: a head that can't be read, no class in common, samples that the cache lacks, DataParallel.
+        InputError: what can't be honoured, by its name: an argument, a launcher's setting, a student in low precision
+            or on several devices, a head that can't be read, no class in common, samples that the cache lacks.
     """
 
-    args: DistillArguments
+    data_collator: Callable[[list[Sample]], Batch]
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | TeacherCache,
-        args: DistillArguments,
+        model: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | TeacherCache | None = None,
+        args: DistillArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        data_collator: None = None,
+        compute_loss_func: None = None,
         **kwargs: Any,
     ) -> None:
-        require_one_device(args)
-        if args.teacher_device is not None:
-            require_device("teacher_device", torch.device(args.teacher_device))
+        args = DistillArguments(output_dir="tmp_trainer") if args is None else args
+        if not isinstance(args, DistillArguments):
+            raise InputError(f"args: expected a DistillArguments, got a {type(args).__name__}.")
+        if (model is None) == (model_init is None):
+            raise InputError("model: give the student, or model_init, which makes it: exactly one of them.")
+        if teacher is None:
+            raise InputError("teacher: expected a model or a TeacherCache, got None.")
         if processing_class is None:
             raise InputError("processing_class: expected the tokenizer that both models share, got None.")
+        if data_collator is not None:
+            raise InputError(
+                "data_collator: batches carry masks, documents' borders and sample ids, and are made by selkd. Give "
+                "rows or a SampleDataset, and leave it out."
+            )
+        if compute_loss_func is not None:
+            raise InputError(
+                "compute_loss_func: the loss is the distillation's. Give a criterion of your own by its name "
+                "(criterion={'name': 'module:function'}), and leave it out."
+            )
+        if args.teacher_device is not None:
+            require_device("teacher_device", torch.device(args.teacher_device))
         if args.device.type == "mps":
             raise InputError("the MPS device has no float64, which the class draws need. Set use_cpu=True.")
-        if teacher is model:
-            raise InputError("teacher: the student itself can't be its own teacher; give another model.")
-        low = {
-            str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
-        }
-        if low:
-            raise InputError(
-                f"model: trainable weights are {', '.join(sorted(low))}, in which small updates round to nothing. Load "
-                "the student in float32; with bf16=True products still run in bfloat16."
-            )
-        check_head(model)
-        if args.packing:
-            for packed in (model, teacher):
-                if not isinstance(packed, TeacherCache):
-                    check_packing(packed)
+        self._given_teacher, self._tokenizer = teacher, processing_class
+        if model is not None:
+            self._adopt(model)
         train_samples = as_samples(train_dataset, "train_dataset", processing_class, args)
-        eval_samples = as_samples(eval_dataset, "eval_dataset", processing_class, args)
         skipped = args.objective.positions.skip_first or 0
         if train_samples is not None and skipped >= args.max_length - 1:
             raise InputError(
                 f"positions.skip_first: {skipped} leaves no position of samples of max_length = {args.max_length} "
                 "tokens. Lower it."
             )
-        for samples, name in ((train_samples, "train_dataset"), (eval_samples, "eval_dataset")):
-            if samples is not None:
-                require_window(samples, name, [model, teacher], args)
-        n_classes = shared_classes(sizes(model, teacher), processing_class)
-        self.teacher = as_teacher(teacher, args, n_classes, [train_samples, eval_samples])
-        self.objective = args.objective
-        if self.objective.positions.scoring == "two_stage":
-            text = train_samples or eval_samples
-            if text is None:
-                raise InputError("positions.scoring: two_stage counts the classes of train_dataset, and there is none.")
-            ordered = by_frequency(text.token_counts(n_classes))
-            self.objective = replace(self.objective, classes_by_frequency=ordered)
-        self._place = Place(0, None, 0.0, None)
-        self._window: dict[str, Tensor] = {}  # sums since the last logged step
-        self._window_valid = 0
-        self._micro_batches = 0  # of this step, still to come
-        self._selected: list[Tensor] = []  # of this step, a count a micro-batch
-        self._scores: list[np.ndarray] = []  # of this step, the valid scores of each micro-batch
-        bind_distillation(model, n_classes)
+        evaluated = as_evaluated(eval_dataset, "eval_dataset", processing_class, args)
+        self._samples = {} if train_samples is None else {"train_dataset": train_samples}  # as errors call them
+        if isinstance(evaluated, dict):
+            self._samples |= {f"eval_dataset[{name!r}]": each.samples for name, each in evaluated.items()}
+        elif evaluated is not None:
+            self._samples["eval_dataset"] = evaluated.samples
         pad_token_id = 0 if processing_class.pad_token_id is None else processing_class.pad_token_id  # never told by id
-        use_cache = getattr(model.config, "use_cache", None)  # None: nested, in the text's configuration
-        data_collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=pad_token_id)
-        self.answers = None if args.on_policy is None else Answers(args, model, processing_class, n_classes)
-        if self.answers is not None:
-            self.answers.require_prompts(train_samples, self.teacher)
-            self.answers.require_positions(train_samples, [model, teacher])
-            if eval_samples is not None and not eval_samples.n_valid.any():
-                raise InputError(
-                    "eval_dataset: prompts alone. The evaluation is on completions of the data; give some, or None."
-                )
-            data_collator = PromptCollator(pad_token_id)
-        if isinstance(self.teacher, CachedTeacher):  # read by the data loader's workers, ahead of training
-            data_collator = CachedCollator(data_collator, self.teacher)
+        collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=pad_token_id)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
+            data_collator=collator if args.on_policy is None else PromptCollator(pad_token_id),
             train_dataset=None if train_samples is None else FilledDataset(train_samples),
-            eval_dataset=None if eval_samples is None else FilledDataset(eval_samples),
+            eval_dataset=evaluated,
             processing_class=processing_class,
+            model_init=model_init,
             **kwargs,
         )
-        if use_cache is None:  # the Trainer switches it off, and would save the student so
-            del model.config.use_cache
+        self._require_honoured()
+        if self._use_cache is None:  # the Trainer switches it off, and would save the student so
+            del self.model.config.use_cache
         else:
-            model.config.use_cache = use_cache
+            self.model.config.use_cache = self._use_cache
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the whole step's count
-        self.add_callback(Totals())
+        self._set_up()
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        """Take a student: refused, if it can't learn as it is, or taught the distillation's forward."""
+        require_trainable(model, self._given_teacher)
+        self._n_classes = shared_classes(sizes(model, self._given_teacher), self._tokenizer)
+        self._use_cache = getattr(model.config, "use_cache", None)  # None: nested, in the text's configuration
+        bind_distillation(model, self._n_classes)
+        self._checked_packing = None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._adopt(model)
+        return model
+
+    def _require_honoured(self) -> None:
+        """Refuse what Accelerate's state asks for, wherever it was said: in arguments or by a launcher."""
+        state = self.accelerator.state
+        if state.distributed_type in _UNSUPPORTED or state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise InputError(
+                f"Accelerate was set to {state.distributed_type.value} and to compile by "
+                f"{state.dynamo_plugin.backend.value}: selkd trains on one device, with "
+                "DDP or with FSDP, and compiles nothing."
+            )
+        if str(state.mixed_precision) != ("bf16" if self.args.compute_dtype == torch.bfloat16 else "no"):
+            raise InputError(
+                f"Accelerate was set to mixed precision {state.mixed_precision}, the arguments to "
+                f"{self.args.mixed_precision}. Set both alike: bf16, or no."
+            )
+        if self.is_fsdp_enabled and has_adapters(self.model):
+            raise InputError("fsdp: adapters are trained on one GPU or with DDP.")
+
+    def _set_up(self) -> None:
+        """What the arguments say of loss, teacher and answers; anew where a trial of a search has changed them."""
+        args, models = self.args, [self.model, self._given_teacher]
+        self.teacher = as_teacher(self._given_teacher, args, self._n_classes)
+        for name, samples in self._samples.items():
+            self._require_usable(samples, name)
+        self.objective = args.objective
+        if self.objective.positions.scoring == "two_stage":
+            if not self._samples:
+                raise InputError("positions.scoring: two_stage counts the classes of train_dataset, and there is none.")
+            text = next(iter(self._samples.values()))
+            self.objective = replace(
+                self.objective, classes_by_frequency=by_frequency(text.token_counts(self._n_classes))
+            )
+        train_samples = self._samples.get("train_dataset")
+        self.answers = None
+        if args.on_policy is not None:
+            self.answers = Answers(args, self.model, self._tokenizer, self._n_classes)
+            self.answers.require_prompts(train_samples, self.teacher)
+            self.answers.require_positions(train_samples, models)
+        if isinstance(self.teacher, CachedTeacher) and not isinstance(self.data_collator, CachedCollator):
+            self.data_collator = CachedCollator(self.data_collator, self.teacher)  # read by the loader's workers, ahead
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is counted yet: before a training, and before an attempt of ``auto_find_batch_size`` at it."""
+        self._place = Place(0, None, 0.0, None)
+        self._log = SelectionLog()
+        self._micro_batches = 0  # of this step, still to come
+        self._selected: list[Tensor] = []  # of this step, a count a micro-batch
+        self._scores: list[np.ndarray] = []  # of this step, the valid scores of each micro-batch
+        kept: list[TrainerCallback] = [Totals()]
         if self.answers is not None:
-            self.add_callback(RolloutLog())
-        queue_size = self.objective.positions.queue_size
-        if queue_size is not None:
-            self.add_callback(Queue(queue_size))
+            kept.append(RolloutLog())
+        if self.objective.positions.queue_size is not None:
+            kept.append(Queue(self.objective.positions.queue_size))
+        for callback in (*kept, *([] if self.train_dataset is None else [ScheduleKept.of(self._schedule())])):
+            self.remove_callback(type(callback))
+            self.add_callback(callback)
+
+    def _schedule(self) -> Schedule:
+        """Which samples an optimiser step sees, with the batch size, accumulation and processes that there are."""
+        micro_batch = self._train_batch_size * self.args.world_size
+        accumulation = self.args.gradient_accumulation_steps
+        sampler = self._get_train_sampler()
+        return Schedule(
+            samples_per_step=micro_batch * accumulation,
+            steps_per_epoch=-(-len(sampler) // (micro_batch * accumulation)),
+            order_seed=sampler.seed,
+            data=self._samples["train_dataset"].digest,
+        )
+
+    def set_initial_training_values(self, args: DistillArguments, dataloader: DataLoader) -> Any:
+        self._begin()
+        return super().set_initial_training_values(args, dataloader)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``. ``True`` resumes from the newest checkpoint that was written to its end.
+
+        Raises:
+            InputError: no such checkpoint, or its training had other samples in its steps.
+        """
+        if resume_from_checkpoint is True:
+            last = last_whole_checkpoint(Path(self.args.output_dir))
+            if last is None:
+                raise InputError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}.")
+            resume_from_checkpoint = str(last)
+        if resume_from_checkpoint and self.train_dataset is not None:
+            Schedule.require_same(self._schedule(), Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self._set_up()
 
     @property
     def totals(self) -> Totals:
@@ -219,18 +292,17 @@ class DistillTrainer(Trainer):
         )
         outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], distillation=distillation)
         loss, scores = outputs.pop("loss"), outputs.pop("scores")
-        if model.training:
-            self._selected.append(outputs["positions_selected"])
-            if self.queue is not None:
-                self._scores.append(scores[inputs["valid_mask"]].double().cpu().numpy())
-            for name, value in outputs.items():
-                self._window[name] = self._window.get(name, 0) + value.detach()
+        self._selected.append(outputs["positions_selected"])
+        if self.queue is not None:
+            self._scores.append(scores[inputs["valid_mask"]].double().cpu().numpy())
+        self._log.add(outputs)
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; after the last one of a step, what the step as a whole leaves behind."""
-        loss = super().training_step(*args, **kwargs)
+        self._check_student(model)
+        loss = super().training_step(model, *args, **kwargs)
         self._micro_batches -= 1
         if self._micro_batches == 0:
             self._end_step()
@@ -238,12 +310,10 @@ class DistillTrainer(Trainer):
 
     def _end_step(self) -> None:
         """Count what was selected and push the step's scores, in the order of its samples over all ranks."""
-        selected = torch.stack(self._selected).sum()
-        several = self.accelerator.num_processes > 1
-        self.totals.positions_selected += int(self.accelerator.reduce(selected, "sum") if several else selected)
+        self.totals.positions_selected += int(self._over_processes(torch.stack(self._selected).sum()))
         if self.queue is not None:
             # Rank r's micro-batch m holds batch m * ranks + r of the step, so this is the order of one process.
-            of_ranks = gather_object([self._scores]) if several else [self._scores]
+            of_ranks = gather_object([self._scores]) if self.accelerator.num_processes > 1 else [self._scores]
             for scores in (scores for micro_batch in zip(*of_ranks, strict=True) for scores in micro_batch):
                 self.queue.push(scores)
         self._selected, self._scores = [], []
@@ -265,62 +335,34 @@ class DistillTrainer(Trainer):
         self.totals.positions_valid += budget.valid
         if self.teacher.is_live:
             self.totals.teacher_tokens += tokens
-        self._window_valid += budget.valid
+        self._log.positions_valid += budget.valid
         return batches, self.objective.normaliser(budget)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int:
-        """In evaluation a batch is a step of its own."""
-        self._place = self._find_place()
-        return self.objective.normaliser(self._step_budget(batch_samples, device)[0])
 
     def _step_budget(self, batches: list[Batch], device: torch.device) -> tuple[Budget, int]:
         """The budget of some micro-batches over all ranks, and their tokens."""
         budgets = [self.objective.budget(batch, self._place) for batch in batches]
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         counts = torch.tensor([*map(sum, zip(*budgets, strict=True)), tokens], device=device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        *budget, tokens = counts.tolist()
+        *budget, tokens = self._over_processes(counts).tolist()
         return Budget(*budget), tokens
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> FilledSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        multiple = self.args.train_batch_size * self.args.world_size
-        return FilledSampler(len(dataset), multiple, self.args.seed)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> None:
-        """In the data set's order."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return FilledSampler(
+            len(dataset),
+            self._train_batch_size * self.args.world_size,
+            seed if self.args.train_sampling_strategy == "random" else None,
+            lambda: int(self.state.epoch or 0),
+            self.args.dataloader_drop_last,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was selected since the last logged step: means in nats, the selected share."""
-        if "loss" in logs and self._window:
-            logs.update(self._selection_logs())
+        if "loss" in logs and self._log.sums:
+            logs.update(self._log.take(self._over_processes, self.objective.positions, self._place))
             if self.answers is not None:
                 logs.update(self.answers.logs())
                 if self.is_world_process_zero():
                     self.rollouts.write(self.answers.shown(self.state.global_step))
         super().log(logs, start_time)
-
-    def _selection_logs(self) -> dict[str, float]:
-        names = sorted(self._window)
-        sums = torch.stack([self._window[name].float() for name in names])
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums, "sum")
-        total = dict(zip(names, sums.tolist(), strict=True))
-        n_valid, self._window, self._window_valid = self._window_valid, {}, 0
-        selected, valid = max(1, total["positions_selected"]), max(1, n_valid)
-        logs = {"kd_nats": total["divergence_nats"] / selected, "selected_share": total["positions_selected"] / valid}
-        if "cross_entropy_nats" in total:
-            logs["ce_nats"] = total["cross_entropy_nats"] / selected
-        for name in ("entropy_nats", "score"):
-            if f"selected_{name}" in total:
-                logs[f"selected_{name}"] = total[f"selected_{name}"] / selected
-            if f"valid_{name}" in total:
-                logs[f"mean_{name}"] = total[f"valid_{name}"] / valid
-        if total.get("compared_positions"):
-            logs["selection_agreement"] = total["agreeing_positions"] / total["compared_positions"]
-        if isinstance(self.objective.positions.fraction, FractionSchedule):
-            logs["fraction"] = self._place.fraction
-        if self._place.threshold is not None:
-            logs["threshold"] = self._place.threshold
-        return logs
