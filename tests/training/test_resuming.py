@@ -1,0 +1,137 @@
+"""A training that was killed ends with the student of one that was not, bit for bit."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from resuming import CASES, EPOCHS, Killed, go_on, kill_at, kill_seed, make_trainer, result_of
+from safetensors.torch import load_file
+from test_distributed import WORKER, torchrun
+
+from selkd.errors import InputError
+from selkd.training.checkpoints import last_whole_checkpoint
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["student"].keys() == expected["student"].keys()
+    for name, value in expected["student"].items():
+        assert torch.equal(found["student"][name], value), name
+    for part in ("logs", "totals", "queue", "rollouts"):
+        assert found[part] == expected[part], part
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_is_killed_when_the_student_is_the_same(case: str, tmp_path: Path) -> None:
+    straight = make_trainer(case, tmp_path / "straight", tmp_path)
+    straight.train()
+    expected = result_of(straight)
+    assert len(expected["logs"]) == EPOCHS * 4
+
+    chosen = random.Random(kill_seed())
+    for place in ("step", "save", "step"):  # each later than the one before: what is done stays done
+        last = last_whole_checkpoint(tmp_path / "killed")
+        begun = 0 if last is None else int(last.name.rpartition("-")[2])
+        killed = make_trainer(case, tmp_path / "killed", tmp_path)
+        kill_at(killed, chosen.randrange(begun, EPOCHS * 4 - 2), place)
+        with pytest.raises(Killed):
+            go_on(killed)
+    resumed = make_trainer(case, tmp_path / "killed", tmp_path)
+    go_on(resumed)
+    assert_equal(result_of(resumed), expected)
+
+
+def test_a_case_that_ends_otherwise_is_told(tmp_path: Path) -> None:
+    """The comparison above can fail: another seed gives another student."""
+    results = []
+    for seed in (11, 12):
+        trainer = make_trainer("top_k", tmp_path / str(seed), tmp_path, seed=seed)
+        trainer.train()
+        results.append(result_of(trainer))
+    with pytest.raises(AssertionError):
+        assert_equal(*results)
+
+
+def found_by(folder: str, case: str, tmp_path: Path) -> dict[str, Any]:
+    """What ``resuming.py`` left of a case."""
+    left = json.loads((tmp_path / f"{folder} {case}.json").read_text())
+    return left | {"student": load_file(tmp_path / f"{folder} {case}.safetensors")}
+
+
+def run(tmp_path: Path, cases: list[str], folder: str, **job: Any) -> int:
+    done = torchrun(
+        str(WORKER.with_name("resuming.py")), str(tmp_path), json.dumps({"cases": cases, "folder": folder, **job})
+    )
+    if "signal" not in job:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "cases"),
+    [
+        ("ddp", ["top_k", "gls", "cached, read by workers", "adapters", "on-policy", "bfloat16"]),
+        ("fsdp2", ["top_k", "gls"]),
+    ],
+)
+def test_two_processes_go_on_in_every_epoch(strategy: str, cases: list[str], tmp_path: Path) -> None:
+    """Killed in the second and in the third epoch: each has an order of its own, which the first one's is not."""
+    sharded = {"sharded": strategy == "fsdp2"}
+    chosen = random.Random(kill_seed())
+    run(tmp_path, cases, "straight", **sharded)
+    run(tmp_path, cases, "killed", kill_step=chosen.choice((2, 3)), **sharded)
+    ended = run(tmp_path, cases, "killed", kill_step=chosen.choice((4, 5)), signal=True, **sharded)
+    assert ended != 0, "a rank that a signal ends is no success"
+    run(tmp_path, cases, "killed", **sharded)
+    for case in cases:
+        assert_equal(found_by("killed", case, tmp_path), found_by("straight", case, tmp_path))
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_the_same_samples_or_is_refused(tmp_path: Path) -> None:
+    """One process that takes two micro-batches a step sees what two processes see that take one."""
+    run(tmp_path, ["top_k"], "straight")
+    run(tmp_path, ["top_k"], "killed", kill_step=3)
+    folder = tmp_path / "killed" / "top_k"
+    one = make_trainer("top_k", folder, tmp_path, save_steps=100)
+    with pytest.raises(InputError, match=r"samples_per_step = 4, this one 2: .* set per_device_train_batch_size and"):
+        one.train(resume_from_checkpoint=True)
+    one = make_trainer("top_k", folder, tmp_path, save_steps=100, gradient_accumulation_steps=2)
+    one.train(resume_from_checkpoint=True)
+    found, expected = result_of(one), found_by("straight", "top_k", tmp_path)
+    for name, value in expected["student"].items():  # up to the order of sums
+        torch.testing.assert_close(found["student"][name], value, rtol=0, atol=2e-5)
+    assert found["totals"] == expected["totals"] | {"teacher_tokens": found["totals"]["teacher_tokens"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"per_device_train_batch_size": 3}, "samples_per_step = 2, this one 3"),
+        ({"seed": 12}, "order_seed = 11, this one 12"),
+        ({"data_seed": 4}, "order_seed = 11, this one 4"),
+        ({"train_sampling_strategy": "sequential"}, "order_seed = 11, this one None"),
+        ({"dataloader_drop_last": True}, "steps_per_epoch = 4, this one 3"),
+    ],
+)
+def test_another_schedule_is_refused_before_anything_is_loaded(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    first = make_trainer("top_k", tmp_path / "run", tmp_path)
+    kill_at(first, 5, "step")
+    with pytest.raises(Killed):
+        first.train()
+    with pytest.raises(InputError, match=rf"checkpoint-4: its training has {told}"):
+        make_trainer("top_k", tmp_path / "run", tmp_path, **changes).train(resume_from_checkpoint=True)
+    other = make_trainer("top_k", tmp_path / "run", tmp_path)
+    other._samples["train_dataset"] = other._samples["train_dataset"].select([0, 1, 2, 3, 4, 6, 5])
+    with pytest.raises(InputError, match="give the data that it began with"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_a_checkpoint_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="resume_from_checkpoint: no whole checkpoint in"):
+        make_trainer("top_k", tmp_path / "run", tmp_path).train(resume_from_checkpoint=True)
