@@ -61,6 +61,7 @@ def found_by(folder: str, case: str, tmp_path: Path) -> dict[str, Any]:
 
 
 def run(tmp_path: Path, cases: list[str], folder: str, **job: Any) -> int:
+    """``resuming.py`` in two processes; its exit code."""
     done = torchrun(
         str(WORKER.with_name("resuming.py")), str(tmp_path), json.dumps({"cases": cases, "folder": folder, **job})
     )
@@ -78,14 +79,14 @@ def run(tmp_path: Path, cases: list[str], folder: str, **job: Any) -> int:
     ],
 )
 def test_two_processes_go_on_in_every_epoch(strategy: str, cases: list[str], tmp_path: Path) -> None:
-    """Killed in the second and in the third epoch: each has an order of its own, which the first one's is not."""
-    sharded = {"sharded": strategy == "fsdp2"}
+    """Killed within the second and within the third epoch of four steps each, whose orders are not the first one's."""
+    job = {"sharded": strategy == "fsdp2", "changes": {"per_device_train_batch_size": 1}}
     chosen = random.Random(kill_seed())
-    run(tmp_path, cases, "straight", **sharded)
-    run(tmp_path, cases, "killed", kill_step=chosen.choice((2, 3)), **sharded)
-    ended = run(tmp_path, cases, "killed", kill_step=chosen.choice((4, 5)), signal=True, **sharded)
+    run(tmp_path, cases, "straight", **job)
+    run(tmp_path, cases, "killed", kill_step=chosen.choice((5, 6, 7)), **job)
+    ended = run(tmp_path, cases, "killed", kill_step=chosen.choice((9, 10, 11)), signal=True, **job)
     assert ended != 0, "a rank that a signal ends is no success"
-    run(tmp_path, cases, "killed", **sharded)
+    run(tmp_path, cases, "killed", **job)
     for case in cases:
         assert_equal(found_by("killed", case, tmp_path), found_by("straight", case, tmp_path))
 
