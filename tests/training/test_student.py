@@ -13,8 +13,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_trainer import RECIPES, assert_same, trainer_of, weights
 from tiny import V, make_arguments, make_model, make_samples, make_tokenizer
 from torch import Tensor
-from transformers import AttentionInterface, LlamaForCausalLM, MambaConfig, MambaForCausalLM, TrainerCallback
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    TrainerCallback,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.training_args import ParallelMode
 
 from selkd import DistillTrainer
@@ -184,6 +192,7 @@ def only_low_precision(module: Any, query: Tensor, key: Tensor, value: Tensor, *
 @pytest.fixture
 def _flash() -> None:
     AttentionInterface.register("only_low_precision", only_low_precision)
+    AttentionMaskInterface.register("only_low_precision", sdpa_mask)
 
 
 @pytest.mark.usefixtures("_flash")
