@@ -13,6 +13,7 @@ from test_distributed import WORKER, torchrun
 
 from selkd.errors import InputError
 from selkd.training.checkpoints import last_whole_checkpoint
+from selkd.training.sampling import FilledDataset
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -128,7 +129,7 @@ def test_another_schedule_is_refused_before_anything_is_loaded(
     with pytest.raises(InputError, match=rf"checkpoint-4: its training has {told}"):
         make_trainer("top_k", tmp_path / "run", tmp_path, **changes).train(resume_from_checkpoint=True)
     other = make_trainer("top_k", tmp_path / "run", tmp_path)
-    other._samples["train_dataset"] = other._samples["train_dataset"].select([0, 1, 2, 3, 4, 6, 5])
+    other.train_dataset = FilledDataset(other.train_dataset.samples.select([0, 1, 2, 3, 4, 6, 5]))
     with pytest.raises(InputError, match="give the data that it began with"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
 

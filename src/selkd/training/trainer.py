@@ -227,7 +227,7 @@ class DistillTrainer(EvaluatingTrainer):
             samples_per_step=micro_batch * accumulation,
             steps_per_epoch=-(-len(sampler) // (micro_batch * accumulation)),
             order_seed=sampler.seed,
-            data=self._samples["train_dataset"].digest,
+            data=self.train_dataset.samples.digest,
         )
 
     def set_initial_training_values(self, args: DistillArguments, dataloader: DataLoader) -> Any:
