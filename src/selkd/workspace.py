@@ -290,6 +290,8 @@ def _refusals_told() -> Iterator[None]:
     """What Transformers refuses of ``training``, as bad input."""
     try:
         yield
+    except InputError:  # our own words
+        raise
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         raise InputError(f"training: Transformers refuses it: {error}") from error
 

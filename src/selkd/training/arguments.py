@@ -73,8 +73,8 @@ class DistillArguments(TrainingArguments):
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched not in ("no", "bf16"):
             raise InputError(
-                f"ACCELERATE_MIXED_PRECISION={launched} is not supported: gradients of single classes underflow. Launch "
-                "with bf16, or with no for float32."
+                f"ACCELERATE_MIXED_PRECISION={launched} is not supported: gradients of single classes underflow. "
+                "Launch with bf16, or with no for float32."
             )
         with _told():
             check_supported(vars(self))
