@@ -171,6 +171,13 @@ def test_probabilities_in_units_stay_within_one_unit(width: int, seed: int) -> N
     assert ((counts / TOP_K_UNITS - exact).abs() < 1 / TOP_K_UNITS).all()
 
 
+def test_the_largest_remainders_get_the_units_that_are_missing() -> None:
+    """Remainders of 0.4, 0.35 and 0.25; and equal ones, of which the first class gets its unit."""
+    units = torch.tensor([[10.4, 20.35, TOP_K_UNITS - 30.75], [7.5, TOP_K_UNITS - 15.0, 7.5]], dtype=torch.float64)
+    _, counts = in_units(torch.arange(3).expand(2, -1), units / TOP_K_UNITS)
+    assert counts.tolist() == [[11, 20, TOP_K_UNITS - 31], [8, TOP_K_UNITS - 15, 7]]
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_what_is_stored_sums_to_the_total(name: str) -> None:
     sampler = class_sampler(ClassOptions.model_validate({"sampler": name, "draws": 6}))

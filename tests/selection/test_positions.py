@@ -1,5 +1,7 @@
 """Position policies against the specification, on every shape that hypothesis finds; their expectations."""
 
+import decimal
+import math
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,29 @@ def batch_of(mask: torch.Tensor, ids: np.ndarray | None = None, position_ids: to
         ids = np.arange(2 * len(mask), dtype=np.int64).view(np.uint8).reshape(-1, 16)
     places = torch.arange(mask.shape[1]).expand(mask.shape) if position_ids is None else position_ids
     return {"valid_mask": mask, "sample_ids": torch.from_numpy(ids.copy()), "position_ids": places}
+
+
+# Where the product in binary lies just above the whole number that decimals give.
+BINARY_TRAPS = [(0.07, 100, 7), (0.14, 50, 7), (0.28, 25, 7), (0.55, 100, 55), (0.56, 100, 56), (0.035, 200, 7)]
+
+
+@pytest.mark.parametrize(("fraction", "n", "expected"), [*BINARY_TRAPS, (0.2, 511, 103), (0.0025, 400, 1), (1.0, 9, 9)])
+def test_counts_are_those_of_decimal_arithmetic(fraction: float, n: int, expected: int) -> None:
+    assert counts_of(fraction, torch.tensor([n, 0])).tolist() == [expected, 0]
+    scores = torch.arange(n, dtype=torch.float64)[None]
+    picked = reference.select("top_k", scores, torch.ones(1, n, dtype=torch.bool), fraction)
+    assert int((picked > 0).sum()) == expected
+
+
+def test_the_traps_are_traps() -> None:
+    """Without the tolerance each of them would count one more."""
+    assert all(math.ceil(fraction * n) == expected + 1 for fraction, n, expected in BINARY_TRAPS)
+
+
+@given(st.integers(1, 10_000), st.integers(0, 4096))
+def test_counts_of_four_decimals_are_exact(ten_thousandths: int, n: int) -> None:
+    expected = math.ceil(decimal.Decimal(ten_thousandths) / 10_000 * n)
+    assert int(counts_of(ten_thousandths / 10_000, torch.tensor([n]))) == expected
 
 
 @given(scored_batches(), st.sampled_from(["all", "top_k", "curriculum", "weighted"]), st.floats(0, 1))

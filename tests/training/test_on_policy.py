@@ -63,6 +63,7 @@ def test_a_prompt_is_what_stands_before_the_last_answer() -> None:
         "01100011": 6,
         "00000000": 8,
         "00100110": 5,
+        "01001011": 6,  # three answers: the prompt ends before the last
         "01111111": 1,
     }.items():
         assert prompt_length(Sample(tokens, start, np.array([m == "1" for m in mask]))) == expected
