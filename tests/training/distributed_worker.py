@@ -1,7 +1,8 @@
 """One process of a distributed run, started by torchrun. Usage: distributed_worker.py OUT STRATEGY RECIPE_JSON [COUNT]
 
-``evaluate``: DistillTrainer measures COUNT samples, and predicts them. ``ddp``: DistillTrainer trains one step. ``fsdp2``: the same student and loss under ``fully_shard`` (Accelerate shards
-on accelerators only), whose gradients then take the same plain SGD step.
+``evaluate``: DistillTrainer measures COUNT samples, and predicts them. ``ddp``: it trains one step. ``fsdp2``: the same
+student and loss under ``fully_shard`` (Accelerate shards on accelerators only), whose gradients then take the same
+plain SGD step.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_it_is_the_same_for_every_batch_size(count: int, batch: int, tmp_path: P
     assert metrics["eval_positions"] == int(samples.n_valid.sum())
 
 
-def test_a_mean_of_batches_would_be_another_figure(tmp_path: Path) -> None:
+def test_a_mean_of_batches_would_be_another_figure() -> None:
     """So the tests above tell the two apart: samples differ in length and in divergence."""
     samples = make_samples(9)
     of_samples = [dense_kl(samples.select([index])) for index in range(9)]
@@ -99,7 +100,7 @@ def test_packed_documents_are_measured_as_if_each_were_alone(tmp_path: Path) -> 
     pieces = []
     for sample in samples:
         borders = [*sample.document_starts, len(sample.token_ids)]
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in pairwise(borders):
             pieces.append(Sample(sample.token_ids[start:end], np.zeros(1, np.int32)))
     assert len(pieces) > len(samples)
     alone = evaluator(tmp_path / "a", SampleDataset.from_samples(pieces)).evaluate()

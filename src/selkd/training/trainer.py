@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate
@@ -74,6 +74,7 @@ class DistillTrainer(EvaluatingTrainer):
     """
 
     data_collator: Callable[[list[Sample]], Batch]
+    _train_batch_size: int  # the arguments', or the one that auto_find_batch_size found
 
     def __init__(
         self,
@@ -246,6 +247,9 @@ class DistillTrainer(EvaluatingTrainer):
                 raise InputError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}.")
             resume_from_checkpoint = str(last)
         if resume_from_checkpoint and self.train_dataset is not None:
+            if self.args.auto_find_batch_size:  # the Trainer goes on with the one that was found
+                state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+                self._train_batch_size = state.train_batch_size or self._train_batch_size
             Schedule.require_same(self._schedule(), Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
