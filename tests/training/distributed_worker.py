@@ -1,7 +1,8 @@
-"""One process of a distributed run, started by torchrun. Usage: distributed_worker.py OUT STRATEGY RECIPE_JSON
+"""One process of a distributed run, started by torchrun. Usage: distributed_worker.py OUT STRATEGY RECIPE_JSON [COUNT]
 
-``ddp``: DistillTrainer trains one step. ``fsdp2``: the same student and loss under ``fully_shard`` (Accelerate shards
-on accelerators only), whose gradients then take the same plain SGD step.
+``evaluate``: DistillTrainer measures COUNT samples, and predicts them. ``ddp``: it trains one step. ``fsdp2``: the same
+student and loss under ``fully_shard`` (Accelerate shards on accelerators only), whose gradients then take the same
+plain SGD step.
 """
 
 import json
@@ -49,6 +50,26 @@ def ddp(out: Path, arguments: DistillArguments) -> None:
         (out / "answer.json").write_text(json.dumps(answer))
 
 
+def evaluate(out: Path, arguments: DistillArguments) -> None:
+    samples = make_samples(int(sys.argv[4]))
+    trainer = DistillTrainer(
+        model=make_model(1),
+        teacher=make_model(0, layers=3),
+        args=arguments,
+        eval_dataset=samples,
+        processing_class=make_tokenizer(),
+    )
+    metrics, predicted = trainer.evaluate(), trainer.predict(samples)
+    if trainer.is_world_process_zero():
+        answer = {
+            "metrics": metrics,
+            "world": trainer.args.world_size,
+            "labels": predicted.label_ids.tolist(),
+            "shape": predicted.predictions.shape,
+        }
+        (out / "answer.json").write_text(json.dumps(answer))
+
+
 def fsdp2(out: Path, arguments: DistillArguments) -> None:  # the arguments have set the process group up
     student = make_model(1)
     bind_distillation(student, V)
@@ -82,6 +103,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, strategy, recipe = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} | recipe
-    {"ddp": ddp, "fsdp2": fsdp2}[strategy](folder, make_arguments(folder, **options, ddp_backend="gloo"))
+    strategies = {"ddp": ddp, "evaluate": evaluate, "fsdp2": fsdp2}
+    strategies[strategy](folder, make_arguments(folder, **options, ddp_backend="gloo"))
     dist.barrier()
     dist.destroy_process_group()

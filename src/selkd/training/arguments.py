@@ -79,7 +79,12 @@ class DistillArguments(TrainingArguments):
         with _told():
             check_supported(vars(self))
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """What ``__post_init__`` checks, anew where a trial of a search has changed something. Raises InputError."""
         with _told():
+            check_supported(vars(self))
             check_accelerator(self.accelerator_config)
         if self.teacher_device is not None:
             try:

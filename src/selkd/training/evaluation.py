@@ -98,7 +98,7 @@ class EvaluatingTrainer(Trainer):
 
     args: DistillArguments
     teacher: Teacher
-    objective: Objective
+    distillation_loss: Objective  # `objective` is a search's figure, which the Trainer writes
     _given_teacher: PreTrainedModel | TeacherCache
     _tokenizer: PreTrainedTokenizerBase
     _has_packed = False  # whether samples of several documents came
@@ -121,21 +121,26 @@ class EvaluatingTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the Trainer's; ``eval_dataset`` may be rows, too."""
-        if eval_dataset is None or isinstance(eval_dataset, str | FilledDataset):
+        if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
-        getattr(self, "_eval_dataloaders", {}).pop("eval", None)  # of persistent workers, over other rows
-        return super().get_eval_dataloader(self._as_given(eval_dataset))
+        # Without a key: persistent workers are kept for the trainer's own sets, and would go on with other rows.
+        return self._get_dataloader(
+            self._as_given(eval_dataset, "eval_dataset"),
+            "Evaluation",
+            self.args.eval_batch_size,
+            self._get_eval_sampler,
+        )
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As the Trainer's; ``test_dataset`` may be rows, too."""
-        return super().get_test_dataloader(self._as_given(test_dataset))
+        return super().get_test_dataloader(self._as_given(test_dataset, "test_dataset"))
 
-    def _as_given(self, dataset: Any) -> FilledDataset:
+    def _as_given(self, dataset: Any, name: str) -> FilledDataset:
         """Samples that come with the call of an evaluation, checked as those that came with the trainer."""
         if isinstance(dataset, FilledDataset):
             return dataset
-        found = as_evaluated(dataset, "eval_dataset", self._tokenizer, self.args)
-        self._require_usable(found.samples, "eval_dataset")
+        found = as_evaluated(dataset, name, self._tokenizer, self.args)
+        self._require_usable(found.samples, name)
         return found
 
     def _get_eval_sampler(self, eval_dataset: Any) -> FilledSampler:
@@ -173,7 +178,7 @@ class EvaluatingTrainer(Trainer):
             batch=inputs,
             teacher=self.teacher.targets(inputs, self.state.global_step),
             is_live=self.teacher.is_live,
-            temperature=self.objective.criterion.temperature,
+            temperature=self.distillation_loss.criterion.temperature,
         )
         with torch.no_grad(), self.compute_loss_context_manager():
             mean = self._held_out.add(model(input_ids=ids, position_ids=positions, distillation=measure))
@@ -189,12 +194,15 @@ class EvaluatingTrainer(Trainer):
         """The sum of every process's ``values``."""
         return self.accelerator.reduce(values, "sum") if self.accelerator.num_processes > 1 else values
 
-    def hyperparameter_search(self, *args: Any, compute_objective: Any = None, **kwargs: Any) -> Any:
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As ``Trainer.hyperparameter_search``, by ``eval_loss`` where no metrics are computed."""
-        return super().hyperparameter_search(*args, compute_objective=compute_objective or _objective_of, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective or _objective_of, *args, **kwargs)
 
 
 def _objective_of(metrics: dict[str, float]) -> float:
-    """The Trainer's objective of a search, which adds up all metrics, without what selkd says beside ``eval_loss``."""
-    beside = tuple(f"_{name}" for name in (KL, DRAWS, "positions"))
-    return default_compute_objective({name: value for name, value in metrics.items() if not name.endswith(beside)})
+    """The Trainer's objective of a search, which adds up all metrics, without what comes beside each ``eval_loss``."""
+    sets = [name.removesuffix("_loss") for name in metrics if name.endswith("_loss")]
+    beside = {f"{each}_{name}" for each in sets for name in (KL, DRAWS, "positions", "model_preparation_time")}
+    return default_compute_objective({name: value for name, value in metrics.items() if name not in beside})

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate
@@ -74,6 +74,7 @@ class DistillTrainer(EvaluatingTrainer):
     """
 
     data_collator: Callable[[list[Sample]], Batch]
+    _train_batch_size: int  # the arguments', or the one that auto_find_batch_size found
 
     def __init__(
         self,
@@ -184,13 +185,13 @@ class DistillTrainer(EvaluatingTrainer):
         self.teacher = as_teacher(self._given_teacher, args, self._n_classes)
         for name, samples in self._samples.items():
             self._require_usable(samples, name)
-        self.objective = args.objective
-        if self.objective.positions.scoring == "two_stage":
+        self.distillation_loss = args.objective
+        if self.distillation_loss.positions.scoring == "two_stage":
             if not self._samples:
                 raise InputError("positions.scoring: two_stage counts the classes of train_dataset, and there is none.")
             text = next(iter(self._samples.values()))
-            self.objective = replace(
-                self.objective, classes_by_frequency=by_frequency(text.token_counts(self._n_classes))
+            self.distillation_loss = replace(
+                self.distillation_loss, classes_by_frequency=by_frequency(text.token_counts(self._n_classes))
             )
         train_samples = self._samples.get("train_dataset")
         self.answers = None
@@ -212,8 +213,8 @@ class DistillTrainer(EvaluatingTrainer):
         kept: list[TrainerCallback] = [Totals()]
         if self.answers is not None:
             kept.append(RolloutLog())
-        if self.objective.positions.queue_size is not None:
-            kept.append(Queue(self.objective.positions.queue_size))
+        if self.distillation_loss.positions.queue_size is not None:
+            kept.append(Queue(self.distillation_loss.positions.queue_size))
         for callback in (*kept, *([] if self.train_dataset is None else [ScheduleKept.of(self._schedule())])):
             self.remove_callback(type(callback))
             self.add_callback(callback)
@@ -246,12 +247,19 @@ class DistillTrainer(EvaluatingTrainer):
                 raise InputError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}.")
             resume_from_checkpoint = str(last)
         if resume_from_checkpoint and self.train_dataset is not None:
+            if self.args.auto_find_batch_size:  # the Trainer goes on with the one that was found
+                state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+                self._train_batch_size = state.train_batch_size or self._train_batch_size
             Schedule.require_same(self._schedule(), Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
+        rows_become = self.args.data_options("train_dataset")
         super()._hp_search_setup(trial)
         if trial is not None:
+            self.args.check()
+            if self.args.data_options("train_dataset") != rows_become:
+                raise InputError("hp_space: how rows become samples is no part of a search; they were made before it.")
             self._set_up()
 
     @property
@@ -272,7 +280,7 @@ class DistillTrainer(EvaluatingTrainer):
 
     def _find_place(self) -> Place:
         """Where the run is: the same for all micro-batches and ranks of the optimiser step that begins."""
-        return place_of(self.objective.positions, self.state.global_step, self.state.max_steps, self.queue)
+        return place_of(self.distillation_loss.positions, self.state.global_step, self.state.max_steps, self.queue)
 
     def compute_loss(
         self,
@@ -284,7 +292,7 @@ class DistillTrainer(EvaluatingTrainer):
         """The micro-batch's share of the step's loss; DDP and FSDP average over ranks, so times their number."""
         assert num_items_in_batch is not None, "the step's count is known before the forward pass"
         distillation = partial(
-            self.objective,
+            self.distillation_loss,
             batch=inputs,
             teacher=self.teacher.targets(inputs, self._place.step),
             place=self._place,
@@ -336,11 +344,11 @@ class DistillTrainer(EvaluatingTrainer):
         if self.teacher.is_live:
             self.totals.teacher_tokens += tokens
         self._log.positions_valid += budget.valid
-        return batches, self.objective.normaliser(budget)
+        return batches, self.distillation_loss.normaliser(budget)
 
     def _step_budget(self, batches: list[Batch], device: torch.device) -> tuple[Budget, int]:
         """The budget of some micro-batches over all ranks, and their tokens."""
-        budgets = [self.objective.budget(batch, self._place) for batch in batches]
+        budgets = [self.distillation_loss.budget(batch, self._place) for batch in batches]
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         counts = torch.tensor([*map(sum, zip(*budgets, strict=True)), tokens], device=device)
         *budget, tokens = self._over_processes(counts).tolist()
@@ -360,7 +368,7 @@ class DistillTrainer(EvaluatingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was selected since the last logged step: means in nats, the selected share."""
         if "loss" in logs and self._log.sums:
-            logs.update(self._log.take(self._over_processes, self.objective.positions, self._place))
+            logs.update(self._log.take(self._over_processes, self.distillation_loss.positions, self._place))
             if self.answers is not None:
                 logs.update(self.answers.logs())
                 if self.is_world_process_zero():
