@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from properties import examples
 
 from selkd.maths.divergence import forward_kl, sampled_forward_kl
 from selkd.recipe_choices import CLASS_SAMPLERS, ClassOptions
@@ -25,7 +26,7 @@ def as_dense(class_ids: torch.Tensor, counts: torch.Tensor, n_classes: int) -> t
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_counts_are_exact(draws: int, n_classes: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     probabilities = torch.softmax(torch.randn(n, n_classes, generator=generator) * 3, dim=-1)
@@ -66,7 +67,7 @@ def test_a_class_without_probability_is_never_drawn() -> None:
 
 @example(155, torch.float32, 155)  # the largest uniform rounds up to the whole, and the last block is empty
 @given(st.integers(1, 300), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_draw_is_the_class_that_its_point_lies_in(n_classes: int, dtype: torch.dtype, seed: int) -> None:
     """Also where whole blocks of classes have no probability, and at the borders between blocks."""
     generator = torch.Generator().manual_seed(seed)
@@ -128,7 +129,7 @@ def test_the_recipe_knows_the_samplers_that_there_are() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_systematic_counts_are_the_floor_or_the_ceiling(draws: int, n_classes: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     p = torch.softmax(torch.randn(n, n_classes, generator=generator, dtype=torch.float64) * 3, dim=-1)
@@ -161,7 +162,7 @@ def test_top_k_takes_the_largest_and_the_lower_of_equals() -> None:
 
 
 @given(st.integers(1, 64), st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_probabilities_in_units_stay_within_one_unit(width: int, seed: int) -> None:
     p = torch.softmax(torch.randn(5, width, generator=torch.Generator().manual_seed(seed)) * 4, dim=-1)
     class_ids = torch.arange(width).expand(5, -1)

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from selkd import plugins, recipe_choices, reference
 from selkd.errors import RunError
@@ -44,7 +45,7 @@ def batch_of(mask: torch.Tensor, ids: np.ndarray | None = None, position_ids: to
 
 
 @given(scored_batches(), st.sampled_from(["all", "top_k", "curriculum", "weighted"]), st.floats(0, 1))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_select_is_the_specification(batch: Scored, policy: str, progress: float) -> None:
     scores, mask, fraction = batch
     expected = reference.select(policy, scores, mask, fraction, progress=progress)
@@ -60,7 +61,7 @@ def test_select_is_the_specification(batch: Scored, policy: str, progress: float
     st.integers(0, 3),
     st.sampled_from([0.0, 0.25, 1.0]),
 )
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_draws_and_their_mitigations_are_the_specification(
     batch: Scored, policy: str, smoothing: float, clip: float | None, skip_first: int, coverage: float
 ) -> None:
@@ -73,7 +74,6 @@ def test_draws_and_their_mitigations_are_the_specification(
 
 
 @given(scored_batches(), st.integers(0, 40))
-@settings(max_examples=100, deadline=None)
 def test_gls_takes_what_reaches_the_queues_quantile(batch: Scored, seen: int) -> None:
     scores, mask, fraction = batch
     queue = ScoreQueue(100)
@@ -187,7 +187,6 @@ def test_noise_does_not_move_with_padding_or_batch() -> None:
 
 
 @given(st.floats(1e-6, 1.0), st.integers(0, 10**6))
-@settings(deadline=None)
 def test_counts_lie_within_one_of_the_share(fraction: float, n: int) -> None:
     count = int(counts_of(fraction, torch.tensor([n])))
     assert fraction * n - 1e-6 <= count < fraction * n + 1
