@@ -172,6 +172,37 @@ def test_probabilities_in_units_stay_within_one_unit(width: int, seed: int) -> N
     assert ((counts / TOP_K_UNITS - exact).abs() < 1 / TOP_K_UNITS).all()
 
 
+@pytest.mark.parametrize(
+    ("eighths", "expected"),
+    [
+        ([4, 2, 1, 1], [32_767, 16_384, 8_192, 8_192]),  # remainders .5, .75, .875, .875, and three units missing
+        ([1, 7], [8_192, 57_343]),  # .875, .125
+        ([7, 1], [57_343, 8_192]),
+        ([4, 4], [32_768, 32_767]),  # equal remainders: the unit goes to the earlier class
+        ([2, 2, 2, 2], [16_384, 16_384, 16_384, 16_383]),
+        ([8], [65_535]),
+        ([0, 3, 5], [0, 24_576, 40_959]),  # .625, .375
+    ],
+)
+def test_units_go_to_the_largest_remainders(eighths: list[int], expected: list[int]) -> None:
+    """Eighths, so that every product and every remainder is exact."""
+    p = torch.tensor([eighths], dtype=torch.float64) / 8
+    class_ids, counts = in_units(torch.arange(len(eighths))[None], p)
+    assert counts.tolist() == [expected]
+    assert class_ids.tolist() == [list(range(len(eighths)))]
+
+
+@given(st.integers(1, 64), st.integers(0, 2**32 - 1))
+@examples(50)
+def test_no_class_that_is_rounded_down_has_a_larger_remainder_than_one_rounded_up(width: int, seed: int) -> None:
+    p = torch.softmax(torch.randn(1, width, generator=torch.Generator().manual_seed(seed)).double() * 4, dim=-1)
+    _, counts = in_units(torch.arange(width)[None], p)
+    exact = p[0] / p[0].sum() * TOP_K_UNITS
+    is_up, remainder = counts[0] > exact.floor(), exact - exact.floor()
+    if is_up.any():  # else no unit was missing, as with a single class
+        assert remainder[is_up].min() >= torch.cat([torch.zeros(1), remainder[~is_up]]).max() - 1e-9
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_what_is_stored_sums_to_the_total(name: str) -> None:
     sampler = class_sampler(ClassOptions.model_validate({"sampler": name, "draws": 6}))

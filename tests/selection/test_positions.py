@@ -1,5 +1,6 @@
 """Position policies against the specification, on every shape that hypothesis finds; their expectations."""
 
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,28 @@ def test_noise_does_not_move_with_padding_or_batch() -> None:
     draws = draw_uniforms(3, ids, np.array([2, 5]), "y")
     assert np.array_equal(draws[:1, :2], draw_uniforms(3, ids[:1], np.array([2]), "y"))
     assert (draws[0, 2:] == 0).all()
+
+
+COUNTS = [
+    ("0.07", 100, 7), ("0.14", 100, 14), ("0.28", 100, 28), ("0.55", 100, 55), ("0.56", 100, 56), ("0.57", 100, 57),
+    ("0.1", 30, 3), ("0.2", 15, 3), ("0.0025", 400, 1), ("0.3", 0, 0), ("1.0", 7, 7),
+    ("0.07", 101, 8), ("0.2", 1, 1), ("0.2", 16, 4), ("0.0025", 401, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fraction", "n", "expected"), COUNTS)
+def test_counts_are_rounded_up_in_decimal_arithmetic(fraction: str, n: int, expected: int) -> None:
+    """In binary 0.07 * 100 is a little more than 7, and rounding it up gave 8."""
+    assert counts_of(float(fraction), torch.tensor([n])).tolist() == [expected]
+
+
+@given(st.integers(1, 4), st.data())
+def test_counts_are_those_of_decimal_arithmetic(digits: int, data: st.DataObject) -> None:
+    """Often of lengths that a fraction of so many digits divides, where binary rounding would show."""
+    numerator = data.draw(st.integers(1, 10**digits))
+    n = data.draw(st.one_of(st.integers(0, 10**6), st.integers(0, 100).map(lambda m: m * 10**digits)))
+    expected = (Decimal(numerator).scaleb(-digits) * n).to_integral_value(ROUND_CEILING)
+    assert counts_of(numerator / 10**digits, torch.tensor([n])).tolist() == [int(expected)]
 
 
 @given(st.floats(1e-6, 1.0), st.integers(0, 10**6))
