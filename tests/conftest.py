@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from properties import register_profiles
 
 CASES = sorted((Path(__file__).parent / "conformance").glob("case_*.json"))
 TENSORS = {"student_logits": torch.float64, "teacher_logits": torch.float64, "targets": torch.int64}
+
+register_profiles()
 
 
 @pytest.fixture(params=CASES, ids=lambda path: path.stem)

@@ -3,8 +3,9 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from cache_samples import assert_same_rows, make_rows
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from second_reader import read_block, read_model
 
 from selkd.cache.codec import decode, encode, fit
@@ -61,13 +62,12 @@ def shards(draw: st.DrawFn) -> list[list[Row]]:
     return draw(st.lists(st.lists(row, max_size=20), min_size=1, max_size=4))
 
 
-@settings(deadline=None)
 @given(shards())
 def test_a_round_trip_gives_back_every_integer(samples: list[list[Row]]) -> None:
     assert_round_trip([rows_of(rows) for rows in samples])
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(shards())
 def test_a_reader_written_from_the_document_reads_the_same(samples: list[list[Row]]) -> None:
     model = fit([rows_of(rows) for rows in samples])
@@ -201,7 +201,6 @@ def test_sizes_without_contents_are_refused_before_memory_is_taken() -> None:
         Model.from_bytes(model.to_bytes()[:4] + b"\xff\xff\xff\0" + model.to_bytes()[8:])
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_decoded_or_refused_in_words(data: bytes) -> None:
     model = fit([make_rows(3)])
@@ -211,7 +210,6 @@ def test_any_bytes_are_decoded_or_refused_in_words(data: bytes) -> None:
         Model.from_bytes(data)
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_a_changed_byte_is_refused_in_words_or_decodes_to_rows_of_the_total(data: st.DataObject) -> None:
     """Without the checksums that stand before the decoder: damage is never an array that does not agree with itself."""
@@ -226,7 +224,6 @@ def test_a_changed_byte_is_refused_in_words_or_decodes_to_rows_of_the_total(data
     assert {sum(row.values()) for row in as_dicts(rows) if row} <= {64}
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_a_changed_byte_of_a_model_is_refused_in_words_or_another_model(data: st.DataObject) -> None:
     model = fit([make_rows(4)])

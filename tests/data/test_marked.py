@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from chatty import ALL_TEMPLATES, CHAT, KINDS, chat_tokenizer, tokenizer_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -91,7 +92,7 @@ def plain_spaces(text: str, kind: str) -> str:
     return re.sub(special, r"\1", text) if kind in SPACE_AFTER_SPECIAL else text
 
 
-@settings(max_examples=250, deadline=None)
+@examples(250)
 @given(
     turns=TURNS,
     kind=st.sampled_from(sorted(KINDS)),
@@ -119,7 +120,7 @@ def test_conversations_decode_to_what_the_template_shows_and_targets_to_what_the
         assert document.token_ids[: document.is_target.index(True)] == prompt
 
 
-@settings(max_examples=250, deadline=None)
+@examples(250)
 @given(
     prompt=st.text("the sum\n<|>é ", min_size=1, max_size=12),
     completion=WORDS,
@@ -143,7 +144,7 @@ def test_exchanges_are_the_prompts_tokens_then_the_completions_text(
     assert text_of(tokenizer, document.token_ids) == text_of(tokenizer, asked.token_ids) + answer + "</s>"
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(
     chats=st.lists(TURNS, min_size=1, max_size=4),
     kind=st.sampled_from(sorted(KINDS)),

@@ -1,5 +1,9 @@
 """Models from disk into memory."""
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,20 +82,36 @@ def test_an_unknown_dtype_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
+    ("kernels", "capabilities", "expected"),
     [
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
-        ({"bf16": True, "neon": True}, torch.bfloat16),
-        ({"avx2": True, "avx512_bf16": False}, torch.float32),
-        ({}, torch.float32),
+        ("AVX512", {"avx512_bf16": True}, torch.bfloat16),
+        ("AVX512", {"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ("AVX512", {"avx2": True, "avx512_bf16": False}, torch.float32),
+        # PyTorch is held below what the processor has.
+        ("AVX2", {"avx512_bf16": True, "amx_bf16": True}, torch.float32),
+        ("DEFAULT", {"avx512_bf16": True, "amx_bf16": True}, torch.float32),
+        # ARM: its vector extension is named, or "DEFAULT".
+        ("DEFAULT", {"bf16": True, "neon": True}, torch.bfloat16),
+        ("SVE256", {"bf16": False, "sve_bf16": True}, torch.bfloat16),
+        ("DEFAULT", {"bf16": False, "neon": True}, torch.float32),
+        ("AVX512", {}, torch.float32),
     ],
 )
-def test_auto_is_bf16_where_the_processor_has_it(
-    capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_auto_is_bf16_where_pytorch_computes_in_it(
+    kernels: str, capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
     assert native_dtype(CPU) == resolve_dtype("auto", CPU) == expected
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="about x86")
+def test_a_processor_held_to_avx2_is_one_without_bf16() -> None:
+    """So that the environment variable shows what such a machine would do."""
+    code = "import torch; from selkd.models.loading import native_dtype; print(native_dtype(torch.device('cpu')))"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "torch.float32"
 
 
 @pytest.mark.parametrize(("supported", "expected"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from properties import examples
 
 from selkd.maths.divergence import forward_kl, sampled_forward_kl
 from selkd.recipe_choices import CLASS_SAMPLERS, ClassOptions
@@ -25,7 +26,7 @@ def as_dense(class_ids: torch.Tensor, counts: torch.Tensor, n_classes: int) -> t
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_counts_are_exact(draws: int, n_classes: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     probabilities = torch.softmax(torch.randn(n, n_classes, generator=generator) * 3, dim=-1)
@@ -66,7 +67,7 @@ def test_a_class_without_probability_is_never_drawn() -> None:
 
 @example(155, torch.float32, 155)  # the largest uniform rounds up to the whole, and the last block is empty
 @given(st.integers(1, 300), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_draw_is_the_class_that_its_point_lies_in(n_classes: int, dtype: torch.dtype, seed: int) -> None:
     """Also where whole blocks of classes have no probability, and at the borders between blocks."""
     generator = torch.Generator().manual_seed(seed)
@@ -128,7 +129,7 @@ def test_the_recipe_knows_the_samplers_that_there_are() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_systematic_counts_are_the_floor_or_the_ceiling(draws: int, n_classes: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     p = torch.softmax(torch.randn(n, n_classes, generator=generator, dtype=torch.float64) * 3, dim=-1)
@@ -161,7 +162,7 @@ def test_top_k_takes_the_largest_and_the_lower_of_equals() -> None:
 
 
 @given(st.integers(1, 64), st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_probabilities_in_units_stay_within_one_unit(width: int, seed: int) -> None:
     p = torch.softmax(torch.randn(5, width, generator=torch.Generator().manual_seed(seed)) * 4, dim=-1)
     class_ids = torch.arange(width).expand(5, -1)
@@ -171,11 +172,35 @@ def test_probabilities_in_units_stay_within_one_unit(width: int, seed: int) -> N
     assert ((counts / TOP_K_UNITS - exact).abs() < 1 / TOP_K_UNITS).all()
 
 
-def test_the_largest_remainders_get_the_units_that_are_missing() -> None:
-    """Remainders of 0.4, 0.35 and 0.25; and equal ones, of which the first class gets its unit."""
-    units = torch.tensor([[10.4, 20.35, TOP_K_UNITS - 30.75], [7.5, TOP_K_UNITS - 15.0, 7.5]], dtype=torch.float64)
-    _, counts = in_units(torch.arange(3).expand(2, -1), units / TOP_K_UNITS)
-    assert counts.tolist() == [[11, 20, TOP_K_UNITS - 31], [8, TOP_K_UNITS - 15, 7]]
+@pytest.mark.parametrize(
+    ("eighths", "expected"),
+    [
+        ([4, 2, 1, 1], [32_767, 16_384, 8_192, 8_192]),  # remainders .5, .75, .875, .875, and three units missing
+        ([1, 7], [8_192, 57_343]),  # .875, .125
+        ([7, 1], [57_343, 8_192]),
+        ([4, 4], [32_768, 32_767]),  # equal remainders: the unit goes to the earlier class
+        ([2, 2, 2, 2], [16_384, 16_384, 16_384, 16_383]),
+        ([8], [65_535]),
+        ([0, 3, 5], [0, 24_576, 40_959]),  # .625, .375
+    ],
+)
+def test_units_go_to_the_largest_remainders(eighths: list[int], expected: list[int]) -> None:
+    """Eighths, so that every product and every remainder is exact."""
+    p = torch.tensor([eighths], dtype=torch.float64) / 8
+    class_ids, counts = in_units(torch.arange(len(eighths))[None], p)
+    assert counts.tolist() == [expected]
+    assert class_ids.tolist() == [list(range(len(eighths)))]
+
+
+@given(st.integers(1, 64), st.integers(0, 2**32 - 1))
+@examples(50)
+def test_no_class_that_is_rounded_down_has_a_larger_remainder_than_one_rounded_up(width: int, seed: int) -> None:
+    p = torch.softmax(torch.randn(1, width, generator=torch.Generator().manual_seed(seed)).double() * 4, dim=-1)
+    _, counts = in_units(torch.arange(width)[None], p)
+    exact = p[0] / p[0].sum() * TOP_K_UNITS
+    is_up, remainder = counts[0] > exact.floor(), exact - exact.floor()
+    if is_up.any():  # else no unit was missing, as with a single class
+        assert remainder[is_up].min() >= torch.cat([torch.zeros(1), remainder[~is_up]]).max() - 1e-9
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

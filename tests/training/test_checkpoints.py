@@ -1,23 +1,55 @@
-"""Which checkpoint a training goes on from."""
+"""Which checkpoint a run goes on from."""
 
 from pathlib import Path
 
+import pytest
+
 from selkd.training.checkpoints import last_whole_checkpoint
 
+STATE = '{"global_step": 1}'
 
-def test_the_newest_checkpoint_that_was_written_to_its_end_is_taken(tmp_path: Path) -> None:
-    assert last_whole_checkpoint(tmp_path / "none") is None
-    for name, state in {
-        "checkpoint-2": "{}",
-        "checkpoint-9": "{}",
-        "checkpoint-10": "{}",  # by number, not by letters
-        "checkpoint-11": '{"global_step": 1',  # torn
-        "checkpoint-12": None,  # never reached
-        "checkpoint-99-copy": "{}",
-        "my-checkpoint-98": "{}",
-        "checkpoint-": "{}",
-    }.items():
-        (tmp_path / name).mkdir()
+
+def write(folder: Path, checkpoints: dict[str, str | None]) -> None:
+    """A folder per name, with that text as its state; None: a checkpoint that holds no state yet."""
+    for name, state in checkpoints.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").touch()
         if state is not None:
-            (tmp_path / name / "trainer_state.json").write_text(state)
-    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+            (folder / name / "trainer_state.json").write_text(state)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "expected"),
+    [
+        ({}, None),
+        ({"checkpoint-5": STATE}, "checkpoint-5"),
+        ({"checkpoint-5": STATE, "checkpoint-6": STATE, "checkpoint-7": STATE}, "checkpoint-7"),
+        # By number: as text 9 comes after 10 and 100.
+        ({"checkpoint-9": STATE, "checkpoint-10": STATE}, "checkpoint-10"),
+        ({"checkpoint-100": STATE, "checkpoint-20": STATE, "checkpoint-9": STATE}, "checkpoint-100"),
+        # Interrupted before its state, or within it.
+        ({"checkpoint-8": STATE, "checkpoint-9": STATE, "checkpoint-10": None}, "checkpoint-9"),
+        ({"checkpoint-8": STATE, "checkpoint-9": STATE, "checkpoint-10": STATE[:9]}, "checkpoint-9"),
+        ({"checkpoint-8": STATE, "checkpoint-9": "", "checkpoint-10": None}, "checkpoint-8"),
+        ({"checkpoint-9": "", "checkpoint-10": None}, None),
+        # Not the Trainer's.
+        (
+            {"checkpoint-3": STATE, "checkpoint-best": STATE, "checkpoint-12-old": STATE, "my-checkpoint-13": STATE,
+             "checkpoint-": STATE, "checkpoint--14": STATE, "checkpoint-1.5": STATE, "run-99": STATE},
+            "checkpoint-3",
+        ),
+        ({"checkpoint-best": STATE}, None),
+    ],
+)  # fmt: skip
+def test_the_latest_whole_checkpoint_is_found(
+    checkpoints: dict[str, str | None], expected: str | None, tmp_path: Path
+) -> None:
+    write(tmp_path, checkpoints)
+    assert last_whole_checkpoint(tmp_path) == (expected and tmp_path / expected)
+
+
+def test_files_and_folders_that_are_not_there_are_no_checkpoints(tmp_path: Path) -> None:
+    assert last_whole_checkpoint(tmp_path / "none") is None
+    write(tmp_path, {"checkpoint-2": STATE})
+    (tmp_path / "checkpoint-11").touch()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from steps import assert_gradients, gradients_of, own_logits, take_step
 from test_trainer import RECIPES, dense_loss, trainer_of, weights
 from tiny import V, make_model, make_samples
@@ -99,7 +100,7 @@ def cuts(draw: st.DrawFn) -> tuple[list[list[Sample]], list[str], list[int], int
 
 
 @given(cut=cuts())
-@settings(max_examples=12, deadline=None, derandomize=True)
+@examples(12)
 def test_a_gradient_is_one_however_its_step_is_laid_out(
     step: tuple[dict[str, Any], float, dict[str, Tensor]],
     models: tuple[PreTrainedModel, PreTrainedModel],

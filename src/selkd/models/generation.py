@@ -51,7 +51,7 @@ class _Draw(LogitsProcessor):
     """Leaves one class of each row: the one at which the cumulative distribution passes the row's next uniform.
 
     So an answer is drawn by its prompt's uniforms alone, never by a stream that the whole batch shares. What else is in
-    the batch moves its logits by rounding, no more: in bfloat16 enough to change a draw now and then.
+    the batch moves its logits by rounding, no more: in bfloat16 enough to change one draw in some tens.
     """
 
     def __init__(self, uniforms: Tensor, prompt_width: int) -> None:

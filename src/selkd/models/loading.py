@@ -12,18 +12,27 @@ from selkd.models.quantisation import quantization_config, require_quantization
 from selkd.models.sources import ModelSource
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-# The names that torch.cpu.get_capabilities() gives to bf16 arithmetic on x86 and on ARM.
-_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+# The names that torch.cpu.get_capabilities() gives to bf16 arithmetic.
+_X86_BF16 = ("avx512_bf16", "amx_bf16")
+_ARM_BF16 = ("bf16", "sve_bf16")
+# What torch.backends.cpu.get_cpu_capability() answers on x86 where PyTorch runs no AVX-512 kernels: the processor has
+# none, or ATEN_CPU_CAPABILITY keeps PyTorch from them. Without vector extensions ARM is "DEFAULT", too.
+_BELOW_AVX512 = ("AVX2", "DEFAULT", "NO AVX")
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """torch.bfloat16 where the device computes in it, else torch.float32: emulated bf16 is the slower of the two."""
+    """torch.bfloat16 where the device computes in it, else torch.float32: emulated bf16 is the slower of the two.
+
+    On x86 ``ATEN_CPU_CAPABILITY=avx2`` makes of a processor with AVX-512 or AMX one without, here as in PyTorch.
+    """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         # PyTorch versions without this function can't tell; float32 is right on every CPU.
         capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = any(capabilities.get(name) for name in _CPU_BF16)
+        native = any(capabilities.get(name) for name in _ARM_BF16)
+        if torch.backends.cpu.get_cpu_capability() not in _BELOW_AVX512:
+            native = native or any(capabilities.get(name) for name in _X86_BF16)
     else:
         native = False
     return torch.bfloat16 if native else torch.float32

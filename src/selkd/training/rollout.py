@@ -2,8 +2,11 @@
 
 Which samples are answered, and the uniforms that an answer is drawn by, are a function of (seed, sample, optimiser
 step), not of how the step is cut into micro-batches or ranks. So are the answers but for rounding: prompts that are
-padded otherwise have other last digits in their logits, and a uniform right at a border between two classes falls to
-the other side. In float32 that is next to never; in bfloat16 a few answers in a hundred differ from some token on.
+padded otherwise have other last digits in their logits, and a uniform between the places that the border of two classes
+then has draws another class. In float32 that is next to never. In bfloat16 it is common, and the answer goes on
+otherwise from there: attention on the CPU rounds the keys that fill whole vector registers otherwise than the rest of
+a row, and padding moves keys from one to the other. Of 256 answers of 10 tokens from the tests' toy, 6 differed with
+AVX-512 and 57 with AVX2; of 40 answers of up to 64 tokens from the demo's teacher 28, one draw in 16.
 """
 
 import time
