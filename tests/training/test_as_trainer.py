@@ -101,16 +101,25 @@ def test_without_rows_an_evaluation_is_refused(tmp_path: Path) -> None:
 
 def test_workers_that_stay_serve_the_rows_that_are_asked_for(tmp_path: Path) -> None:
     sets = {"own": make_samples(3, seed=1), "rows": make_samples(3, seed=2), "others": make_samples(3, seed=3)}
-    plain = make_trainer(tmp_path / "a")
+    plain = make_trainer(tmp_path / "a", **UNPACKED)
     expected = {name: plain.evaluate(samples)["eval_loss"] for name, samples in sets.items()}
     trainer = make_trainer(
-        tmp_path / "b", eval_dataset=sets["own"], dataloader_num_workers=1, dataloader_persistent_workers=True
+        tmp_path / "b",
+        eval_dataset=sets["own"],
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+        **UNPACKED,
     )
+    loaders = []
     for name in ("own", "rows", "own", "others", "rows", "own"):
         metrics = trainer.evaluate() if name == "own" else trainer.evaluate(sets[name])
         assert metrics["eval_loss"] == expected[name], name
+        if name == "own":
+            loaders.append(trainer.callback_handler.eval_dataloader)
+    assert loaders[0] is loaders[1] is loaders[2], "the own set's workers stay"
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == plain.evaluate(plain.train_dataset)["eval_loss"]
-    assert trainer.get_eval_dataloader() is trainer.get_eval_dataloader()
+    trainer.eval_dataset = [row | {} for row in ROWS]
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate(ROWS)["eval_loss"]
 
 
 @pytest.mark.parametrize("batch", [2, 5, 8])

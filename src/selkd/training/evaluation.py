@@ -121,7 +121,8 @@ class EvaluatingTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the Trainer's; ``eval_dataset`` may be rows, too."""
-        if eval_dataset is None or isinstance(eval_dataset, str):
+        is_own = isinstance(eval_dataset, FilledDataset) and eval_dataset is self.eval_dataset
+        if eval_dataset is None or isinstance(eval_dataset, str) or is_own:
             return super().get_eval_dataloader(eval_dataset)
         # Without a key: persistent workers are kept for the trainer's own sets, and would go on with other rows.
         return self._get_dataloader(
