@@ -1,6 +1,6 @@
 """Trainings that are killed and go on, for tests in this process and, as a script, for each of several.
 
-As a script, started by torchrun: ``resuming.py OUT JOB_JSON``. A job trains ``cases`` into ``folder``, with ``changes``
+As a script, started by torchrun: ``resuming.py OUT JOBS_JSON``. A job trains ``cases`` into ``folder``, with ``changes``
 of arguments, under FSDP2 if ``sharded``; each ends before the update of ``kill_step``, and the process by ``signal``.
 """
 
@@ -168,11 +168,12 @@ def _train_all(out: Path, job: dict[str, Any]) -> Iterator[tuple[str, DistillTra
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, description = Path(sys.argv[1]), json.loads(sys.argv[2])
-    for name, done in _train_all(folder, description):
-        found = result_of(done)
-        if done.is_world_process_zero():
-            save_file(found.pop("student"), folder / f"{description['folder']} {name}.safetensors")
-            (folder / f"{description['folder']} {name}.json").write_text(json.dumps(found))
-    if description.get("signal"):  # the end of one rank, which takes the others along
-        os.kill(os.getpid(), signal.SIGKILL)
+    folder = Path(sys.argv[1])
+    for job in json.loads(sys.argv[2]):
+        for name, done in _train_all(folder, job):
+            found = result_of(done)
+            if done.is_world_process_zero():
+                save_file(found.pop("student"), folder / f"{job['folder']} {name}.safetensors")
+                (folder / f"{job['folder']} {name}.json").write_text(json.dumps(found))
+        if job.get("signal"):  # the end of one rank, which takes the others along
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -61,12 +61,10 @@ def found_by(folder: str, case: str, tmp_path: Path) -> dict[str, Any]:
     return left | {"student": load_file(tmp_path / f"{folder} {case}.safetensors")}
 
 
-def run(tmp_path: Path, cases: list[str], folder: str, **job: Any) -> int:
+def run(tmp_path: Path, *jobs: dict[str, Any]) -> int:
     """``resuming.py`` in two processes; its exit code."""
-    done = torchrun(
-        str(WORKER.with_name("resuming.py")), str(tmp_path), json.dumps({"cases": cases, "folder": folder, **job})
-    )
-    if "signal" not in job:
+    done = torchrun(str(WORKER.with_name("resuming.py")), str(tmp_path), json.dumps(jobs))
+    if not any("signal" in job for job in jobs):
         assert done.returncode == 0, done.stderr[-3000:]
     return done.returncode
 
@@ -81,13 +79,13 @@ def run(tmp_path: Path, cases: list[str], folder: str, **job: Any) -> int:
 )
 def test_two_processes_go_on_in_every_epoch(strategy: str, cases: list[str], tmp_path: Path) -> None:
     """Killed within the second and within the third epoch of four steps each, whose orders are not the first one's."""
-    job = {"sharded": strategy == "fsdp2", "changes": {"per_device_train_batch_size": 1}}
+    job = {"cases": cases, "sharded": strategy == "fsdp2", "changes": {"per_device_train_batch_size": 1}}
+    straight, killed = job | {"folder": "straight"}, job | {"folder": "killed"}
     chosen = random.Random(kill_seed())
-    run(tmp_path, cases, "straight", **job)
-    run(tmp_path, cases, "killed", kill_step=chosen.choice((5, 6, 7)), **job)
-    ended = run(tmp_path, cases, "killed", kill_step=chosen.choice((9, 10, 11)), signal=True, **job)
+    run(tmp_path, straight, killed | {"kill_step": chosen.choice((5, 6, 7))})
+    ended = run(tmp_path, killed | {"kill_step": chosen.choice((9, 10, 11)), "signal": True})
     assert ended != 0, "a rank that a signal ends is no success"
-    run(tmp_path, cases, "killed", **job)
+    run(tmp_path, killed)
     for case in cases:
         assert_equal(found_by("killed", case, tmp_path), found_by("straight", case, tmp_path))
 
@@ -95,8 +93,8 @@ def test_two_processes_go_on_in_every_epoch(strategy: str, cases: list[str], tmp
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_samples_or_is_refused(tmp_path: Path) -> None:
     """One process that takes two micro-batches a step sees what two processes see that take one."""
-    run(tmp_path, ["top_k"], "straight")
-    run(tmp_path, ["top_k"], "killed", kill_step=3)
+    job = {"cases": ["top_k"]}
+    run(tmp_path, job | {"folder": "straight"}, job | {"folder": "killed", "kill_step": 3})
     folder = tmp_path / "killed" / "top_k"
     one = make_trainer("top_k", folder, tmp_path, save_steps=100)
     with pytest.raises(InputError, match=r"samples_per_step = 4, this one 2: .* set per_device_train_batch_size and"):
