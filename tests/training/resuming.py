@@ -1,7 +1,8 @@
 """Trainings that are killed and go on, for tests in this process and, as a script, for each of several.
 
-As a script, started by torchrun: ``resuming.py OUT JOBS_JSON``. A job trains ``cases`` into ``folder``, with ``changes``
-of arguments, under FSDP2 if ``sharded``; each ends before the update of ``kill_step``, and the process by ``signal``.
+As a script, started by torchrun: ``resuming.py OUT JOBS_JSON``. A job trains ``cases`` into ``folder``, with
+``changes`` of arguments, under FSDP2 if ``sharded``; each ends before the update of ``kill_step``, and the process by
+``signal``.
 """
 
 import json
