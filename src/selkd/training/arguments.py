@@ -70,16 +70,17 @@ class DistillArguments(TrainingArguments):
         for name, reason in _LAUNCHERS.items():
             if os.environ.get(name, "false").lower() == "true":
                 raise InputError(f"{name} asks for {reason}.")
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # looked at here: bf16 would hide it
+        if launched not in ("no", "bf16"):
+            raise InputError(
+                f"ACCELERATE_MIXED_PRECISION={launched} is not supported: gradients of single classes underflow. "
+                "Launch with bf16, or no for float32."
+            )
         with _told():
             check_supported(vars(self))
         super().__post_init__()
         with _told():
             check_accelerator(self.accelerator_config)
-        if self.mixed_precision not in ("no", "bf16"):
-            raise InputError(
-                f"ACCELERATE_MIXED_PRECISION={self.mixed_precision} is not supported: gradients of single classes "
-                "underflow. Launch with bf16, or no for float32."
-            )
         if self.teacher_device is not None:
             try:
                 check_device(self.teacher_device)
