@@ -90,7 +90,8 @@ OWNED = {
 }
 
 
-# What Transformers takes and trips over hours later, or takes and trains nothing: key -> (allowed, how it is said).
+# What Transformers takes and trips over hours later, trains nothing with or counts wrongly: key -> (allowed, how it is
+# said).
 RANGES: dict[str, tuple[Accepted, str]] = {
     "per_device_train_batch_size": (lambda value: value >= 1, "at least 1"),
     "gradient_accumulation_steps": (lambda value: value >= 1, "at least 1"),
@@ -100,6 +101,10 @@ RANGES: dict[str, tuple[Accepted, str]] = {
     "dataloader_num_workers": (lambda value: value >= 0, "at least 0"),
     "logging_steps": (lambda value: value > 0, "above 0"),
     "save_steps": (lambda value: value > 0, "above 0"),
+    "include_num_input_tokens_seen": (
+        lambda value: value in (False, True, "no", "all"),
+        "no, or all with padding (which may be the end token, so that its id does not tell it)",
+    ),
 }
 RECIPE_RANGES: dict[str, tuple[Accepted, str]] = RANGES | {
     "save_strategy": (lambda value: value != "best", "no, steps or epoch: the last student is kept, not the best"),

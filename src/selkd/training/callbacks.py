@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from selkd.training.rollout import RolloutSums
 
@@ -171,3 +172,24 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class CheckpointAfterStep(JITCheckpointCallback):
+    """``enable_jit_checkpoint``, once the step that runs is over.
+
+    The Trainer's own also writes amid a step, whose positions, answers and scores are counted by then: a training that
+    went on from there would count them twice.
+    """
+
+    @classmethod
+    def instead_of(cls, asked: JITCheckpointCallback) -> "CheckpointAfterStep":
+        """The same signal, heard by ``asked``, told to another callback."""
+        waiting = cls()
+        waiting.trainer, waiting.jit_manager = asked.trainer, asked.jit_manager
+        return waiting
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        pass

@@ -16,7 +16,12 @@ import torch
 from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+<<<<<<< HEAD
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+=======
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+>>>>>>> args
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate
@@ -31,7 +36,7 @@ from selkd.selection.two_stage import by_frequency
 from selkd.teacher import Batch, CachedCollator, CachedTeacher
 from selkd.training.answers import Answers
 from selkd.training.arguments import DistillArguments
-from selkd.training.callbacks import RolloutLog
+from selkd.training.callbacks import CheckpointAfterStep, RolloutLog
 from selkd.training.checkpoints import last_whole_checkpoint
 from selkd.training.evaluation import EvaluatingTrainer
 from selkd.training.inputs import (
@@ -142,6 +147,9 @@ class DistillTrainer(EvaluatingTrainer):
             **kwargs,
         )
         self._require_honoured()
+        asked = self.pop_callback(JITCheckpointCallback)
+        if asked is not None:
+            self.add_callback(CheckpointAfterStep.instead_of(asked))
         if self._use_cache is None:  # the Trainer switches it off, and would save the student so
             del self.model.config.use_cache
         else:
