@@ -1,4 +1,7 @@
-# make demo: distil a real 135M model. make test: the tests, in two processes. make test-quantised: those of quantised
+# make demo: distil a real 135M model. make test: the tests, in two processes. make quick: after each change, the part of
+# them that finds most faults in under a minute: the specification and its oracle cases, maths, selection, codec, a
+# recipe's refusals, the trainer's steps, the architecture. make test-avx2: the same and the on-policy step as on a
+# processor without AVX-512 and AMX (x86; elsewhere it changes nothing). make test-quantised: those of quantised
 # teachers, with their packages. make docs: the pages, into site/. All set up .venv first; a second call is quick.
 PYTHON ?= python3
 VENV := .venv
@@ -8,13 +11,33 @@ QUANTISED := $(VENV)/quantised
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-quantised check docs setup
+QUICK := tests/test_reference.py tests/test_recipe.py tests/test_architecture.py tests/maths tests/selection \
+	tests/cache/test_codec.py tests/data/test_batching.py tests/data/test_samples.py tests/models/test_generation.py \
+	tests/models/test_loading.py tests/training/test_checkpoints.py tests/training/test_normalisation.py \
+	tests/training/test_objective.py tests/training/test_trainer.py::test_a_step_is_the_specifications \
+	tests/training/test_on_policy.py::test_a_prompt_is_what_stands_before_the_last_answer
+ON_POLICY := $(addprefix tests/training/test_on_policy.py::test_, \
+	answers_do_not_depend_on_how_a_step_is_cut_and_change_with_it_and_the_seed \
+	rounding_alone_moves_an_answer_and_only_at_a_border a_step_is_the_off_policy_step_on_the_answers \
+	low_precision_products_train_on micro_batches_make_no_difference)
+# One test at a time to whichever process is free: there is no large file to begin with.
+IN_TURN := --numprocesses 2 --dist worksteal
+# What PyTorch's own kernels, oneDNN's and MKL's may use.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+
+.PHONY: demo test quick test-avx2 test-quantised check docs setup
 
 demo: setup
 	$(BIN)/selkd demo
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+quick: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(IN_TURN) $(QUICK)
+
+test-avx2: setup
+	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(IN_TURN) $(QUICK) $(ON_POLICY)
 
 # Transformers imports these packages wherever it finds them, so they lie apart and only this sees them.
 test-quantised: setup $(QUANTISED)/.installed
