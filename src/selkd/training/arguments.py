@@ -70,19 +70,11 @@ class DistillArguments(TrainingArguments):
         for name, reason in _LAUNCHERS.items():
             if os.environ.get(name, "false").lower() == "true":
                 raise InputError(f"{name} asks for {reason}.")
-<<<<<<< HEAD
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if launched not in ("no", "bf16"):
-            raise InputError(
-                f"ACCELERATE_MIXED_PRECISION={launched} is not supported: gradients of single classes underflow. "
-                "Launch with bf16, or with no for float32."
-=======
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # looked at here: bf16 would hide it
         if launched not in ("no", "bf16"):
             raise InputError(
                 f"ACCELERATE_MIXED_PRECISION={launched} is not supported: gradients of single classes underflow. "
                 "Launch with bf16, or no for float32."
->>>>>>> args
             )
         with _told():
             check_supported(vars(self))

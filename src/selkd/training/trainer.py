@@ -16,12 +16,8 @@ import torch
 from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-<<<<<<< HEAD
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
-=======
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
->>>>>>> args
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.batching import collate
