@@ -135,3 +135,10 @@ def test_another_schedule_is_refused_before_anything_is_loaded(
 def test_a_checkpoint_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="resume_from_checkpoint: no whole checkpoint in"):
         make_trainer("top_k", tmp_path / "run", tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_its_optimiser_is_refused(tmp_path: Path) -> None:
+    """Transformers would go on with an optimiser that remembers nothing, and say nothing."""
+    make_trainer("top_k", tmp_path / "run", tmp_path, save_only_model=True, num_train_epochs=1).train()
+    with pytest.raises(InputError, match="checkpoint-4: holds no optimiser state"):
+        make_trainer("top_k", tmp_path / "run", tmp_path).train(resume_from_checkpoint=True)

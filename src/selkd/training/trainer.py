@@ -243,13 +243,19 @@ class DistillTrainer(EvaluatingTrainer):
         """As ``Trainer.train``. ``True`` resumes from the newest checkpoint that was written to its end.
 
         Raises:
-            InputError: no such checkpoint, or its training had other samples in its steps.
+            InputError: no such checkpoint, one without its optimiser (``save_only_model``), or its training had other
+                samples in its steps.
         """
         if resume_from_checkpoint is True:
             last = last_whole_checkpoint(Path(self.args.output_dir))
             if last is None:
                 raise InputError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}.")
             resume_from_checkpoint = str(last)
+        if resume_from_checkpoint and not any(Path(resume_from_checkpoint).glob("optimizer*")):
+            raise InputError(
+                f"{resume_from_checkpoint}: holds no optimiser state, without which a training would begin anew and not "
+                "go on. Resume from a checkpoint that was saved without save_only_model, or train from its model."
+            )
         if resume_from_checkpoint and self.train_dataset is not None:
             if self.args.auto_find_batch_size:  # the Trainer goes on with the one that was found
                 state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
