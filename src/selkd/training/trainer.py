@@ -253,8 +253,8 @@ class DistillTrainer(EvaluatingTrainer):
             resume_from_checkpoint = str(last)
         if resume_from_checkpoint and not any(Path(resume_from_checkpoint).glob("optimizer*")):
             raise InputError(
-                f"{resume_from_checkpoint}: holds no optimiser state, without which a training would begin anew and not "
-                "go on. Resume from a checkpoint that was saved without save_only_model, or train from its model."
+                f"{resume_from_checkpoint}: holds no optimiser state, without which a training would begin anew and "
+                "not go on. Resume from a checkpoint that was saved without save_only_model, or train from its model."
             )
         if resume_from_checkpoint and self.train_dataset is not None:
             if self.args.auto_find_batch_size:  # the Trainer goes on with the one that was found
