@@ -31,19 +31,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ids: np.ndarray) -> Path:
 
 def test_a_million_samples_are_opened_at_once_and_found(folder: Path, ids: np.ndarray) -> None:
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     index = SampleIndex(folder / "index.selkd", PLAN, N)
-    opened = time.perf_counter() - started
+    opened = time.process_time() - started
     places = np.random.default_rng(1).integers(0, N, 5000).tolist()
     wanted = [ids[place].tobytes() for place in places]
-    started = time.perf_counter()
+    started = time.process_time()
     found = [index.find(sample_id) for sample_id in wanted]
-    per_look_up = (time.perf_counter() - started) / len(wanted)
+    per_look_up = (time.process_time() - started) / len(wanted)
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found == [divmod(place, PER_SHARD) for place in places]
     assert opened < 1
-    assert per_look_up < 1e-3  # some 10 microseconds; the rest is for a machine that does much else
+    assert per_look_up < 1e-3  # some 10 microseconds, of the processor's time: others may be at work beside it
     assert memory < 10e6  # of 24 MB
 
 

@@ -21,6 +21,8 @@ from selkd.recipe_models import LoraOptions
 
 peft = pytest.importorskip("peft")
 IDS = torch.arange(2, 20)[None]
+# Of float32 logits with a merged weight in the place of two products: 1.7e-5 with AVX2, below 1e-5 with AVX-512.
+ROUNDING = 1e-4
 
 
 def options(**given: Any) -> LoraOptions:
@@ -72,7 +74,8 @@ def test_training_moves_the_adapters_alone_and_merging_computes_the_same(tmp_pat
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
     whole = merged(student)
-    torch.testing.assert_close(whole(IDS).logits, student(input_ids=IDS).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole(IDS).logits, student(input_ids=IDS).logits, rtol=0, atol=ROUNDING)
+    assert (whole(IDS).logits - make_model(3)(IDS).logits).abs().max() > 100 * ROUNDING
     assert "lora" not in " ".join(whole.state_dict())
     assert any("lora_" in name for name in student.state_dict()), "the student itself is left as it was"
     assert merged(whole) is whole
@@ -108,8 +111,8 @@ def test_merging_leaves_the_student_bit_for_bit_and_what_is_saved_computes_what_
         assert torch.equal(tensor, value), name
     assert torch.equal(student(input_ids=IDS).logits, logits)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    torch.testing.assert_close(saved(IDS).logits, logits, rtol=0, atol=1e-5)
-    assert (saved(IDS).logits - make_model(3, tie_word_embeddings=is_tied)(IDS).logits).abs().max() > 1e-2
+    torch.testing.assert_close(saved(IDS).logits, logits, rtol=0, atol=ROUNDING)
+    assert (saved(IDS).logits - make_model(3, tie_word_embeddings=is_tied)(IDS).logits).abs().max() > 100 * ROUNDING
     assert ("lm_head.weight" in load_file(tmp_path / "student" / "model.safetensors")) != is_tied
 
 
