@@ -83,7 +83,6 @@ OWNED = {
     "hub_always_push": "give the recipe's hub",
     "hub_revision": "give the recipe's hub",
     "train_sampling_strategy": "samples are shuffled by the seed",
-    "length_column_name": "samples are shuffled by the seed",
     "auto_find_batch_size": "a batch size found by failing would not be reproducible; set per_device_train_batch_size",
     "dataloader_drop_last": "the last batch is filled with samples that count nowhere",
     "save_only_model": "a run is continued from its checkpoints, which need the optimiser",

@@ -97,9 +97,10 @@ class LiveTeacher:
         self.head = head_of(model).narrowed(n_classes)
 
     @torch.no_grad()
-    def targets(self, batch: Batch, step: int) -> "_LiveTargets":
+    def targets(self, batch: Batch, step: int, *, draws: bool = True) -> "_LiveTargets":
+        """``draws``: False where the full distribution alone will be asked for (``logits``)."""
         uniforms = None
-        if self.sampler is not None:
+        if self.sampler is not None and draws:
             ids, valid = batch["sample_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
             noise = position_uniforms(self.seed, ids, valid, "classes", step, draws=self.sampler.n_uniforms)
             uniforms = torch.from_numpy(noise).flatten(0, 1).to(batch["input_ids"].device)

@@ -186,7 +186,10 @@ class SampleDataset(TorchDataset[Sample]):
     @cached_property
     def digest(self) -> str:
         """32 hexadecimal digits that tell the samples and their order."""
-        return xxhash.xxh3_128_hexdigest(b"".join(self.ids))
+        digest = xxhash.xxh3_128()
+        for table in self._tables("id"):
+            digest.update(b"".join(table["id"].to_pylist()))
+        return digest.hexdigest()
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -197,6 +200,11 @@ class SampleDataset(TorchDataset[Sample]):
     def n_documents(self) -> np.ndarray:
         """int64 [N]: documents in each sample."""
         return self._lengths("document_starts")
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether a sample holds several documents, which must not see each other."""
+        return bool((self.n_documents > 1).any())
 
     @cached_property
     def n_valid(self) -> np.ndarray:

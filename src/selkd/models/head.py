@@ -87,7 +87,9 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def _trained_copy(layer: Any) -> Any:
-    """PEFT's ``modules_to_save`` keeps a copy of a layer, which is trained in its place."""
+    """PEFT's ``modules_to_save`` keeps a copy of a layer, which is trained in its place while adapters are on."""
+    if getattr(layer, "disable_adapters", False):
+        return layer.original_module
     copies, active = getattr(layer, "modules_to_save", None), getattr(layer, "active_adapters", None)
     return copies[active[0]] if copies and active and active[0] in copies else layer
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from selkd.errors import InputError
@@ -68,8 +69,11 @@ class DistillArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         for name, reason in _LAUNCHERS.items():
-            if os.environ.get(name, "false").lower() == "true":
+            if parse_flag_from_env(name):
                 raise InputError(f"{name} asks for {reason}.")
+        compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if compiler.lower() != "no":
+            raise InputError(f"ACCELERATE_DYNAMO_BACKEND={compiler} is not supported: the chunked loss isn't compiled.")
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # looked at here: bf16 would hide it
         if launched not in ("no", "bf16"):
             raise InputError(
@@ -86,6 +90,11 @@ class DistillArguments(TrainingArguments):
         with _told():
             check_supported(vars(self))
             check_accelerator(self.accelerator_config)
+        if self.bf16 and self.mixed_precision != "bf16":
+            raise InputError(
+                "DistillArguments: bf16 was set when the arguments had been made, and would change nothing. Make them "
+                "with bf16=True; it is no part of a search."
+            )
         if self.teacher_device is not None:
             try:
                 check_device(self.teacher_device)
@@ -135,7 +144,7 @@ class DistillArguments(TrainingArguments):
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP shards the student, as these arguments or the launcher say."""
-        return bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
     @property
     def compute_dtype(self) -> torch.dtype:

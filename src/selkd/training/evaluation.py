@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
+from selkd.errors import InputError
 from selkd.finite import require_finite
 from selkd.maths.chunked import chunked_statistics, compute_dtype
 from selkd.maths.divergence import forward_kl, log_softmax_
@@ -25,7 +26,7 @@ from selkd.maths.head import Head
 from selkd.models.head import check_packing
 from selkd.teacher import Batch, DrawnClasses, LiveTeacher, Teacher, TeacherTargets
 from selkd.training.arguments import DistillArguments
-from selkd.training.inputs import as_evaluated, is_packed, require_stored, require_window
+from selkd.training.inputs import as_evaluated, require_stored, require_window
 from selkd.training.objective import Objective
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.student import check_student
@@ -97,30 +98,39 @@ class EvaluatingTrainer(Trainer):
     """
 
     args: DistillArguments
+    eval_dataset: Any  # a FilledDataset, or several by name, once they are settled
     teacher: Teacher
     distillation_loss: Objective  # `objective` is a search's figure, which the Trainer writes
     _given_teacher: PreTrainedModel | TeacherCache
     _tokenizer: PreTrainedTokenizerBase
-    _has_packed = False  # whether samples of several documents came
-    _checked_packing: bool | None = None  # what the student's check took in; None: it was not made yet
+    _checked_packing: set[bool]  # what this student was found to compute as it should: samples packed, or not
+    _keeps_apart = False  # whether the teacher was found to keep packed documents apart
+    _held_out: HeldOutSums | None = None  # of the evaluation that runs
+    _measures_packed = False  # whether its samples are packed
 
     def _require_usable(self, samples: SampleDataset, name: str) -> None:
         """Refuse samples, called ``name``, that a model can't take or that a cache lacks."""
         require_window(samples, name, [self.model, self._given_teacher], self.args)
         require_stored(self.teacher, samples)
-        if is_packed(samples) and isinstance(self.teacher, LiveTeacher) and not self._has_packed:
+        if samples.is_packed and isinstance(self.teacher, LiveTeacher) and not self._keeps_apart:
             check_packing(self.teacher.model)
-        self._has_packed |= is_packed(samples)
+            self._keeps_apart = True
 
-    def _check_student(self, model: nn.Module) -> None:
+    def _check_student(self, model: nn.Module, is_packed: bool) -> None:
         """Once for each student, when it is where it trains, as it trains; again where packed samples first come."""
-        if self._checked_packing is None or self._checked_packing < self._has_packed:
-            student = self.accelerator.unwrap_model(self.model)
-            check_student(model, student, self.args.compute_dtype, self._has_packed)
-            self._checked_packing = self._has_packed
+        if is_packed not in self._checked_packing:
+            check_student(model, self.accelerator.unwrap_model(self.model), self.args.compute_dtype, is_packed)
+            self._checked_packing |= {is_packed, False}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the Trainer's; ``eval_dataset`` may be rows, too."""
+        if isinstance(eval_dataset, str):
+            sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if eval_dataset not in sets:
+                raise InputError(f"eval_dataset: no set is called {eval_dataset!r}; there are {sorted(sets)}.")
+            sets[eval_dataset] = self._as_given(sets[eval_dataset], f"eval_dataset[{eval_dataset!r}]")
+        elif eval_dataset is None and self.eval_dataset is not None and not isinstance(self.eval_dataset, dict):
+            self.eval_dataset = self._as_given(self.eval_dataset, "eval_dataset")
         is_own = isinstance(eval_dataset, FilledDataset) and eval_dataset is self.eval_dataset
         if eval_dataset is None or isinstance(eval_dataset, str) or is_own:
             return super().get_eval_dataloader(eval_dataset)
@@ -157,13 +167,17 @@ class EvaluatingTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As the Trainer's, whose mean of batches' losses gives way to the mean over all valid positions."""
-        self._held_out = HeldOutSums()
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            raise InputError("evaluate: Accelerate shards a student when its training begins; evaluate then, or after.")
+        self._held_out, self._measures_packed = HeldOutSums(), _samples_of(dataloader).is_packed
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         total_nats, positions = self._over_processes(self._held_out.total(self.args.device)).tolist()
         mean = total_nats / positions
         name = KL if self.teacher.is_live else DRAWS
-        figures = {"loss": mean, name: mean, "positions": int(positions)}
-        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in figures.items()})
+        output.metrics[f"{metric_key_prefix}_loss"] = mean
+        for key, value in ((name, mean), ("positions", int(positions))):
+            output.metrics.setdefault(f"{metric_key_prefix}_{key}", value)  # a user's metric of this name stays
+        self._held_out = None
         return output
 
     def prediction_step(
@@ -171,18 +185,20 @@ class EvaluatingTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One batch of an evaluation: its own mean and, where they are asked for, the student's logits and labels."""
         del ignore_keys  # of outputs that are not made here
-        self._check_student(model)
-        inputs = self._prepare_inputs(inputs)
+        self._check_student(model, self._measures_packed)
+        inputs, step = self._prepare_inputs(inputs), self.state.global_step
+        live = self.teacher if isinstance(self.teacher, LiveTeacher) else None
         ids, positions = inputs["input_ids"], inputs["position_ids"]
         measure = partial(
             divergence_sums,
             batch=inputs,
-            teacher=self.teacher.targets(inputs, self.state.global_step),
+            teacher=self.teacher.targets(inputs, step) if live is None else live.targets(inputs, step, draws=False),
             is_live=self.teacher.is_live,
             temperature=self.distillation_loss.criterion.temperature,
         )
         with torch.no_grad(), self.compute_loss_context_manager():
-            mean = self._held_out.add(model(input_ids=ids, position_ids=positions, distillation=measure))
+            held_out = HeldOutSums() if self._held_out is None else self._held_out
+            mean = held_out.add(model(input_ids=ids, position_ids=positions, distillation=measure))
             loss = torch.tensor(mean, device=ids.device)
             if prediction_loss_only:
                 return loss, None, None
@@ -200,6 +216,12 @@ class EvaluatingTrainer(Trainer):
     ) -> Any:
         """As ``Trainer.hyperparameter_search``, by ``eval_loss`` where no metrics are computed."""
         return super().hyperparameter_search(hp_space, compute_objective or _objective_of, *args, **kwargs)
+
+
+def _samples_of(dataloader: DataLoader) -> SampleDataset:
+    dataset = dataloader.dataset
+    assert isinstance(dataset, FilledDataset), "an evaluation's data sets are settled before it"
+    return dataset.samples
 
 
 def _objective_of(metrics: dict[str, float]) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selkd.cache.reader import TeacherCache
@@ -22,6 +23,12 @@ def require_trainable(student: PreTrainedModel, teacher: PreTrainedModel | Teach
     """Raises InputError for a student that can't learn as it is: low precision, several devices, its own teacher."""
     if teacher is student:
         raise InputError("teacher: the student itself can't be its own teacher; give another model.")
+    prompt = getattr(getattr(student, "active_peft_config", None), "is_prompt_learning", False)
+    if prompt:
+        raise InputError(
+            "model: its adapter learns a prompt (prefix or prompt tuning), which moves every position of the text. "
+            "Take adapters of layers (LoRA, IA3)."
+        )
     places = set((getattr(student, "hf_device_map", None) or {}).values())
     if len(places) > 1:
         raise InputError(
@@ -75,11 +82,6 @@ def as_evaluated(given: Any, name: str, tokenizer: PreTrainedTokenizerBase, args
         return None
     require_completions(samples, name)
     return FilledDataset(samples)
-
-
-def is_packed(samples: SampleDataset | None) -> bool:
-    """Whether a sample holds several documents, which must not see each other."""
-    return samples is not None and bool((samples.n_documents > 1).any())
 
 
 def require_window(samples: SampleDataset, name: str, models: list[Any], args: DistillArguments) -> None:
@@ -151,6 +153,8 @@ def _placed(teacher: PreTrainedModel, args: DistillArguments) -> PreTrainedModel
             f"{len(set(device_map.values()))} places. Leave teacher_device out, or load the teacher without device_map."
         )
     device = args.device if args.teacher_device is None else torch.device(args.teacher_device)
+    # A student that Accelerate has trained, or a copy of it, computes in autocast until this is taken off.
+    teacher = extract_model_from_parallel(teacher, keep_fp32_wrapper=False)
     # A quantised model can't be moved, and need not be: cuda:0 is cuda.
     if teacher.device.type != device.type or device.index not in (None, teacher.device.index):
         teacher = teacher.to(device)

@@ -4,7 +4,7 @@ import base64
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback
@@ -46,40 +46,65 @@ class Queue(TrainerCallback, ExportableState):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which samples an optimiser step sees: a training that goes on has the one that it began with.
+    """What the steps of a training see and learn: a training that goes on has the schedule that it began with.
 
     Attributes:
-        samples_per_step: of an optimiser step, over all micro-batches and processes.
-        steps_per_epoch: optimiser steps.
-        order_seed: shuffles the samples; None: they come in the data's order.
         data: a digest of the samples and their order in the data set.
+        samples_per_step: of an optimiser step, over all micro-batches and processes.
+        samples_per_epoch: less than the data set's, where the last of them are dropped.
+        order_seed: shuffles the samples; None: they come in the data's order.
+        seed: of every random draw.
+        criterion, positions, classes, on_policy: the recipe's parts.
+        processes: that trained; another number may go on.
     """
 
-    samples_per_step: int
-    steps_per_epoch: int
-    order_seed: int | None
     data: str
-
-    _ADVICE: ClassVar[dict[str, str]] = {
-        "samples_per_step": "set per_device_train_batch_size and gradient_accumulation_steps so that their product "
-        "with the number of processes is what it was",
-        "steps_per_epoch": "set dataloader_drop_last to what it was",
-        "order_seed": "set seed, data_seed and train_sampling_strategy to what they were",
-        "data": "give the data that it began with",
-    }
+    samples_per_step: int
+    samples_per_epoch: int
+    order_seed: int | None
+    seed: int
+    criterion: dict[str, Any] | None
+    positions: dict[str, Any] | None
+    classes: dict[str, Any] | None
+    on_policy: dict[str, Any] | None
+    processes: int
 
     def require_same(self, checkpoint: Path) -> None:
         """Raises InputError where the training of ``checkpoint`` had another schedule; one without any passes."""
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        found = state.get("stateful_callbacks", {}).get(ScheduleKept.__name__)
-        stored = None if found is None else Schedule(**found["attributes"]["stored"])
-        for name, advice in Schedule._ADVICE.items():
-            if stored is not None and getattr(stored, name) != getattr(self, name):
+        stored = stored_schedule(checkpoint)
+        for name, advice in _ADVICE.items():
+            mine = getattr(self, name)
+            if stored is not None and stored[name] != mine:
                 raise InputError(
-                    f"{checkpoint}: its training has {name} = {getattr(stored, name)!r}, this one "
-                    f"{getattr(self, name)!r}: steps to come would see other samples. To continue it, {advice}; "
-                    "nothing was changed."
+                    f"{checkpoint}: its training has {name} = {stored[name]!r}, this one {mine!r}: the steps to come "
+                    f"would differ. To continue it, {advice}; nothing was changed."
                 )
+
+
+_ADVICE = {
+    "data": "give the data that it began with",
+    "samples_per_step": "set per_device_train_batch_size and gradient_accumulation_steps so that their product with "
+    "the number of processes is what it was",
+    "samples_per_epoch": "set dataloader_drop_last, per_device_train_batch_size and the number of processes to what "
+    "they were",
+    "order_seed": "set seed, data_seed and train_sampling_strategy to what they were",
+    "seed": "set it to what it was",
+    "criterion": "set it to what it was",
+    "positions": "set it to what it was",
+    "classes": "set it to what it was",
+    "on_policy": "set it to what it was",
+}
+
+
+def stored_schedule(checkpoint: Path) -> dict[str, Any] | None:
+    """The fields of ``Schedule`` that a checkpoint holds, None where another Trainer wrote it.
+
+    Raises:
+        OSError, ValueError: its ``trainer_state.json`` can't be read.
+    """
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    kept = state.get("stateful_callbacks", {}).get(ScheduleKept.__name__)
+    return None if kept is None else dict(kept["attributes"]["stored"])
 
 
 class ScheduleKept(TrainerCallback, ExportableState):

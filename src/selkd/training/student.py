@@ -1,6 +1,7 @@
 """The student's forward with the loss inside it, where DDP, FSDP2 and autocast see it."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -22,7 +23,7 @@ from selkd.models.head import (
 
 Distillation = Callable[[Tensor, Head], dict[str, Tensor]]
 
-_N_CLASSES, _OWN_FORWARD = "_selkd_n_classes", "_selkd_own_forward"
+_N_CLASSES, _OWN_FORWARD, _MARK = "_selkd_n_classes", "_selkd_own_forward", "_selkd_distillation"
 
 
 def bind_distillation(model: PreTrainedModel, n_classes: int) -> None:
@@ -35,14 +36,14 @@ def bind_distillation(model: PreTrainedModel, n_classes: int) -> None:
     The forward knows the model by its ``self`` alone, so that a copy of the model (an average of weights, the best so
     far, a frozen reference) computes with its own weights.
     """
-    is_bound = _N_CLASSES in vars(model)
     setattr(model, _N_CLASSES, n_classes)
-    if is_bound:
-        return
     own = vars(model).get("forward")  # of this object, where Accelerate's hooks have replaced its class's
+    if _is_distillations(own):
+        return
     setattr(model, _OWN_FORWARD, own)
+    replaced = type(model).forward if own is None else getattr(own, "__func__", own)
 
-    @functools.wraps(type(model).forward if own is None else getattr(own, "__func__", own))
+    @functools.wraps(replaced)
     def forward(self: PreTrainedModel, *args: Any, distillation: Distillation | None = None, **kwargs: Any) -> Any:
         if distillation is None:
             own = vars(self)[_OWN_FORWARD]
@@ -50,7 +51,19 @@ def bind_distillation(model: PreTrainedModel, n_classes: int) -> None:
         hidden = hidden_states(self, kwargs["input_ids"], kwargs["position_ids"])
         return distillation(hidden, head_of(self).narrowed(vars(self)[_N_CLASSES]))
 
+    # Accelerate unwraps a forward down to what has no `__wrapped__`: that is this one.
+    forward.__signature__ = inspect.signature(replaced)  # type: ignore[attr-defined]
+    del forward.__wrapped__
+    setattr(forward, _MARK, True)
     model.forward = MethodType(forward, model)
+
+
+def _is_distillations(forward: Any) -> bool:
+    """Whether this is a forward of ``bind_distillation``, as it is or wrapped. A pickle of the model has lost it."""
+    function = getattr(forward, "__func__", forward)
+    while function is not None and not getattr(function, _MARK, False):
+        function = getattr(function, "__wrapped__", None)
+    return function is not None
 
 
 def check_student(model: nn.Module, student: PreTrainedModel, precision: torch.dtype, is_packed: bool) -> None:

@@ -75,6 +75,7 @@ class DistillTrainer(EvaluatingTrainer):
     """
 
     data_collator: Callable[[list[Sample]], Batch]
+    train_dataset: Any  # a FilledDataset, once it is settled
     _train_batch_size: int  # the arguments', or the one that auto_find_batch_size found
 
     def __init__(
@@ -115,6 +116,7 @@ class DistillTrainer(EvaluatingTrainer):
         if args.device.type == "mps":
             raise InputError("the MPS device has no float64, which the class draws need. Set use_cpu=True.")
         self._given_teacher, self._tokenizer = teacher, processing_class
+        args.check()  # they may have been changed since they were made
         if model is not None:
             self._adopt(model)
         train_samples = as_samples(train_dataset, "train_dataset", processing_class, args)
@@ -159,7 +161,7 @@ class DistillTrainer(EvaluatingTrainer):
         self._n_classes = shared_classes(sizes(model, self._given_teacher), self._tokenizer)
         self._use_cache = getattr(model.config, "use_cache", None)  # None: nested, in the text's configuration
         bind_distillation(model, self._n_classes)
-        self._checked_packing = None
+        self._checked_packing = set()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -169,24 +171,34 @@ class DistillTrainer(EvaluatingTrainer):
     def _require_honoured(self) -> None:
         """Refuse what Accelerate's state asks for, wherever it was said: in arguments or by a launcher."""
         state = self.accelerator.state
-        if state.distributed_type in _UNSUPPORTED or state.dynamo_plugin.backend != DynamoBackend.NO:
+        if state.distributed_type in _UNSUPPORTED:
             raise InputError(
-                f"Accelerate was set to {state.distributed_type.value} and to compile by "
-                f"{state.dynamo_plugin.backend.value}: selkd trains on one device, with "
-                "DDP or with FSDP, and compiles nothing."
+                f"Accelerate was set to {state.distributed_type.value}: selkd trains on one device, with DDP or FSDP."
+            )
+        if state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise InputError(
+                f"Accelerate compiles by {state.dynamo_plugin.backend.value}, and the chunked loss isn't compiled."
             )
         if str(state.mixed_precision) != ("bf16" if self.args.compute_dtype == torch.bfloat16 else "no"):
             raise InputError(
                 f"Accelerate was set to mixed precision {state.mixed_precision}, the arguments to "
                 f"{self.args.mixed_precision}. Set both alike: bf16, or no."
             )
+        if self.args.is_sharded and not self.is_fsdp_enabled:
+            raise InputError(
+                "fsdp: Accelerate shards a student over several processes on accelerators, and here it would shard "
+                "nothing. Start several processes on accelerators, or leave fsdp out."
+            )
         if self.is_fsdp_enabled and has_adapters(self.model):
             raise InputError("fsdp: adapters are trained on one GPU or with DDP.")
+        if self.is_fsdp_enabled and self.args.on_policy is not None:
+            raise InputError("on_policy: a student sharded by FSDP does not generate; use one GPU, or DDP.")
 
     def _set_up(self) -> None:
         """What the arguments say of loss, teacher and answers; anew where a trial of a search has changed them."""
         args, models = self.args, [self.model, self._given_teacher]
         self.teacher = as_teacher(self._given_teacher, args, self._n_classes)
+        self._keeps_apart = False
         for name, samples in self._samples.items():
             self._require_usable(samples, name)
         self.distillation_loss = args.objective
@@ -209,6 +221,7 @@ class DistillTrainer(EvaluatingTrainer):
 
     def _begin(self) -> None:
         """Nothing is counted yet: before a training, and before an attempt of ``auto_find_batch_size`` at it."""
+        self._epoch = 0
         self._place = Place(0, None, 0.0, None)
         self._log = SelectionLog()
         self._micro_batches = 0  # of this step, still to come
@@ -225,19 +238,48 @@ class DistillTrainer(EvaluatingTrainer):
 
     def _schedule(self) -> Schedule:
         """Which samples an optimiser step sees, with the batch size, accumulation and processes that there are."""
-        micro_batch = self._train_batch_size * self.args.world_size
-        accumulation = self.args.gradient_accumulation_steps
-        sampler = self._get_train_sampler()
+        args, sampler = self.args, self._get_train_sampler()
+        if len(sampler) == 0:
+            raise InputError(
+                f"train_dataset: {len(self.train_dataset)} samples don't fill a micro-batch of "
+                f"{self._train_batch_size * args.world_size}. Give more, or a smaller batch."
+            )
         return Schedule(
-            samples_per_step=micro_batch * accumulation,
-            steps_per_epoch=-(-len(sampler) // (micro_batch * accumulation)),
-            order_seed=sampler.seed,
             data=self.train_dataset.samples.digest,
+            samples_per_step=self._train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            samples_per_epoch=min(len(sampler), len(self.train_dataset)),
+            order_seed=sampler.seed,
+            seed=args.seed,
+            criterion=args.criterion,
+            positions=args.positions,
+            classes=args.classes,
+            on_policy=args.on_policy,
+            processes=args.world_size,
         )
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's; ``train_dataset`` may have been given anew, as rows too."""
+        self._settle_train_dataset()
+        return super().get_train_dataloader()
+
+    def _settle_train_dataset(self) -> None:
+        if self.train_dataset is None or isinstance(self.train_dataset, FilledDataset):
+            return
+        samples = as_samples(self.train_dataset, "train_dataset", self._tokenizer, self.args)
+        assert samples is not None, "a data set was given"
+        self._samples["train_dataset"], self.train_dataset = samples, FilledDataset(samples)
+        self._set_up()
+
     def set_initial_training_values(self, args: DistillArguments, dataloader: DataLoader) -> Any:
-        self._begin()
+        if self.model_init is None:
+            self._begin()
+        else:
+            self._set_up()  # a new student may have another window, or other classes
         return super().set_initial_training_values(args, dataloader)
+
+    def _run_epoch(self, model: nn.Module, epoch: int, **given: Any) -> None:
+        self._epoch = epoch  # the sampler's: the state's own is written after steps alone
+        super()._run_epoch(model=model, epoch=epoch, **given)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``. ``True`` resumes from the newest checkpoint that was written to its end.
@@ -246,6 +288,9 @@ class DistillTrainer(EvaluatingTrainer):
             InputError: no such checkpoint, one without its optimiser (``save_only_model``), or its training had other
                 samples in its steps.
         """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise InputError("model: none of its weights is trained; set requires_grad on those that are to learn.")
+        self._settle_train_dataset()
         if resume_from_checkpoint is True:
             last = last_whole_checkpoint(Path(self.args.output_dir))
             if last is None:
@@ -270,6 +315,7 @@ class DistillTrainer(EvaluatingTrainer):
             self.args.check()
             if self.args.data_options("train_dataset") != rows_become:
                 raise InputError("hp_space: how rows become samples is no part of a search; they were made before it.")
+            self._require_honoured()  # of a new accelerator
             self._set_up()
 
     @property
@@ -299,8 +345,12 @@ class DistillTrainer(EvaluatingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The micro-batch's share of the step's loss; DDP and FSDP average over ranks, so times their number."""
-        assert num_items_in_batch is not None, "the step's count is known before the forward pass"
+        """The micro-batch's share of the step's loss; DDP and FSDP average over ranks, so times their number.
+
+        ``num_items_in_batch``: what the loss of the whole step is divided by; None: the batch is a step of its own.
+        """
+        if num_items_in_batch is None:
+            num_items_in_batch = self.distillation_loss.normaliser(self._step_budget([inputs], self.args.device)[0])
         distillation = partial(
             self.distillation_loss,
             batch=inputs,
@@ -319,7 +369,7 @@ class DistillTrainer(EvaluatingTrainer):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; after the last one of a step, what the step as a whole leaves behind."""
-        self._check_student(model)
+        self._check_student(model, self.train_dataset.samples.is_packed)
         loss = super().training_step(model, *args, **kwargs)
         self._micro_batches -= 1
         if self._micro_batches == 0:
@@ -371,7 +421,7 @@ class DistillTrainer(EvaluatingTrainer):
             len(dataset),
             self._train_batch_size * self.args.world_size,
             seed if self.args.train_sampling_strategy == "random" else None,
-            lambda: int(self.state.epoch or 0),
+            lambda: self._epoch,
             self.args.dataloader_drop_last,
         )
 
