@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,16 @@ def test_files_and_folders_that_are_not_there_are_no_checkpoints(tmp_path: Path)
     write(tmp_path, {"checkpoint-2": STATE})
     (tmp_path / "checkpoint-11").touch()
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_a_checkpoint_that_lacks_a_processs_random_state_is_not_whole(tmp_path: Path) -> None:
+    """The first process writes its state without waiting for the others' files."""
+    kept = {"stateful_callbacks": {"ScheduleKept": {"args": {}, "attributes": {"stored": {"processes": 2}}}}}
+    write(tmp_path, {"checkpoint-4": json.dumps(kept), "checkpoint-6": json.dumps(kept)})
+    for name, ranks in (("checkpoint-4", 2), ("checkpoint-6", 1)):
+        (tmp_path / name / "optimizer.pt").touch()
+        for rank in range(ranks):
+            (tmp_path / name / f"rng_state_{rank}.pth").touch()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    (tmp_path / "checkpoint-6" / "rng_state_1.pth").touch()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-6"

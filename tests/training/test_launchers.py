@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from bench import Bench, put_back  # noqa: F401  a fixture
-from tiny import make_arguments, make_prompts
+from tiny import make_arguments, make_model, make_prompts, make_samples, make_tokenizer
 from tiny_run import make_recipe, make_task
 
+from selkd import DistillTrainer, distill
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.recipe import Recipe, parse_part
@@ -56,12 +57,30 @@ def test_what_a_launcher_does_not_ask_for_is_no_reason(
     make_arguments(tmp_path)
 
 
-def test_a_launcher_that_compiles_is_refused_by_what_accelerate_became(
+def test_a_launcher_that_compiles_is_refused_at_once_and_by_what_accelerate_became(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    arguments = make_arguments(tmp_path)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with pytest.raises(InputError, match="compile by INDUCTOR"):
+    with pytest.raises(InputError, match="ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not supported"):
+        make_arguments(tmp_path)
+    with pytest.raises(InputError, match="ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not supported"):
+        distill(make_recipe(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "refused before scoring"
+    with pytest.raises(InputError, match="Accelerate compiles by INDUCTOR"):  # a setting that came later
+        DistillTrainer(make_model(1), make_model(0), arguments, make_samples(4), processing_class=make_tokenizer())
+
+
+def test_sharding_that_would_shard_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "1")
+    with pytest.raises(InputError, match="fsdp: Accelerate shards a student over several processes on accelerators"):
         Bench(tmp_path, monkeypatch).trainer()
+
+
+def test_a_launchers_flags_are_read_as_accelerate_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "1")
+    with pytest.raises(InputError, match="ACCELERATE_USE_DEEPSPEED asks for DeepSpeed"):
+        make_arguments(tmp_path)
 
 
 @pytest.mark.parametrize("said", ["by the launcher", "by an argument", "by both"])

@@ -10,6 +10,7 @@ import torch
 from resuming import CASES, EPOCHS, Killed, go_on, kill_at, kill_seed, make_trainer, result_of
 from safetensors.torch import load_file
 from test_distributed import WORKER, torchrun
+from tiny import make_samples
 
 from selkd.errors import InputError
 from selkd.training.checkpoints import last_whole_checkpoint
@@ -114,7 +115,11 @@ def test_another_number_of_processes_goes_on_with_the_same_samples_or_is_refused
         ({"seed": 12}, "order_seed = 11, this one 12"),
         ({"data_seed": 4}, "order_seed = 11, this one 4"),
         ({"train_sampling_strategy": "sequential"}, "order_seed = 11, this one None"),
-        ({"dataloader_drop_last": True}, "steps_per_epoch = 4, this one 3"),
+        ({"dataloader_drop_last": True}, "samples_per_epoch = 7, this one 6"),
+        ({"seed": 12, "data_seed": 11}, "seed = 11, this one 12"),
+        ({"positions": {"metric": "student_entropy", "fraction": 0.5}}, "positions = .*'fraction': 0.4"),
+        ({"criterion": {"name": "jsd"}}, "criterion = .*'name': 'forward_kl'"),
+        ({"classes": {"sampler": "rs_kd", "draws": 6}}, "classes = .*'sampler': 'all'"),
     ],
 )
 def test_another_schedule_is_refused_before_anything_is_loaded(
@@ -126,10 +131,24 @@ def test_another_schedule_is_refused_before_anything_is_loaded(
         first.train()
     with pytest.raises(InputError, match=rf"checkpoint-4: its training has {told}"):
         make_trainer("top_k", tmp_path / "run", tmp_path, **changes).train(resume_from_checkpoint=True)
+    more = make_trainer("top_k", tmp_path / "run", tmp_path)
+    more.train_dataset = make_samples(16)  # settled as the constructor's
+    with pytest.raises(InputError, match="give the data that it began with"):
+        more.train(resume_from_checkpoint=True)
     other = make_trainer("top_k", tmp_path / "run", tmp_path)
     other.train_dataset = FilledDataset(other.train_dataset.samples.select([0, 1, 2, 3, 4, 6, 5]))
     with pytest.raises(InputError, match="give the data that it began with"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_samples_that_another_cut_would_drop_are_no_schedule_to_go_on_with(tmp_path: Path) -> None:
+    """Of seven samples, micro-batches of two leave one out in each epoch; micro-batches of one leave out none."""
+    dropping: dict[str, Any] = {"dataloader_drop_last": True, "save_steps": 1}
+    first = make_trainer("top_k", tmp_path / "run", tmp_path, **dropping, gradient_accumulation_steps=2)
+    first.train()
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    with pytest.raises(InputError, match="samples_per_epoch = 6, this one 7"):
+        make_trainer("top_k", tmp_path / "run", tmp_path, **dropping, **cut).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_trainer import RECIPES, assert_same, trainer_of, weights
 from tiny import V, make_arguments, make_model, make_samples, make_tokenizer
 from torch import Tensor
@@ -230,3 +231,100 @@ def test_packed_documents_are_refused_where_they_see_each_other_whatever_packing
     trainer.train()
     with pytest.raises(InputError, match="MambaForCausalLM does not keep packed documents apart"):
         trainer.evaluate(make_samples(4))
+
+
+def test_a_student_that_was_pickled_or_unwrapped_is_bound_again(tmp_path: Path) -> None:
+    """A pickle takes the class's forward along, and Accelerate can unwrap a forward down to it."""
+    trainer = trainer_of(tmp_path / "a", make_samples(4), RECIPES["full kd"], bf16=True)
+    trainer.train()
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    loaded = pickle.loads(pickle.dumps(unwrapped))
+    figures = []
+    for name, student in (("b", copy.deepcopy(unwrapped)), ("c", loaded)):
+        again = trainer_of(tmp_path / name, make_samples(4), RECIPES["full kd"], student=student)
+        again.train()
+        figures.append(again.evaluate(make_samples(3, seed=5))["eval_loss"])
+    assert figures[0] == figures[1]
+    assert "eval_loss" in trainer.evaluate(make_samples(3, seed=5))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_copy_of_the_last_student_can_be_the_next_ones_teacher(bf16: bool, tmp_path: Path) -> None:
+    first = trainer_of(tmp_path / "a", make_samples(4), RECIPES["full kd"], bf16=bf16)
+    first.train()
+    teacher = copy.deepcopy(first.model)
+    same = trainer_of(
+        tmp_path / "b", make_samples(4), RECIPES["full kd"], student=copy.deepcopy(teacher), teacher=teacher
+    )
+    assert same.evaluate(make_samples(3, seed=5))["eval_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_head_whose_adapters_are_off_is_the_base_models(tmp_path: Path) -> None:
+    base, held_out = make_model(1, tie_word_embeddings=False), make_samples(3, seed=5)
+    trainer = trainer_of(
+        tmp_path / "a", make_samples(4), RECIPES["full kd"], student=with_trained_head(copy.deepcopy(base))
+    )
+    trainer.train()
+    plain = trainer_of(tmp_path / "b", make_samples(4), RECIPES["full kd"], student=base)
+    adapted = trainer.evaluate(held_out)["eval_loss"]
+    with trainer.model.disable_adapter():
+        assert trainer.evaluate(held_out)["eval_loss"] == pytest.approx(plain.evaluate(held_out)["eval_loss"], rel=1e-6)
+    assert trainer.evaluate(held_out)["eval_loss"] == adapted != plain.evaluate(held_out)["eval_loss"]
+
+
+def test_what_cannot_learn_is_refused_by_name(tmp_path: Path) -> None:
+    prompted = get_peft_model(make_model(1), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(InputError, match="model: its adapter learns a prompt"):
+        trainer_of(tmp_path, make_samples(4), {}, student=prompted)
+    frozen = trainer_of(tmp_path, make_samples(4), {}, student=make_model(1).requires_grad_(False))
+    assert frozen.evaluate(make_samples(3))["eval_loss"] > 0
+    with pytest.raises(InputError, match="model: none of its weights is trained"):
+        frozen.train()
+    few = trainer_of(tmp_path, make_samples(6), {}, per_device_train_batch_size=4, dataloader_drop_last=True)
+    few.train()
+    with pytest.raises(InputError, match=r"train_dataset: 3 samples don't fill a micro-batch of 4"):
+        trainer_of(tmp_path, make_samples(3), {}, per_device_train_batch_size=4, dataloader_drop_last=True)
+    later = make_arguments(tmp_path)
+    later.label_smoothing_factor = 0.1
+    with pytest.raises(InputError, match="label_smoothing_factor: 0.1 can't be honoured"):
+        DistillTrainer(make_model(1), make_model(0), later, make_samples(4), processing_class=make_tokenizer())
+    late = make_arguments(tmp_path)
+    late.bf16 = True
+    with pytest.raises(InputError, match="bf16 was set when the arguments had been made"):
+        DistillTrainer(make_model(1), make_model(0), late, make_samples(4), processing_class=make_tokenizer())
+
+
+def test_packed_samples_that_were_refused_leave_the_others_as_they_were(tmp_path: Path) -> None:
+    texts = Dataset.from_dict({"text": [" ".join(f"w{(7 * i + j) % V}" for j in range(12)) for i in range(6)]})
+    trainer = trainer_of(tmp_path, texts, RECIPES["full kd"], packing=False, max_length=16, student=mamba(3))
+    with pytest.raises(InputError, match="does not keep packed documents apart"):
+        trainer.evaluate(make_samples(4))
+    assert trainer.evaluate(list(texts))["eval_loss"] > 0
+    trainer.train()
+
+
+def test_an_epoch_that_is_cut_short_is_followed_by_the_next_ones_order(tmp_path: Path) -> None:
+    class OneStep(TrainerCallback):
+        def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
+            control.should_epoch_stop = True
+
+    def batches_of_steps(is_cut: bool) -> list[list[bytes]]:
+        trainer = trainer_of(
+            tmp_path, make_samples(9), RECIPES["full kd"], max_steps=-1, num_train_epochs=3,
+            per_device_train_batch_size=3,
+        )  # fmt: skip
+        seen: list[list[bytes]] = []
+        original = trainer.get_batch_samples
+
+        def noting(*arguments: Any) -> Any:
+            found = original(*arguments)
+            seen.append([bytes(row.numpy().tobytes()) for row in found[0][0]["sample_ids"]])
+            return found
+
+        trainer.get_batch_samples = noting  # type: ignore[method-assign]
+        if is_cut:
+            trainer.add_callback(OneStep())
+        trainer.train()
+        return seen
+
+    assert batches_of_steps(is_cut=True) == batches_of_steps(is_cut=False)[::3]

@@ -43,6 +43,11 @@ def require_trainable(student: PreTrainedModel, teacher: PreTrainedModel | Teach
         )
 
 
+def without_autocast(model: PreTrainedModel) -> None:
+    """Take off the autocast that Accelerate puts around a student's forward for good: this training has its own."""
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
 def sizes(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) -> dict[str, int]:
     """How many classes each side has."""
     if isinstance(teacher, TeacherCache):
@@ -153,8 +158,7 @@ def _placed(teacher: PreTrainedModel, args: DistillArguments) -> PreTrainedModel
             f"{len(set(device_map.values()))} places. Leave teacher_device out, or load the teacher without device_map."
         )
     device = args.device if args.teacher_device is None else torch.device(args.teacher_device)
-    # A student that Accelerate has trained, or a copy of it, computes in autocast until this is taken off.
-    teacher = extract_model_from_parallel(teacher, keep_fp32_wrapper=False)
+    without_autocast(teacher)
     # A quantised model can't be moved, and need not be: cuda:0 is cuda.
     if teacher.device.type != device.type or device.index not in (None, teacher.device.index):
         teacher = teacher.to(device)

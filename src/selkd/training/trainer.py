@@ -158,6 +158,7 @@ class DistillTrainer(EvaluatingTrainer):
     def _adopt(self, model: PreTrainedModel) -> None:
         """Take a student: refused, if it can't learn as it is, or taught the distillation's forward."""
         require_trainable(model, self._given_teacher)
+        without_autocast(model)
         self._n_classes = shared_classes(sizes(model, self._given_teacher), self._tokenizer)
         self._use_cache = getattr(model.config, "use_cache", None)  # None: nested, in the text's configuration
         bind_distillation(model, self._n_classes)
@@ -288,7 +289,7 @@ class DistillTrainer(EvaluatingTrainer):
             InputError: no such checkpoint, one without its optimiser (``save_only_model``), or its training had other
                 samples in its steps.
         """
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+        if self.model is not None and not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError("model: none of its weights is trained; set requires_grad on those that are to learn.")
         self._settle_train_dataset()
         if resume_from_checkpoint is True:
