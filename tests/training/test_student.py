@@ -253,9 +253,8 @@ def test_a_copy_of_the_last_student_can_be_the_next_ones_teacher(bf16: bool, tmp
     first = trainer_of(tmp_path / "a", make_samples(4), RECIPES["full kd"], bf16=bf16)
     first.train()
     teacher = copy.deepcopy(first.model)
-    same = trainer_of(
-        tmp_path / "b", make_samples(4), RECIPES["full kd"], student=copy.deepcopy(teacher), teacher=teacher
-    )
+    student = copy.deepcopy(teacher)
+    same = trainer_of(tmp_path / "b", make_samples(4), RECIPES["full kd"], student=student, teacher=teacher)
     assert same.evaluate(make_samples(3, seed=5))["eval_loss"] == pytest.approx(0, abs=1e-6)
 
 
@@ -286,7 +285,7 @@ def test_what_cannot_learn_is_refused_by_name(tmp_path: Path) -> None:
         trainer_of(tmp_path, make_samples(3), {}, per_device_train_batch_size=4, dataloader_drop_last=True)
     later = make_arguments(tmp_path)
     later.label_smoothing_factor = 0.1
-    with pytest.raises(InputError, match="label_smoothing_factor: 0.1 can't be honoured"):
+    with pytest.raises(InputError, match=r"label_smoothing_factor: 0.1 can't be honoured"):
         DistillTrainer(make_model(1), make_model(0), later, make_samples(4), processing_class=make_tokenizer())
     late = make_arguments(tmp_path)
     late.bf16 = True

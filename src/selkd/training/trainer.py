@@ -41,6 +41,7 @@ from selkd.training.inputs import (
     as_teacher,
     require_trainable,
     sizes,
+    without_autocast,
 )
 from selkd.training.objective import Budget
 from selkd.training.rollout import PromptCollator
