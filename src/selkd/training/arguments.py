@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, DynamoBackend, parse_flag_from_env
 from transformers import TrainingArguments
 
 from selkd.errors import InputError
@@ -181,3 +182,37 @@ def of_arguments(error: InputError) -> InputError:
     """A recipe's refusal of its ``data`` in the names of these arguments, which don't stand below ``data``."""
     said, listed, columns = str(error).partition("; it has ")  # a row's own fields keep their names
     return InputError(_DATA_KEY.sub("", said) + listed + columns)
+
+
+def require_realised(state: AcceleratorState, args: DistillArguments, is_sharded: bool, has_adapters: bool) -> None:
+    """What Accelerate became, wherever it was said: in arguments, by a launcher or by a state made before.
+
+    Args:
+        is_sharded: whether FSDP shards the student, as Accelerate has it.
+        has_adapters: whether adapters are trained.
+
+    Raises:
+        InputError: it is no place for a training of selkd, or another one than the arguments say.
+    """
+    if state.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise InputError(
+            f"Accelerate was set to {state.distributed_type.value}: selkd trains on one device, with DDP or FSDP."
+        )
+    if state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise InputError(
+            f"Accelerate compiles by {state.dynamo_plugin.backend.value}, and the chunked loss isn't compiled."
+        )
+    if str(state.mixed_precision) != ("bf16" if args.compute_dtype == torch.bfloat16 else "no"):
+        raise InputError(
+            f"Accelerate was set to mixed precision {state.mixed_precision}, the arguments to {args.mixed_precision}. "
+            "Set both alike: bf16, or no."
+        )
+    if args.is_sharded and not is_sharded:
+        raise InputError(
+            "fsdp: Accelerate shards a student over several processes on accelerators, and here it would shard "
+            "nothing. Start several processes on accelerators, or leave fsdp out."
+        )
+    if is_sharded and has_adapters:
+        raise InputError("fsdp: adapters are trained on one GPU or with DDP.")
+    if is_sharded and args.on_policy is not None:
+        raise InputError("on_policy: a student sharded by FSDP does not generate; use one GPU, or DDP.")

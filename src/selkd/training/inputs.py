@@ -12,11 +12,35 @@ from selkd.data.in_memory import samples_of_rows
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import check_head, head_of
-from selkd.models.loading import window_of
+from selkd.models.loading import require_device, window_of
 from selkd.recipe_choices import needs_teacher
 from selkd.teacher import CachedTeacher, LiveTeacher, Teacher
 from selkd.training.arguments import DistillArguments, of_arguments
 from selkd.training.sampling import FilledDataset
+
+
+def require_given(
+    args: DistillArguments, teacher: Any, tokenizer: Any, data_collator: Any, compute_loss_func: Any
+) -> None:
+    """Raises InputError for what a trainer lacks, or takes from nobody, or can't find on this machine."""
+    if teacher is None:
+        raise InputError("teacher: expected a model or a TeacherCache, got None.")
+    if tokenizer is None:
+        raise InputError("processing_class: expected the tokenizer that both models share, got None.")
+    if data_collator is not None:
+        raise InputError(
+            "data_collator: batches carry masks, documents' borders and sample ids, and are made by selkd. Give "
+            "rows or a SampleDataset, and leave it out."
+        )
+    if compute_loss_func is not None:
+        raise InputError(
+            "compute_loss_func: the loss is the distillation's. Give a criterion of your own by its name "
+            "(criterion={'name': 'module:function'}), and leave it out."
+        )
+    if args.teacher_device is not None:
+        require_device("teacher_device", torch.device(args.teacher_device))
+    if args.device.type == "mps":
+        raise InputError("the MPS device has no float64, which the class draws need. Set use_cpu=True.")
 
 
 def require_trainable(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) -> None:

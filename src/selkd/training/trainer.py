@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, DynamoBackend, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
@@ -24,14 +24,13 @@ from selkd.data.batching import collate
 from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.models.adapters import has_adapters
-from selkd.models.loading import require_device
 from selkd.models.tokenizers import shared_classes
 from selkd.selection.positions import Place, place_of
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
 from selkd.teacher import Batch, CachedCollator, CachedTeacher
 from selkd.training.answers import Answers
-from selkd.training.arguments import DistillArguments
+from selkd.training.arguments import DistillArguments, require_realised
 from selkd.training.callbacks import CheckpointAfterStep, RolloutLog
 from selkd.training.checkpoints import last_whole_checkpoint
 from selkd.training.evaluation import EvaluatingTrainer
@@ -39,6 +38,7 @@ from selkd.training.inputs import (
     as_evaluated,
     as_samples,
     as_teacher,
+    require_given,
     require_trainable,
     sizes,
     without_autocast,
@@ -49,8 +49,6 @@ from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.selection_log import SelectionLog
 from selkd.training.state import Queue, Schedule, ScheduleKept, Totals
 from selkd.training.student import bind_distillation
-
-_UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
 class DistillTrainer(EvaluatingTrainer):
@@ -98,24 +96,8 @@ class DistillTrainer(EvaluatingTrainer):
             raise InputError(f"args: expected a DistillArguments, got a {type(args).__name__}.")
         if (model is None) == (model_init is None):
             raise InputError("model: give the student, or model_init, which makes it: exactly one of them.")
-        if teacher is None:
-            raise InputError("teacher: expected a model or a TeacherCache, got None.")
-        if processing_class is None:
-            raise InputError("processing_class: expected the tokenizer that both models share, got None.")
-        if data_collator is not None:
-            raise InputError(
-                "data_collator: batches carry masks, documents' borders and sample ids, and are made by selkd. Give "
-                "rows or a SampleDataset, and leave it out."
-            )
-        if compute_loss_func is not None:
-            raise InputError(
-                "compute_loss_func: the loss is the distillation's. Give a criterion of your own by its name "
-                "(criterion={'name': 'module:function'}), and leave it out."
-            )
-        if args.teacher_device is not None:
-            require_device("teacher_device", torch.device(args.teacher_device))
-        if args.device.type == "mps":
-            raise InputError("the MPS device has no float64, which the class draws need. Set use_cpu=True.")
+        require_given(args, teacher, processing_class, data_collator, compute_loss_func)
+        assert teacher is not None and processing_class is not None, "refused just now"
         self._given_teacher, self._tokenizer = teacher, processing_class
         args.check()  # they may have been changed since they were made
         if model is not None:
@@ -145,7 +127,7 @@ class DistillTrainer(EvaluatingTrainer):
             model_init=model_init,
             **kwargs,
         )
-        self._require_honoured()
+        require_realised(self.accelerator.state, args, self.is_fsdp_enabled, has_adapters(self.model))
         asked = self.pop_callback(JITCheckpointCallback)
         if asked is not None:
             self.add_callback(CheckpointAfterStep.instead_of(asked))
@@ -169,32 +151,6 @@ class DistillTrainer(EvaluatingTrainer):
         model = super().call_model_init(trial)
         self._adopt(model)
         return model
-
-    def _require_honoured(self) -> None:
-        """Refuse what Accelerate's state asks for, wherever it was said: in arguments or by a launcher."""
-        state = self.accelerator.state
-        if state.distributed_type in _UNSUPPORTED:
-            raise InputError(
-                f"Accelerate was set to {state.distributed_type.value}: selkd trains on one device, with DDP or FSDP."
-            )
-        if state.dynamo_plugin.backend != DynamoBackend.NO:
-            raise InputError(
-                f"Accelerate compiles by {state.dynamo_plugin.backend.value}, and the chunked loss isn't compiled."
-            )
-        if str(state.mixed_precision) != ("bf16" if self.args.compute_dtype == torch.bfloat16 else "no"):
-            raise InputError(
-                f"Accelerate was set to mixed precision {state.mixed_precision}, the arguments to "
-                f"{self.args.mixed_precision}. Set both alike: bf16, or no."
-            )
-        if self.args.is_sharded and not self.is_fsdp_enabled:
-            raise InputError(
-                "fsdp: Accelerate shards a student over several processes on accelerators, and here it would shard "
-                "nothing. Start several processes on accelerators, or leave fsdp out."
-            )
-        if self.is_fsdp_enabled and has_adapters(self.model):
-            raise InputError("fsdp: adapters are trained on one GPU or with DDP.")
-        if self.is_fsdp_enabled and self.args.on_policy is not None:
-            raise InputError("on_policy: a student sharded by FSDP does not generate; use one GPU, or DDP.")
 
     def _set_up(self) -> None:
         """What the arguments say of loss, teacher and answers; anew where a trial of a search has changed them."""
@@ -317,7 +273,8 @@ class DistillTrainer(EvaluatingTrainer):
             self.args.check()
             if self.args.data_options("train_dataset") != rows_become:
                 raise InputError("hp_space: how rows become samples is no part of a search; they were made before it.")
-            self._require_honoured()  # of a new accelerator
+            sharded, adapted = self.is_fsdp_enabled, has_adapters(self.model)
+            require_realised(self.accelerator.state, self.args, sharded, adapted)  # of a new accelerator
             self._set_up()
 
     @property
