@@ -97,7 +97,8 @@ class DistillTrainer(EvaluatingTrainer):
         if (model is None) == (model_init is None):
             raise InputError("model: give the student, or model_init, which makes it: exactly one of them.")
         require_given(args, teacher, processing_class, data_collator, compute_loss_func)
-        assert teacher is not None and processing_class is not None, "refused just now"
+        assert teacher is not None, "refused just now"
+        assert processing_class is not None, "likewise"
         self._given_teacher, self._tokenizer = teacher, processing_class
         args.check()  # they may have been changed since they were made
         if model is not None:
