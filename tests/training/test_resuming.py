@@ -100,8 +100,9 @@ def test_another_number_of_processes_goes_on_with_the_same_samples_or_is_refused
     one = make_trainer("top_k", folder, tmp_path, save_steps=100)
     with pytest.raises(InputError, match=r"samples_per_step = 4, this one 2: .* set per_device_train_batch_size and"):
         one.train(resume_from_checkpoint=True)
-    one = make_trainer("top_k", folder, tmp_path, save_steps=100, gradient_accumulation_steps=2)
+    one = make_trainer("top_k", folder, tmp_path, save_steps=1, gradient_accumulation_steps=2)
     one.train(resume_from_checkpoint=True)
+    assert last_whole_checkpoint(folder) == folder / "checkpoint-6", "its own checkpoints are one process's"
     found, expected = result_of(one), found_by("straight", "top_k", tmp_path)
     for name, value in expected["student"].items():  # up to the order of sums
         torch.testing.assert_close(found["student"][name], value, rtol=0, atol=2e-5)

@@ -191,9 +191,14 @@ class DistillTrainer(EvaluatingTrainer):
             kept.append(RolloutLog())
         if self.distillation_loss.positions.queue_size is not None:
             kept.append(Queue(self.distillation_loss.positions.queue_size))
-        for callback in (*kept, *([] if self.train_dataset is None else [ScheduleKept.of(self._schedule())])):
-            self.remove_callback(type(callback))
-            self.add_callback(callback)
+        if self.train_dataset is not None:
+            kept.append(ScheduleKept.of(self._schedule()))
+        for callback in kept:
+            self._renew(callback)
+
+    def _renew(self, callback: TrainerCallback) -> None:
+        self.remove_callback(type(callback))
+        self.add_callback(callback)
 
     def _schedule(self) -> Schedule:
         """Which samples an optimiser step sees, with the batch size, accumulation and processes that there are."""
@@ -235,6 +240,11 @@ class DistillTrainer(EvaluatingTrainer):
         else:
             self._set_up()  # a new student may have another window, or other classes
         return super().set_initial_training_values(args, dataloader)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        found: tuple[int, int] = super()._init_training_state(*args)
+        self._renew(ScheduleKept.of(self._schedule()))  # a checkpoint's may tell of another number of processes
+        return found
 
     def _run_epoch(self, model: nn.Module, epoch: int, **given: Any) -> None:
         self._epoch = epoch  # the sampler's: the state's own is written after steps alone
