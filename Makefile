@@ -11,8 +11,8 @@ QUANTISED := $(VENV)/quantised
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-QUICK := tests/test_reference.py tests/test_recipe.py tests/test_architecture.py tests/maths tests/selection \
-	tests/cache/test_codec.py tests/data/test_batching.py tests/data/test_samples.py tests/models/test_generation.py \
+QUICK := tests/test_reference.py tests/recipe tests/test_architecture.py tests/maths tests/selection \
+	tests/cache/test_codec.py tests/data/test_packing.py tests/data/test_samples.py tests/models/test_generation.py \
 	tests/models/test_loading.py tests/training/test_checkpoints.py tests/training/test_normalisation.py \
 	tests/training/test_objective.py tests/training/test_trainer.py::test_a_step_is_the_specifications \
 	tests/training/test_on_policy.py::test_a_prompt_is_what_stands_before_the_last_answer

@@ -26,23 +26,23 @@ import torch
 from torch import Tensor
 
 from selkd import load_recipe
-from selkd.build_cache import plan_shards
 from selkd.cache import codec, shard
 from selkd.cache.reader import TeacherCache
 from selkd.cache.rows import Rows
 from selkd.cache.writer import CacheWriter
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import Sample, SampleDataset
-from selkd.data.tokenised import load_splits
+from selkd.data.splits import load_splits
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 from selkd.models.loading import load_model, native_dtype
 from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, tokenizer_fingerprint
-from selkd.recipe_choices import ClassOptions
+from selkd.recipe.choices import ClassOptions
 from selkd.selection.classes import ClassSampler, class_sampler, in_units
-from selkd.selection.noise import position_uniforms
-from selkd.teacher import CachedTeacher, head_logits
+from selkd.selection.randomness import position_uniforms
+from selkd.teacher.build_cache import plan_shards
+from selkd.teacher.targets import CachedTeacher, head_logits
 
 CPU = torch.device("cpu")
 SEED = 1337
@@ -166,7 +166,7 @@ def _cache_figures(
     dataset = SampleDataset.from_samples(samples)
     shards = plan_shards(dataset)
     ids = dataset.ids
-    fingerprint = {"draws": draw.draws, "count_total": draw.total, "vocabulary": teacher.head.n_classes}
+    fingerprint = {"draws": draw.draws, "count_total": draw.total, "vocabulary": teacher.head.vocab_size}
     with tempfile.TemporaryDirectory() as folder:
         clock = time.process_time()
         writer = CacheWriter(Path(folder) / "cache", fingerprint, [[ids[i] for i in members] for members in shards])

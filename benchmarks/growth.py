@@ -31,7 +31,7 @@ from selkd.bench.variants import step_of
 from selkd.maths.chunked import ChunkedLogits, chunk_size, chunked_entropy, chunked_loss
 from selkd.maths.divergence import forward_kl
 from selkd.maths.head import Head
-from selkd.recipe_files import load_recipe
+from selkd.recipe.files import load_recipe
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 CLASSES = (49_152, 98_304, 151_936, 262_144)
@@ -49,13 +49,13 @@ def peak_of_tensors(step: Callable[[], None]) -> int:
     return max(accumulate(sizes), default=0)
 
 
-def peaks_above(n: int, n_classes: int, width: int) -> tuple[int, int]:
+def peaks_above(n: int, vocab_size: int, width: int) -> tuple[int, int]:
     """The resident peak above what was there before, and that of the tensors alone."""
     generator = torch.Generator().manual_seed(0)
     hidden, teachers = (torch.randn(n, width, generator=generator) for _ in range(2))
-    weight = torch.randn(n_classes, width, generator=generator).div_(width**0.5).requires_grad_()
+    weight = torch.randn(vocab_size, width, generator=generator).div_(width**0.5).requires_grad_()
     hidden.requires_grad_()
-    teachers_head = Head(torch.randn(n_classes, width, generator=generator).bfloat16().div_(width**0.5))
+    teachers_head = Head(torch.randn(vocab_size, width, generator=generator).bfloat16().div_(width**0.5))
     head = Head(weight)
     with torch.no_grad():
         narrow = head.to(torch.bfloat16)
@@ -73,7 +73,7 @@ def peaks_above(n: int, n_classes: int, width: int) -> tuple[int, int]:
             head,
             coefficients,
             lambda z, rows: forward_kl(z, logits(rows), targets[rows]),
-            narrow_head=narrow,
+            compute_head=narrow,
         )
         loss.backward()
         hidden.grad = weight.grad = None
@@ -105,19 +105,19 @@ def seconds_a_token(recipe: str, overrides: list[str], length: int, repeats: int
     }
 
 
-def memory_row(n: int, n_classes: int, width: int) -> dict[str, int]:
-    command = [sys.executable, __file__, "--width", str(width), "--row", str(n), str(n_classes)]
+def memory_row(n: int, vocab_size: int, width: int) -> dict[str, int]:
+    command = [sys.executable, __file__, "--width", str(width), "--row", str(n), str(vocab_size)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     peak, of_tensors = map(int, said.split())
     return {
         "positions": n,
-        "classes": n_classes,
+        "classes": vocab_size,
         "peak_bytes": peak,
         "tensors_bytes": of_tensors,
-        "gradient_bytes": 4 * n_classes * width,
-        "tensors_beyond_gradient_bytes": of_tensors - 4 * n_classes * width,
-        "chunk_positions": chunk_size(n_classes, torch.device("cpu"), torch.bfloat16),
-        "dense_logits_bytes": 4 * n * n_classes,
+        "gradient_bytes": 4 * vocab_size * width,
+        "tensors_beyond_gradient_bytes": of_tensors - 4 * vocab_size * width,
+        "chunk_positions": chunk_size(vocab_size, torch.device("cpu"), torch.bfloat16),
+        "dense_logits_bytes": 4 * n * vocab_size,
     }
 
 

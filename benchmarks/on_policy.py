@@ -22,17 +22,17 @@ import psutil
 import torch
 
 from selkd import DistillTrainer
+from selkd.data.documents import Exchange
 from selkd.data.encoding import Encoder
-from selkd.data.rows import Exchange
 from selkd.data.samples import Sample, SampleDataset
 from selkd.models.loading import load_model, native_dtype
 from selkd.models.pruning import keep_layers
 from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer
-from selkd.recipe_data import DataOptions
-from selkd.training import rollout
+from selkd.recipe.data import DataOptions
+from selkd.training import on_policy as rollout
 from selkd.training.arguments import DistillArguments
-from selkd.training.rollout import PromptCollator
+from selkd.training.on_policy import PromptCollator
 
 CPU = torch.device("cpu")
 

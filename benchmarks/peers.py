@@ -24,7 +24,7 @@ from selkd.bench.measure import interleaved, peak_bytes
 from selkd.bench.subject import Subject
 from selkd.bench.variants import plain_loss, step_of
 from selkd.models.head import head_of, hidden_states
-from selkd.recipe_files import load_recipe
+from selkd.recipe.files import load_recipe
 
 Loss = Callable[[], Tensor]
 OURS = ("floor", "full_kd_plain", "full_kd")
@@ -43,7 +43,7 @@ def hidden_of_both(subject: Subject) -> tuple[Tensor, Tensor]:
 def trl_loss(subject: Subject) -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    students_head, teachers_head = subject.head, head_of(subject.teacher).narrowed(subject.work.n_classes)
+    students_head, teachers_head = subject.head, head_of(subject.teacher).slice_vocab(subject.work.vocab_size)
 
     def loss() -> Tensor:
         student, teacher = hidden_of_both(subject)
@@ -61,7 +61,7 @@ def liger_loss(subject: Subject, is_compiled: bool) -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     fused = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=is_compiled)
-    students_head, teachers_head = subject.head, head_of(subject.teacher).narrowed(subject.work.n_classes)
+    students_head, teachers_head = subject.head, head_of(subject.teacher).slice_vocab(subject.work.vocab_size)
     for head in (students_head, teachers_head):
         if head.scale != 1.0 or head.softcap is not None:
             raise RuntimeError("its fused loss knows no logit scale and no softcapping")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selkd import load_recipe
-from selkd.data.tokenised import load_splits
+from selkd.data.splits import load_splits
 from selkd.models.loading import load_model
 from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, tokenizer_fingerprint

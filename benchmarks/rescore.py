@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from selkd import load_recipe, rescoring
-from selkd.build_cache import build_cache
+from selkd import load_recipe
 from selkd.cache.reader import TeacherCache
-from selkd.cache_tools import judged
-from selkd.data.tokenised import load_splits
+from selkd.data.splits import load_splits
 from selkd.models.loading import load_model
 from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, tokenizer_fingerprint
-from selkd.recipe_choices import ClassOptions
+from selkd.recipe.choices import ClassOptions
+from selkd.run.verify_cache import judged
 from selkd.selection.classes import class_sampler
+from selkd.teacher import recheck_cache as rescoring
+from selkd.teacher.build_cache import build_cache
 
 SEED = 1
 
@@ -38,7 +39,7 @@ def main() -> None:
     train = load_splits(load_recipe("demo").data, tokenizer, fingerprint, default_cache_dir()).train
     samples = train.select(np.arange(0, 20 * n_samples, 20))
     low, full = (load_model(source, dtype, cpu) for dtype in (torch.bfloat16, torch.float32))
-    n_classes = low.config.vocab_size
+    vocab_size = low.config.vocab_size
     tokens_at_once = rescoring.TOKENS_AT_ONCE
     for sampler, draws in (("rs_kd", 64), ("systematic", 64), ("top_k", 64), ("rs_kd", 8), ("systematic", 8)):
         classes = ClassOptions.model_validate({"sampler": sampler, "draws": draws})
@@ -46,7 +47,7 @@ def main() -> None:
             "sampler": sampler,
             "draws": draws,
             "temperature": 1.0,
-            "vocabulary": n_classes,
+            "vocabulary": vocab_size,
             "seed": SEED,
             "count_total": class_sampler(classes).total,
         }
@@ -67,7 +68,7 @@ def main() -> None:
                 with options.get("context", nullcontext()):
                     found = rescoring.compare_again(
                         options.get("model", low), samples, range(len(samples)), classes,
-                        options.get("temperature", 1.0), SEED, n_classes, 0, cache.get,
+                        options.get("temperature", 1.0), SEED, vocab_size, 0, cache.get,
                     )  # fmt: skip
                 answer = judged({samples.ids[index]: again for index, again in found.items()}, is_exact=True)
                 same = answer.identical_positions / answer.positions

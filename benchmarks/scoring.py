@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from selkd.bench.subject import Subject
-from selkd.data.grouping import group_by_tokens
+from selkd.data.collate import group_by_tokens
 from selkd.data.samples import SampleDataset
+from selkd.evaluation.sample_scores import TOKENS_AT_ONCE, score_samples
 from selkd.models.head import hidden_states
-from selkd.recipe_choices import CriterionOptions, PositionOptions, SampleOptions
-from selkd.recipe_files import load_recipe
-from selkd.scoring import TOKENS_AT_ONCE, score_samples
-from selkd.selection.positions import place_of
+from selkd.recipe.choices import CriterionOptions, PositionOptions, SampleOptions
+from selkd.recipe.files import load_recipe
+from selkd.selection.positions import step_context
 from selkd.selection.samples import highest
 from selkd.selection.two_stage import estimator
 from selkd.training.objective import Objective
@@ -46,11 +46,11 @@ def scores_of(subject: Subject, samples: SampleDataset, probed: float | None) ->
     """Exact, or estimated from classes that the share ``probed`` of each sample tells (0: the text)."""
     work, estimate = subject.work, None
     if probed is not None:
-        options = SampleOptions.model_validate({"scoring": "approximate", "probed_share": probed})
+        options = SampleOptions.model_validate({"scoring": "approximate", "calibration_fraction": probed})
         estimate = estimator(options, subject.classes_by_frequency, subject.recipe.seed)
     student = subject.student
     return score_samples(
-        "student_entropy", samples, lambda: student, work.teacher, work.dtype, work.pad_token_id, work.n_classes,
+        "student_entropy", samples, lambda: student, work.teacher, work.dtype, work.pad_token_id, work.vocab_size,
         subject.recipe.seed, estimate,
     )[0]  # fmt: skip
 
@@ -69,13 +69,13 @@ def position_agreement(subject: Subject, samples: SampleDataset, probed: float) 
     for frequent, tail, share in SETTINGS:
         options = PositionOptions.model_validate(
             {"fraction": FRACTION, "scoring": "two_stage", "frequent_classes": frequent, "tail_classes": tail,
-             "rescored_share": share, "probed_share": probed}
+             "rescored_share": share, "calibration_fraction": probed}
         )  # fmt: skip
         objective = Objective(CriterionOptions(), options, subject.recipe.seed, subject.classes_by_frequency)
         counted = np.zeros(2, dtype=np.int64)
         for sample in range(len(samples)):
             batch = subject.batch_of(samples.select([sample]))
-            sums = objective.agreement(subject.student_hidden(batch), subject.head, batch, place_of(options, 1, 1))
+            sums = objective.agreement(subject.student_hidden(batch), subject.head, batch, step_context(options, 1, 1))
             counted += int(sums["agreeing_positions"]), int(sums["compared_positions"])
         found[f"{frequent} + {tail}, best {FRACTION + share:.0%}"] = counted[0] / counted[1]
     return found

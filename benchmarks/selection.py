@@ -13,11 +13,11 @@ import time
 
 import torch
 
-from selkd.recipe_choices import POLICIES, PositionOptions
-from selkd.selection.noise import position_uniforms
-from selkd.selection.positions import place_of
+from selkd.recipe.choices import POLICIES, PositionOptions
+from selkd.selection.position_scores import choose_positions
+from selkd.selection.positions import step_context
 from selkd.selection.queue import ScoreQueue
-from selkd.selection.scores import choose_positions
+from selkd.selection.randomness import position_uniforms
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
             if policy == "random":
                 ids, mask = batch["sample_ids"].numpy(), batch["valid_mask"].numpy()
                 used = torch.from_numpy(position_uniforms(0, ids, mask, "positions", step))
-            place = place_of(options, step, 100, queue if policy == "gls" else None)
+            place = step_context(options, step, 100, queue if policy == "gls" else None)
             choose_positions(options, used, batch, place, seed=0)
             times.append(1000 * (time.perf_counter() - started))
         milliseconds[policy] = statistics.median(times[1:])

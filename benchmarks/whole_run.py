@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback
 
-from selkd import cache_stage, score_stage
 from selkd.bench.variants import plain_kl
-from selkd.pipeline import start
-from selkd.recipe import Recipe, parse_part
-from selkd.recipe_files import load_recipe
-from selkd.teacher import Batch
+from selkd.recipe.files import load_recipe
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+from selkd.run.cache import cache as find_cache
+from selkd.run.pipeline import start
+from selkd.run.score import score
+from selkd.teacher.targets import Batch
 from selkd.training.trainer import DistillTrainer
 
 
@@ -88,8 +90,8 @@ def as_given(recipe: Recipe, out: Path) -> dict[str, Any]:
     for load in (lambda: work.splits, lambda: work.student, work.teacher):
         load()
     seconds: dict[str, float] = {}
-    samples = timed(seconds, "score", lambda: score_stage.score(work, run))
-    cache = timed(seconds, "cache", lambda: cache_stage.cache(work, run, samples))
+    samples = timed(seconds, "score", lambda: score(work, run))
+    cache = timed(seconds, "cache", lambda: find_cache(work, run, samples))
     trainer = DistillTrainer(
         model=work.student,
         teacher=work.teacher() if cache is None else cache,

@@ -12,11 +12,11 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
-from selkd.cli import app
-from selkd.recipe import Recipe
-from selkd.recipe_errors import _models_in
-from selkd.recipe_files import named_recipes
-from selkd.recipe_training import OWNED, RECIPE_RANGES, REFUSED
+from selkd.cli.main import app
+from selkd.recipe.errors import _models_in
+from selkd.recipe.files import named_recipes
+from selkd.recipe.recipe import Recipe
+from selkd.recipe.training import OWNED, RECIPE_RANGES, REFUSED
 
 HERE = Path(__file__).parent
 PAGES = ("recipe.md", "commands.md")

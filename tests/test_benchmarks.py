@@ -18,7 +18,8 @@ from torch import Tensor
 from selkd.bench.subject import Subject
 from selkd.bench.variants import plain_loss
 from selkd.models.head import head_of
-from selkd.recipe import Recipe, parse_part
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 

@@ -11,13 +11,14 @@ from tiny import make_samples
 from tiny_run import make_recipe
 
 from selkd import distill, plugins
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.errors import InputError, RunError
-from selkd.recipe import Recipe, parse_part
-from selkd.recipe_choices import ClassOptions, PositionOptions
+from selkd.recipe.choices import ClassOptions, PositionOptions
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
 from selkd.selection.classes import class_sampler
-from selkd.selection.positions import Place
-from selkd.selection.scores import choose_positions
+from selkd.selection.position_scores import choose_positions
+from selkd.selection.positions import StepContext
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_parts"
 
@@ -118,11 +119,11 @@ def test_a_policys_own_randomness_is_the_samples(monkeypatch: pytest.MonkeyPatch
     batch = collate(list(make_samples(4)), 1)
     mask = batch["valid_mask"].clone()
     scores = torch.zeros(mask.shape)
-    first = choose_positions(options, scores, batch, Place(0, 0.2, 0.0, None), seed=1)
+    first = choose_positions(options, scores, batch, StepContext(0, 0.2, 0.0, None), seed=1)
     assert torch.equal(batch["valid_mask"], mask)
     assert 0 < int((first > 0).sum()) < int(mask.sum())
-    assert torch.equal(first, choose_positions(options, scores, batch, Place(0, 0.2, 0.0, None), seed=1))
-    assert not torch.equal(first, choose_positions(options, scores, batch, Place(1, 0.2, 0.0, None), seed=1))
+    assert torch.equal(first, choose_positions(options, scores, batch, StepContext(0, 0.2, 0.0, None), seed=1))
+    assert not torch.equal(first, choose_positions(options, scores, batch, StepContext(1, 0.2, 0.0, None), seed=1))
 
 
 def test_a_decorated_function_has_a_name_in_recipes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

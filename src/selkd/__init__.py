@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from selkd import reference
     from selkd.cache.reader import TeacherCache
-    from selkd.pipeline import Run, distill
-    from selkd.recipe import Recipe
-    from selkd.recipe_files import load_recipe
+    from selkd.recipe.files import load_recipe
+    from selkd.recipe.recipe import Recipe
+    from selkd.run.pipeline import Run, distill
     from selkd.training.arguments import DistillArguments
     from selkd.training.trainer import DistillTrainer
 
 _HOME = {
     "DistillArguments": "selkd.training.arguments",
     "DistillTrainer": "selkd.training.trainer",
-    "Recipe": "selkd.recipe",
-    "Run": "selkd.pipeline",
+    "Recipe": "selkd.recipe.recipe",
+    "Run": "selkd.run.pipeline",
     "TeacherCache": "selkd.cache.reader",
-    "distill": "selkd.pipeline",
-    "load_recipe": "selkd.recipe_files",
+    "distill": "selkd.run.pipeline",
+    "load_recipe": "selkd.recipe.files",
 }
 
 __all__ = [

@@ -1,5 +1,8 @@
 """The two ways in which selkd fails: the input was bad, or something failed while running."""
 
+import difflib
+from collections.abc import Iterable
+
 
 def _own_words(message: object, kind: type[Exception]) -> str:
     """The message; of an error in a data loader's process, which comes with that one's traceback, its own alone."""
@@ -24,3 +27,9 @@ class RunError(RuntimeError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(_own_words(message, type(self)))
+
+
+def nearest(given: object, names: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest of ``names``, or nothing."""
+    close = difflib.get_close_matches(str(given), list(names), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

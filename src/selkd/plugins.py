@@ -42,8 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from selkd.builtin import BUILT_IN
-from selkd.errors import RunError
-from selkd.recipe_errors import nearest
+from selkd.errors import RunError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -216,15 +215,15 @@ def drawn(name: str, probabilities: "Tensor", uniforms: "Tensor", draws: int) ->
     answer = _call("sampler", name, probabilities=probabilities, uniforms=uniforms, draws=draws)
     if not (isinstance(answer, tuple | list) and len(answer) == 2):
         raise _fault("sampler", name, f"returned {type(answer).__name__}, expected class ids and counts")
-    n, n_classes = probabilities.shape
+    n, vocab_size = probabilities.shape
     class_ids, counts = (_tensor("sampler", name, each, None) for each in answer)
     fault: str | None = None
     if class_ids.shape != counts.shape or class_ids.ndim != 2 or len(class_ids) != n:
         fault = f"shapes {tuple(class_ids.shape)} and {tuple(counts.shape)}, expected both [{n}, C]"
     elif {str(class_ids.dtype), str(counts.dtype)} != {"torch.int64"}:
         fault = f"{class_ids.dtype} and {counts.dtype}, expected int64 class ids and counts"
-    elif ((class_ids < 0) | (class_ids >= n_classes)).any():
-        fault = f"a class id outside 0 to {n_classes - 1}"
+    elif ((class_ids < 0) | (class_ids >= vocab_size)).any():
+        fault = f"a class id outside 0 to {vocab_size - 1}"
     elif (counts < 0).any() or (counts.sum(dim=-1) != draws).any():
         fault = f"counts that are negative or don't sum to draws = {draws}"
     else:

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selkd.recipe import Recipe, check_parts, parse_part
-from selkd.recipe_choices import (
+from selkd.recipe.choices import (
     CRITERIA,
     POLICIES,
     POSITION_METRICS,
@@ -26,7 +25,9 @@ from selkd.recipe_choices import (
     PositionOptions,
     needs_teacher,
 )
-from selkd.selection.noise import draw_uniforms, position_uniforms
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe, check_parts
+from selkd.selection.randomness import draw_uniforms, position_uniforms
 
 
 def importance(
@@ -219,7 +220,7 @@ def divergence(
 ) -> Tensor:
     """D(p, q) [B, T], of both models' logits over ``temperature``; not multiplied by its square.
 
-    ``alpha`` and ``beta`` are the criterion's own (defaults: ``selkd.recipe_choices.CRITERIA``). ``picked_mask``
+    ``alpha`` and ``beta`` are the criterion's own (defaults: ``selkd.recipe.choices.CRITERIA``). ``picked_mask``
     [B, T] is what ``at_kd`` ranks within each sample (all positions, if not given); it is 0 elsewhere.
     """
     if criterion not in CRITERIA:

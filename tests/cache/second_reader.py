@@ -6,7 +6,7 @@ Row = dict[int, int]
 
 
 def read_model(data: bytes) -> dict:
-    total, n_classes = (int.from_bytes(data[at : at + 4], "little") for at in (0, 4))
+    total, vocab_size = (int.from_bytes(data[at : at + 4], "little") for at in (0, 4))
     frames, at = [], 8
     for _ in range(9):
         length = int.from_bytes(data[at : at + 4], "little")
@@ -17,18 +17,18 @@ def read_model(data: bytes) -> dict:
     for lowest, second, third, highest in zip(*frames[:4], strict=True):
         previous += 1 + lowest + (second << 8) + (third << 16) + (highest << 24)
         ids.append(previous)
-    ranked = sorted(range(n_classes), key=lambda place: (-frames[4][place], ids[place]))
+    ranked = sorted(range(vocab_size), key=lambda place: (-frames[4][place], ids[place]))
     n_symbols = {
         "singles": bucket(3, total) + 1,
         "heavies": bucket(3, total // 2) + 1,
-        "gaps": bucket(1, max(n_classes - 1, 0)) + 1,
+        "gaps": bucket(1, max(vocab_size - 1, 0)) + 1,
         "counts": bucket(1, total) + 1,
     }
     tables = {}
     for (name, symbols), cells in zip(n_symbols.items(), frames[5:], strict=True):
         width = max(2, symbols)
         tables[name] = [cells[start : start + width] for start in range(0, len(cells), width)]
-    octaves = n_classes.bit_length() + 1
+    octaves = vocab_size.bit_length() + 1
     assert [len(table) for table in tables.values()] == [
         1,
         n_symbols["singles"],

@@ -9,8 +9,8 @@ from properties import examples
 from second_reader import read_block, read_model
 
 from selkd.cache.codec import decode, encode, fit
+from selkd.cache.frequency_model import TABLES, Model
 from selkd.cache.integers import Buckets, frequencies, to_codes
-from selkd.cache.model import TABLES, Model
 from selkd.cache.rows import Rows, checked_rows
 from selkd.errors import InputError
 

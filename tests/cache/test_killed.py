@@ -17,7 +17,7 @@ KILLING = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from cache_samples import build, contents
-from selkd.cache.files import is_temporary
+from selkd.files import is_temporary
 from selkd.cache.shard import check_shard
 from selkd.cache.manifest import read_plan
 from selkd.cache.verify import verify_cache
@@ -120,7 +120,7 @@ READ_ONLY = """
 import sys
 from pathlib import Path
 from cache_samples import FINGERPRINT, plan
-from selkd.cache import files
+from selkd import files
 from selkd.cache.writer import CacheWriter
 from selkd.errors import RunError
 

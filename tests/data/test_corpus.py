@@ -12,7 +12,7 @@ import pytest
 from selkd.data.corpus import documents, open_corpus
 from selkd.data.demo_text import demo_documents
 from selkd.errors import InputError, RunError
-from selkd.recipe import DataOptions
+from selkd.recipe.recipe import DataOptions
 
 
 def options(path: Path | str, **changes: object) -> DataOptions:

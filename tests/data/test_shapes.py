@@ -10,18 +10,19 @@ import pytest
 from chatty import CHAT, MARKED, NO_PROMPT, PLAIN, REASONING, STRICT, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from selkd.data.batching import Fitting, collate
-from selkd.data.chats import encode_conversation
+from selkd.data.chat_encoding import encode_conversation
+from selkd.data.collate import collate
+from selkd.data.documents import Conversation, Exchange, Fields
 from selkd.data.encoding import Encoder
-from selkd.data.marked import Marked, PartEncoder
-from selkd.data.rows import Conversation, Exchange, Fields
+from selkd.data.packing import Fitting
+from selkd.data.prompt_encoding import Marked, PartEncoder
 from selkd.data.samples import Sample, SampleDataset
-from selkd.data.tokenised import Splits, load_splits
+from selkd.data.splits import Splits, load_splits
 from selkd.errors import InputError
 from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer
-from selkd.recipe import parse_part
-from selkd.recipe_data import DataOptions
+from selkd.recipe.data import DataOptions
+from selkd.recipe.part import parse_part
 
 
 def learned(tokenizer: PreTrainedTokenizerFast, document: Marked) -> list[str]:

@@ -12,8 +12,9 @@ from test_site import DOCS, ROOT, script
 from tiny import make_model, make_tokenizer
 from tiny_run import make_recipe
 
-from selkd.cli import main
-from selkd.recipe import Recipe, parse_part
+from selkd.cli.main import main
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
 from selkd.sweep.study import expand, load_study
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]

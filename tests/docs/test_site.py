@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from selkd.recipe_choices import CLASS_SAMPLERS, CRITERIA, POLICIES, POSITION_METRICS, SampleMetric, needs_teacher
+from selkd.recipe.choices import CLASS_SAMPLERS, CRITERIA, POLICIES, POSITION_METRICS, SampleMetric, needs_teacher
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

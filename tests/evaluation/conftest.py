@@ -21,7 +21,7 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> Any:
         def refuse(*_: Any, **__: Any) -> None:
             raise AssertionError("it was measured again")
 
-        monkeypatch.setattr("selkd.evaluation.measuring.run_task", refuse)
-        monkeypatch.setattr("selkd.evaluation.held_out.fidelity", refuse)
+        monkeypatch.setattr("selkd.evaluation.benchmark_tasks.run_task", refuse)
+        monkeypatch.setattr("selkd.evaluation.fidelity_task.fidelity", refuse)
 
     return forbid

@@ -18,10 +18,11 @@ from selkd import distill
 from selkd.errors import InputError
 from selkd.evaluation.benchmarks import ACC, KNOWN
 from selkd.evaluation.harness import load_tasks
-from selkd.evaluation_stage import keep_if_best, read_best
-from selkd.recipe import EvaluationOptions, Recipe, parse_part
-from selkd.recipe_evaluation import BENCHMARKS, check_suite
-from selkd.recipe_files import load_recipe
+from selkd.recipe.evaluation import BENCHMARKS, EvaluationOptions, check_suite
+from selkd.recipe.files import load_recipe
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+from selkd.run.benchmarks import keep_if_best, read_best
 
 
 def recipe(folder: Path, **evaluation: Any) -> dict[str, Any]:
@@ -153,13 +154,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_a_recipe_refuses_by_name(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selkd.recipe_evaluation.harness_tasks", lambda: ["boolq", "copa"])
+    monkeypatch.setattr("selkd.recipe.evaluation.harness_tasks", lambda: ["boolq", "copa"])
     with pytest.raises(InputError, match=f"(?s){REFUSED[override]}"):
         load_recipe("se_kd", [override])
 
 
 def test_benchmarks_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selkd.recipe_evaluation.has_harness", lambda: False)
+    monkeypatch.setattr("selkd.recipe.evaluation.has_harness", lambda: False)
     with pytest.raises(
         InputError, match=r"hellaswag is measured by lm-evaluation-harness: pip install 'selkd\[eval\]'"
     ):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from selkd.errors import InputError
-from selkd.evaluation.statistics import Estimate, Measure, difference, estimate, mean_of
+from selkd.evaluation.intervals import Estimate, Measure, difference, estimate, mean_of
 
 GENERATOR = np.random.default_rng(7)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from selkd.evaluation.calibration import bin_of, choice_confidence, expected_calibration_error
-from selkd.evaluation.statistics import Measure, estimate
+from selkd.evaluation.intervals import Measure, estimate
 
 
 def ece(confidence: list[float], correct: list[float]) -> float:

@@ -13,9 +13,9 @@ from tiny import make_tokenizer
 from tiny_benchmarks import ROWS, make_byte_tokenizer, save_model, write_rows
 from transformers import AutoModelForCausalLM
 
-from selkd.cli import main
+from selkd.cli.main import main
 from selkd.errors import InputError
-from selkd.evaluation.subject import find_subject
+from selkd.evaluation.evaluated_model import find_subject
 
 Run = Callable[..., tuple[int, str, str]]
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
@@ -231,7 +231,7 @@ def test_a_validation_suite_says_what_it_had_to_leave_out(selkd_eval: Run, tmp_p
 
 
 def test_bad_input_exits_with_2(selkd_eval: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selkd.recipe_evaluation.harness_tasks", lambda: ["boolq", "copa"])  # the true list takes long
+    monkeypatch.setattr("selkd.recipe.evaluation.harness_tasks", lambda: ["boolq", "copa"])  # the true list takes long
     model = save_model(tmp_path / "model")
     short = save_model(tmp_path / "short", max_position_embeddings=128)
     cases: dict[tuple[object, ...], str] = {
@@ -280,8 +280,8 @@ def test_bad_input_is_found_before_any_weights_are_loaded(
     def refuse(*_: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("selkd.evaluation.subject.load_model", refuse)
-    monkeypatch.setattr("selkd.recipe_evaluation.harness_tasks", lambda: ["boolq"])
+    monkeypatch.setattr("selkd.evaluation.evaluated_model.load_model", refuse)
+    monkeypatch.setattr("selkd.recipe.evaluation.harness_tasks", lambda: ["boolq"])
     model, other = save_model(tmp_path / "model"), save_model(tmp_path / "other")
     make_tokenizer().save_pretrained(other)
     short = save_model(tmp_path / "short", max_position_embeddings=128)

@@ -8,12 +8,12 @@ import torch
 from tiny import V, make_model, make_samples, make_tokenizer
 from tiny_run import make_text
 
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.errors import InputError
+from selkd.evaluation.evaluated_model import Subject
 from selkd.evaluation.fidelity import ENTROPY_EDGES, fidelity
-from selkd.evaluation.held_out import FidelityOptions, measure_fidelity
-from selkd.evaluation.statistics import estimate
-from selkd.evaluation.subject import Subject
+from selkd.evaluation.fidelity_task import FidelityOptions, measure_fidelity
+from selkd.evaluation.intervals import estimate
 
 
 def test_sums_and_buckets_are_those_of_the_full_logits() -> None:

@@ -9,10 +9,10 @@ from lm_eval.api.model import LM
 from tiny_benchmarks import make_byte_tokenizer, save_model, write_rows
 
 from selkd.evaluation import harness
+from selkd.evaluation.benchmark_tasks import BenchmarkOptions, load_benchmarks, measure_benchmarks
+from selkd.evaluation.evaluated_model import find_subject
+from selkd.evaluation.fidelity_task import FidelityOptions, measure_fidelity
 from selkd.evaluation.harness import build_requests, load_tasks, run_task
-from selkd.evaluation.held_out import FidelityOptions, measure_fidelity
-from selkd.evaluation.measuring import BenchmarkOptions, load_benchmarks, measure_benchmarks
-from selkd.evaluation.subject import find_subject
 
 # Of 0 + 2, 1 + 2, 2 + 2, 3 + 2.
 ANSWERS = ["She has 0+2.\n#### 2", "So there are 3.", "#### 4.", "5 eggs\n#### 7"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from selkd.errors import InputError
 from selkd.evaluation.benchmarks import KNOWN
 from selkd.evaluation.harness import build_requests, load_tasks, run_task, spread_rows
-from selkd.recipe_evaluation import BENCHMARKS
+from selkd.recipe.evaluation import BENCHMARKS
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "data"
 HUB = {

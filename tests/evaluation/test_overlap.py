@@ -6,12 +6,12 @@ import torch
 from tiny import V, make_model, make_samples
 
 from selkd import reference
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import EMPTY_SAMPLE, SampleDataset
 from selkd.evaluation.fidelity import fidelity
 from selkd.evaluation.overlap import overlaps
+from selkd.evaluation.sample_scores import score_samples
 from selkd.maths.importance import METRICS
-from selkd.scoring import score_samples
 
 
 def test_overlaps_are_those_of_the_specifications_selections() -> None:

@@ -157,6 +157,6 @@ def test_aggregations_that_are_no_mean_keep_the_harnesss_figure() -> None:
 
 
 def test_a_run_without_benchmarks_needs_no_harness() -> None:
-    code = "import sys, selkd.pipeline, selkd.recipe_files as r; r.load_recipe('demo'); print('lm_eval' in sys.modules)"
+    code = "import sys, selkd.run.pipeline, selkd as s; s.load_recipe('demo'); print('lm_eval' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

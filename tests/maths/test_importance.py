@@ -9,8 +9,8 @@ from torch import Tensor
 from selkd import reference
 from selkd.maths.head import Head
 from selkd.maths.importance import METRICS, metric_of, soft_or, statistics
-from selkd.recipe_choices import POSITION_METRICS, PositionOptions, needs_teacher
-from selkd.selection.scores import score_positions
+from selkd.recipe.choices import POSITION_METRICS, PositionOptions, needs_teacher
+from selkd.selection.position_scores import score_positions
 
 B, T, D, V = 3, 7, 12, 41
 

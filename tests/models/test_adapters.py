@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from selkd import DistillTrainer, distill
 from selkd.errors import InputError
 from selkd.models.adapters import merged, with_adapters
-from selkd.recipe import parse_part
-from selkd.recipe_files import load_recipe
-from selkd.recipe_models import LoraOptions
+from selkd.recipe.files import load_recipe
+from selkd.recipe.models import LoraOptions
+from selkd.recipe.part import parse_part
 
 peft = pytest.importorskip("peft")
 IDS = torch.arange(2, 20)[None]

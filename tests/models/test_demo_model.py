@@ -14,7 +14,7 @@ import torch
 from selkd.models.head import check_head, check_packing, head_of, hidden_states
 from selkd.models.loading import load_model, n_parameters, n_rows
 from selkd.models.sources import default_cache_dir, locate
-from selkd.models.tokenizers import load_tokenizer, n_classes
+from selkd.models.tokenizers import load_tokenizer, vocab_size
 
 
 @pytest.mark.slow
@@ -36,7 +36,7 @@ def test_the_demo_model_is_converted_once_and_predicts_the_python_manual(monkeyp
     model = load_model(source, torch.bfloat16, torch.device("cpu"))
     tokenizer = load_tokenizer(source)
     assert n_parameters(model) == 134_515_008
-    assert n_classes(tokenizer) == n_rows(source) == 49_152
+    assert vocab_size(tokenizer) == n_rows(source) == 49_152
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     check_head(model)
     check_packing(model)

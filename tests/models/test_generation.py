@@ -19,7 +19,7 @@ def answers(
     model: PreTrainedModel, prompts: list[np.ndarray], uniforms: np.ndarray, **changes: float
 ) -> list[list[int]]:
     options = {"temperature": 1.0, "top_p": 1.0} | changes
-    return generate(model, prompts, uniforms, stop=STOP, pad_token_id=1, n_classes=V, **options)  # type: ignore[arg-type]
+    return generate(model, prompts, uniforms, stop=STOP, pad_token_id=1, vocab_size=V, **options)  # type: ignore[arg-type]
 
 
 def test_without_temperature_an_answer_is_transformers_greedy_one() -> None:
@@ -65,7 +65,7 @@ def test_the_draws_are_the_models_distribution() -> None:
 def test_classes_that_the_teacher_lacks_are_never_drawn() -> None:
     uniforms = np.random.default_rng(0).random((3, 30))
     found = generate(
-        make_model(3), PROMPTS, uniforms, temperature=3.0, top_p=1.0, stop=[], pad_token_id=1, n_classes=20
+        make_model(3), PROMPTS, uniforms, temperature=3.0, top_p=1.0, stop=[], pad_token_id=1, vocab_size=20
     )
     assert max(max(answer) for answer in found) < 20
     assert [len(answer) for answer in found] == [30] * 3

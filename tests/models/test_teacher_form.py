@@ -8,15 +8,15 @@ from tiny import make_arguments, make_model, make_samples, make_tokenizer
 from tiny_run import make_recipe
 
 from selkd import DistillTrainer, distill
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.errors import InputError
 from selkd.models import quantisation
 from selkd.models.demo import _gguf_file
 from selkd.models.quantisation import require_quantization
 from selkd.models.sources import default_cache_dir, locate
-from selkd.recipe_choices import ClassOptions
-from selkd.recipe_files import load_recipe
-from selkd.teacher import LiveTeacher
+from selkd.recipe.choices import ClassOptions
+from selkd.recipe.files import load_recipe
+from selkd.teacher.targets import LiveTeacher
 
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is refused without CUDA")
 

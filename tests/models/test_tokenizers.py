@@ -11,10 +11,10 @@ from selkd.errors import InputError
 from selkd.models.sources import ModelSource
 from selkd.models.tokenizers import (
     load_tokenizer,
-    n_classes,
     require_same_tokenizer,
     shared_classes,
     tokenizer_fingerprint,
+    vocab_size,
 )
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -156,8 +156,8 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_classes_are_counted_to_the_highest_id() -> None:
-    assert n_classes(_tokenizer()) == 262
-    assert n_classes(_tokenizer(additional_special_tokens=["<more>"])) == 263
+    assert vocab_size(_tokenizer()) == 262
+    assert vocab_size(_tokenizer(additional_special_tokens=["<more>"])) == 263
 
 
 def test_classes_in_common_are_those_of_the_smaller_vocabulary() -> None:

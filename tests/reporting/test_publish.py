@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selkd import distill
 from selkd.errors import InputError, RunError
-from selkd.pipeline import cache_only, score_only
-from selkd.recipe import Recipe, parse_part
-from selkd.recipe_files import load_recipe
+from selkd.recipe.files import load_recipe
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+from selkd.run.pipeline import cache_only, score_only
 
 HUB = {"repo": "someone/a-student", "private": False}
 

@@ -1,4 +1,13 @@
-from selkd.reporting.tokens import HEAT_LEVELS, HEAVY, LIGHT, PLAIN, heat_scale, marked_part, token_views, visible
+from selkd.reporting.coloured_text import (
+    HEAT_LEVELS,
+    HEAVY,
+    LIGHT,
+    PLAIN,
+    heat_scale,
+    marked_part,
+    token_views,
+    visible,
+)
 
 SAMPLE = {
     "tokens": ["a", "b", "c", "d"],

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from selkd.maths.divergence import forward_kl, sampled_forward_kl
-from selkd.recipe_choices import CLASS_SAMPLERS, ClassOptions
+from selkd.recipe.choices import CLASS_SAMPLERS, ClassOptions
 from selkd.selection.classes import (
     SAMPLERS,
     TOP_K_UNITS,
@@ -21,15 +21,15 @@ from selkd.selection.classes import (
 )
 
 
-def as_dense(class_ids: torch.Tensor, counts: torch.Tensor, n_classes: int) -> torch.Tensor:
-    return torch.zeros(len(class_ids), n_classes, dtype=torch.float64).scatter_add_(-1, class_ids, counts.double())
+def as_dense(class_ids: torch.Tensor, counts: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    return torch.zeros(len(class_ids), vocab_size, dtype=torch.float64).scatter_add_(-1, class_ids, counts.double())
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1))
 @examples(60)
-def test_counts_are_exact(draws: int, n_classes: int, n: int, seed: int) -> None:
+def test_counts_are_exact(draws: int, vocab_size: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    probabilities = torch.softmax(torch.randn(n, n_classes, generator=generator) * 3, dim=-1)
+    probabilities = torch.softmax(torch.randn(n, vocab_size, generator=generator) * 3, dim=-1)
     uniforms = torch.rand(n, draws, generator=generator, dtype=torch.float64)
     class_ids, counts = rs_kd(probabilities, uniforms, draws)
     assert (counts.sum(-1) == draws).all()
@@ -68,12 +68,12 @@ def test_a_class_without_probability_is_never_drawn() -> None:
 @example(155, torch.float32, 155)  # the largest uniform rounds up to the whole, and the last block is empty
 @given(st.integers(1, 300), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**32 - 1))
 @examples(60)
-def test_a_draw_is_the_class_that_its_point_lies_in(n_classes: int, dtype: torch.dtype, seed: int) -> None:
+def test_a_draw_is_the_class_that_its_point_lies_in(vocab_size: int, dtype: torch.dtype, seed: int) -> None:
     """Also where whole blocks of classes have no probability, and at the borders between blocks."""
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.rand(5, n_classes, generator=generator, dtype=torch.float64).pow(4)
-    weights[torch.rand(5, n_classes, generator=generator) < torch.rand(5, 1, generator=generator)] = 0
-    weights[:, int(torch.randint(n_classes, (), generator=generator))] += 1e-3
+    weights = torch.rand(5, vocab_size, generator=generator, dtype=torch.float64).pow(4)
+    weights[torch.rand(5, vocab_size, generator=generator) < torch.rand(5, 1, generator=generator)] = 0
+    weights[:, int(torch.randint(vocab_size, (), generator=generator))] += 1e-3
     p = (weights / weights.sum(-1, keepdim=True)).to(dtype)
     uniforms = torch.rand(5, 40, generator=generator, dtype=torch.float64)
     uniforms[0, :2] = torch.tensor([0.0, 1 - 2**-53])
@@ -100,9 +100,9 @@ def test_the_target_is_unbiased_with_the_multinomials_variance() -> None:
 
 
 def test_the_gradient_of_forward_kl_is_unbiased() -> None:
-    repeats, n_classes, draws = 20000, 7, 8
+    repeats, vocab_size, draws = 20000, 7, 8
     generator = torch.Generator().manual_seed(1)
-    student, teacher = torch.randn(2, 1, n_classes, generator=generator, dtype=torch.float64)
+    student, teacher = torch.randn(2, 1, vocab_size, generator=generator, dtype=torch.float64)
     uniforms = torch.rand(repeats, draws, generator=generator, dtype=torch.float64)
     class_ids, counts = rs_kd(torch.softmax(teacher, -1).expand(repeats, -1), uniforms, draws)
     _, sampled = sampled_forward_kl(student.expand(repeats, -1).clone(), class_ids, counts)
@@ -111,8 +111,8 @@ def test_the_gradient_of_forward_kl_is_unbiased() -> None:
 
 
 def test_ids_beyond_17_bits_survive() -> None:
-    n_classes = 200_000
-    probabilities = torch.zeros(1, n_classes)
+    vocab_size = 200_000
+    probabilities = torch.zeros(1, vocab_size)
     probabilities[0, [5, 131_072, 151_935, 199_999]] = 0.25
     class_ids, counts = rs_kd(probabilities, torch.linspace(0, 0.999, 40, dtype=torch.float64)[None], 40)
     assert class_ids[counts > 0].tolist() == [5, 131_072, 151_935, 199_999]
@@ -130,12 +130,12 @@ def test_the_recipe_knows_the_samplers_that_there_are() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1))
 @examples(60)
-def test_systematic_counts_are_the_floor_or_the_ceiling(draws: int, n_classes: int, n: int, seed: int) -> None:
+def test_systematic_counts_are_the_floor_or_the_ceiling(draws: int, vocab_size: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    p = torch.softmax(torch.randn(n, n_classes, generator=generator, dtype=torch.float64) * 3, dim=-1)
+    p = torch.softmax(torch.randn(n, vocab_size, generator=generator, dtype=torch.float64) * 3, dim=-1)
     class_ids, counts = systematic(p, torch.rand(n, 1, generator=generator, dtype=torch.float64), draws)
     assert (counts.sum(-1) == draws).all()
-    assert ((as_dense(class_ids, counts, n_classes) - draws * p).abs() < 1 + 1e-9).all()
+    assert ((as_dense(class_ids, counts, vocab_size) - draws * p).abs() < 1 + 1e-9).all()
 
 
 def test_systematic_is_unbiased_and_closer_than_rs_kd() -> None:

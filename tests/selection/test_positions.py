@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
-from selkd import plugins, recipe_choices, reference
+from selkd import plugins, reference
 from selkd.errors import RunError
-from selkd.recipe_choices import POLICIES as NAMES
-from selkd.recipe_choices import FractionSchedule, PositionOptions
-from selkd.selection.noise import draw_uniforms, position_uniforms
-from selkd.selection.positions import POLICIES, Place, counts_of, fraction_at, place_of, select
+from selkd.recipe import choices as recipe_choices
+from selkd.recipe.choices import POLICIES as NAMES
+from selkd.recipe.choices import FractionSchedule, PositionOptions
+from selkd.selection.position_scores import choose_positions
+from selkd.selection.positions import POLICIES, StepContext, counts_of, fraction_at, select, step_context
 from selkd.selection.queue import ScoreQueue
-from selkd.selection.scores import choose_positions
+from selkd.selection.randomness import draw_uniforms, position_uniforms
 
 Scored = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -50,8 +51,8 @@ def batch_of(mask: torch.Tensor, ids: np.ndarray | None = None, position_ids: to
 def test_select_is_the_specification(batch: Scored, policy: str, progress: float) -> None:
     scores, mask, fraction = batch
     expected = reference.select(policy, scores, mask, fraction, progress=progress)
-    place = Place(0, None if policy in ("all", "weighted") else fraction, progress, None)
-    torch.testing.assert_close(select(options_of(policy), scores, mask, place), expected)
+    context = StepContext(0, None if policy in ("all", "weighted") else fraction, progress, None)
+    torch.testing.assert_close(select(options_of(policy), scores, mask, context), expected)
 
 
 @given(
@@ -70,7 +71,7 @@ def test_draws_and_their_mitigations_are_the_specification(
     given = {"smoothing": smoothing, "clip": clip, "skip_first": skip_first, "coverage": coverage}
     expected = reference.select(policy, scores, mask, fraction, seed=4, step=2, **given)
     options = options_of(policy, fraction=fraction, **given)
-    actual = choose_positions(options, scores, batch_of(mask), Place(2, fraction, 0.0, None), seed=4)
+    actual = choose_positions(options, scores, batch_of(mask), StepContext(2, fraction, 0.0, None), seed=4)
     torch.testing.assert_close(actual, expected)
 
 
@@ -79,11 +80,11 @@ def test_gls_takes_what_reaches_the_queues_quantile(batch: Scored, seen: int) ->
     scores, mask, fraction = batch
     queue = ScoreQueue(100)
     queue.push(np.random.default_rng(seen).choice([0.0, 0.5, 1.0, 2.0], seen))
-    place = place_of(options_of("gls", fraction=fraction, queue_size=100), 0, 1, queue)
-    picked = select(options_of("gls", queue_size=100), scores, mask, place) > 0
+    context = step_context(options_of("gls", fraction=fraction, queue_size=100), 0, 1, queue)
+    picked = select(options_of("gls", queue_size=100), scores, mask, context) > 0
     expected = reference.select("gls", scores, mask, fraction, queue=queue.scores, queue_size=100) > 0
     assert torch.equal(picked, expected)
-    assert (place.threshold is None) == (seen < 10)
+    assert (context.threshold is None) == (seen < 10)
 
 
 def test_a_queue_forgets_the_oldest() -> None:
@@ -100,7 +101,7 @@ def test_random_is_the_specification() -> None:
     mask = torch.rand(3, 50) > 0.3
     noise = torch.from_numpy(position_uniforms(5, ids, mask.numpy(), "positions", 2))
     expected = reference.select("random", None, mask, 0.3, seed=5, sample_ids=ids, step=2)
-    torch.testing.assert_close(select(options_of("random"), noise, mask, Place(2, 0.3, 0.0, None)), expected)
+    torch.testing.assert_close(select(options_of("random"), noise, mask, StepContext(2, 0.3, 0.0, None)), expected)
 
 
 def test_random_takes_each_position_equally_often() -> None:
@@ -108,7 +109,7 @@ def test_random_takes_each_position_equally_often() -> None:
     ids = np.arange(repeats * 16, dtype=np.uint64).astype(np.uint32).view(np.uint8).reshape(-1, 16)[:repeats]
     mask = np.ones((repeats, n), dtype=bool)
     noise = torch.from_numpy(position_uniforms(0, ids, mask, "positions", 0))
-    picked = select(options_of("random"), noise, torch.from_numpy(mask), Place(0, fraction, 0.0, None))
+    picked = select(options_of("random"), noise, torch.from_numpy(mask), StepContext(0, fraction, 0.0, None))
     shares = (picked > 0).double().mean(dim=0)
     deviation = (fraction * (1 - fraction) / repeats) ** 0.5
     assert (shares - fraction).abs().max() < 4.5 * deviation
@@ -125,7 +126,7 @@ def test_the_expectation_of_draws(policy: str, mitigation: dict[str, Any]) -> No
     mask = torch.ones(repeats, n, dtype=torch.bool)
     options = options_of(policy, fraction=fraction, **mitigation)
     a = choose_positions(
-        options, scores.expand(repeats, -1), batch_of(mask, ids), Place(0, fraction, 0.0, None), seed=0
+        options, scores.expand(repeats, -1), batch_of(mask, ids), StepContext(0, fraction, 0.0, None), seed=0
     )
     estimates = a @ losses
 
@@ -152,9 +153,9 @@ def test_draws_do_not_move_with_padding_or_batch() -> None:
     wide[:, 3:9] = scores
     mask = torch.zeros(2, 10, dtype=torch.bool)
     mask[:, 3:9] = True
-    place, options = Place(1, 0.5, 0.0, None), options_of("pos_rs", clip=0.9)
-    padded = choose_positions(options, wide, batch_of(mask, ids), place, seed=0)
-    alone = choose_positions(options, scores[1:], batch_of(mask[1:, 3:9], ids[1:]), place, seed=0)
+    context, options = StepContext(1, 0.5, 0.0, None), options_of("pos_rs", clip=0.9)
+    padded = choose_positions(options, wide, batch_of(mask, ids), context, seed=0)
+    alone = choose_positions(options, scores[1:], batch_of(mask[1:, 3:9], ids[1:]), context, seed=0)
     torch.testing.assert_close(padded[1:, 3:9], alone)
     assert (padded[~mask] == 0).all()
 
@@ -167,7 +168,7 @@ def test_documents_of_a_packed_sample_are_skipped_one_by_one() -> None:
         options,
         torch.ones(1, 8),
         batch_of(mask, position_ids=position_ids),
-        Place(0, 1.0, 0.0, None),
+        StepContext(0, 1.0, 0.0, None),
         seed=3,
     )
     assert set(a.nonzero()[:, 1].tolist()) <= {3, 7}
@@ -227,7 +228,7 @@ def test_a_scheduled_fraction_moves_and_stays() -> None:
 
 def test_the_curriculum_moves_over_steps_or_a_share_of_them() -> None:
     def progress(step: int, **options: Any) -> float:
-        return place_of(options_of("curriculum", **options), step, 100).progress
+        return step_context(options_of("curriculum", **options), step, 100).progress
 
     assert [progress(step) for step in (0, 50, 100)] == pytest.approx([0, 0.5, 1])
     assert [progress(step, curriculum_steps=20) for step in (0, 5, 40)] == pytest.approx([0, 0.25, 1])
@@ -244,12 +245,12 @@ def test_a_users_policy_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, function in answers.items():
         monkeypatch.setitem(plugins._registered["policy"], name, function)
-    scores, place = torch.tensor([[1.0, 3.0, 9.0]]), Place(0, 0.5, 0.0, None)
-    assert select(options_of("good"), scores, mask, place).tolist() == [[1.0, 3.0, 0.0]]
+    scores, context = torch.tensor([[1.0, 3.0, 9.0]]), StepContext(0, 0.5, 0.0, None)
+    assert select(options_of("good"), scores, mask, context).tolist() == [[1.0, 3.0, 0.0]]
     assert options_of("nan", metric="kl").metric is None, "it asks for no scores"
     for name, message in (("shape", "returned shape"), ("mask", "not valid"), ("nan", "not finite")):
         with pytest.raises(RunError, match=f"positions.policy: {name} .*{message}"):
-            select(options_of(name), scores, mask, place)
+            select(options_of(name), scores, mask, context)
 
 
 def test_the_recipe_knows_the_policies_that_there_are() -> None:

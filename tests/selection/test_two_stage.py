@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from selkd import reference
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.maths.estimate import ClassSubset, estimated_entropy
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
-from selkd.recipe import parse_part
-from selkd.recipe_choices import PositionOptions
-from selkd.selection.positions import place_of
-from selkd.selection.scores import choose_positions, score_positions
+from selkd.recipe.choices import PositionOptions
+from selkd.recipe.part import parse_part
+from selkd.selection.position_scores import choose_positions, score_positions
+from selkd.selection.positions import step_context
 from selkd.selection.two_stage import by_frequency, class_subset, score_in_two_stages
 
 
@@ -103,15 +103,15 @@ def test_the_estimate_is_the_weighted_entropy(head_options: dict[str, Any]) -> N
 def scored(options: PositionOptions, samples: SampleDataset) -> tuple[Any, ...]:
     batch, student = collate(list(samples), 1), make_model(1).double()
     hidden = hidden_states(student, batch["input_ids"], batch["position_ids"]).detach()
-    ordered, place = by_frequency(samples.token_counts(V)), place_of(options, 3, 10)
-    found = score_in_two_stages(options, ordered, hidden, head_of(student), batch, place, seed=5)
-    return batch, student, hidden, ordered, place, found
+    ordered, context = by_frequency(samples.token_counts(V)), step_context(options, 3, 10)
+    found = score_in_two_stages(options, ordered, hidden, head_of(student), batch, context, seed=5)
+    return batch, student, hidden, ordered, context, found
 
 
 @pytest.mark.parametrize(("share", "probed"), [(0.01, 0.0), (0.2, 0.0), (0.6, 0.0), (0.01, 0.25), (0.2, 0.1), (0.2, 1)])
 def test_scores_and_selection_are_the_specifications(share: float, probed: float) -> None:
-    options = options_of(frequent_classes=20, tail_classes=9, rescored_share=share, probed_share=probed)
-    batch, student, _, ordered, place, found = scored(options, make_samples(6))
+    options = options_of(frequent_classes=20, tail_classes=9, rescored_share=share, calibration_fraction=probed)
+    batch, student, _, ordered, context, found = scored(options, make_samples(6))
     logits, subsets = logits_of(student, batch).detach(), []
     for row, mask in enumerate(batch["valid_mask"]):
         first = ordered[:20].tolist()
@@ -129,16 +129,16 @@ def test_scores_and_selection_are_the_specifications(share: float, probed: float
     class_weights[torch.arange(class_ids.shape[1]) >= sizes] = 0.0
     expected = reference.two_stage_scores(logits, batch["valid_mask"], 0.3, share, class_ids, class_weights)
     torch.testing.assert_close(found.values, expected)
-    chosen = choose_positions(options, found.values, batch, place, seed=5)
+    chosen = choose_positions(options, found.values, batch, context, seed=5)
     torch.testing.assert_close(chosen, reference.select("top_k", expected, batch["valid_mask"], 0.3))
 
 
 @pytest.mark.parametrize("changes", [{"frequent_classes": V}, {"frequent_classes": 3, "rescored_share": 0.7}])
 def test_with_every_class_or_every_position_it_is_exact(changes: dict[str, Any]) -> None:
     options = options_of(**changes)
-    batch, student, hidden, _, place, found = scored(options, make_samples(6))
+    batch, student, hidden, _, context, found = scored(options, make_samples(6))
     exact = score_positions("student_entropy", hidden, head_of(student), batch, None, seed=5, step=3)
-    chosen, best = (choose_positions(options, each.values, batch, place, seed=5) for each in (found, exact))
+    chosen, best = (choose_positions(options, each.values, batch, context, seed=5) for each in (found, exact))
     assert torch.equal(chosen, best)
 
 
@@ -146,11 +146,11 @@ def test_the_layout_of_a_batch_decides_nothing() -> None:
     samples = make_samples(6)
     options = options_of(frequent_classes=20, tail_classes=9, rescored_share=0.1)
     whole = scored(options, samples)
-    student, ordered, place = whole[1], whole[3], whole[4]
+    student, ordered, context = whole[1], whole[3], whole[4]
     for row, sample in enumerate(samples):
         batch = collate([sample], 1, padding_side="left", pad_to=40)
         hidden = hidden_states(student, batch["input_ids"], batch["position_ids"]).detach()
-        alone = score_in_two_stages(options, ordered, hidden, head_of(student), batch, place, seed=5)
+        alone = score_in_two_stages(options, ordered, hidden, head_of(student), batch, context, seed=5)
         first, second = (e.values[b["valid_mask"]] for e, b in ((alone, batch), (whole[5], _row(whole[0], row))))
         torch.testing.assert_close(first, second if second.ndim == 1 else second[row])
 
@@ -206,7 +206,7 @@ def test_what_it_does_not_go_with_is_refused(message: str, changes: dict[str, An
 def test_options_are_settled_and_read_back_equal() -> None:
     options = options_of()
     assert (options.frequent_classes, options.tail_classes, options.rescored_share) == (4096, 1024, 0.15)
-    assert options.probed_share == 1 / 32
+    assert options.calibration_fraction == 1 / 32
     assert parse_part(PositionOptions, json.loads(options.model_dump_json(by_alias=True))) == options
     assert parse_part(PositionOptions, {}).scoring == "exact"
     assert parse_part(PositionOptions, {"policy": "all"}).scoring is None
@@ -218,27 +218,27 @@ def test_one_position_that_is_not_finite_leaves_the_others_their_scores() -> Non
     hidden[0, 13] = torch.nan
     mask = torch.ones(2, 20, dtype=torch.bool)
     head = Head(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)))
-    place = place_of(options, 0, 1)
-    found = score_in_two_stages(options, np.arange(30), hidden, head, {"valid_mask": mask}, place, seed=0)
+    context = step_context(options, 0, 1)
+    found = score_in_two_stages(options, np.arange(30), hidden, head, {"valid_mask": mask}, context, seed=0)
     assert found.values.isfinite().logical_not().nonzero().tolist() == [[0, 13]]
 
 
 def test_a_few_distributions_tell_the_classes_of_a_student_that_the_text_does_not() -> None:
     """Mass on classes that the text never has: frequencies of the text estimate badly, the student's own well."""
     generator = torch.Generator().manual_seed(0)
-    n_classes, width = 2000, 8
-    weight = torch.randn(n_classes, width, generator=generator, dtype=torch.float64)
-    bias = torch.full((n_classes,), -12.0, dtype=torch.float64)
+    vocab_size, width = 2000, 8
+    weight = torch.randn(vocab_size, width, generator=generator, dtype=torch.float64)
+    bias = torch.full((vocab_size,), -12.0, dtype=torch.float64)
     bias[-60:] = 0.0
     head, hidden = Head(weight, bias), torch.randn(1, 256, width, generator=generator, dtype=torch.float64)
     batch = {"valid_mask": torch.ones(1, 256, dtype=torch.bool), "position_ids": torch.arange(256).unsqueeze(0)}
     exact = torch.distributions.Categorical(logits=head.logits(hidden)).entropy()
     agreement = []
     for probed in (0.0, 1 / 32):
-        options = options_of(frequent_classes=60, tail_classes=20, rescored_share=0.05, probed_share=probed)
-        place = place_of(options, 0, 1)
-        scores = score_in_two_stages(options, np.arange(n_classes), hidden, head, batch, place, seed=0)
-        chosen, best = (choose_positions(options, each, batch, place, seed=0) > 0 for each in (scores.values, exact))
+        options = options_of(frequent_classes=60, tail_classes=20, rescored_share=0.05, calibration_fraction=probed)
+        context = step_context(options, 0, 1)
+        scores = score_in_two_stages(options, np.arange(vocab_size), hidden, head, batch, context, seed=0)
+        chosen, best = (choose_positions(options, each, batch, context, seed=0) > 0 for each in (scores.values, exact))
         agreement.append(float((chosen & best).sum() / best.sum()))
     assert agreement[0] < 0.9
     assert agreement[1] == 1.0

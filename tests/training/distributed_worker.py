@@ -17,11 +17,11 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from selkd import DistillTrainer
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import SampleDataset
-from selkd.recipe_choices import ClassOptions
-from selkd.selection.positions import place_of
-from selkd.teacher import LiveTeacher
+from selkd.recipe.choices import ClassOptions
+from selkd.selection.positions import step_context
+from selkd.teacher.targets import LiveTeacher
 from selkd.training.arguments import DistillArguments
 from selkd.training.objective import Budget
 from selkd.training.student import bind_distillation
@@ -79,12 +79,11 @@ def fsdp2(out: Path, arguments: DistillArguments) -> None:  # the arguments have
     objective = arguments.objective
     samples = list(make_samples(7))
     mine = collate(samples[dist.get_rank() :: dist.get_world_size()], 1)
-    place = place_of(objective.positions, 0, 1)
-    budget = Budget(*map(sum, zip(*(objective.budget(collate([s], 1), place) for s in samples), strict=True)))
+    context = step_context(objective.positions, 0, 1)
+    budget = Budget(*map(sum, zip(*(objective.budget(collate([s], 1), context) for s in samples), strict=True)))
     teacher = LiveTeacher(make_model(0, layers=3), ClassOptions.model_validate({}), 1.0, 11, V)
-    loss = partial(
-        objective, batch=mine, teacher=teacher.targets(mine, 0), place=place, normaliser=objective.normaliser(budget)
-    )
+    normaliser = objective.normaliser(budget)
+    loss = partial(objective, batch=mine, teacher=teacher.targets(mine, 0), context=context, normaliser=normaliser)
     outputs = student(input_ids=mine["input_ids"], position_ids=mine["position_ids"], distillation=loss)
     (outputs["loss"] * dist.get_world_size()).backward()  # FSDP averages gradients over the ranks
     stepped = {

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from tiny import V, make_arguments, make_model, make_prompts, make_samples, make_tokenizer
 
 from selkd import DistillTrainer, TeacherCache
-from selkd.build_cache import build_cache
 from selkd.data.samples import SampleDataset
 from selkd.models.adapters import with_adapters
-from selkd.recipe_choices import ClassOptions
-from selkd.recipe_models import LoraOptions
+from selkd.recipe.choices import ClassOptions
+from selkd.recipe.models import LoraOptions
+from selkd.teacher.build_cache import build_cache
 from selkd.training.checkpoints import last_whole_checkpoint
 
 ENTROPY = {"metric": "student_entropy", "fraction": 0.4}

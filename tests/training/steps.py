@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import Sample
 from selkd.models.head import head_of
-from selkd.recipe_choices import ClassOptions, CriterionOptions, PositionOptions
-from selkd.selection.positions import place_of
-from selkd.teacher import LiveTeacher
+from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
+from selkd.selection.positions import step_context
+from selkd.teacher.targets import LiveTeacher
 from selkd.training.objective import Budget, Objective
 from selkd.training.student import bind_distillation
 
@@ -59,16 +59,16 @@ def take_step(
         PositionOptions.model_validate(recipe.get("positions", {})),
         SEED,
     )
-    n_classes = min(head_of(student).n_classes, head_of(teacher).n_classes)
-    live = LiveTeacher(teacher, ClassOptions.model_validate({}), objective.criterion.temperature, SEED, n_classes)
+    vocab_size = min(head_of(student).vocab_size, head_of(teacher).vocab_size)
+    live = LiveTeacher(teacher, ClassOptions.model_validate({}), objective.criterion.temperature, SEED, vocab_size)
     if "forward" not in vars(student):
-        bind_distillation(student, n_classes)
+        bind_distillation(student, vocab_size)
     batches = [
         collate(samples, **{name: v[i] if isinstance(v, list) else v for name, v in collated.items()})
         for i, samples in enumerate(micro_batches)
     ]
-    place = place_of(objective.positions, 0, 1)
-    budget = Budget(*map(sum, zip(*(objective.budget(batch, place) for batch in batches), strict=True)))
+    context = step_context(objective.positions, 0, 1)
+    budget = Budget(*map(sum, zip(*(objective.budget(batch, context) for batch in batches), strict=True)))
     student.zero_grad(set_to_none=True)
     total = 0.0
     for batch in batches:
@@ -76,7 +76,7 @@ def take_step(
             objective,
             batch=batch,
             teacher=live.targets(batch, 0),
-            place=place,
+            context=context,
             normaliser=objective.normaliser(budget),
         )
         share = student(input_ids=batch["input_ids"], position_ids=batch["position_ids"], distillation=loss)["loss"]

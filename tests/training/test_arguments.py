@@ -602,7 +602,7 @@ def test_every_field_is_decided() -> None:
     new = names_of(TrainingArguments) - decided
     assert not new, (
         f"transformers.TrainingArguments has fields that nobody decided about: {sorted(new)}. Add each to HONOURED "
-        "with a proof that it acts, to REFUSED here and in selkd.recipe_training, or to NOT_OURS with its reader."
+        "with a proof that it acts, to REFUSED here and in selkd.recipe.training, or to NOT_OURS with its reader."
     )
     assert not decided - names_of(TrainingArguments), "fields that this version of Transformers lacks"
     assert not NOT_OURS.keys() & (HONOURED.keys() | REFUSED.keys())

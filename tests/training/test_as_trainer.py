@@ -15,7 +15,7 @@ from tiny import V, make_arguments, make_model, make_prompts, make_samples, make
 from transformers import EarlyStoppingCallback, EvalPrediction, LlamaForCausalLM, TrainerCallback
 
 from selkd import DistillTrainer
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError
 

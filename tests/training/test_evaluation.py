@@ -15,12 +15,12 @@ from tiny import V, make_arguments, make_model, make_prompts, make_samples, make
 from torch import Tensor
 
 from selkd import DistillTrainer, TeacherCache, reference
-from selkd.build_cache import build_cache
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError, RunError
-from selkd.recipe_choices import ClassOptions
+from selkd.recipe.choices import ClassOptions
 from selkd.selection.queue import ScoreQueue
+from selkd.teacher.build_cache import build_cache
 
 DRAWN = {"classes": {"sampler": "rs_kd", "draws": 8}}
 

@@ -23,15 +23,15 @@ from transformers import (
 )
 
 from selkd import DistillTrainer, TeacherCache, distill, reference
-from selkd.build_cache import build_cache
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import head_of, hidden_states
 from selkd.models.loading import load_model
 from selkd.models.sources import ModelSource
-from selkd.recipe_choices import ClassOptions
-from selkd.selection.noise import position_uniforms
+from selkd.recipe.choices import ClassOptions
+from selkd.selection.randomness import position_uniforms
+from selkd.teacher.build_cache import build_cache
 
 SE_KD: dict[str, Any] = {"positions": {"policy": "top_k", "metric": "student_entropy", "fraction": 0.3}}
 BY_KL: dict[str, Any] = {
@@ -65,15 +65,15 @@ def specified(
     teacher: PreTrainedModel,
     samples: SampleDataset,
     recipe: dict[str, Any],
-    n_classes: int = VOCABULARY,
+    vocab_size: int = VOCABULARY,
     **extra: Any,
 ) -> tuple[float, dict[str, Tensor]]:
     """The specification's loss of one step and its gradients, from both models' own logits over the shared classes."""
     batch = collate(list(samples), 1)
     with torch.no_grad():
-        teacher_logits = own_logits(teacher, batch)[..., :n_classes]
+        teacher_logits = own_logits(teacher, batch)[..., :vocab_size]
     was_training = student.training
-    student_logits = own_logits(student.train(), batch)[..., :n_classes]
+    student_logits = own_logits(student.train(), batch)[..., :vocab_size]
     require_gap(student_logits, teacher_logits, batch, recipe)
     loss = reference.loss(
         student_logits, teacher_logits, batch["targets"], batch["valid_mask"], recipe,
@@ -187,8 +187,8 @@ def test_a_family_teaches_another_whose_vocabulary_is_padded_otherwise(
 ) -> None:
     samples, shared = samples_of(), min(teacher_rows, student_rows)
     student, teacher = padded_to(student_rows, student_of, learning), padded_to(teacher_rows, teacher_of, teaching)
-    assert head_of(student).n_classes == student_rows
-    assert head_of(teacher).n_classes == teacher_rows
+    assert head_of(student).vocab_size == student_rows
+    assert head_of(teacher).vocab_size == teacher_rows
     loss, expected = specified(student, teacher, samples, BY_KL, shared)
     # Else the rows beyond the shared ones might as well have been kept.
     everything = collate(list(samples), 1)

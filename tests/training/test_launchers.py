@@ -13,8 +13,10 @@ from tiny_run import make_recipe, make_task
 from selkd import DistillTrainer, distill
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
-from selkd.recipe import Recipe, parse_part
-from selkd.workspace import Workspace, environment
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+from selkd.run.record import environment
+from selkd.run.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("put_back")
 

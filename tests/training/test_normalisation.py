@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selkd import reference
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
 from selkd.maths.importance import METRICS
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from selkd import reference
 from selkd.maths import chunked
 from selkd.maths.head import Head
-from selkd.recipe import parse_part
-from selkd.recipe_choices import CriterionOptions, PositionOptions
-from selkd.selection.positions import place_of
-from selkd.teacher import DrawnClasses, FullDistribution, Target
+from selkd.recipe.choices import CriterionOptions, PositionOptions
+from selkd.recipe.part import parse_part
+from selkd.selection.positions import step_context
+from selkd.teacher.targets import DrawnClasses, FullDistribution, Target
 from selkd.training.objective import Objective
 
 
@@ -53,18 +53,18 @@ def run(case: dict[str, Any], recipe: dict[str, Any], factor: float = 1.0, **whe
     criterion = parse_part(CriterionOptions, recipe.get("criterion", {}))
     positions = parse_part(PositionOptions, recipe.get("positions", {}))
     objective, batch = Objective(criterion, positions, seed=0), batch_of(case)
-    place = place_of(positions, where.get("step", 0), where.get("total_steps", 1))
+    context = step_context(positions, where.get("step", 0), where.get("total_steps", 1))
     picked = tuple(t.flatten(0, 1) for t in drawn(case).values()) if "classes" in recipe else None
-    n_classes = case["student_logits"].shape[-1]
-    head = Head(torch.eye(n_classes, dtype=torch.float64).requires_grad_())
+    vocab_size = case["student_logits"].shape[-1]
+    head = Head(torch.eye(vocab_size, dtype=torch.float64).requires_grad_())
     hidden = case["student_logits"].clone().requires_grad_()
     outputs = objective(
         hidden,
         head,
         batch,
         OracleTeacher(case["teacher_logits"].flatten(0, 1), picked),
-        place=place,
-        normaliser=objective.normaliser(objective.budget(batch, place)),
+        context=context,
+        normaliser=objective.normaliser(objective.budget(batch, context)),
     )
     (gradient,) = torch.autograd.grad(outputs["loss"] * factor, hidden)
     return outputs["loss"].detach(), gradient

@@ -18,17 +18,18 @@ from tiny_run import make_recipe, make_task
 
 from selkd import DistillTrainer, distill
 from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
-from selkd.data.tokenised import load_splits
+from selkd.data.splits import load_splits
 from selkd.errors import InputError
 from selkd.models.adapters import with_adapters
 from selkd.models.generation import _Draw
-from selkd.recipe import Recipe, parse_part
-from selkd.recipe_data import DataOptions
-from selkd.recipe_files import load_recipe
-from selkd.recipe_models import LoraOptions
-from selkd.recipe_on_policy import OnPolicyOptions
-from selkd.training.rollout import Answering, PromptCollator, Rollout, RolloutSums, prompt_length
-from selkd.workspace import Workspace
+from selkd.recipe.choices import OnPolicyOptions
+from selkd.recipe.data import DataOptions
+from selkd.recipe.files import load_recipe
+from selkd.recipe.models import LoraOptions
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+from selkd.run.workspace import Workspace
+from selkd.training.on_policy import Answering, PromptCollator, Rollout, RolloutSums, prompt_length
 
 POSITIONS = {"metric": "student_entropy", "policy": "top_k", "fraction": 0.5}
 

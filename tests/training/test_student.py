@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.training_args import ParallelMode
 
 from selkd import DistillTrainer
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.errors import InputError
 from selkd.models.head import check_head, head_of
 from selkd.training.student import bind_distillation

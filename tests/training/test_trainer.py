@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from selkd import DistillTrainer, TeacherCache, reference
-from selkd.build_cache import build_cache
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, RunError
 from selkd.models.head import head_of, hidden_states
-from selkd.recipe_choices import CRITERIA, POSITION_METRICS, ClassOptions
-from selkd.selection.positions import place_of
-from selkd.teacher import LiveTeacher
+from selkd.recipe.choices import CRITERIA, POSITION_METRICS, ClassOptions
+from selkd.selection.positions import step_context
+from selkd.teacher.build_cache import build_cache
+from selkd.teacher.targets import LiveTeacher
 
 RECIPES: dict[str, dict[str, Any]] = {
     "full kd": {"positions": {"policy": "all"}},
@@ -392,9 +392,9 @@ def test_logits_that_are_not_finite_are_named_by_sample_and_position(recipe: str
     position = int(batch["valid_mask"][2].nonzero()[3])
     hidden[2, position, 0] = float("inf")
     sample_id = batch["sample_ids"][2].numpy().tobytes().hex()
-    place = place_of(objective.positions, 7, 10)
+    context = step_context(objective.positions, 7, 10)
     with pytest.raises(RunError, match=f"position {position} of sample {sample_id} gives nan .* at optimiser step 7"):
-        objective(hidden, head_of(student), batch, teacher.targets(batch, 7), place=place, normaliser=4)
+        objective(hidden, head_of(student), batch, teacher.targets(batch, 7), context=context, normaliser=4)
 
 
 @pytest.mark.parametrize("sampler", ["rs_kd", "systematic", "top_k"])

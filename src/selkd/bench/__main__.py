@@ -6,7 +6,8 @@ import sys
 from selkd.bench.measure import bytes_over_time, peak_bytes
 from selkd.bench.subject import Subject
 from selkd.bench.variants import step_of
-from selkd.recipe import Recipe, parse_part
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
 
 TRACED_STEPS = 3
 

@@ -11,12 +11,11 @@ import torch
 from selkd.bench.measure import Timing, bytes_over_time, in_own_process, interleaved, peak_bytes
 from selkd.bench.subject import Subject
 from selkd.bench.variants import VARIANTS, last_place, objective_of, positions_of, step_of
-from selkd.errors import InputError
-from selkd.recipe import Recipe
-from selkd.recipe_errors import nearest
-from selkd.run_directory import write_whole
-from selkd.selection.scores import choose_positions, score_positions
-from selkd.workspace import environment
+from selkd.errors import InputError, nearest
+from selkd.files import write_whole
+from selkd.recipe.recipe import Recipe
+from selkd.run.record import environment
+from selkd.selection.position_scores import choose_positions, score_positions
 
 AGREEMENT_SAMPLES = 16
 TRACED = ("floor", "full_kd_plain", "full_kd", "se_kd_exact", "se_kd_two_stage", "recipe")
@@ -92,7 +91,7 @@ def _agreement(name: str, subject: Subject) -> tuple[float, float] | None:
     positions = positions_of(name, subject)
     if positions is None or positions.metric != "student_entropy" or positions.policy != "top_k":
         return None
-    objective, place = objective_of(subject, positions), last_place(positions)
+    objective, context = objective_of(subject, positions), last_place(positions)
     head = subject.head
     agreeing, as_run, compared = 0, 0, 0
     size = len(subject.samples)
@@ -100,13 +99,13 @@ def _agreement(name: str, subject: Subject) -> tuple[float, float] | None:
     for start in range(0, count, size):
         batch = subject.batch_of(subject.train.select(range(start, min(start + size, count))))
         hidden = subject.student_hidden(batch)
-        found = objective.agreement(hidden, head, batch, place)
+        found = objective.agreement(hidden, head, batch, context)
         agreeing, compared = agreeing + int(found["agreeing_positions"]), compared + int(found["compared_positions"])
-        exact = score_positions("student_entropy", hidden.float(), head, batch, None, seed=0, step=place.step)
+        exact = score_positions("student_entropy", hidden.float(), head, batch, None, seed=0, step=context.step)
         with torch.no_grad():
-            scored = objective.score(hidden, head.to(subject.dtype), batch, None, place)
+            scored = objective.score(hidden, head.to(subject.dtype), batch, None, context)
         chosen, best = (
-            choose_positions(positions, scores.values, batch, place, seed=0) > 0 for scores in (scored, exact)
+            choose_positions(positions, scores.values, batch, context, seed=0) > 0 for scores in (scored, exact)
         )
         as_run += int((chosen & best).sum())
     return agreeing / compared, as_run / compared
@@ -130,7 +129,7 @@ def _answer(
         "shape": {
             "batch": shape[0],
             "length": shape[1],
-            "classes": subject.work.n_classes,
+            "classes": subject.work.vocab_size,
             "valid_positions": int(subject.batch["valid_mask"].sum()),
         },
         "floor_seconds": floor,

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selkd.build_cache import build_cache
 from selkd.cache.reader import TeacherCache
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
-from selkd.recipe import Recipe
-from selkd.recipe_choices import ClassOptions
+from selkd.recipe.choices import ClassOptions
+from selkd.recipe.recipe import Recipe
+from selkd.run.workspace import Workspace
 from selkd.selection.two_stage import by_frequency
-from selkd.teacher import Batch, CachedTeacher, LiveTeacher, Teacher
+from selkd.teacher.build_cache import build_cache
+from selkd.teacher.targets import Batch, CachedTeacher, LiveTeacher, Teacher
 from selkd.training.student import bind_distillation
-from selkd.workspace import Workspace
 
 DRAWN = ClassOptions(sampler="systematic", draws=64)  # of the cached variant, where the recipe draws no classes
 
@@ -61,7 +61,7 @@ class Subject:
     @cached_property
     def student(self) -> Any:
         model = self.work.student.train()
-        bind_distillation(model, self.work.n_classes)
+        bind_distillation(model, self.work.vocab_size)
         if self.work.arguments.activation_checkpointing:
             model.gradient_checkpointing_enable(self.work.arguments.activation_checkpointing_kwargs)
         return model
@@ -90,7 +90,7 @@ class Subject:
 
     @cached_property
     def classes_by_frequency(self) -> np.ndarray:
-        return by_frequency(self.train.token_counts(self.work.n_classes))
+        return by_frequency(self.train.token_counts(self.work.vocab_size))
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -103,11 +103,11 @@ class Subject:
     @property
     def head(self) -> Head:
         """The student's head over the classes that both models share."""
-        return head_of(self.student).narrowed(self.work.n_classes)
+        return head_of(self.student).slice_vocab(self.work.vocab_size)
 
     def live_teacher(self, classes: ClassOptions) -> Teacher:
         temperature = self.recipe.criterion.temperature
-        return LiveTeacher(self.teacher, classes, temperature, self.recipe.seed, self.work.n_classes)
+        return LiveTeacher(self.teacher, classes, temperature, self.recipe.seed, self.work.vocab_size)
 
     def cached_teacher(self, classes: ClassOptions) -> Teacher:
         """The batch's drawn classes on disk."""
@@ -119,7 +119,7 @@ class Subject:
             "sampler": classes.sampler,
             "draws": classes.draws,
             "temperature": temperature,
-            "vocabulary": self.work.n_classes,
+            "vocabulary": self.work.vocab_size,
             "seed": seed,
         }
         if not folder.exists():

@@ -14,9 +14,9 @@ from selkd.bench.subject import Subject
 from selkd.maths.chunked import chunks, piece_size, wide
 from selkd.maths.divergence import entropy
 from selkd.models.head import hidden_states
-from selkd.recipe_choices import ClassOptions, CriterionOptions, PositionOptions
-from selkd.selection.positions import Place, place_of, select
-from selkd.teacher import FullDistribution, TeacherTargets
+from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
+from selkd.selection.positions import StepContext, select, step_context
+from selkd.teacher.targets import FullDistribution, TeacherTargets
 from selkd.training.objective import Objective
 
 Step = Callable[[], None]
@@ -54,9 +54,9 @@ def objective_of(subject: Subject, positions: PositionOptions, criterion: Criter
     return Objective(criterion or CriterionOptions(), positions, subject.recipe.seed, ordered)
 
 
-def last_place(positions: PositionOptions) -> Place:
+def last_place(positions: PositionOptions) -> StepContext:
     """The run's last step, where a schedule has reached its end; not one on which agreement is measured."""
-    return place_of(positions, 1, 1)
+    return step_context(positions, 1, 1)
 
 
 def step_of(name: str, subject: Subject) -> Step:
@@ -90,12 +90,12 @@ def step_of(name: str, subject: Subject) -> Step:
     supervision = subject.cached_teacher(classes) if is_cached else subject.live_teacher(classes)
     if name == "se_kd_dense_teacher_head":
         supervision = DenseTeacher(subject)
-    place, batch = last_place(positions), subject.batch
-    normaliser = objective.normaliser(objective.budget(batch, place))
+    context, batch = last_place(positions), subject.batch
+    normaliser = objective.normaliser(objective.budget(batch, context))
 
     def ours() -> None:
-        targets = supervision.targets(batch, place.step)
-        loss = partial(objective, batch=batch, teacher=targets, place=place, normaliser=normaliser)
+        targets = supervision.targets(batch, context.step)
+        loss = partial(objective, batch=batch, teacher=targets, context=context, normaliser=normaliser)
         with subject.autocast():
             outputs = student(**inputs, distillation=loss)
         backward(outputs["loss"])
@@ -105,11 +105,11 @@ def step_of(name: str, subject: Subject) -> Step:
 
 def plain_loss(subject: Subject) -> Tensor:
     """What most scripts do: both models' full logits, float32, all positions."""
-    n_classes, inputs = subject.work.n_classes, subject.inputs
+    vocab_size, inputs = subject.work.vocab_size, subject.inputs
     with torch.no_grad():
-        teacher_logits = subject.teacher(**inputs, use_cache=False).logits[..., :n_classes]
+        teacher_logits = subject.teacher(**inputs, use_cache=False).logits[..., :vocab_size]
     with subject.autocast():
-        student_logits = subject.student(**inputs, use_cache=False).logits[..., :n_classes]
+        student_logits = subject.student(**inputs, use_cache=False).logits[..., :vocab_size]
     return plain_kl(student_logits, teacher_logits)[subject.batch["valid_mask"]].mean()
 
 
@@ -121,19 +121,19 @@ def plain_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 def _dense_student_loss(subject: Subject, positions: PositionOptions, teacher_is_dense: bool) -> Tensor:
     """Selection as in SE-KD, but from the student's full logits, which keep their gradient."""
-    n_classes, batch, place = subject.work.n_classes, subject.batch, last_place(positions)
+    vocab_size, batch, context = subject.work.vocab_size, subject.batch, last_place(positions)
     if teacher_is_dense:
         with torch.no_grad():
-            all_of_teacher = subject.teacher(**subject.inputs, use_cache=False).logits[..., :n_classes]
+            all_of_teacher = subject.teacher(**subject.inputs, use_cache=False).logits[..., :vocab_size]
     else:
         targets = subject.live_teacher(EVERY_CLASS).targets(batch, 0)
     with subject.autocast():
-        student_logits = subject.student(**subject.inputs, use_cache=False).logits[..., :n_classes]
+        student_logits = subject.student(**subject.inputs, use_cache=False).logits[..., :vocab_size]
     flat = student_logits.detach().flatten(0, 1)
-    pieces = chunks(len(flat), piece_size(n_classes, flat.device))
+    pieces = chunks(len(flat), piece_size(vocab_size, flat.device))
     of_all = [entropy(flat[rows].to(torch.float32, copy=True)) for rows in pieces]  # which works on its own copy
     scores = torch.cat(of_all).view(student_logits.shape[:2])
-    picked = select(positions, scores, batch["valid_mask"], place) > 0
+    picked = select(positions, scores, batch["valid_mask"], context) > 0
     if teacher_is_dense:
         teacher_logits = all_of_teacher[picked]
     else:
@@ -152,7 +152,7 @@ class DenseTeacher:
     @torch.no_grad()
     def targets(self, batch: dict[str, Tensor], step: int) -> TeacherTargets:  # noqa: ARG002
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        logits = self.subject.teacher(**inputs, use_cache=False).logits[..., : self.subject.work.n_classes]
+        logits = self.subject.teacher(**inputs, use_cache=False).logits[..., : self.subject.work.vocab_size]
         return DenseTargets(logits.flatten(0, 1))
 
 

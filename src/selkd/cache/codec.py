@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 import constriction
 import numpy as np
 
-from selkd.cache import model as models
-from selkd.cache.model import Model, Table
+from selkd.cache import frequency_model as models
+from selkd.cache.frequency_model import Model, Table
 from selkd.cache.rows import Rows, check_totals
 from selkd.errors import InputError
 

@@ -10,10 +10,10 @@ from typing import Any
 import xxhash
 
 from selkd.cache import codec
-from selkd.cache.files import replacing
 from selkd.cache.rows import LARGEST_COUNT
 from selkd.cache.shard import Shard, ids_digest, shard_name
 from selkd.errors import InputError
+from selkd.files import replacing
 
 FORMAT = "selkd-teacher-cache"
 VERSION = 2

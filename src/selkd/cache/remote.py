@@ -9,11 +9,11 @@ from typing import Any
 import fsspec
 import xxhash
 
-from selkd.cache.files import replacing
 from selkd.cache.manifest import MANIFEST, PLAN, check_same_shard, read_manifest, read_plan
 from selkd.cache.sample_index import INDEX_FILE, describe_index
 from selkd.cache.shard import check_shard
 from selkd.errors import InputError, RunError
+from selkd.files import replacing
 
 _COPY_BYTES = 2**24
 

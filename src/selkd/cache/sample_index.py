@@ -8,8 +8,8 @@ from typing import Any, Final
 import numpy as np
 import xxhash
 
-from selkd.cache.files import replacing
 from selkd.errors import InputError
+from selkd.files import replacing
 
 INDEX_FILE: Final = "index.selkd"
 VERSION: Final = 1

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from selkd.cache import codec
-from selkd.cache.model import Model
+from selkd.cache.frequency_model import Model
 from selkd.cache.rows import Rows
 from selkd.errors import InputError
 

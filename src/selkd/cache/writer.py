@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from selkd.cache.files import is_temporary, remove_temporaries, replacing
 from selkd.cache.manifest import (
     MANIFEST,
     PLAN,
@@ -28,6 +27,7 @@ from selkd.cache.rows import Rows, check_totals, checked_rows
 from selkd.cache.sample_index import INDEX_FILE, describe_index, write_sample_index
 from selkd.cache.shard import check_sample_ids, check_shard, read_shard, shard_name, write_shard
 from selkd.errors import InputError, RunError
+from selkd.files import is_temporary, remove_temporaries, replacing
 
 SampleRows = tuple[bytes, np.ndarray, np.ndarray, np.ndarray]
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selkd.data.demo_text import demo_digest, demo_documents
+from selkd.data.documents import Document, Fields, texts_of
 from selkd.data.hub_datasets import HubDataset
-from selkd.data.rows import Document, Fields, texts_of
 from selkd.data.text_files import SUFFIXES, content_digest, file_documents
 from selkd.errors import InputError
-from selkd.recipe_data import DataOptions
+from selkd.recipe.data import DataOptions
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 

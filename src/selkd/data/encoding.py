@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from selkd.data.chats import encode_conversation, require_chat_template
-from selkd.data.marked import Marked, PartEncoder
-from selkd.data.rows import Conversation, Document, Exchange
-from selkd.recipe_data import CHAT, DataOptions
+from selkd.data.chat_encoding import encode_conversation, require_chat_template
+from selkd.data.documents import Conversation, Document, Exchange
+from selkd.data.prompt_encoding import Marked, PartEncoder
+from selkd.recipe.data import CHAT, DataOptions
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError
 
-from selkd.data.rows import Document, Fields
+from selkd.data.documents import Document, Fields
 from selkd.data.text_files import content_digest
 from selkd.errors import InputError, RunError
 

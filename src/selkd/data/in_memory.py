@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from selkd.data.documents import Document, Fields, texts_of
 from selkd.data.encoding import Encoder
-from selkd.data.rows import Document, Fields, texts_of
 from selkd.data.samples import SampleDataset
-from selkd.data.tokenised import encode_with, encoded, fitting_of, samples_of
+from selkd.data.splits import encode_with, encoded, fitting_of, samples_of
 from selkd.errors import InputError
-from selkd.recipe_data import DataOptions
+from selkd.recipe.data import DataOptions
 
 _logger = logging.getLogger(__name__)
 

@@ -217,13 +217,13 @@ class SampleDataset(TorchDataset[Sample]):
         """Tokens of all samples together."""
         return int(self.lengths.sum())
 
-    def token_counts(self, n_classes: int) -> np.ndarray:
-        """int64 [n_classes]: how often each class occurs in the samples; ids beyond are left out."""
-        counts = np.zeros(n_classes, np.int64)
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """int64 [vocab_size]: how often each class occurs in the samples; ids beyond are left out."""
+        counts = np.zeros(vocab_size, np.int64)
         for table in self._tables("token_ids"):
             for chunk in table["token_ids"].chunks:
                 ids = chunk.flatten().to_numpy()
-                counts += np.bincount(ids[ids < n_classes], minlength=n_classes)
+                counts += np.bincount(ids[ids < vocab_size], minlength=vocab_size)
         return counts
 
     def _lengths(self, column: str) -> np.ndarray:

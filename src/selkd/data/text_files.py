@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from selkd.data.rows import Document, Fields, missing_field, texts_of
+from selkd.data.documents import Document, Fields, missing_field, texts_of
 from selkd.errors import InputError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")

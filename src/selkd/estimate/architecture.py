@@ -13,7 +13,7 @@ from selkd.errors import InputError
 from selkd.models.demo import DEMO
 from selkd.models.pruning import cut_config
 from selkd.models.sources import ModelSource, locate
-from selkd.recipe import Recipe
+from selkd.recipe.recipe import Recipe
 
 _WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 

@@ -11,11 +11,11 @@ from selkd.estimate.cache_size import MEASURED, SOURCE, typical_bytes
 from selkd.estimate.memory import Memory, Setting, memory
 from selkd.estimate.plan import Plan, make_plan, teacher_tokens
 from selkd.estimate.probe import Rates, probe
+from selkd.evaluation.sample_scores import NEEDS_TEACHER
 from selkd.models.loading import resolve_dtype
-from selkd.recipe import Recipe
-from selkd.recipe_evaluation import benchmarks_of
-from selkd.scoring import NEEDS_TEACHER
-from selkd.workspace import Workspace
+from selkd.recipe.evaluation import benchmarks_of
+from selkd.recipe.recipe import Recipe
+from selkd.run.workspace import Workspace
 
 
 def estimate(

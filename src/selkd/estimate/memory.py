@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from selkd.build_cache import TOKENS_AT_ONCE
 from selkd.estimate.architecture import Architecture
 from selkd.estimate.body import BodyMemory, body_memory
 from selkd.estimate.optimiser import optimiser_bytes
 from selkd.estimate.plan import Plan
+from selkd.evaluation.sample_scores import NEEDS_TEACHER
 from selkd.maths.chunked import CHUNK_BYTES
-from selkd.recipe import Recipe
-from selkd.scoring import NEEDS_TEACHER
+from selkd.recipe.recipe import Recipe
+from selkd.teacher.build_cache import TOKENS_AT_ONCE
 from selkd.training.arguments import DistillArguments
 
 # Tensors of one chunk of logits that are alive together: the student's, its gradient, what the criterion makes of both,
@@ -102,7 +102,7 @@ def memory(student: Architecture, teacher: Architecture, setting: Setting) -> Me
     if shards > 1:  # each process has loaded the whole student before it is sharded
         train = max(train, process + weights + weights // shards + parts["teacher_weights"])
     chunk = _chunk(setting.is_cpu)
-    narrow = _narrow_head(student, setting.student_dtype)
+    narrow = _compute_head(student, setting.student_dtype)
     scoring = weights + narrow + inference[0].peak + _CHUNK_TENSORS["score"] * chunk
     drawing = teacher_weights + inference[1].peak + _CHUNK_TENSORS["draw"] * chunk
     stages = {"train": train}
@@ -142,7 +142,7 @@ def loss_bytes(student: Architecture, setting: Setting, length: int) -> int:
     rows = picked * student.hidden * (4 + 2 * setting.student_dtype.itemsize)
     chunk = _CHUNK_TENSORS["loss"] * _chunk(setting.is_cpu)
     chunk = min(chunk, int(_CHUNK_TENSORS["loss"] * 4 * plan.per_device_batch * length * student.classes))
-    return round(_narrow_head(student, setting.student_dtype) + (4 * head if is_added else 0) + rows + chunk)
+    return round(_compute_head(student, setting.student_dtype) + (4 * head if is_added else 0) + rows + chunk)
 
 
 def _at_once(architecture: Architecture, dtype: torch.dtype, length: int) -> BodyMemory:
@@ -150,7 +150,7 @@ def _at_once(architecture: Architecture, dtype: torch.dtype, length: int) -> Bod
     return body_memory(architecture, max(1, TOKENS_AT_ONCE // length), length, dtype, train=False)
 
 
-def _narrow_head(student: Architecture, dtype: torch.dtype) -> int:
+def _compute_head(student: Architecture, dtype: torch.dtype) -> int:
     return 0 if dtype == torch.float32 else student.classes * student.hidden * dtype.itemsize
 
 

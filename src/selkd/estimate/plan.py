@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError
-from selkd.recipe import Recipe
-from selkd.scoring import NEEDS_TEACHER
+from selkd.evaluation.sample_scores import NEEDS_TEACHER
+from selkd.recipe.recipe import Recipe
+from selkd.run.workspace import CALIBRATION_SAMPLES, Workspace
 from selkd.training.arguments import DistillArguments
-from selkd.workspace import CALIBRATION_SAMPLES, Workspace
 
 
 @dataclass(frozen=True)

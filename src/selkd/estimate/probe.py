@@ -9,13 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from selkd import cache_stage, score_stage, stages
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.estimate.plan import is_local
-from selkd.recipe import Recipe, parse_part
-from selkd.run_directory import RunDirectory
-from selkd.workspace import Workspace
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+from selkd.run.cache import cache as build_or_find_cache
+from selkd.run.directory import RunDirectory
+from selkd.run.evaluate import evaluate
+from selkd.run.prepare import prepare
+from selkd.run.score import score
+from selkd.run.train import train as train_student
+from selkd.run.workspace import Workspace
 
 STEPS = 3  # the first one warms up and is not counted
 HELD_OUT_SAMPLES = 8
@@ -28,7 +33,7 @@ class Rates:
 
     Attributes:
         step_seconds: of one optimiser step, all its micro-batches.
-        score_tokens_per_second, cache_tokens_per_second, evaluate_tokens_per_second: of those stages.
+        score_tokens_per_second, cache_tokens_per_second, evaluate_tokens_per_second: of those
         cache_bytes_per_position: of the shards of the small cache that was built.
         samples, seconds: what the probe scored, and the time that it took.
     """
@@ -55,12 +60,12 @@ def probe(recipe: Recipe) -> Rates:
         _take_few(work)
         run = RunDirectory.claim(work.run_path, small)
         run.path.mkdir()
-        stages.prepare(work, run)
+        prepare(work, run)
         train, held_out = work.splits.train, work.splits.held_out
         work.student  # noqa: B018  loaded before the clock starts
         rates: dict[str, float | None] = dict.fromkeys(("score", "cache", "evaluate"))
         with _clock() as clock:
-            kept = score_stage.score(work, run)
+            kept = score(work, run)
         if recipe.samples is not None:
             # Comparing some scores with exact ones is a smaller share of a whole run.
             checked = run.record.get("scoring_agreement", {}).get("seconds", 0.0)
@@ -68,18 +73,18 @@ def probe(recipe: Recipe) -> Rates:
         if small.evaluation.suite:
             work.teacher()
             with _clock() as clock:
-                stages.evaluate(work, run, work.student, "before")
+                evaluate(work, run, work.student, "before")
             rates["evaluate"] = _tokens(held_out) / clock[0]
         stored = None
         if recipe.cache is not None:
             work.teacher()
             with _clock() as clock:
-                cache = cache_stage.cache(work, run, kept)
+                cache = build_or_find_cache(work, run, kept)
             assert cache is not None
             rates["cache"], stored = _tokens(kept) / clock[0], _shard_bytes(cache) / float(cache.stats()["positions"])
-            stages.train(work, run, kept, cache)
+            train_student(work, run, kept, cache)
         else:
-            stages.train(work, run, kept, None)
+            train_student(work, run, kept, None)
         return Rates(
             step_seconds=_step_seconds(run.path / "metrics.jsonl"),
             score_tokens_per_second=rates["score"],

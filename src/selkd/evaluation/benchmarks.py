@@ -125,4 +125,4 @@ _ALL = (
     *map(_on_training_rows, (_GSM8K, _HELLASWAG, _PIQA)),
 )
 KNOWN = {benchmark.name: benchmark for benchmark in _ALL}
-"""Every benchmark by its name; they are those that ``selkd.recipe_evaluation`` lists."""
+"""Every benchmark by its name; they are those that ``selkd.recipe.evaluation`` lists."""

@@ -9,14 +9,19 @@ from typing import Any
 import torch
 
 from selkd.errors import InputError
-from selkd.evaluation.held_out import FidelityOptions, measure_fidelity, text_windows
-from selkd.evaluation.measuring import BenchmarkOptions, load_benchmarks, measure_benchmarks, require_answerable_by
+from selkd.evaluation.benchmark_tasks import (
+    BenchmarkOptions,
+    load_benchmarks,
+    measure_benchmarks,
+    require_answerable_by,
+)
+from selkd.evaluation.evaluated_model import Subject, find_subject
+from selkd.evaluation.fidelity_task import FidelityOptions, measure_fidelity, text_windows
+from selkd.evaluation.intervals import RESAMPLES
 from selkd.evaluation.results import TaskResult, digest
-from selkd.evaluation.statistics import RESAMPLES
-from selkd.evaluation.subject import Subject, find_subject
 from selkd.evaluation.summary import compare, summarise
-from selkd.recipe_evaluation import benchmarks_of, check_suite
-from selkd.run_directory import require_writable
+from selkd.files import require_writable
+from selkd.recipe.evaluation import benchmarks_of, check_suite
 
 
 @dataclass(frozen=True)

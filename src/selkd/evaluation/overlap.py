@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from selkd.maths.importance import METRICS, ce_ratio
-from selkd.recipe_choices import PositionOptions
-from selkd.selection.positions import Place, select
+from selkd.recipe.choices import PositionOptions
+from selkd.selection.positions import StepContext, select
 from selkd.selection.samples import highest
 
 FEWEST_SAMPLES = 10  # of fewer, the top share is a handful of samples, and their overlap chance
@@ -30,10 +30,10 @@ def overlaps(
         sample_of: int64 [N].
     """
     placed, valid_mask = _placed(statistics, sample_of)
-    place = Place(0, position_fraction, 0.0, None)
+    context = StepContext(0, position_fraction, 0.0, None)
     options = PositionOptions.model_validate({"policy": "top_k", "fraction": position_fraction})
     chosen = {
-        name: (select(options, metric.combine(placed, valid_mask), valid_mask, place) > 0).flatten()
+        name: (select(options, metric.combine(placed, valid_mask), valid_mask, context) > 0).flatten()
         for name, metric in METRICS.items()
     }
     of_samples = None

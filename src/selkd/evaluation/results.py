@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from selkd.errors import InputError
-from selkd.evaluation.statistics import Estimate, Measure, estimate
-from selkd.run_directory import write_whole
+from selkd.evaluation.intervals import Estimate, Measure, estimate
+from selkd.files import write_whole
 
 FORMAT = "selkd-eval-2"
 _SUMMARY, _EXAMPLES = "result.json", "examples.jsonl"

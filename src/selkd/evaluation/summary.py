@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from selkd.evaluation.benchmarks import ACC, KNOWN
+from selkd.evaluation.intervals import Estimate, difference, mean_of
 from selkd.evaluation.results import TaskResult
-from selkd.evaluation.statistics import Estimate, difference, mean_of
-from selkd.recipe_evaluation import SUITES
+from selkd.recipe.evaluation import SUITES
 
 CHOICES = ("hellaswag", "piqa", "arc_easy")
 Results = Mapping[str, TaskResult]

@@ -21,15 +21,15 @@ PIECE_BYTES = {"cpu": 512 << 10, "accelerator": 128 << 20}
 Compare = Callable[[Tensor, slice], ValueAndGradient]
 
 
-def chunk_size(n_classes: int, device: torch.device, dtype: torch.dtype = torch.float32) -> int:
+def chunk_size(vocab_size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> int:
     """Positions of one chunk: as many as keep their logits in ``dtype`` within ``CHUNK_BYTES``, at least 1."""
-    return max(1, _budget(CHUNK_BYTES, device) // (dtype.itemsize * n_classes))
+    return max(1, _budget(CHUNK_BYTES, device) // (dtype.itemsize * vocab_size))
 
 
-def piece_size(n_classes: int, device: torch.device) -> int:
+def piece_size(vocab_size: int, device: torch.device) -> int:
     """Positions of one piece of a chunk: as many as keep their float32 logits within ``PIECE_BYTES``, at least 1."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    return max(1, threads * _budget(PIECE_BYTES, device) // (4 * n_classes))
+    return max(1, threads * _budget(PIECE_BYTES, device) // (4 * vocab_size))
 
 
 def _budget(budgets: dict[str, int], device: torch.device) -> int:
@@ -46,14 +46,14 @@ def wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _chunk_buffer(hidden_states: Tensor, n_classes: int, chunk: int) -> Tensor:
+def _chunk_buffer(hidden_states: Tensor, vocab_size: int, chunk: int) -> Tensor:
     """Where all chunks' logits are written in turn: freed and made anew they need not fit in their old place."""
-    return hidden_states.new_empty(min(chunk, len(hidden_states)), n_classes)
+    return hidden_states.new_empty(min(chunk, len(hidden_states)), vocab_size)
 
 
-def _pieces(rows: slice, n_classes: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+def _pieces(rows: slice, vocab_size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """The chunk ``rows`` cut into pieces: where each lies among all positions, and where within the chunk."""
-    for within in chunks(rows.stop - rows.start, piece_size(n_classes, device)):
+    for within in chunks(rows.stop - rows.start, piece_size(vocab_size, device)):
         yield slice(rows.start + within.start, rows.start + within.stop), within
 
 
@@ -67,18 +67,18 @@ class ChunkedLogits:
         self.hidden_states = hidden_states.to(head.weight.device, head.weight.dtype)  # a model may be spread
         self.head = head
         self._start = self._stop = 0
-        self._logits = self.hidden_states.new_empty(0, head.n_classes)
+        self._logits = self.hidden_states.new_empty(0, head.vocab_size)
 
     @torch.no_grad()
     def __call__(self, rows: slice) -> Tensor:
         """Logits [n, V] of ``rows``, float32 or float64, the caller's own to overwrite."""
         device = self.hidden_states.device
         if not self._start <= rows.start <= rows.stop <= self._stop or self._start == self._stop:
-            size = max(chunk_size(self.head.n_classes, device, self.head.weight.dtype), rows.stop - rows.start)
+            size = max(chunk_size(self.head.vocab_size, device, self.head.weight.dtype), rows.stop - rows.start)
             self._start, self._stop = rows.start, min(rows.start + size, len(self.hidden_states))
             n = self._stop - self._start
             if n > len(self._logits):
-                self._logits = self.hidden_states.new_empty(n, self.head.n_classes)
+                self._logits = self.hidden_states.new_empty(n, self.head.vocab_size)
             with torch.autocast(device.type, enabled=False):
                 self.head.logits(self.hidden_states[self._start : self._stop], out=self._logits[:n])
         found = self._logits[rows.start - self._start : rows.stop - self._start]
@@ -103,15 +103,15 @@ def chunked_statistics(
         chunk: positions of one product; by default from the memory that logits take.
         n_statistics: m, which no position tells where N is 0.
     """
-    device, n_classes = hidden_states.device, head.n_classes
-    chunk = chunk or chunk_size(n_classes, device, head.weight.dtype)
+    device, vocab_size = hidden_states.device, head.vocab_size
+    chunk = chunk or chunk_size(vocab_size, device, head.weight.dtype)
     hidden_states = hidden_states.to(head.weight.dtype)
     parts = []
-    buffer = _chunk_buffer(hidden_states, n_classes, chunk)
+    buffer = _chunk_buffer(hidden_states, vocab_size, chunk)
     with torch.autocast(device.type, enabled=False):
         for rows in chunks(len(hidden_states), chunk):
             logits = head.logits(hidden_states[rows], out=buffer[: rows.stop - rows.start])
-            for piece, within in _pieces(rows, n_classes, device):
+            for piece, within in _pieces(rows, vocab_size, device):
                 parts.append(compute(wide(logits[within]), piece).clone())  # what is a view would be written over
     return torch.cat(parts) if parts else wide(hidden_states.new_zeros(0, n_statistics))
 
@@ -130,7 +130,7 @@ def chunked_loss(
     coefficients: Tensor,
     compare: Compare,
     *,
-    narrow_head: Head | None = None,
+    compute_head: Head | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of a per-position criterion, and its values.
@@ -147,19 +147,19 @@ def chunked_loss(
         coefficients: [N], detached.
         compare: maps student logits [n, V] and the slice of positions to per-position values [n] in nats and the
             gradient of their sum [n, V]. The logits are its own to overwrite.
-        narrow_head: ``head`` in the dtype of the products, for callers that need it more than once a step.
+        compute_head: ``head`` in the dtype of the products, for callers that need it more than once a step.
         chunk: positions of one product; by default from the memory that logits take.
 
     Returns:
         The scalar sum (float32 or float64), and the values [N], detached.
     """
-    if narrow_head is None:
+    if compute_head is None:
         with torch.no_grad():
-            narrow_head = head.to(compute_dtype(hidden_states))
-    chunk = chunk or chunk_size(head.n_classes, hidden_states.device, narrow_head.weight.dtype)
+            compute_head = head.to(compute_dtype(hidden_states))
+    chunk = chunk or chunk_size(head.vocab_size, hidden_states.device, compute_head.weight.dtype)
     with_gradient = torch.is_grad_enabled()
     return _ChunkedLoss.apply(
-        hidden_states, head.weight, head.bias, narrow_head, coefficients.detach(), compare, chunk, with_gradient
+        hidden_states, head.weight, head.bias, compute_head, coefficients.detach(), compare, chunk, with_gradient
     )
 
 
@@ -193,10 +193,10 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias, dtype=wide_dtype) if bias is not None and need_bias else None
             if grad_weight is not None and len(hidden_states) == 0:
                 grad_weight.zero_()
-            buffer = _chunk_buffer(narrow_hidden, head.n_classes, chunk)
+            buffer = _chunk_buffer(narrow_hidden, head.vocab_size, chunk)
             for rows in chunks(len(hidden_states), chunk):
                 logits = head.logits(narrow_hidden[rows], out=buffer[: rows.stop - rows.start])
-                for piece, within in _pieces(rows, head.n_classes, logits.device):
+                for piece, within in _pieces(rows, head.vocab_size, logits.device):
                     student_logits = wide(logits[within])
                     output = student_logits.clone() if head.softcap is not None else None
                     values[piece], gradient = compare(student_logits, piece)

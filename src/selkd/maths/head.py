@@ -25,7 +25,7 @@ class Head:
     softcap: float | None = None
 
     @property
-    def n_classes(self) -> int:
+    def vocab_size(self) -> int:
         return self.weight.shape[0]
 
     def logits(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,9 +60,9 @@ class Head:
         bias = None if self.bias is None else self.bias[class_ids]
         return replace(self, weight=self.weight[class_ids], bias=bias)
 
-    def narrowed(self, n_classes: int) -> "Head":
-        """The head over the first ``n_classes`` classes: families pad their vocabularies with unused rows."""
-        if n_classes == self.n_classes:
+    def slice_vocab(self, vocab_size: int) -> "Head":
+        """The head over the first ``vocab_size`` classes: families pad their vocabularies with unused rows."""
+        if vocab_size == self.vocab_size:
             return self
-        bias = None if self.bias is None else self.bias[:n_classes]
-        return replace(self, weight=self.weight[:n_classes], bias=bias)
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return replace(self, weight=self.weight[:vocab_size], bias=bias)

@@ -10,7 +10,7 @@ from selkd.errors import InputError
 from selkd.models.head import check_head
 
 if TYPE_CHECKING:
-    from selkd.recipe_models import LoraOptions
+    from selkd.recipe.models import LoraOptions
 
 
 def with_adapters(model: PreTrainedModel, options: "LoraOptions", seed: int) -> PreTrainedModel:

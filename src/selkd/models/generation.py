@@ -68,11 +68,11 @@ class _Draw(LogitsProcessor):
 class _Shared(LogitsProcessor):
     """No class beyond those that teacher and student share."""
 
-    def __init__(self, n_classes: int) -> None:
-        self.n_classes = n_classes
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        scores[:, self.n_classes :] = -torch.inf
+        scores[:, self.vocab_size :] = -torch.inf
         return scores
 
 
@@ -85,7 +85,7 @@ def generate(
     top_p: float,
     stop: Sequence[int],
     pad_token_id: int,
-    n_classes: int,
+    vocab_size: int,
 ) -> list[list[int]]:
     """An answer to each of B prompts, its stop token included if it came to one.
 
@@ -95,7 +95,7 @@ def generate(
         prompts: token ids, at least one each.
         uniforms: [B, T], in [0, 1): what the answers are drawn by; T is how long they may be.
         temperature: 0 takes the most likely token.
-        n_classes: of the vocabulary, those before it can be drawn.
+        vocab_size: of the vocabulary, those before it can be drawn.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's wrapper
     device, width, limit = base.device, max(map(len, prompts)), uniforms.shape[1]
@@ -104,7 +104,7 @@ def generate(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
         attention_mask[row, width - len(prompt) :] = 1
-    processors = LogitsProcessorList([_Shared(n_classes)])
+    processors = LogitsProcessorList([_Shared(vocab_size)])
     if temperature > 0:
         if temperature != 1:
             processors.append(TemperatureLogitsWarper(temperature))

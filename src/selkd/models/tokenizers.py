@@ -80,7 +80,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
     return texts
 
 
-def n_classes(tokenizer: PreTrainedTokenizerBase) -> int:
+def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the highest token id: the rows of a head from here on are padding."""
     return max(tokenizer.get_vocab().values()) + 1
 
@@ -94,7 +94,7 @@ def shared_classes(sizes: dict[str, int], tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         InputError: one has fewer classes than the tokenizer has ids.
     """
-    needed = n_classes(tokenizer)
+    needed = vocab_size(tokenizer)
     for name, size in sizes.items():
         if size < needed:
             raise InputError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from selkd.recipe_evaluation import SUITES
+from selkd.recipe.evaluation import SUITES
 from selkd.reporting.formats import dig
 
 

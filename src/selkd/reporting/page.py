@@ -8,7 +8,7 @@ import jinja2
 from markupsafe import Markup
 
 from selkd.errors import RunError
-from selkd.reporting import benchmarks, formats, selection_views, tokens, views, words
+from selkd.reporting import benchmarks, coloured_text, formats, selection_views, views, words
 from selkd.reporting.formats import dig
 from selkd.reporting.run_files import RunFiles, read_run
 
@@ -90,15 +90,15 @@ def render(run: RunFiles) -> str:
 def _text(run: RunFiles) -> dict[str, Any]:
     samples = [] if run.examples is None else run.examples["samples"][:SHOWN_SAMPLES]
     name = dig(run.examples, "metric")
-    scale, unit = tokens.heat_scale(samples), words.metric_unit(name)
+    scale, unit = coloured_text.heat_scale(samples), words.metric_unit(name)
     return {
         "metric": words.metric(name),
         "unit": unit,
         "low": formats.nats(scale[0]) if scale[0] else "0",
         "high": formats.nats(scale[1]),
-        "levels": tokens.HEAT_LEVELS,
+        "levels": coloured_text.HEAT_LEVELS,
         "samples": [
-            {"id": str(dig(sample, "sample_id") or ""), "tokens": tokens.token_views(sample, scale, unit)}
+            {"id": str(dig(sample, "sample_id") or ""), "tokens": coloured_text.token_views(sample, scale, unit)}
             for sample in samples
         ],
     }

@@ -7,7 +7,7 @@ import huggingface_hub
 from huggingface_hub.errors import HTTPError
 
 from selkd.errors import InputError, RunError
-from selkd.recipe import HubOptions
+from selkd.recipe.recipe import HubOptions
 
 
 def require_login() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from selkd import plugins
-from selkd.recipe_choices import ClassOptions
+from selkd.recipe.choices import ClassOptions
 
 Drawn = tuple[Tensor, Tensor]  # class ids int64 [n, C], counts [n, C]
 Draw = Callable[[Tensor, Tensor, int], Drawn]  # probabilities [n, V], uniforms [n, u], draws U
@@ -71,8 +71,8 @@ def _at_points(probabilities: Tensor, points: Tensor) -> Drawn:
     Found in two steps, the block of ``BLOCK`` classes and then the class in it: cumulative sums of all V classes in
     float64 would take twice the time, and four times the memory of the probabilities.
     """
-    n, n_classes = probabilities.shape
-    blocks = pad(probabilities, (0, -n_classes % BLOCK)).view(n, -1, BLOCK)
+    n, vocab_size = probabilities.shape
+    blocks = pad(probabilities, (0, -vocab_size % BLOCK)).view(n, -1, BLOCK)
     # A block's few classes are summed as exactly in float32 as they are known; all the blocks would not be.
     cumulative = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     below_all = 1 - torch.finfo(torch.float64).eps  # a point that rounds up to the whole would lie in no class

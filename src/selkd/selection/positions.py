@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from selkd import plugins
-from selkd.recipe_choices import FractionSchedule, PositionOptions
+from selkd.recipe.choices import FractionSchedule, PositionOptions
 from selkd.selection.queue import ScoreQueue
 
 
-class Place(NamedTuple):
+class StepContext(NamedTuple):
     """Where in the run an optimiser step is, as a policy sees it; the same for all its micro-batches and ranks.
 
     Attributes:
@@ -34,7 +34,7 @@ class Place(NamedTuple):
     threshold: float | None
 
 
-def place_of(options: PositionOptions, step: int, total_steps: int, queue: ScoreQueue | None = None) -> Place:
+def step_context(options: PositionOptions, step: int, total_steps: int, queue: ScoreQueue | None = None) -> StepContext:
     """The place of optimiser step ``step`` of ``total_steps``."""
     fraction = fraction_at(options.fraction, step, total_steps)
     span: float = total_steps
@@ -43,7 +43,7 @@ def place_of(options: PositionOptions, step: int, total_steps: int, queue: Score
     elif options.curriculum_steps is not None:
         span = options.curriculum_steps * total_steps
     threshold = None if queue is None or fraction is None else queue.threshold(fraction)
-    return Place(step, fraction, min(1.0, step / max(1e-9, span)), threshold)
+    return StepContext(step, fraction, min(1.0, step / max(1e-9, span)), threshold)
 
 
 def fraction_at(fraction: float | FractionSchedule | None, step: int, total_steps: int) -> float | None:
@@ -74,7 +74,7 @@ class Candidates:
         scores: u [B, T]; finite where valid, anything elsewhere.
         valid_mask: bool [B, T], the eligible positions.
         counts: K of each sample, int64 [B].
-        place: where in the run the step is.
+        context: where in the run the step is.
         options: the policy's.
         uniforms: float64 [B, at least max K] in [0, 1) for the policies that draw, else None.
     """
@@ -82,7 +82,7 @@ class Candidates:
     scores: Tensor
     valid_mask: Tensor
     counts: Tensor
-    place: Place
+    context: StepContext
     options: PositionOptions
     uniforms: Tensor | None = None
 
@@ -105,15 +105,15 @@ def take_above(given: Candidates) -> Tensor:
 
     The step as a whole is divided by its budget, the sum of ceil(k*n), so what is returned only says which.
     """
-    if given.place.threshold is None:
+    if given.context.threshold is None:
         return take_top(given)
-    return _spread(given.valid_mask & (given.scores >= given.place.threshold), given.scores.dtype)
+    return _spread(given.valid_mask & (given.scores >= given.context.threshold), given.scores.dtype)
 
 
 def take_window(given: Candidates) -> Tensor:
     """Curriculum: K positions in ascending order of score, from the floor((n - K) * progress)th; a = 1/K."""
     n_valid = given.valid_mask.sum(dim=-1)
-    start = torch.floor((n_valid - given.counts) * given.place.progress + 1e-9).to(torch.int64).unsqueeze(-1)
+    start = torch.floor((n_valid - given.counts) * given.context.progress + 1e-9).to(torch.int64).unsqueeze(-1)
     ranks = _ranks(given.scores.masked_fill(~given.valid_mask, torch.inf), descending=False)
     picked = (ranks >= start) & (ranks < start + given.counts.unsqueeze(-1)) & given.valid_mask
     return _spread(picked, given.scores.dtype)
@@ -152,7 +152,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def select(
-    options: PositionOptions, scores: Tensor, valid_mask: Tensor, place: Place, uniforms: Tensor | None = None
+    options: PositionOptions, scores: Tensor, valid_mask: Tensor, context: StepContext, uniforms: Tensor | None = None
 ) -> Tensor:
     """Coefficients [B, T] of the policy, in the dtype of ``scores``; a row without valid positions is all 0.
 
@@ -162,9 +162,9 @@ def select(
         uniforms: float64 [B, max K], each sample's own; for the policies that draw.
     """
     n_valid = valid_mask.sum(dim=-1)
-    counts = n_valid if place.fraction is None else counts_of(place.fraction, n_valid)
+    counts = n_valid if context.fraction is None else counts_of(context.fraction, n_valid)
     policy = POLICIES.get(options.policy, _users_policy)
-    return policy(Candidates(scores, valid_mask, counts, place, options, uniforms))
+    return policy(Candidates(scores, valid_mask, counts, context, options, uniforms))
 
 
 def _drawn(given: Candidates, is_corrected: bool) -> Tensor:
@@ -232,6 +232,6 @@ def _users_policy(given: Candidates) -> Tensor:
         scores=given.scores,
         valid_mask=given.valid_mask,
         counts=given.counts,
-        progress=given.place.progress,
+        progress=given.context.progress,
         uniforms=given.uniforms,
     )

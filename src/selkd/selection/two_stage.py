@@ -15,10 +15,10 @@ from torch import Tensor
 from selkd.maths.chunked import ChunkedLogits, chunked_entropy, chunks, piece_size, wide
 from selkd.maths.estimate import ClassSubset, estimated_entropy
 from selkd.maths.head import Head
-from selkd.recipe_choices import PositionOptions, SampleOptions
-from selkd.selection.noise import sample_generator
-from selkd.selection.positions import Place, counts_of, mark_highest
-from selkd.selection.scores import PositionScores
+from selkd.recipe.choices import PositionOptions, SampleOptions
+from selkd.selection.position_scores import PositionScores
+from selkd.selection.positions import StepContext, counts_of, mark_highest
+from selkd.selection.randomness import sample_generator
 
 
 def by_frequency(token_counts: np.ndarray) -> np.ndarray:
@@ -33,14 +33,15 @@ def class_subset(first: Tensor, ordered: Tensor, tail: int, seed: int, *stream: 
     and those among ``first`` are left out. So each other class is as likely as any other, and where rounding puts
     another class into ``first``, the other draws stay.
     """
-    n_classes = len(ordered)
-    is_first = torch.zeros(n_classes, dtype=torch.bool, device=ordered.device).index_fill_(0, first, True)
-    n_others = n_classes - len(first)
+    vocab_size = len(ordered)
+    is_first = torch.zeros(vocab_size, dtype=torch.bool, device=ordered.device).index_fill_(0, first, True)
+    n_others = vocab_size - len(first)
     if tail < n_others:
-        stretches = round(tail * n_classes / n_others)
+        stretches = round(tail * vocab_size / n_others)
         uniforms = sample_generator(seed, b"", "tail classes", *stream).random(stretches)
-        places = ((np.arange(stretches) + uniforms) * (n_classes / stretches)).astype(np.int64).clip(max=n_classes - 1)
-        drawn = ordered[torch.from_numpy(places).to(ordered.device)]
+        places = (np.arange(stretches) + uniforms) * (vocab_size / stretches)
+        at = torch.from_numpy(places.astype(np.int64).clip(max=vocab_size - 1))
+        drawn = ordered[at.to(ordered.device)]
         drawn = drawn[~is_first[drawn]]
         if len(drawn):
             return ClassSubset(torch.cat([first, drawn]), len(first), n_others / len(drawn))
@@ -54,9 +55,9 @@ def most_probable(n: int, hidden_states: Tensor, head: Head) -> Tensor:
     Dense expression: ``softmax(head.logits(hidden_states)).mean(0).topk(n).indices``. A student that is cut or
     untrained puts its mass on classes that are rare in the text; they are told by a few of its own distributions.
     """
-    logits, n_classes = ChunkedLogits(hidden_states, head), head.n_classes
+    logits, vocab_size = ChunkedLogits(hidden_states, head), head.vocab_size
     total = torch.zeros((), device=hidden_states.device)
-    for rows in chunks(len(hidden_states), piece_size(n_classes, hidden_states.device)):
+    for rows in chunks(len(hidden_states), piece_size(vocab_size, hidden_states.device)):
         total = total + torch.softmax(logits(rows), dim=-1).sum(dim=0)
     return total.topk(n).indices
 
@@ -68,7 +69,7 @@ class Estimator:
     Attributes:
         ordered: class ids, the most frequent of the training text first, [V].
         frequent, tail: how many classes are counted, and about how many stand for all others.
-        probed_share: the share of the sample's positions, evenly spaced, that tell its frequent classes; 0: the
+        calibration_fraction: the share of the sample's positions, evenly spaced, that tell its frequent classes; 0: the
             training text tells them.
         seed: the run's.
     """
@@ -76,7 +77,7 @@ class Estimator:
     ordered: np.ndarray | Tensor
     frequent: int
     tail: int
-    probed_share: float
+    calibration_fraction: float
     seed: int
 
     @torch.no_grad()
@@ -87,8 +88,8 @@ class Estimator:
             return wide(hidden_states.new_zeros(0))
         ordered = torch.as_tensor(self.ordered, device=hidden_states.device)
         frequent = min(self.frequent, len(ordered))
-        if self.probed_share:
-            count = math.ceil(self.probed_share * len(hidden_states))
+        if self.calibration_fraction:
+            count = math.ceil(self.calibration_fraction * len(hidden_states))
             probed = hidden_states[torch.linspace(0, len(hidden_states) - 1, count).round().long()]
             first = most_probable(frequent, probed, head)
         else:
@@ -98,7 +99,7 @@ class Estimator:
 
 def estimator(options: PositionOptions | SampleOptions, ordered: np.ndarray | Tensor, seed: int) -> Estimator:
     """The estimator of a recipe's part, whose ``scoring`` estimates."""
-    frequent, tail, share = options.frequent_classes, options.tail_classes, options.probed_share
+    frequent, tail, share = options.frequent_classes, options.tail_classes, options.calibration_fraction
     assert frequent and tail and share is not None, "settled with the scoring"  # noqa: PT018
     return Estimator(ordered, frequent, tail, share, seed)
 
@@ -110,7 +111,7 @@ def score_in_two_stages(
     hidden_states: Tensor,
     head: Head,
     batch: dict[str, Tensor],
-    place: Place,
+    context: StepContext,
     *,
     seed: int,
 ) -> PositionScores:
@@ -124,16 +125,16 @@ def score_in_two_stages(
         ordered: class ids, the most frequent of the training text first, [V].
         hidden_states: the student's, [B, T, D].
         head: its head, in the dtype of the products.
-        batch: of ``selkd.data.batching.collate``.
+        batch: of ``selkd.data.collate.collate``.
     """
     share = options.rescored_share
-    assert share and place.fraction is not None, "top_k has a fraction, two_stage a share"  # noqa: PT018
+    assert share and context.fraction is not None, "top_k has a fraction, two_stage a share"  # noqa: PT018
     valid_mask = batch["valid_mask"]
     estimate = estimator(options, torch.as_tensor(ordered, device=hidden_states.device), seed)
     scores = wide(hidden_states.new_zeros(valid_mask.shape))
     for row, mask in enumerate(valid_mask):
-        scores[row, mask] = estimate(hidden_states[row, mask], head, place.step)
-    counts = counts_of(min(1.0, place.fraction + share), valid_mask.sum(dim=-1))
+        scores[row, mask] = estimate(hidden_states[row, mask], head, context.step)
+    counts = counts_of(min(1.0, context.fraction + share), valid_mask.sum(dim=-1))
     is_best = mark_highest(scores, valid_mask, counts)
     best = is_best.flatten().nonzero().flatten()
     exact = chunked_entropy(hidden_states.flatten(0, 1)[best], head)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import RunError
-from selkd.recipe import Recipe
+from selkd.recipe.recipe import Recipe
 
 
 def run_apart(recipe: Recipe, out: Path, log: Path) -> str | None:
@@ -51,7 +51,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selkd.pipeline"])
+    context.set_forkserver_preload(["selkd.run.pipeline"])
     return context
 
 
@@ -75,7 +75,7 @@ def _work(content: dict[str, Any], out: str, log: str, environment: Mapping[str,
     os.dup2(file, 2)
     from transformers.utils import logging
 
-    from selkd.pipeline import distill
+    from selkd.run.pipeline import distill
 
     logging.disable_progress_bar()
     why: str | None = None

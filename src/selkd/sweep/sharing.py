@@ -13,7 +13,8 @@ import xxhash
 from selkd.errors import InputError
 from selkd.models.loading import n_rows
 from selkd.models.sources import ModelSource
-from selkd.recipe import Recipe, parse_part
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
 
 # Scores that are the same whatever the seed is; others (chance, a user's own metric) may depend on it.
 _SEEDLESS = {"student_entropy", "student_ce", "teacher_entropy", "teacher_ce", "kl", "reverse_kl", "ce_ratio"}

@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from selkd.errors import InputError
-from selkd.recipe import Recipe, parse_part
-from selkd.recipe_errors import explain, nearest
-from selkd.recipe_files import read_mapping, recipe_content
+from selkd.errors import InputError, nearest
+from selkd.recipe.errors import explain
+from selkd.recipe.files import read_mapping, recipe_content
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import comparable
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError
-from selkd.recipe import Recipe
-from selkd.recipe_files import load_recipe, to_yaml
+from selkd.files import RECIPE, write_whole
+from selkd.recipe.files import load_recipe, to_yaml
+from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import compare
 from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.run_files import read_record
-from selkd.run_directory import RECIPE, write_whole
 from selkd.sweep.runner import run_apart
 from selkd.sweep.sharing import with_shared_paths
 from selkd.sweep.study import PlannedRun, Study, expand

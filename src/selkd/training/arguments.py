@@ -13,12 +13,12 @@ from accelerate.utils import DistributedType, DynamoBackend, parse_flag_from_env
 from transformers import TrainingArguments
 
 from selkd.errors import InputError
-from selkd.recipe import check_parts, on_policy_criterion, parse_part
-from selkd.recipe_choices import ClassOptions, CriterionOptions, PositionOptions
-from selkd.recipe_data import DataOptions
-from selkd.recipe_models import check_device
-from selkd.recipe_on_policy import OnPolicyOptions
-from selkd.recipe_training import check_accelerator, check_supported
+from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions
+from selkd.recipe.data import DataOptions
+from selkd.recipe.models import check_device
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import check_parts, on_policy_criterion
+from selkd.recipe.training import check_accelerator, check_supported
 from selkd.training.objective import Objective
 
 # How ``accelerate launch`` asks for what splits the student in other ways than data-parallel ranks and FSDP do.
@@ -34,7 +34,7 @@ _DATA_KEY = re.compile(rf"(?<![\w./'-])data\.(?=(?:{'|'.join(DataOptions.model_f
 class DistillArguments(TrainingArguments):
     """Arguments of ``DistillTrainer``: those of ``TrainingArguments``, and what a recipe says about the loss.
 
-    What selkd can't honour of ``TrainingArguments`` is refused by name (``selkd.recipe_training.REFUSED``), whether it
+    What selkd can't honour of ``TrainingArguments`` is refused by name (``selkd.recipe.training.REFUSED``), whether it
     comes as an argument or from ``accelerate launch``.
 
     Attributes:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from selkd.training.rollout import RolloutSums
+from selkd.training.on_policy import RolloutSums
 
 _KEPT = ("loss", "held_out_", "benchmark_")  # how the names of what is worth a line begin
 

@@ -19,12 +19,12 @@ from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
-from selkd.finite import require_finite
 from selkd.maths.chunked import chunked_statistics, compute_dtype
 from selkd.maths.divergence import forward_kl, log_softmax_
+from selkd.maths.finite import require_finite
 from selkd.maths.head import Head
 from selkd.models.head import check_packing
-from selkd.teacher import Batch, DrawnClasses, LiveTeacher, Teacher, TeacherTargets
+from selkd.teacher.targets import Batch, DrawnClasses, LiveTeacher, Teacher, TeacherTargets
 from selkd.training.arguments import DistillArguments
 from selkd.training.inputs import as_evaluated, require_stored, require_window
 from selkd.training.objective import Objective
@@ -65,8 +65,8 @@ def divergence_sums(
         weights = drawn.counts / drawn.counts.sum(dim=-1, keepdim=True)
         return -(weights * log_q).sum(dim=-1, keepdim=True)
 
-    narrow_head = head.to(compute_dtype(hidden_states))
-    values = chunked_statistics(hidden_states.flatten(0, 1)[valid], narrow_head, compare).squeeze(-1)
+    compute_head = head.to(compute_dtype(hidden_states))
+    values = chunked_statistics(hidden_states.flatten(0, 1)[valid], compute_head, compare).squeeze(-1)
     require_finite(values, valid, batch, "the student's or the teacher's logits, in an evaluation")
     return {"total_nats": values.double().sum(), "positions": valid.new_tensor(len(valid), dtype=torch.float64)}
 
@@ -94,7 +94,7 @@ class EvaluatingTrainer(Trainer):
     the training selects, and calls it ``eval_loss``: mean KL to a live teacher (also ``eval_kl_nats``), or of a cache
     the mean cross-entropy to its draws (``eval_cross_entropy_to_draws_nats``), which is KL plus the teacher's own
     entropy. ``compute_metrics`` and ``predict`` get the student's logits as from the Trainer, where ``label_ids`` are
-    the tokens to be learned, each at its own place, and -100 elsewhere.
+    the tokens to be learned, each at its own context, and -100 elsewhere.
     """
 
     args: DistillArguments

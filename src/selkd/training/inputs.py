@@ -13,8 +13,8 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import check_head, head_of
 from selkd.models.loading import require_device, window_of
-from selkd.recipe_choices import needs_teacher
-from selkd.teacher import CachedTeacher, LiveTeacher, Teacher
+from selkd.recipe.choices import needs_teacher
+from selkd.teacher.targets import CachedTeacher, LiveTeacher, Teacher
 from selkd.training.arguments import DistillArguments, of_arguments
 from selkd.training.sampling import FilledDataset
 
@@ -75,8 +75,8 @@ def without_autocast(model: PreTrainedModel) -> None:
 def sizes(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) -> dict[str, int]:
     """How many classes each side has."""
     if isinstance(teacher, TeacherCache):
-        return {"student": head_of(student).n_classes, "teacher cache": int(teacher.fingerprint["vocabulary"])}
-    return {"student": head_of(student).n_classes, "teacher": head_of(teacher).n_classes}
+        return {"student": head_of(student).vocab_size, "teacher cache": int(teacher.fingerprint["vocabulary"])}
+    return {"student": head_of(student).vocab_size, "teacher": head_of(teacher).vocab_size}
 
 
 def as_samples(
@@ -131,7 +131,7 @@ def require_window(samples: SampleDataset, name: str, models: list[Any], args: D
 def as_teacher(
     teacher: PreTrainedModel | TeacherCache,
     args: DistillArguments,
-    n_classes: int,
+    vocab_size: int,
 ) -> Teacher:
     """The teacher, put on its device; a cache, checked against the arguments.
 
@@ -142,9 +142,9 @@ def as_teacher(
     temperature = args.objective.criterion.temperature
     if isinstance(teacher, TeacherCache):
         stored = int(teacher.fingerprint["vocabulary"])
-        if stored > n_classes:
+        if stored > vocab_size:
             raise InputError(
-                f"{teacher.directory}: its draws are from {stored} classes, but the student has {n_classes}: some may "
+                f"{teacher.directory}: its draws are from {stored} classes, but the student has {vocab_size}: some may "
                 "be classes that it lacks. Build another cache over the classes that both models share."
             )
         metric = args.objective.positions.metric
@@ -168,7 +168,7 @@ def as_teacher(
     teacher.eval().requires_grad_(False)
     teacher = _placed(teacher, args)
     check_head(teacher)
-    return LiveTeacher(teacher, args.class_options, temperature, args.seed, n_classes)
+    return LiveTeacher(teacher, args.class_options, temperature, args.seed, vocab_size)
 
 
 def _placed(teacher: PreTrainedModel, args: DistillArguments) -> PreTrainedModel:

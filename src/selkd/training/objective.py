@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selkd.finite import require_finite
 from selkd.maths.chunked import chunked_loss, compute_dtype, wide
+from selkd.maths.finite import require_finite
 from selkd.maths.head import Head
-from selkd.recipe_choices import CriterionOptions, PositionOptions
-from selkd.selection.positions import Place, counts_of, eligible
-from selkd.selection.scores import PositionScores, choose_positions, score_positions
+from selkd.recipe.choices import CriterionOptions, PositionOptions
+from selkd.selection.position_scores import PositionScores, choose_positions, score_positions
+from selkd.selection.positions import StepContext, counts_of, eligible
 from selkd.selection.two_stage import score_in_two_stages
-from selkd.teacher import Batch, TeacherTargets
-from selkd.training.comparison import Comparison
+from selkd.teacher.targets import Batch, TeacherTargets
+from selkd.training.criterion import Comparison
 
 AGREEMENT_EVERY = 50  # optimiser steps between two measurements of two-stage against exact selection
 
@@ -47,10 +47,10 @@ class Objective:
     seed: int
     classes_by_frequency: np.ndarray | None = None
 
-    def budget(self, batch: Batch, place: Place) -> Budget:
+    def budget(self, batch: Batch, context: StepContext) -> Budget:
         """What a batch counts for, known before the forward pass."""
         n_valid = eligible(self.positions, batch["valid_mask"], batch["position_ids"]).sum(dim=-1)
-        selected = n_valid if place.fraction is None else counts_of(place.fraction, n_valid)
+        selected = n_valid if context.fraction is None else counts_of(context.fraction, n_valid)
         return Budget(
             samples=int((n_valid > 0).sum()), valid=int(batch["valid_mask"].sum()), selected=int(selected.sum())
         )
@@ -66,7 +66,7 @@ class Objective:
         batch: Batch,
         teacher: TeacherTargets,
         *,
-        place: Place,
+        context: StepContext,
         normaliser: Tensor | int,
     ) -> dict[str, Tensor]:
         """The share of one micro-batch in the step's loss, with what was selected.
@@ -74,9 +74,9 @@ class Objective:
         Args:
             hidden_states: [B, T, D], the student's, with gradient.
             head: the student's head over the classes that it shares with the teacher.
-            batch: of ``selkd.data.batching.collate``.
+            batch: of ``selkd.data.collate.collate``.
             teacher: the targets of the same batch.
-            place: where in the run the step is.
+            context: where in the run the step is.
             normaliser: of the whole step, all its micro-batches and ranks.
 
         Returns:
@@ -94,14 +94,14 @@ class Objective:
         valid = valid_mask.flatten().nonzero().flatten()
         flat_hidden = hidden_states.flatten(0, 1)
         with torch.no_grad():
-            narrow_head = head.to(compute_dtype(hidden_states))
+            compute_head = head.to(compute_dtype(hidden_states))
 
-        scored = self.score(hidden_states.detach(), narrow_head, batch, teacher, place)
+        scored = self.score(hidden_states.detach(), compute_head, batch, teacher, context)
         if scored.statistics:
             of_all = torch.stack([each.flatten()[valid] for each in scored.statistics.values()])
             what = f"positions.metric: {self.positions.metric}, of the student's or the teacher's logits"
-            require_finite(of_all.sum(dim=0), valid, batch, f"{what} {_before(place)}")
-        coefficients = choose_positions(self.positions, scored.values, batch, place, seed=self.seed).flatten()
+            require_finite(of_all.sum(dim=0), valid, batch, f"{what} {_before(context)}")
+        coefficients = choose_positions(self.positions, scored.values, batch, context, seed=self.seed).flatten()
         picked = coefficients.nonzero().flatten()
         weights = coefficients[picked]
         if self.positions.reduction == "per_position":
@@ -109,11 +109,11 @@ class Objective:
 
         sample_of = picked // valid_mask.shape[1]
         targets = batch["targets"].flatten()[picked]
-        comparison = Comparison(self.criterion, teacher.at(picked), targets, sample_of, head.n_classes)
+        comparison = Comparison(self.criterion, teacher.at(picked), targets, sample_of, head.vocab_size)
         weights = weights / max(1, int(normaliser))
-        total, values = chunked_loss(flat_hidden[picked], head, weights, comparison, narrow_head=narrow_head)
+        total, values = chunked_loss(flat_hidden[picked], head, weights, comparison, compute_head=compute_head)
         what = f"criterion.name: {self.criterion.name}, of the student's or the teacher's logits"
-        require_finite(values, picked, batch, f"{what} {_before(place)}")
+        require_finite(values, picked, batch, f"{what} {_before(context)}")
 
         sums = {"positions_selected": torch.tensor(len(picked), device=values.device), **comparison.sums}
         logged = {"score": scored.values} if scored.statistics else {}
@@ -123,23 +123,23 @@ class Objective:
             sums[f"selected_{name}"] = each.flatten()[picked].sum()
             if self.positions.scoring == "exact":  # else those of the other positions are estimates
                 sums[f"valid_{name}"] = each.flatten()[valid].sum()
-        if self.positions.scoring == "two_stage" and total.requires_grad and place.step % AGREEMENT_EVERY == 0:
-            sums |= self.agreement(hidden_states.detach(), head, batch, place)
+        if self.positions.scoring == "two_stage" and total.requires_grad and context.step % AGREEMENT_EVERY == 0:
+            sums |= self.agreement(hidden_states.detach(), head, batch, context)
         return {"loss": total, "scores": scored.values, **sums}
 
     def score(
-        self, hidden_states: Tensor, head: Head, batch: Batch, teacher: TeacherTargets | None, place: Place
+        self, hidden_states: Tensor, head: Head, batch: Batch, teacher: TeacherTargets | None, context: StepContext
     ) -> PositionScores:
         """The scores of a batch, in the dtype of ``head``."""
         options = self.positions
         if options.scoring == "two_stage":
             ordered = self.classes_by_frequency
             assert ordered is not None, "two-stage scoring is given the classes in the order of their frequency"
-            return score_in_two_stages(options, ordered, hidden_states, head, batch, place, seed=self.seed)
-        return score_positions(options.metric, hidden_states, head, batch, teacher, seed=self.seed, step=place.step)
+            return score_in_two_stages(options, ordered, hidden_states, head, batch, context, seed=self.seed)
+        return score_positions(options.metric, hidden_states, head, batch, teacher, seed=self.seed, step=context.step)
 
     @torch.no_grad()
-    def agreement(self, hidden_states: Tensor, head: Head, batch: Batch, place: Place) -> dict[str, Tensor]:
+    def agreement(self, hidden_states: Tensor, head: Head, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """How many positions exact selection picks (``compared_positions``), and how many of them this scoring does.
 
         Both in float32 at the same hidden states [B, T, D], so that rounding decides nothing.
@@ -147,14 +147,14 @@ class Objective:
         hidden = wide(hidden_states)
         exact_head = head.to(hidden.dtype)
         of_all = score_positions(
-            self.positions.metric, hidden, exact_head, batch, None, seed=self.seed, step=place.step
+            self.positions.metric, hidden, exact_head, batch, None, seed=self.seed, step=context.step
         )
         found, exact = (
-            choose_positions(self.positions, scored.values, batch, place, seed=self.seed) > 0
-            for scored in (self.score(hidden, exact_head, batch, None, place), of_all)
+            choose_positions(self.positions, scored.values, batch, context, seed=self.seed) > 0
+            for scored in (self.score(hidden, exact_head, batch, None, context), of_all)
         )
         return {"agreeing_positions": (found & exact).sum(), "compared_positions": exact.sum()}
 
 
-def _before(place: Place) -> str:
-    return f"at optimiser step {place.step}, before its update"
+def _before(context: StepContext) -> str:
+    return f"at optimiser step {context.step}, before its update"

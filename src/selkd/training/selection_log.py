@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from selkd.recipe_choices import FractionSchedule, PositionOptions
-from selkd.selection.positions import Place
+from selkd.recipe.choices import FractionSchedule, PositionOptions
+from selkd.selection.positions import StepContext
 
 
 class SelectionLog:
@@ -21,12 +21,14 @@ class SelectionLog:
         for name, value in outputs.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def take(self, reduce: Callable[[Tensor], Tensor], positions: PositionOptions, place: Place) -> dict[str, float]:
+    def take(
+        self, reduce: Callable[[Tensor], Tensor], positions: PositionOptions, context: StepContext
+    ) -> dict[str, float]:
         """Means in nats and the selected share, over all processes; the sums begin anew.
 
         Args:
             reduce: adds a tensor up over the processes.
-            positions, place: of the step that is logged.
+            positions, context: of the step that is logged.
         """
         names = sorted(self.sums)
         totals = reduce(torch.stack([self.sums[name].float() for name in names])).tolist()
@@ -44,8 +46,8 @@ class SelectionLog:
         if total.get("compared_positions"):
             logs["selection_agreement"] = total["agreeing_positions"] / total["compared_positions"]
         if isinstance(positions.fraction, FractionSchedule):
-            assert place.fraction is not None, "a schedule gives a fraction at every step"
-            logs["fraction"] = place.fraction
-        if place.threshold is not None:
-            logs["threshold"] = place.threshold
+            assert context.fraction is not None, "a schedule gives a fraction at every step"
+            logs["fraction"] = context.fraction
+        if context.threshold is not None:
+            logs["threshold"] = context.threshold
         return logs

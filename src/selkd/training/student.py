@@ -23,20 +23,20 @@ from selkd.models.head import (
 
 Distillation = Callable[[Tensor, Head], dict[str, Tensor]]
 
-_N_CLASSES, _OWN_FORWARD, _MARK = "_selkd_n_classes", "_selkd_own_forward", "_selkd_distillation"
+_VOCAB_SIZE, _OWN_FORWARD, _MARK = "_selkd_vocab_size", "_selkd_own_forward", "_selkd_distillation"
 
 
-def bind_distillation(model: PreTrainedModel, n_classes: int) -> None:
+def bind_distillation(model: PreTrainedModel, vocab_size: int) -> None:
     """Teach ``model.forward`` one more argument: ``distillation``, a function of hidden states and head.
 
     ``model(input_ids, position_ids, distillation=f)`` runs the body and returns ``f(hidden_states, head)``, never the
     full logits. Without the argument the forward is what it was, so ``generate``, PEFT and saving are untouched, and
-    parameter names stay. ``n_classes``: how many classes the student shares with the teacher.
+    parameter names stay. ``vocab_size``: how many classes the student shares with the teacher.
 
     The forward knows the model by its ``self`` alone, so that a copy of the model (an average of weights, the best so
     far, a frozen reference) computes with its own weights.
     """
-    setattr(model, _N_CLASSES, n_classes)
+    setattr(model, _VOCAB_SIZE, vocab_size)
     own = vars(model).get("forward")  # of this object, where Accelerate's hooks have replaced its class's
     if _is_distillations(own):
         return
@@ -49,7 +49,7 @@ def bind_distillation(model: PreTrainedModel, n_classes: int) -> None:
             own = vars(self)[_OWN_FORWARD]
             return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
         hidden = hidden_states(self, kwargs["input_ids"], kwargs["position_ids"])
-        return distillation(hidden, head_of(self).narrowed(vars(self)[_N_CLASSES]))
+        return distillation(hidden, head_of(self).slice_vocab(vars(self)[_VOCAB_SIZE]))
 
     # Accelerate unwraps a forward down to what has no `__wrapped__`: that is this one.
     forward.__signature__ = inspect.signature(replaced)  # type: ignore[attr-defined]

@@ -20,16 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from selkd.cache.reader import TeacherCache
-from selkd.data.batching import collate
+from selkd.data.collate import collate
 from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.models.adapters import has_adapters
 from selkd.models.tokenizers import shared_classes
-from selkd.selection.positions import Place, place_of
+from selkd.selection.positions import StepContext, step_context
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
-from selkd.teacher import Batch, CachedCollator, CachedTeacher
-from selkd.training.answers import Answers
+from selkd.teacher.targets import Batch, CachedCollator, CachedTeacher
 from selkd.training.arguments import DistillArguments, require_realised
 from selkd.training.callbacks import CheckpointAfterStep, RolloutLog
 from selkd.training.checkpoints import last_whole_checkpoint
@@ -44,7 +43,7 @@ from selkd.training.inputs import (
     without_autocast,
 )
 from selkd.training.objective import Budget
-from selkd.training.rollout import PromptCollator
+from selkd.training.on_policy import Answers, PromptCollator
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.selection_log import SelectionLog
 from selkd.training.state import Queue, Schedule, ScheduleKept, Totals
@@ -143,9 +142,9 @@ class DistillTrainer(EvaluatingTrainer):
         """Take a student: refused, if it can't learn as it is, or taught the distillation's forward."""
         require_trainable(model, self._given_teacher)
         without_autocast(model)
-        self._n_classes = shared_classes(sizes(model, self._given_teacher), self._tokenizer)
+        self._vocab_size = shared_classes(sizes(model, self._given_teacher), self._tokenizer)
         self._use_cache = getattr(model.config, "use_cache", None)  # None: nested, in the text's configuration
-        bind_distillation(model, self._n_classes)
+        bind_distillation(model, self._vocab_size)
         self._checked_packing = set()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -156,7 +155,7 @@ class DistillTrainer(EvaluatingTrainer):
     def _set_up(self) -> None:
         """What the arguments say of loss, teacher and answers; anew where a trial of a search has changed them."""
         args, models = self.args, [self.model, self._given_teacher]
-        self.teacher = as_teacher(self._given_teacher, args, self._n_classes)
+        self.teacher = as_teacher(self._given_teacher, args, self._vocab_size)
         self._keeps_apart = False
         for name, samples in self._samples.items():
             self._require_usable(samples, name)
@@ -166,12 +165,12 @@ class DistillTrainer(EvaluatingTrainer):
                 raise InputError("positions.scoring: two_stage counts the classes of train_dataset, and there is none.")
             text = next(iter(self._samples.values()))
             self.distillation_loss = replace(
-                self.distillation_loss, classes_by_frequency=by_frequency(text.token_counts(self._n_classes))
+                self.distillation_loss, classes_by_frequency=by_frequency(text.token_counts(self._vocab_size))
             )
         train_samples = self._samples.get("train_dataset")
         self.answers = None
         if args.on_policy is not None:
-            self.answers = Answers(args, self.model, self._tokenizer, self._n_classes)
+            self.answers = Answers(args, self.model, self._tokenizer, self._vocab_size)
             self.answers.require_prompts(train_samples, self.teacher)
             self.answers.require_positions(train_samples, models)
         if isinstance(self.teacher, CachedTeacher) and not isinstance(self.data_collator, CachedCollator):
@@ -181,7 +180,7 @@ class DistillTrainer(EvaluatingTrainer):
     def _begin(self) -> None:
         """Nothing is counted yet: before a training, and before an attempt of ``auto_find_batch_size`` at it."""
         self._epoch = 0
-        self._place = Place(0, None, 0.0, None)
+        self._place = StepContext(0, None, 0.0, None)
         self._log = SelectionLog()
         self._micro_batches = 0  # of this step, still to come
         self._selected: list[Tensor] = []  # of this step, a count a micro-batch
@@ -304,9 +303,9 @@ class DistillTrainer(EvaluatingTrainer):
         """The student's answers so far, in sums; looked up each time, as ``totals``."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, RolloutLog))
 
-    def _find_place(self) -> Place:
+    def _find_place(self) -> StepContext:
         """Where the run is: the same for all micro-batches and ranks of the optimiser step that begins."""
-        return place_of(self.distillation_loss.positions, self.state.global_step, self.state.max_steps, self.queue)
+        return step_context(self.distillation_loss.positions, self.state.global_step, self.state.max_steps, self.queue)
 
     def compute_loss(
         self,
@@ -325,7 +324,7 @@ class DistillTrainer(EvaluatingTrainer):
             self.distillation_loss,
             batch=inputs,
             teacher=self.teacher.targets(inputs, self._place.step),
-            place=self._place,
+            context=self._place,
             normaliser=num_items_in_batch,
         )
         outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], distillation=distillation)

@@ -1,0 +1,88 @@
+"""``selkd cache``: build, verify and inspect a teacher cache."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from selkd.cli.options import Json, Out, Overrides, RecipeName, print_answer, quiet
+from selkd.errors import InputError
+
+cache_app = typer.Typer(no_args_is_help=True, help="Build, verify or inspect a teacher cache.")
+
+CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A teacher cache's folder.")]
+
+
+@cache_app.command("build")
+def cache_build(recipe: RecipeName, out: Out = None, overrides: Overrides = None, json_output: Json = False) -> None:
+    """Run the teacher once over the kept samples and store its drawn classes."""
+    from selkd.recipe.files import load_recipe
+    from selkd.run.pipeline import cache_only
+
+    quiet()
+    loaded = load_recipe(recipe, overrides)
+    if loaded.cache is None:
+        raise InputError(
+            "cache: this recipe keeps the teacher live; give --set 'cache={path: null}' and a class sampler."
+        )
+    print_answer(cache_only(loaded, out).record["teacher_cache"], json_output)
+
+
+@cache_app.command("verify")
+def cache_verify(
+    directory: CacheFolder,
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild what is damaged, from the teacher.")] = False,
+    rescore: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Run the teacher again on N random samples and compare.")
+    ] = 0,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="What it was built by; its run's own recipe if not given.")
+    ] = None,
+    out: Out = None,
+    overrides: Overrides = None,
+    json_output: Json = False,
+) -> None:
+    """Read every byte of a cache and name each damaged part; exit code 1 if there is one."""
+    from selkd.cache.verify import verify_cache
+
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder.")
+    problems = verify_cache(directory)
+    answer: dict[str, Any] = {"problems": problems}
+    failed = bool(problems)
+    if (problems and repair) or rescore:
+        from selkd.run import verify_cache as with_recipe
+
+        quiet()
+        loaded, own = with_recipe.recipe_of(directory, recipe, overrides)
+        if problems and repair:
+            answer["problems_left"] = with_recipe.repair(directory, loaded, out or own)
+            failed = bool(answer["problems_left"])
+        if rescore and not failed:
+            rescored = with_recipe.rescore(directory, loaded, out or own, rescore)
+            answer["rescored"] = with_recipe.as_answer(rescored)
+            failed = not rescored.agrees
+    print_answer(answer, json_output, empty="every shard is whole")
+    if failed:
+        raise typer.Exit(1)
+
+
+@cache_app.command("inspect")
+def cache_inspect(
+    directory: CacheFolder,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Write histograms there, as SVG files.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many random samples to read for the distributions.")] = 1000,
+    json_output: Json = False,
+) -> None:
+    """Size, bytes a position against plainer layouts, what was drawn, and what the cache was built from."""
+    from selkd.cache.inspect import contents, summary
+    from selkd.cache.reader import TeacherCache
+
+    cache = TeacherCache.open(directory)
+    found = contents(cache, samples)
+    answer: dict[str, Any] = {**cache.stats(), **summary(found), "fingerprint": cache.fingerprint}
+    if plots is not None:
+        from selkd.reporting.cache_plots import write_plots
+
+        answer["plots"] = [str(path) for path in write_plots(found, plots)]
+    print_answer(answer, json_output)

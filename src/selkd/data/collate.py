@@ -1,0 +1,84 @@
+"""Samples to batches, and which samples share one: a function of their lengths alone where nothing is trained.
+
+Legend: B batch, T positions.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from selkd.data.samples import ID_BYTES, Sample
+from selkd.errors import InputError
+
+
+def collate(
+    samples: Sequence[Sample],
+    pad_token_id: int,
+    *,
+    padding_side: Literal["left", "right"] = "right",
+    pad_to: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """One batch of B samples, padded to the longest or to ``pad_to``.
+
+    There is no attention mask, on purpose: Transformers keeps packed documents apart by their ``position_ids``, and
+    only while ``attention_mask`` is None. Padding is a document of its own, so no real token sees it.
+
+    Returns:
+        ``input_ids``, ``position_ids`` (from 0 in each document), ``targets`` (the next token; the pad token where
+        there is none): int64 [B, T]; ``valid_mask``: bool [B, T], True where ``targets`` is to be predicted;
+        ``sample_ids``: uint8 [B, 16].
+
+    Raises:
+        InputError: no sample, an unknown side, or ``pad_to`` is less than the longest sample.
+    """
+    if not samples:
+        raise InputError("collate: expected at least one sample, got none.")
+    if padding_side not in ("left", "right"):
+        raise InputError(f"padding_side: expected 'left' or 'right', got {padding_side!r}.")
+    longest = max(len(sample.token_ids) for sample in samples)
+    width = longest if pad_to is None else pad_to
+    if width < longest:
+        raise InputError(f"pad_to: expected at least {longest}, the longest sample's tokens, got {pad_to}.")
+
+    shape = (len(samples), width)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    targets = np.full(shape, pad_token_id, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    valid_mask = np.zeros(shape, dtype=bool)
+    for row, sample in enumerate(samples):
+        length = len(sample.token_ids)
+        if padding_side == "left":
+            padding, real = slice(0, width - length), slice(width - length, width)
+        else:
+            real, padding = slice(0, length), slice(length, width)
+        valid = sample.valid_mask
+        input_ids[row, real] = sample.token_ids
+        position_ids[row, real] = sample.position_ids
+        position_ids[row, padding] = np.arange(width - length)
+        valid_mask[row, real] = valid
+        targets[row, real] = np.where(valid, np.roll(sample.token_ids, -1), pad_token_id)
+    ids = np.frombuffer(b"".join(sample.id for sample in samples), dtype=np.uint8).reshape(-1, ID_BYTES)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "position_ids": torch.from_numpy(position_ids),
+        "targets": torch.from_numpy(targets),
+        "valid_mask": torch.from_numpy(valid_mask),
+        "sample_ids": torch.from_numpy(ids.copy()),  # a copy: the buffer of bytes cannot be written to
+    }
+
+
+def group_by_tokens(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
+    """Indices in groups of at most ``max_tokens`` tokens, padding included, or of one sample that is longer.
+
+    Samples are taken from the shortest to the longest (equal lengths in their order), so little is padded.
+    """
+    groups: list[list[int]] = []
+    for index in np.argsort(np.asarray(lengths), kind="stable").tolist():
+        longest = int(lengths[index])
+        if groups and (len(groups[-1]) + 1) * longest <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

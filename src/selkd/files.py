@@ -1,0 +1,127 @@
+"""Files that are either whole or not there: written under a temporary name, synced, renamed."""
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import BinaryIO
+
+from selkd.errors import InputError, RunError
+
+RECIPE, RECORD = "recipe.yaml", "record.json"  # what makes a folder a run's
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
+# What file systems without locks, or without syncing of folders, answer.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is a write of ours, under way or interrupted."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes ``path``'s place once the block ends, and leaves nothing behind if the block raises.
+
+    Raises:
+        RunError: the operating system refused (disk full, no permission, …).
+    """
+    try:
+        with _new_temporary(path) as file:
+            temporary = Path(file.name)
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.replace(path)
+                _sync_folder(path.parent)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise RunError(
+            f"{path.name} in {path.parent} could not be finished: {error}. Nothing finished before it was touched; "
+            "remove the cause and run again to continue"
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, UTF-8, whole or not at all; its folder is made if it is not there.
+
+    Raises:
+        RunError: the disk refused.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path.parent}: can't be made ({error}). Give another folder, then run again.") from None
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` if it is not there. Raises InputError if no file can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: expected a folder that can be written ({error}). Give another --out.") from None
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes the remains of interrupted writes of ours, not the files that another process is writing.
+
+    Where the file system has no locks, the two can't be told apart: remains stay. They do no harm.
+    """
+    with suppress(OSError):  # a folder that can't be listed keeps them
+        for path in folder.iterdir():
+            if is_temporary(path.name):
+                with suppress(OSError):  # being written, just finished, or not ours to remove
+                    _remove_unless_written(path)
+
+
+def _new_temporary(path: Path) -> BinaryIO:
+    """A new locked file beside ``path``; the lock ends with the process, however it ends, and tells remains apart.
+
+    A name of its own for each attempt: two processes that write the same file do not mix their bytes. Where the file
+    system has no locks the file goes without: there ``remove_temporaries`` removes nothing.
+    """
+    while True:
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+        file = temporary.open("xb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                temporary.unlink(missing_ok=True)
+                raise
+            return file
+        if temporary.exists():
+            return file
+        file.close()  # removed as a remnant in the moment between its making and its lock
+
+
+def _remove_unless_written(path: Path) -> None:
+    with path.open("r+b") as file:  # for writing: over NFS a lock is refused to one who only reads
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder last, where the file system can; else a power cut may bring the old name back."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,282 @@
+"""The choices that make up a distillation, each with the options that belong to it.
+
+criterion (how to compare) x positions (metric, policy, fraction) x classes (sampler, draws) x samples (metric,
+fraction). Any goes with any, but for what ``selkd.recipe.recipe`` refuses with a reason. A key that a choice makes
+meaningless (a fraction beside ``policy: all``) is null once read.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from selkd import plugins
+from selkd.builtin import (
+    CLASS_SAMPLERS,
+    CRITERIA,
+    HARD_POLICIES,
+    METRICS_OF_THE_STUDENT,
+    POLICIES,
+    POSITION_METRICS,
+    SAMPLED_POLICIES,
+)
+from selkd.recipe.part import Fraction, Part
+
+CriterionName = Annotated[str, AfterValidator(lambda name: plugins.check_name("criterion", name, CRITERIA))]
+MetricName = Annotated[str, AfterValidator(lambda name: plugins.check_name("metric", name, POSITION_METRICS))]
+PolicyName = Annotated[str, AfterValidator(lambda name: plugins.check_name("policy", name, POLICIES))]
+SamplerName = Annotated[str, AfterValidator(lambda name: plugins.check_name("sampler", name, CLASS_SAMPLERS))]
+SampleMetric = Literal["student_entropy", "kl", "ce_ratio", "random", "all"]
+# An estimate of the student's entropy looks at so many classes, in place of the whole vocabulary.
+ESTIMATE_CLASSES = {"frequent_classes": 4096, "tail_classes": 1024}
+
+
+class CriterionOptions(Part):
+    """How teacher and student are compared. ``kd_weight`` is lambda: the rest is cross-entropy with the text."""
+
+    name: CriterionName = Field("forward_kl", description=f"{', '.join(CRITERIA)}, or your own as module:function")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides both models' logits")
+    temperature_squared: bool = Field(True, description="multiply the divergence by the temperature's square")
+    kd_weight: float = Field(1.0, ge=0, le=1, description="lambda: the divergence's share, the rest is cross-entropy")
+    alpha: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="skew_kl, skew_reverse_kl: the mixture's share; dkd: TCKD's weight"
+    )
+    beta: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="jsd: the teacher's weight in the mixture; dkd: NCKD's weight"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "CriterionOptions":
+        defaults = CRITERIA.get(self.name, {})
+        for key in ("alpha", "beta"):
+            given = getattr(self, key)
+            if key not in defaults:
+                if given is not None:
+                    raise ValueError(f"criterion.{key}: {self.name} has no {key}; leave it out")
+            elif given is None:
+                self._settle(**{key: defaults[key]})
+            elif self.name in ("jsd", "skew_kl", "skew_reverse_kl") and not 0 < given < 1:
+                raise ValueError(f"criterion.{key}: {self.name} mixes two distributions; give a share between 0 and 1")
+        if self.name == "dkd" and self.alpha == self.beta == 0:
+            raise ValueError("criterion: dkd with alpha and beta 0 compares nothing; give one of them weight")
+        return self
+
+
+class FractionSchedule(Part):
+    """A fraction that moves: from ``from`` to ``to`` over the first share ``over`` of the optimiser steps."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    start: Fraction = Field(alias="from", description="the fraction at the first step")
+    to: Fraction = Field(description="the fraction from the end of the schedule on")
+    over: Fraction = Field(1.0, description="the share of the run's optimiser steps that the schedule takes")
+    shape: Literal["linear", "cosine"] = Field("linear", description="how it moves in between")
+
+
+MaybeScheduled = Annotated[
+    Annotated[Fraction, Tag("<number>")] | Annotated[FractionSchedule, Tag("<schedule>")],
+    Discriminator(lambda given: "<schedule>" if isinstance(given, dict | FractionSchedule) else "<number>"),
+]
+
+
+def _steps_or_share(given: Any) -> Any:
+    if given is None:
+        return None
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    if is_number and given > 1 and given == int(given):
+        return int(given)
+    if is_number and (0 < given <= 1):
+        return given
+    raise ValueError("expected a whole number of optimiser steps, or a share of the run's in (0, 1] such as 0.5 or 1.0")
+
+
+class PositionOptions(Part):
+    """Which positions of a sample are supervised, and how strongly."""
+
+    metric: MetricName | None = Field(
+        "student_entropy", description=f"{', '.join(POSITION_METRICS)}, or your own as module:function"
+    )
+    policy: PolicyName = Field("top_k", description=f"{', '.join(POLICIES)}, or your own as module:function")
+    fraction: MaybeScheduled | None = Field(
+        0.20, description="k: a share of the valid positions, or a schedule {from, to, over, shape: linear or cosine}"
+    )
+    reduction: Literal["per_sample", "per_position"] | None = Field(
+        None,
+        description="per_sample (default): the mean over samples of each one's mean; per_position: the mean over all "
+        "picked positions of the step (hard policies; gls always)",
+    )
+    queue_size: int | None = Field(None, ge=10, description="gls: how many recent scores set the threshold; 30000")
+    curriculum_steps: Annotated[int | float | None, BeforeValidator(_steps_or_share)] = Field(
+        None, description="curriculum: optimiser steps from easy to hard, or a share of the run's (1.0, the default)"
+    )
+    smoothing: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="pos_rs: probability in proportion to u^(1/smoothing); 1"
+    )
+    clip: Fraction | None = Field(None, description="pos_rs: u is cut at this quantile; null: not cut")
+    skip_first: int | None = Field(
+        None, ge=0, description="pos_rs: the first positions of each document that are not eligible; 0"
+    )
+    coverage: float | None = Field(
+        None, ge=0, le=1, description="pos_rs: the share of the draws that goes to the highest for sure; 0"
+    )
+    scoring: Literal["exact", "two_stage"] | None = Field(
+        None,
+        description="exact (default), or two_stage for top_k of student_entropy: estimated at every position, exact at "
+        "the best of them",
+    )
+    frequent_classes: int | None = Field(
+        None, ge=1, description="two_stage: how many of the most frequent classes are counted; 4096"
+    )
+    tail_classes: int | None = Field(
+        None, ge=1, description="two_stage: about how many of the other classes stand for all of them; 1024"
+    )
+    rescored_share: Fraction | None = Field(
+        None, description="two_stage: the share of the valid positions, beyond `fraction`, that are rescored; 0.15"
+    )
+    calibration_fraction: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="two_stage: the share of each sample's positions whose exact distributions tell its frequent "
+        "classes; 1/32; 0: the training text tells them",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "PositionOptions":
+        policy = self.policy
+        self._settle_scoring()
+        self._of_policy(("gls",), queue_size=30_000)
+        self._of_policy(("curriculum",), curriculum_steps=1.0)
+        self._of_policy(SAMPLED_POLICIES, smoothing=1.0, clip=None, skip_first=0, coverage=0.0)
+        if policy == "random":
+            self._settle(metric="random")
+        elif policy == "all" or not self._ranks:
+            self._settle(metric=None)
+        elif self.metric is None:
+            raise ValueError(f"positions.policy: {policy} goes by a metric; give positions.metric")
+        if policy in ("all", "weighted"):
+            self._settle(fraction=None)
+        elif self.fraction is None and policy in POLICIES:
+            raise ValueError(f"positions.policy: {policy} picks a share; give positions.fraction")
+        if policy not in HARD_POLICIES and policy != "gls" and self.reduction == "per_position":
+            raise ValueError(
+                f"positions.reduction: {policy} gives its positions weights of their own; only policies that pick "
+                f"({', '.join(HARD_POLICIES)}) are counted per_position"
+            )
+        if policy == "gls" and self.reduction == "per_sample":
+            raise ValueError("positions.reduction: gls counts over the whole step, per_position; leave it out")
+        if self.reduction is None:
+            self._settle(reduction="per_position" if policy == "gls" else "per_sample")
+        return self
+
+    def _settle_scoring(self) -> None:
+        """``scoring`` and the options of ``two_stage``, where a metric is computed."""
+        if self.scoring == "two_stage":
+            if self.policy != "top_k" or self.metric != "student_entropy":
+                raise ValueError(
+                    "positions.scoring: two_stage finds the highest of the student's entropy and estimates the rest, "
+                    f"so it goes with policy top_k and metric student_entropy; {self.policy} of {self.metric} needs "
+                    "exact scores (scoring: exact)"
+                )
+            defaults: dict[str, Any] = {**ESTIMATE_CLASSES, "rescored_share": 0.15, "calibration_fraction": 1 / 32}
+            self._settle(**{key: value for key, value in defaults.items() if getattr(self, key) is None})
+            return
+        self._settle(scoring="exact" if self.policy not in ("all", "random") and self._ranks else None)
+        _refuse_without(self, "positions", "two_stage", (*ESTIMATE_CLASSES, "rescored_share", "calibration_fraction"))
+
+    @property
+    def _ranks(self) -> bool:
+        """Whether the policy looks at scores."""
+        return self.policy in POLICIES or "scores" in plugins.wanted("policy", self.policy)
+
+    def _of_policy(self, policies: tuple[str, ...], **defaults: Any) -> None:
+        """Options that only ``policies`` have: their defaults there, refused elsewhere."""
+        for key, default in defaults.items():
+            if self.policy in policies:
+                if getattr(self, key) is None:
+                    self._settle(**{key: default})
+            elif getattr(self, key) is not None:
+                raise ValueError(
+                    f"positions.{key}: an option of {' and '.join(policies)}, without effect on {self.policy}; "
+                    "leave it out"
+                )
+
+
+class ClassOptions(Part):
+    """Which vocabulary classes of the teacher's distribution are compared: all, or ``draws`` from it a position."""
+
+    sampler: SamplerName = Field("all", description=f"{', '.join(CLASS_SAMPLERS)}, or your own as module:function")
+    draws: int | None = Field(64, ge=1, le=65535, description="draws a position (top_k: classes); null with all")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ClassOptions":
+        if self.sampler == "all":
+            self._settle(draws=None)
+        elif self.draws is None:
+            raise ValueError(f"classes.sampler: {self.sampler} draws classes; give classes.draws")
+        return self
+
+
+class SampleOptions(Part):
+    """Which samples are trained on: the highest share by the frozen initial student's score."""
+
+    metric: SampleMetric = Field("student_entropy", description="what a sample's score is the mean of; all: no filter")
+    fraction: Fraction = Field(0.20, description="l: the share of the samples that is kept")
+    path: str | None = Field(None, description="the scores' file, written or reused; null: inside the run")
+    scoring: Literal["exact", "approximate"] = Field(
+        "exact", description="exact, or approximate for student_entropy: estimated from a part of the classes"
+    )
+    frequent_classes: int | None = Field(
+        None, ge=1, description="approximate: how many of the most frequent classes are counted; 4096"
+    )
+    tail_classes: int | None = Field(
+        None, ge=1, description="approximate: about how many of the other classes stand for all of them; 1024"
+    )
+    calibration_fraction: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="approximate: the share of each sample's positions whose exact distributions tell its frequent "
+        "classes; 1/16; 0: the training text tells them",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SampleOptions":
+        if self.scoring == "exact":
+            _refuse_without(self, "samples", "approximate", (*ESTIMATE_CLASSES, "calibration_fraction"))
+        elif self.metric != "student_entropy":
+            raise ValueError(
+                f"samples.scoring: approximate estimates the student's entropy; {self.metric} needs scoring: exact"
+            )
+        else:
+            defaults: dict[str, Any] = {**ESTIMATE_CLASSES, "calibration_fraction": 1 / 16}
+            self._settle(**{key: value for key, value in defaults.items() if getattr(self, key) is None})
+        return self
+
+
+class OnPolicyOptions(Part):
+    """How the student's own answers (rollouts) are drawn, and how many samples of a step they replace."""
+
+    fraction: Fraction = Field(
+        1.0, description="share of the samples that the student answers; the others keep the data's completion"
+    )
+    max_new_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="of the draw; 0: the most likely token")
+    top_p: Fraction = Field(1.0, description="draw from the most likely classes that make up this probability")
+    at_once: int | None = Field(
+        None, ge=1, description="prompts that are answered together on a device; null: all of an optimiser step"
+    )
+    log_rollouts: int = Field(2, ge=0, description="answers that are written to rollouts.jsonl at each logged step")
+
+
+def _refuse_without(part: Part, name: str, scoring: str, keys: tuple[str, ...]) -> None:
+    """Raises ValueError if an option of ``scoring`` is given without it."""
+    for key in keys:
+        if getattr(part, key) is not None:
+            raise ValueError(f"{name}.{key}: an option of scoring: {scoring}, without effect on exact; leave it out")
+
+
+def needs_teacher(metric: str | None) -> bool:
+    """Whether a position metric is computed from the teacher's full distribution."""
+    if metric is None or metric in METRICS_OF_THE_STUDENT:
+        return False
+    return metric in POSITION_METRICS or "teacher_logits" in plugins.wanted("metric", metric)

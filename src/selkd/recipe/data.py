@@ -1,0 +1,92 @@
+"""The recipe's ``data`` part: where the text is, what a row of it holds, and how it becomes samples."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from selkd.recipe.part import Part
+
+CHAT = "chat"
+
+
+class DataOptions(Part):
+    """The text. ``path``: ``demo``, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id.
+
+    A row is a text (``text_field``), a prompt with its completion (``prompt_field``, ``completion_field``) or a
+    conversation (``messages_field``).
+    """
+
+    path: str = Field(description="demo, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id")
+    name: str | None = Field(None, description="configuration of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    text_field: str | None = Field(
+        None, description="the field or column that holds the text; text, if no other field is given"
+    )
+    prompt_field: str | None = Field(None, description="in its place: the field of a prompt")
+    completion_field: str | None = Field(
+        None, description="beside prompt_field: the field of its completion; null: prompts alone, for on_policy"
+    )
+    messages_field: str | None = Field(
+        None, description="in its place: the field of a conversation, a list of messages with role and content"
+    )
+    template: str | None = Field(
+        None,
+        description="prompts: chat (the tokenizer's chat template), or a text with {prompt} and, last, {completion}; "
+        "null: the completion follows the prompt as they stand; messages: always chat",
+    )
+    loss_on: Literal["completions", "all"] | None = Field(
+        None,
+        description="completions (default): the completion, or the assistant's turns; all: the prompt, too. Null of a "
+        "text",
+    )
+    tokens: int | None = Field(None, ge=2, description="how many tokens to train on at most; null: all there are")
+    max_length: int = Field(512, ge=2, description="tokens of a sample at most")
+    packing: bool = Field(True, description="fill samples with several documents, isolated from each other")
+    held_out_fraction: float = Field(0.02, ge=0, lt=1, description="share of the documents kept from training")
+    held_out_tokens: int = Field(16384, ge=2, description="tokens of the held-out split at most")
+    streaming: bool | None = Field(None, description="stream a hub data set; null: when `tokens` is given")
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> "DataOptions":
+        shapes = [name for name in ("text_field", "prompt_field", "messages_field") if getattr(self, name) is not None]
+        if len(shapes) > 1:
+            raise ValueError(f"data.{shapes[1]}: a row has one shape, and data.{shapes[0]} is given too; leave one out")
+        if self.completion_field is not None and self.prompt_field is None:
+            raise ValueError("data.completion_field: a completion follows a prompt; give data.prompt_field")
+        if not shapes:
+            self._settle(text_field="text")
+        if self.text_field is not None:
+            for key in ("template", "loss_on"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"data.{key}: without effect on texts; give data.prompt_field or messages_field")
+            return self
+        if self.messages_field is not None:
+            if self.template not in (None, CHAT):
+                raise ValueError("data.template: conversations take the tokenizer's chat template; leave it out")
+            self._settle(template=CHAT)
+        elif self.template not in (None, CHAT):
+            self._require_places(str(self.template))
+        if self.loss_on == "all" and self.prompt_field is not None and self.completion_field is None:
+            raise ValueError("data.loss_on: all makes a text of a prompt alone; give it as data.text_field")
+        if self.loss_on is None:
+            self._settle(loss_on="completions")
+        return self
+
+    @staticmethod
+    def _require_places(template: str) -> None:
+        before, _, after = template.partition("{prompt}")
+        if template.count("{prompt}") != 1 or template.count("{completion}") != 1 or "{completion}" in before:
+            raise ValueError(
+                f"data.template: expected {CHAT}, or a text with {{prompt}} once and then {{completion}} once, but got "
+                f"{template!r}"
+            )
+        del after
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether rows ask for an answer: prompts or conversations."""
+        return self.text_field is None
+
+    @property
+    def is_prompt_only(self) -> bool:
+        return self.prompt_field is not None and self.completion_field is None

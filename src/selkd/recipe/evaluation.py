@@ -1,0 +1,126 @@
+"""The names that ``evaluation.suite`` and ``selkd eval --suite`` take: suites, benchmarks, the harness's tasks."""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from selkd.errors import InputError, nearest
+from selkd.recipe.part import Part
+
+# Suite -> its benchmarks. The paper's are test rows, to report; the validation suite's are not, to choose by.
+SUITES: dict[str, tuple[str, ...]] = {
+    "fidelity": (),
+    "paper": ("hellaswag", "piqa", "arc_easy", "gsm8k", "lambada", "ifeval"),
+    "validation": ("arc_easy_validation", "gsm8k_train", "hellaswag_train", "piqa_train"),
+}
+BENCHMARKS = tuple(dict.fromkeys(name for names in SUITES.values() for name in names))
+INSTALL = "pip install 'selkd[eval]'"
+
+
+def has_harness() -> bool:
+    """Whether lm-evaluation-harness is installed; nothing is imported."""
+    return find_spec("lm_eval") is not None
+
+
+@cache
+def task_manager() -> Any:
+    """The harness's index of its own tasks. It reads thousands of files, in some ten seconds, once a process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def harness_tasks() -> list[str]:
+    """The names of the harness's tasks and groups of tasks."""
+    return list(task_manager().all_tasks)
+
+
+def benchmarks_of(suite: Sequence[str]) -> list[str]:
+    """The benchmarks and harness tasks that ``suite`` names, each once, in order; ``fidelity`` is none of them."""
+    names = [name for entry in suite for name in SUITES.get(entry, (entry,))]
+    return list(dict.fromkeys(names))
+
+
+def check_suite(suite: Iterable[str]) -> list[str]:
+    """``suite`` as a list without repetitions.
+
+    Raises:
+        InputError: a name that is neither a suite nor a benchmark nor a task of the harness, or a benchmark while the
+            harness is not installed.
+    """
+    names = list(dict.fromkeys(suite))
+    allowed = [*SUITES, *BENCHMARKS]
+    others = [name for name in names if name not in allowed]
+    if others and not has_harness():
+        raise InputError(_unknown(others[0], allowed, f" (and, after `{INSTALL}`, lm-evaluation-harness's tasks)"))
+    if others:
+        tasks = harness_tasks()
+        for name in others:
+            if name not in tasks:
+                also = f" and the {len(tasks):,} tasks of lm-evaluation-harness"
+                raise InputError(_unknown(name, allowed, also, tasks))
+    if benchmarks_of(names) and not has_harness():
+        raise InputError(f"{benchmarks_of(names)[0]} is measured by lm-evaluation-harness: {INSTALL}")
+    return names
+
+
+def _unknown(name: str, allowed: list[str], also: str, tasks: Iterable[str] = ()) -> str:
+    hint = nearest(name, allowed) or nearest(name, tasks)
+    return f"{name!r} is not known. Allowed: {', '.join(allowed)}{also}.{hint}"
+
+
+KeepBest = Literal["perplexity", "kl_nats", "top1_agreement", "validation"]
+
+
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
+class EvaluationOptions(Part):
+    """What is measured before and after training, and every so many steps if asked.
+
+    ``suite``: ``fidelity`` (on the held-out split), ``paper``, ``validation``, single benchmarks, or tasks of
+    lm-evaluation-harness by name.
+    """
+
+    suite: Annotated[list[str], AfterValidator(check_suite)] = Field(
+        ["fidelity"],
+        description="fidelity, paper, validation, single benchmarks, or tasks of lm-evaluation-harness; []: nothing",
+    )
+    every_steps: int | None = Field(None, ge=1, description="measure also every so many optimiser steps; null: don't")
+    keep_best: KeepBest | None = Field(
+        None, description="keep the student that measured best by this, in best_student/"
+    )
+    data: Annotated[list[str], BeforeValidator(_as_list)] | None = Field(
+        None, description="folders of local benchmark files; null: the hub"
+    )
+    limit: int | None = Field(None, ge=1, description="rows of a benchmark at most, spread evenly")
+    shots: int = Field(0, ge=0, description="solved examples before each question, where a benchmark has some")
+    chat_template: bool = Field(False, description="put a benchmark's prompts into the tokenizer's chat template")
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> "EvaluationOptions":
+        if self.every_steps is not None and not self.suite:
+            raise ValueError("evaluation.every_steps measures evaluation.suite, which is empty; give [fidelity]")
+        if not benchmarks_of([name for name in self.suite if name != "fidelity"]):
+            for key in ("data", "limit", "shots", "chat_template"):
+                if getattr(self, key):
+                    raise ValueError(
+                        f"evaluation.{key}: only benchmarks have {key}, and evaluation.suite is {self.suite}; "
+                        "add paper, validation or a task's name"
+                    )
+        if self.keep_best is not None:
+            self._require_measured(self.keep_best)
+        return self
+
+    def _require_measured(self, keep_best: str) -> None:
+        if self.every_steps is None:
+            raise ValueError("evaluation.keep_best compares what is measured on the way; give evaluation.every_steps")
+        needed = "validation" if keep_best == "validation" else "fidelity"
+        if needed not in self.suite:
+            raise ValueError(
+                f"evaluation.keep_best: {keep_best} is measured by the suite {needed}; add it to evaluation.suite"
+            )

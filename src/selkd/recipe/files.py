@@ -1,0 +1,110 @@
+"""Recipes as files: the named ones that come with the package, YAML, and ``--set`` overrides."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selkd.errors import InputError, nearest
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice; plain YAML would let the last one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def named_recipes() -> dict[str, str]:
+    """Name -> YAML text of every recipe that comes with selkd."""
+    folder = resources.files("selkd") / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}
+
+
+def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe named or filed as ``source``, with ``key.path=value`` overrides, checked.
+
+    Raises:
+        InputError: no such recipe, unreadable YAML, or anything that the recipe's models refuse.
+    """
+    given = recipe_content(source)
+    for override in overrides or []:
+        _apply(given, override)
+    return parse_part(Recipe, given)
+
+
+def recipe_content(source: str | Path) -> dict[str, Any]:
+    """The keys of the recipe named or filed as ``source``, as they stand there, not yet checked; with a name.
+
+    Raises:
+        InputError: no such recipe, or unreadable YAML.
+    """
+    name, text = _read(source)
+    return {"name": name, **read_mapping(text, str(source), "a recipe")}
+
+
+def read_mapping(text: str, source: str, what: str) -> dict[str, Any]:
+    """YAML that has to be a mapping, a key twice refused. Raises InputError, which names ``source``."""
+    try:
+        given = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not readable as YAML: {error}") from None
+    if not isinstance(given, dict):
+        raise InputError(f"{source}: {what} is a mapping of keys to values, but this is {type(given).__name__}.")
+    return given
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; ``load_recipe`` reads it back to an equal one."""
+    return yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def _read(source: str | Path) -> tuple[str, str]:
+    named = named_recipes()
+    if str(source) in named:
+        return str(source), named[str(source)]
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(
+            f"{source}: neither a named recipe nor a file. Named recipes: {', '.join(named)}.{nearest(source, named)}"
+        )
+    try:
+        return path.stem, path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{source}: not a text file; a recipe is YAML in UTF-8.") from None
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """``key.path=value`` as key and value. Raises InputError where it is not of that form."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.strip().split(".")):
+        raise InputError(f"--set {override}: expected key.path=value, as in --set positions.fraction=0.1.")
+    try:
+        return key.strip(), yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not readable as YAML: {error}") from None
+
+
+def _apply(given: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override)
+    steps = key.split(".")
+    part = given
+    for step in steps[:-1]:
+        if part.get(step) is None:
+            part[step] = {}
+        part = part[step]
+        if not isinstance(part, dict):
+            raise InputError(f"--set {override}: {step} is {part!r}, which has no keys of its own.")
+    part[steps[-1]] = value

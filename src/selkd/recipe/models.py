@@ -1,0 +1,87 @@
+"""The recipe's ``teacher`` and ``student`` parts: which models, in which form, where."""
+
+import re
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from selkd.recipe.part import Part
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+INSTALL_PEFT = "pip install 'selkd[peft]'"
+# Names that families give to the embeddings and to the head: the loss reads the head's weight, and both may be one.
+EMBEDDINGS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
+
+
+def check_device(name: str) -> str:
+    """``name``, if it is one of a device that a teacher can be put on. Raises ValueError otherwise."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"expected cpu, cuda, or one of several as cuda:1, got {name!r}")
+    return name
+
+
+class TeacherOptions(Part):
+    """The large model. ``model``: ``demo``, a local folder, a .gguf file or a hub id."""
+
+    model: str = Field(description="demo, a local folder, a .gguf file (read dequantised) or a hub id")
+    dtype: Dtype = Field("auto", description="of its weights; auto: bfloat16 where the device computes in it")
+    quantization: Literal["torchao_int8", "bitsandbytes_8bit", "bitsandbytes_4bit"] | None = Field(
+        None,
+        description="quantise its layers when it is loaded, on the CPU or CUDA; 4bit is NF4; the head stays as it is",
+    )
+    device: Annotated[str, AfterValidator(check_device)] | None = Field(
+        None, description="cpu, cuda or cuda:1; null: the student's device"
+    )
+
+
+class PruneOptions(Part):
+    """A student cut from the teacher: ``layers`` is how many are kept; those with the least block influence go."""
+
+    layers: int = Field(ge=1, description="how many of the teacher's layers are kept")
+
+
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, str) and given != "all-linear" else given
+
+
+class LoraOptions(Part):
+    """Low-rank adapters (PEFT) are trained in place of the student's weights."""
+
+    rank: int = Field(16, ge=1, description="of an adapter")
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="an adapter's output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of an adapter's input, in training")
+    target_modules: Annotated[list[str] | Literal["all-linear"], BeforeValidator(_as_list)] = Field(
+        "all-linear", description="names of the layers that get an adapter; all-linear: every linear one but the head"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "LoraOptions":
+        if isinstance(self.target_modules, list):
+            if not self.target_modules:
+                raise ValueError("student.lora.target_modules: none; give names, or all-linear")
+            for name in self.target_modules:
+                if name.rpartition(".")[2] in EMBEDDINGS:
+                    raise ValueError(
+                        f"student.lora.target_modules: {name} is the head or an embedding, and the loss reads the "
+                        "head's weight without its adapter; leave it out"
+                    )
+        if find_spec("peft") is None:
+            raise ValueError(f"student.lora: adapters are PEFT's: {INSTALL_PEFT}")
+        return self
+
+
+class StudentOptions(Part):
+    """The small model: one to load, or one to cut from the teacher's own layers."""
+
+    model: str | None = Field(None, description="demo, a local folder or a hub id")
+    prune_from_teacher: PruneOptions | None = Field(None, description="in its place: cut one from the teacher")
+    lora: LoraOptions | None = Field(
+        None, description="train adapters alone: kept in adapter/, and merged into student/; null: every weight"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "StudentOptions":
+        if (self.model is None) == (self.prune_from_teacher is None):
+            raise ValueError("give exactly one of student.model and student.prune_from_teacher")
+        return self

@@ -1,0 +1,44 @@
+"""What every part of a recipe is: keys that are checked, values that never change after reading."""
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from selkd.errors import InputError
+from selkd.recipe.errors import explain
+
+P = TypeVar("P", bound=BaseModel)
+
+
+def _no_boolean(given: Any) -> Any:
+    if isinstance(given, bool):
+        raise ValueError(f"expected a number, but got {str(given).lower()}")
+    return given
+
+
+Fraction = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0, le=1)]
+
+
+class Part(BaseModel):
+    """A part of a recipe: unknown keys are errors, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def _settle(self, **values: Any) -> None:
+        """Set what a choice decides, while the part is still being read."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+def parse_part(part: type[P], given: Any, prefix: str = "") -> P:
+    """``given`` as a checked ``part`` of a recipe.
+
+    Raises:
+        InputError: names each faulty key, what was given, what is allowed and the nearest valid name.
+    """
+    if isinstance(given, part):
+        return given
+    try:
+        return part.model_validate(given)
+    except ValidationError as error:
+        raise InputError(explain(error, part, prefix)) from None

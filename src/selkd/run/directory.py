@@ -1,0 +1,78 @@
+"""A run's folder: claimed for one recipe, never taken from another, its record written whole after each stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from selkd.errors import InputError
+from selkd.files import RECIPE, RECORD, is_temporary, write_whole
+from selkd.recipe.files import load_recipe, to_yaml
+from selkd.recipe.recipe import Recipe
+
+
+class RunDirectory:
+    """Where a run keeps everything.
+
+    Attributes:
+        path: the folder.
+        record: the content of ``record.json``.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, record: dict[str, Any]) -> None:
+        self.path = path
+        self.recipe = recipe
+        self.record = record
+
+    @classmethod
+    def claim(cls, path: Path, recipe: Recipe) -> "RunDirectory":
+        """The folder for this recipe: new, or continued where the same resolved recipe began it.
+
+        Nothing is written before ``save``: a recipe whose models or text are not found leaves no trace.
+
+        Raises:
+            InputError: the folder holds another recipe's run, or something that is no run.
+        """
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: a file; a run needs a folder. Give another --out.")
+        recipe_file = path / RECIPE
+        if recipe_file.exists():
+            _require_same(path, load_recipe(recipe_file), recipe)
+        elif path.exists() and any(not is_temporary(entry.name) for entry in path.iterdir()):
+            raise InputError(f"{path}: not a run (no {RECIPE}) and not empty. Give another --out; nothing was changed.")
+        record = path / RECORD
+        return cls(path, recipe, _read(record) if record.exists() else {})
+
+    def save(self) -> None:
+        """Write the record, and before the first one the recipe, each whole or not at all.
+
+        Raises:
+            RunError: the disk refused.
+        """
+        if not (self.path / RECIPE).exists():
+            write_whole(self.path / RECIPE, to_yaml(self.recipe))
+        write_whole(self.path / RECORD, json.dumps(self.record, indent=2, allow_nan=False) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}). Move it away to run again.") from None
+    return record
+
+
+def _require_same(path: Path, stored: Recipe, given: Recipe) -> None:
+    differences = list(_differences(stored.resolved(), given.resolved()))
+    if differences:
+        raise InputError(
+            f"{path}: the run of another recipe ({'; '.join(differences[:5])}). Give another --out, or the same recipe "
+            "to continue it; nothing was changed."
+        )
+
+
+def _differences(stored: Any, given: Any, key: str = "") -> list[str]:
+    if isinstance(stored, dict) and isinstance(given, dict):
+        names = list(dict.fromkeys([*stored, *given]))
+        inner = (_differences(stored.get(n), given.get(n), f"{key}.{n}" if key else n) for n in names)
+        return [line for lines in inner for line in lines]
+    return [] if stored == given else [f"{key}: there {stored!r}, here {given!r}"]

@@ -1,0 +1,87 @@
+"""The stage that measures a student before or after training: fidelity to its teacher, and benchmarks."""
+
+import json
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from selkd.evaluation.fidelity import Fidelity, fidelity
+from selkd.evaluation.overlap import overlaps
+from selkd.files import write_whole
+from selkd.recipe.choices import FractionSchedule, PositionOptions, SampleOptions
+from selkd.run import benchmarks
+from selkd.run.directory import RunDirectory
+from selkd.run.record import count_teacher_tokens, size, timed
+from selkd.run.workspace import Workspace
+
+
+def is_measured(work: Workspace, run: RunDirectory, when: str) -> bool:
+    """Whether all of ``evaluation.suite`` was measured ``before`` or ``after`` training."""
+    options = work.recipe.evaluation
+    wanted = {"fidelity": "fidelity" in options.suite, "benchmarks": benchmarks.has_benchmarks(options)}
+    return all((run.record[part] or {}).get(when) for part, is_wanted in wanted.items() if is_wanted)
+
+
+def forget_after(run: RunDirectory) -> None:
+    """The student has been trained anew: what was measured after training counts no more."""
+    for part in ("fidelity", "benchmarks"):
+        if run.record[part]:
+            run.record[part]["after"] = None
+
+
+def evaluate(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
+    """Measure ``student`` ``before`` or ``after`` training, into ``record.fidelity`` and ``record.benchmarks``."""
+    options = work.recipe.evaluation
+    with timed(run, "evaluate"):
+        run.record["student"] |= size(student)
+        if "fidelity" in options.suite:
+            _record_fidelity(work, run, student, when)
+        if benchmarks.has_benchmarks(options):
+            stored = run.record["student"]
+            fingerprint = stored["initial_fingerprint"] if when == "before" else stored["fingerprint"]
+            measured = benchmarks.measure(work, student, when, fingerprint)
+            benchmarks_record(run)[when] = measured
+
+
+def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
+    found = measure_fidelity(work, student, f"evaluating {when} training")
+    record = run.record["fidelity"] or {"before": None, "after": None}
+    record[when] = {
+        "perplexity": found.perplexity,
+        "kl_nats": found.kl_nats,
+        "top1_agreement": found.top1_agreement,
+    }
+    record["teacher"] = {"perplexity": found.teacher_perplexity}
+    record["positions"] = found.positions
+    record.setdefault("by_entropy", {})[when] = found.by_entropy()
+    run.record["fidelity"] = record
+    run.record["teacher"] |= size(work.teacher())
+    count_teacher_tokens(work, run, **{f"evaluate_{when}": found.teacher_tokens})
+    if when == "before" and work.state.is_main_process:
+        (run.path / "selection").mkdir(exist_ok=True)
+        write_whole(run.path / "selection" / "overlap.json", json.dumps(_overlaps(work, found)) + "\n")
+
+
+def _overlaps(work: Workspace, found: Fidelity) -> dict[str, Any]:
+    """How far the metrics agree on the held-out split under the initial student, at the recipe's fractions."""
+    recipe = work.recipe
+    fraction = recipe.positions.fraction
+    if isinstance(fraction, FractionSchedule):
+        fraction = fraction.to
+    kept = SampleOptions().fraction if recipe.samples is None else recipe.samples.fraction
+    usual = PositionOptions.model_fields["fraction"].default
+    return overlaps(found.statistics, found.sample_of, fraction or usual, kept)
+
+
+def benchmarks_record(run: RunDirectory) -> dict[str, Any]:
+    """``record.benchmarks``, made when there is something to write."""
+    if run.record["benchmarks"] is None:
+        run.record["benchmarks"] = {"before": None, "after": None, "steps": [], "best": None}
+    benchmarks: dict[str, Any] = run.record["benchmarks"]
+    return benchmarks
+
+
+def measure_fidelity(work: Workspace, student: PreTrainedModel, description: str) -> Fidelity:
+    return fidelity(
+        student, work.teacher(), work.splits.held_out, work.dtype, work.pad_token_id, work.vocab_size, description
+    )

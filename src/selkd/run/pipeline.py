@@ -1,0 +1,217 @@
+"""``distill``: score -> cache -> train -> evaluate -> report, into one folder, continued where it was interrupted."""
+
+import gc
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selkd.data.samples import SampleDataset
+from selkd.errors import InputError, RunError
+from selkd.files import write_whole
+from selkd.models.loading import load_model
+from selkd.models.sources import locate
+from selkd.recipe.choices import needs_teacher
+from selkd.recipe.files import load_recipe
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+from selkd.reporting.card import model_card
+from selkd.reporting.page import write_page
+from selkd.reporting.publish import push_student, require_login
+from selkd.run.benchmarks import require_benchmarks
+from selkd.run.cache import cache
+from selkd.run.directory import RunDirectory
+from selkd.run.evaluate import evaluate, forget_after, is_measured
+from selkd.run.prepare import prepare
+from selkd.run.score import score
+from selkd.run.train import is_trained, train
+from selkd.run.workspace import CALIBRATION_SAMPLES, Workspace
+from selkd.selection.positions import step_context
+from selkd.tokens.examine import examine
+
+EXAMPLES = 8  # held-out samples whose scores are kept: the page shows the text of some, the histogram counts all
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        record: the content of ``record.json``.
+    """
+
+    path: Path
+    record: dict[str, Any]
+
+    @property
+    def student(self) -> Path:
+        """The student's folder, for ``AutoModelForCausalLM.from_pretrained``."""
+        return self.path / "student"
+
+
+def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | None = None) -> Run:
+    """Run a recipe into ``out`` (``runs/<recipe name>`` if not given), or finish what was begun there.
+
+    Args:
+        recipe: a Recipe, a mapping of its keys, a named recipe or a YAML file.
+
+    Raises:
+        InputError: anything about the recipe, the models, the data or the folder that can't be used.
+        RunError: a stage failed; finished stages are kept, and the same call continues.
+    """
+    checked, path = as_recipe(recipe), None if out is None else Path(out)
+    work, run = start(checked, path, pushes=checked.hub is not None)
+    with _recorded(run, work):
+        samples = score(work, run)
+    if not is_trained(work, run):
+        if not is_measured(work, run, "before"):
+            with _recorded(run, work):
+                evaluate(work, run, work.student, "before")
+        with _recorded(run, work):
+            teacher = cache(work, run, samples)
+        with _recorded(run, work):
+            train(work, run, samples, teacher)
+            forget_after(run)
+    _finish(work, run)
+    return Run(run.path, run.record)
+
+
+def score_only(recipe: Recipe, out: Path | None = None) -> Run:
+    """The scoring stage by itself; ``distill`` into the same folder goes on from it."""
+    work, run = start(recipe, out)
+    with _recorded(run, work):
+        score(work, run)
+    return Run(run.path, run.record)
+
+
+def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
+    """Scoring and caching by themselves; ``distill`` into the same folder goes on from them."""
+    work, run = start(recipe, out)
+    with _recorded(run, work):
+        samples: SampleDataset = score(work, run)
+    with _recorded(run, work):
+        cache(work, run, samples)
+    return Run(run.path, run.record)
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A checked recipe from whatever describes one."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return load_recipe(recipe) if isinstance(recipe, str | Path) else parse_part(Recipe, dict(recipe))
+
+
+def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> tuple[Workspace, RunDirectory]:
+    """Claim the run's folder and find its inputs. ``pushes``: a student will go to the hub at the end."""
+    path = out or Path("runs") / (recipe.name or "recipe")
+    work = Workspace(recipe, path)
+    work.arguments  # noqa: B018  refused, if at all, before anything is loaded or written
+    work.teacher_device  # noqa: B018  likewise
+    require_benchmarks(recipe.evaluation)
+    run = RunDirectory.claim(path, recipe)
+    if pushes and not run.record.get("hub"):
+        require_login()
+    work.state.wait_for_everyone()  # all have looked before the main process writes
+    with _recorded(run, work):
+        prepare(work, run)
+    return work, run
+
+
+def _finish(work: Workspace, run: RunDirectory) -> None:
+    """Measure the saved student and write what people read."""
+    unmeasured = not is_measured(work, run, "after")
+    examples = run.path / "selection" / "examples.json"
+    if unmeasured or not examples.exists():
+        work.__dict__.pop("student", None)  # the trained one in memory; what is measured is what was saved
+        gc.collect()  # it holds itself through its bound loss
+        student = load_model(locate(str(run.path / "student"), work.cache_dir), torch.float32, work.device)
+        if unmeasured:
+            with _recorded(run, work):
+                evaluate(work, run, student, "after")
+        if work.state.is_main_process:
+            shown = work.splits.held_out if len(work.splits.held_out) else work.splits.train
+            recipe = work.recipe
+            found = examine(
+                student,
+                work.teacher() if needs_teacher(recipe.positions.metric) else None,
+                work.tokenizer,
+                [shown[index] for index in range(min(EXAMPLES, len(shown)))],
+                recipe.positions.metric if recipe.positions.metric not in (None, "random") else "student_entropy",
+                [recipe.positions],
+                work.vocab_size,
+                recipe.seed,
+                contexts=[step_context(recipe.positions, run.record["train"]["steps"], run.record["train"]["steps"])],
+            )
+            write_whole(examples, json.dumps(found) + "\n")
+    card = run.path / "student" / "README.md"
+    if work.state.is_main_process:
+        if unmeasured or not card.exists():  # a finished student's card may have been edited
+            write_whole(card, model_card(run.record))
+        write_page(run.path)
+        _push(work, run)
+    work.state.wait_for_everyone()
+
+
+def _push(work: Workspace, run: RunDirectory) -> None:
+    """To the hub, if the recipe says so, and this student is not there yet."""
+    options = work.recipe.hub
+    fingerprint = run.record["student"]["fingerprint"]
+    if options is None or (run.record.get("hub") or {}).get("student") == fingerprint:
+        return
+    with _recorded(run, work):
+        run.record["hub"] = {**push_student(run.path / "student", options), "student": fingerprint}
+
+
+@contextmanager
+def _recorded(run: RunDirectory, work: Workspace) -> Iterator[None]:
+    """Save the record once the stage inside is done."""
+    yield
+    if work.state.is_main_process:
+        run.save()
+
+
+def full_kd_on_same_samples(run: Run) -> Run:
+    """Full KD with a live teacher on the samples that ``run`` kept, beside it, for comparison."""
+    recipe = load_recipe(run.path / "recipe.yaml")
+    changed = recipe.resolved() | {
+        "name": f"{recipe.name}-full-kd",
+        "positions": {"policy": "all", "reduction": recipe.positions.reduction},
+        "classes": {"sampler": "all"},
+        "cache": None,
+        "hub": None,  # the student that is compared is the one to publish
+    }
+    if recipe.samples is not None:
+        scores = run.path / "selection" / "samples.parquet"
+        changed["samples"] = {**recipe.samples.model_dump(), "path": str(scores)}
+    return distill(parse_part(Recipe, changed), run.path.with_name(f"{run.path.name}-full-kd"))
+
+
+def prune_into(teacher: str, layers: int, data: str, out: Path) -> dict[str, Any]:
+    """Cut a student of ``layers`` layers from ``teacher`` into the new folder ``out``.
+
+    Raises:
+        InputError: ``out`` is there already, or what ``distill`` refuses of teacher, layers and text.
+    """
+    if out.exists():
+        raise InputError(f"{out}: exists. Give a new folder; nothing was changed.")
+    recipe = parse_part(
+        Recipe,
+        {
+            "teacher": {"model": teacher},
+            "student": {"prune_from_teacher": {"layers": layers}},
+            "data": {"path": data, "held_out_fraction": 0, "tokens": 512 * CALIBRATION_SAMPLES},
+            "evaluation": {"suite": []},
+        },
+    )
+    source = Workspace(recipe, out).student_source
+    try:
+        shutil.copytree(source.path, out)
+    except OSError as error:
+        raise RunError(f"{out}: can't be written ({error}).") from None
+    return {"student": str(out), **json.loads((out / "pruning.json").read_text(encoding="utf-8"))}

@@ -1,0 +1,90 @@
+"""What policies pick of a text, in the terminal: one block a policy, coloured by the metric.
+
+Tokens are untrusted text: they reach the terminal as ``visible`` text without control characters, and as
+``rich.text.Text``, in which nothing is markup.
+"""
+
+from rich.console import Console
+from rich.text import Text
+
+from selkd.reporting.coloured_text import HEAVY, LIGHT, PLAIN, WEIGHTS, TokenView, marked_part
+from selkd.tokens.views import Comparison
+
+# From cold to hot at one brightness, so that each is readable on a dark and on a light ground.
+HEAT = ("#7d7d7d", "#6a7d9b", "#5578bd", "#6b6bd6", "#9160d2", "#b353b3", "#cf4a80", "#dd4444")
+_MARKS = {LIGHT: "underline", PLAIN: "reverse", HEAVY: "bold reverse underline"}
+
+
+def print_comparison(console: Console, compared: Comparison) -> None:
+    """The title, the legend, and a block for each policy."""
+    coloured = has_colour(console)
+    title = Text.assemble((compared.model, "bold"), f", {compared.size}, coloured by {compared.metric}")
+    if compared.teacher is not None:
+        title.append(f" (teacher: {compared.teacher})")
+    _print(console, title)
+    _print(console, _legend(compared, coloured, console.encoding))
+    for policy in compared.policies:
+        _print(console, Text())
+        _print(console, Text.assemble((policy.label, "bold"), f"  {policy.count}: {policy.rule}"))
+        for note in policy.notes:
+            _print(console, Text(note, style="dim"))
+        for number, tokens in enumerate(policy.samples, start=1):
+            _print(console, Text())
+            if len(policy.samples) > 1:
+                heading = f"sample {number}: {policy.counts[number - 1]}"
+                _print(console, Text(heading, style="dim"))
+            _print(console, _block(tokens, coloured, console.encoding))
+
+
+def has_colour(console: Console) -> bool:
+    """Whether colours reach the reader: not with NO_COLOR, a dumb terminal, a pipe or a file."""
+    return console.color_system is not None and not console.no_color
+
+
+def _print(console: Console, text: Text) -> None:
+    # A pipe or a file gets the text's own lines.
+    console.print(text, soft_wrap=not console.is_terminal, highlight=False)
+
+
+def _legend(compared: Comparison, coloured: bool, encoding: str) -> Text:
+    """The scale and the marks that occur; without colour a low weight looks like any other."""
+    legend = Text(f"{compared.low} ")
+    if coloured:
+        for colour in HEAT:
+            legend.append("██", style=colour)
+    else:
+        legend.append("to")
+    legend.append(f" {compared.high} and above    ")
+    for number, weight in enumerate(weight for weight in WEIGHTS if weight in compared.weights | {PLAIN}):
+        told = ", " if number else ""
+        if coloured:
+            legend.append(told).append(WEIGHTS[weight], style=f"{HEAT[-1]} {_MARKS[weight]}")
+        elif weight != LIGHT:
+            legend.append(told + _bracketed(WEIGHTS[weight], weight, encoding))
+    return legend
+
+
+def _block(tokens: list[TokenView], coloured: bool, encoding: str) -> Text:
+    block = Text()
+    for token in tokens:
+        style = "dim" if token.heat is None else HEAT[token.heat]
+        if not token.selected:
+            block.append(token.text, style=style)
+            continue
+        before, core, after = marked_part(token.text)
+        if coloured:
+            block.append(before).append(core, style=f"{style} {_MARKS[token.weight]}").append(after)
+        else:
+            block.append(before + _bracketed(core, token.weight, encoding) + after)
+    return block
+
+
+def _bracketed(text: str, weight: int, encoding: str) -> str:
+    """Between marks that source code seldom holds, where they can be written; a high weight has them twice."""
+    left, right = "«»"
+    try:
+        "«»".encode(encoding)
+    except (LookupError, UnicodeEncodeError):
+        left, right = "[]"
+    times = 2 if weight == HEAVY else 1
+    return left * times + text + right * times

@@ -1,0 +1,90 @@
+"""The criterion at the selected positions, a chunk at a time: lambda * D + (1 - lambda) * CE.
+
+Shapes: N selected positions, n of a chunk, V classes.
+"""
+
+import torch
+from torch import Tensor
+
+from selkd import plugins
+from selkd.maths.chunked import chunk_size, chunks
+from selkd.maths.divergence import (
+    CRITERIA,
+    POSITION_WEIGHTS,
+    ValueAndGradient,
+    cross_entropy,
+    differentiated,
+    sampled_forward_kl,
+)
+from selkd.recipe.choices import CriterionOptions
+from selkd.teacher.targets import DrawnClasses, FullDistribution, PickedTargets
+
+
+class Comparison:
+    """Called with a chunk's student logits and its slice; keeps the sums that are logged.
+
+    Args:
+        options: the criterion.
+        teacher: its targets at the N selected positions.
+        targets: the true next tokens, int64 [N].
+        sample_of: the row of the batch that each position is of, int64 [N].
+        vocab_size: V.
+    """
+
+    def __init__(
+        self, options: CriterionOptions, teacher: PickedTargets, targets: Tensor, sample_of: Tensor, vocab_size: int
+    ) -> None:
+        self.options = options
+        self.teacher = teacher
+        self.targets = targets
+        self.vocab_size = vocab_size
+        self.compare = CRITERIA.get(options.name) or differentiated(
+            plugins.criterion_function(options.name), f"criterion.name: {options.name}"
+        )
+        self.weights: dict[str, float | Tensor] = {
+            name: value for name, value in (("alpha", options.alpha), ("beta", options.beta)) if value is not None
+        }
+        if options.name in POSITION_WEIGHTS:
+            self.weights |= POSITION_WEIGHTS[options.name](self._teachers_log_p_target(), sample_of)
+        self.sums = {"divergence_nats": torch.zeros((), device=targets.device)}
+        if options.kd_weight < 1:
+            self.sums["cross_entropy_nats"] = torch.zeros_like(self.sums["divergence_nats"])
+
+    def __call__(self, student_logits: Tensor, rows: slice) -> ValueAndGradient:
+        """Values [n] and the gradient of their sum [n, V] of student logits [n, V], which are consumed."""
+        weight, temperature = self.options.kd_weight, self.options.temperature
+        if weight < 1:
+            text_values, text_gradient = cross_entropy(student_logits.clone(), self.targets[rows])
+            self.sums["cross_entropy_nats"] += text_values.sum()
+        values, gradient = self._divergence(student_logits, rows)
+        self.sums["divergence_nats"] += values.sum()
+        factor = weight * (temperature**2 if self.options.temperature_squared else 1.0)
+        if factor != 1.0:
+            values, gradient = values * factor, gradient.mul_(factor)
+        if weight < 1:
+            values, gradient = values + (1 - weight) * text_values, gradient.add_(text_gradient, alpha=1 - weight)
+        return values, gradient
+
+    def _divergence(self, student_logits: Tensor, rows: slice) -> ValueAndGradient:
+        """D at the criterion's temperature, and its gradient in the logits before they are divided by it."""
+        target, temperature = self.teacher.chunk(rows), self.options.temperature
+        if temperature != 1.0:
+            student_logits.div_(temperature)
+        if isinstance(target, DrawnClasses):  # drawn at this temperature already
+            values, gradient = sampled_forward_kl(student_logits, target.class_ids, target.counts)
+        else:
+            weights = {name: w[rows] if isinstance(w, Tensor) else w for name, w in self.weights.items()}
+            teacher_logits = target.logits.div_(temperature) if temperature != 1.0 else target.logits
+            values, gradient = self.compare(student_logits, teacher_logits, self.targets[rows], **weights)
+        return values, gradient.div_(temperature) if temperature != 1.0 else gradient
+
+    @torch.no_grad()
+    def _teachers_log_p_target(self) -> Tensor:
+        """log p(y) at the criterion's temperature, [N]."""
+        parts = []
+        for rows in chunks(len(self.targets), chunk_size(self.vocab_size, self.targets.device)):
+            target = self.teacher.chunk(rows)
+            assert isinstance(target, FullDistribution), "drawn classes go with forward KL alone"
+            log_p = torch.log_softmax(target.logits / self.options.temperature, dim=-1)
+            parts.append(log_p.gather(-1, self.targets[rows].unsqueeze(-1)).squeeze(-1))
+        return torch.cat(parts) if parts else torch.zeros(0, device=self.targets.device)

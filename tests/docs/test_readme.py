@@ -1,0 +1,47 @@
+"""What the README shows is what runs."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import make_recipe
+
+from selkd.cli.main import main
+from selkd.recipe.files import named_recipes
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the toy teacher in place of the hub's models, and as short a run."""
+    make_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    code = re.sub(r"Qwen/Qwen3-[\w.]+", "teacher", code).replace(
+        '"out",', '"out", max_steps=1, max_length=64, use_cpu=True, report_to="none",'
+    )
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_recipe_is_the_named_one() -> None:
+    (shown,) = blocks("yaml")
+    assert yaml.safe_load(shown) == yaml.safe_load(named_recipes()["se_kd_3x"])
+
+
+def test_every_command_that_is_named_exists(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = {tuple(match.split()) for match in re.findall(r"^    selkd ((?:cache )?[a-z-]+)", README, re.MULTILINE)}
+    assert len(commands) >= 8
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["selkd", *command, "--help"])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        assert exit_info.value.code == 0, command
+    capsys.readouterr()
