@@ -50,8 +50,8 @@ def scores_of(subject: Subject, samples: SampleDataset, probed: float | None) ->
         estimate = estimator(options, subject.classes_by_frequency, subject.recipe.seed)
     student = subject.student
     return score_samples(
-        "student_entropy", samples, lambda: student, work.teacher, work.dtype, work.pad_token_id, work.vocab_size,
-        subject.recipe.seed, estimate,
+        "student_entropy", samples, lambda: student, lambda: work.models.teacher, work.dtype,
+        work.models.pad_token_id, work.vocab_size, subject.recipe.seed, estimate,
     )[0]  # fmt: skip
 
 

@@ -73,13 +73,13 @@ def full_kd(recipe: Recipe, out: Path) -> dict[str, float]:
     work, _ = start(parse_part(Recipe, recipe.resolved() | changes), out)
     seconds: dict[str, float] = {}
     trainer = PlainTrainer(
-        model=work.student,
-        teacher=work.teacher(),
+        model=work.models.student,
+        teacher=work.models.teacher,
         args=work.arguments,
         train_dataset=work.splits.train,
         processing_class=work.tokenizer,
     )
-    trainer.teacher_model = work.teacher()
+    trainer.teacher_model = work.models.teacher
     trained(seconds, trainer)
     return seconds
 
@@ -87,14 +87,14 @@ def full_kd(recipe: Recipe, out: Path) -> dict[str, float]:
 def as_given(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Seconds of the recipe's own stages, models and tokenised text being in memory before."""
     work, run = start(recipe, out)
-    for load in (lambda: work.splits, lambda: work.student, work.teacher):
+    for load in (lambda: work.splits, lambda: work.models.student, lambda: work.models.teacher):
         load()
     seconds: dict[str, float] = {}
     samples = timed(seconds, "score", lambda: score(work, run))
     cache = timed(seconds, "cache", lambda: find_cache(work, run, samples))
     trainer = DistillTrainer(
-        model=work.student,
-        teacher=work.teacher() if cache is None else cache,
+        model=work.models.student,
+        teacher=work.models.teacher if cache is None else cache,
         args=work.arguments,
         train_dataset=samples,
         processing_class=work.tokenizer,

@@ -54,13 +54,13 @@ class Subject:
 
     @cached_property
     def teacher(self) -> Any:
-        model = self.work.teacher()
+        model = self.work.models.teacher
         model.requires_grad_(False)
         return model
 
     @cached_property
     def student(self) -> Any:
-        model = self.work.student.train()
+        model = self.work.models.student.train()
         bind_distillation(model, self.work.vocab_size)
         if self.work.arguments.activation_checkpointing:
             model.gradient_checkpointing_enable(self.work.arguments.activation_checkpointing_kwargs)
@@ -77,7 +77,7 @@ class Subject:
         return self.train.select(range(min(size, len(self.train))))
 
     def batch_of(self, samples: SampleDataset) -> Batch:
-        batch = collate(list(samples), self.work.pad_token_id)
+        batch = collate(list(samples), self.work.models.pad_token_id)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @cached_property
@@ -131,6 +131,6 @@ class Subject:
                 classes,
                 temperature,
                 seed,
-                self.work.pad_token_id,
+                self.work.models.pad_token_id,
             )
         return CachedTeacher(TeacherCache.open(folder))

@@ -62,7 +62,7 @@ def probe(recipe: Recipe) -> Rates:
         run.path.mkdir()
         prepare(work, run)
         train, held_out = work.splits.train, work.splits.held_out
-        work.student  # noqa: B018  loaded before the clock starts
+        work.models.student  # noqa: B018  loaded before the clock starts
         rates: dict[str, float | None] = dict.fromkeys(("score", "cache", "evaluate"))
         with _clock() as clock:
             kept = score(work, run)
@@ -71,13 +71,13 @@ def probe(recipe: Recipe) -> Rates:
             checked = run.record.get("scoring_agreement", {}).get("seconds", 0.0)
             rates["score"] = _tokens(train) / (clock[0] - checked)
         if small.evaluation.suite:
-            work.teacher()
+            _ = work.models.teacher
             with _clock() as clock:
-                evaluate(work, run, work.student, "before")
+                evaluate(work, run, work.models.student, "before")
             rates["evaluate"] = _tokens(held_out) / clock[0]
         stored = None
         if recipe.cache is not None:
-            work.teacher()
+            _ = work.models.teacher
             with _clock() as clock:
                 cache = build_or_find_cache(work, run, kept)
             assert cache is not None

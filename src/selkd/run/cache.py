@@ -88,11 +88,11 @@ def build(work: Workspace, directory: Path, samples: SampleDataset, *, repair: b
         directory,
         cache_fingerprint(work),
         samples,
-        work.teacher,
+        lambda: work.models.teacher,
         recipe.classes,
         recipe.criterion.temperature,
         recipe.seed,
-        work.pad_token_id,
+        work.models.pad_token_id,
         repair=repair,
     )
 

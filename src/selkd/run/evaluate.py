@@ -55,7 +55,7 @@ def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedMode
     record["positions"] = found.positions
     record.setdefault("by_entropy", {})[when] = found.by_entropy()
     run.record["fidelity"] = record
-    run.record["teacher"] |= size(work.teacher())
+    run.record["teacher"] |= size(work.models.teacher)
     count_teacher_tokens(work, run, **{f"evaluate_{when}": found.teacher_tokens})
     if when == "before" and work.state.is_main_process:
         (run.path / "selection").mkdir(exist_ok=True)
@@ -83,5 +83,11 @@ def benchmarks_record(run: RunDirectory) -> dict[str, Any]:
 
 def measure_fidelity(work: Workspace, student: PreTrainedModel, description: str) -> Fidelity:
     return fidelity(
-        student, work.teacher(), work.splits.held_out, work.dtype, work.pad_token_id, work.vocab_size, description
+        student,
+        work.models.teacher,
+        work.splits.held_out,
+        work.dtype,
+        work.models.pad_token_id,
+        work.vocab_size,
+        description,
     )

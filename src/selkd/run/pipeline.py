@@ -1,6 +1,5 @@
 """``distill``: score -> cache -> train -> evaluate -> report, into one folder, continued where it was interrupted."""
 
-import gc
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -72,7 +71,7 @@ def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | N
     if not is_trained(work, run):
         if not is_measured(work, run, "before"):
             with _recorded(run, work):
-                evaluate(work, run, work.student, "before")
+                evaluate(work, run, work.models.student, "before")
         with _recorded(run, work):
             teacher = cache(work, run, samples)
         with _recorded(run, work):
@@ -128,8 +127,7 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
     unmeasured = not is_measured(work, run, "after")
     examples = run.path / "selection" / "examples.json"
     if unmeasured or not examples.exists():
-        work.__dict__.pop("student", None)  # the trained one in memory; what is measured is what was saved
-        gc.collect()  # it holds itself through its bound loss
+        work.models.release_student()  # the trained one; what is measured is what was saved
         student = load_model(locate(str(run.path / "student"), work.cache_dir), torch.float32, work.device)
         if unmeasured:
             with _recorded(run, work):
@@ -139,7 +137,7 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
             recipe = work.recipe
             found = examine(
                 student,
-                work.teacher() if needs_teacher(recipe.positions.metric) else None,
+                work.models.teacher if needs_teacher(recipe.positions.metric) else None,
                 work.tokenizer,
                 [shown[index] for index in range(min(EXAMPLES, len(shown)))],
                 recipe.positions.metric if recipe.positions.metric not in (None, "random") else "student_entropy",

@@ -72,10 +72,10 @@ def _score(work: Workspace, samples: SampleDataset, estimator: Estimator | None)
     return score_samples(
         work.recipe.samples.metric,
         samples,
-        lambda: work.student,
-        work.teacher,
+        lambda: work.models.student,
+        lambda: work.models.teacher,
         work.dtype,
-        work.pad_token_id,
+        work.models.pad_token_id,
         work.vocab_size,
         work.recipe.seed,
         estimator,

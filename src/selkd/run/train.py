@@ -25,10 +25,10 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
     student_path = run.path / "student"
     is_alone = begin_peaks(run)
     if teacher is not None:
-        work.release_teacher()
+        work.models.release_teacher()
     trainer = DistillTrainer(
-        model=work.student,
-        teacher=work.teacher() if teacher is None else teacher,
+        model=work.models.student,
+        teacher=work.models.teacher if teacher is None else teacher,
         args=work.arguments,
         train_dataset=samples,
         processing_class=work.tokenizer,
@@ -50,10 +50,10 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
     if work.state.is_main_process:
         (saved / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
         if saved != student_path:
-            merged(work.student).save_pretrained(student_path)
+            merged(work.models.student).save_pretrained(student_path)
             work.tokenizer.save_pretrained(student_path)
-    trained = sum(parameter.numel() for parameter in work.student.parameters() if parameter.requires_grad)
-    run.record["student"] |= size(work.student) | {"trained_parameters": trained}
+    trained = sum(parameter.numel() for parameter in work.models.student.parameters() if parameter.requires_grad)
+    run.record["student"] |= size(work.models.student) | {"trained_parameters": trained}
     if work.recipe.student.lora is not None:  # the adapters are none of the saved student's own
         run.record["student"]["parameters"] -= trained
     # Looked up now: resuming has replaced the callback by the checkpoint's.
@@ -113,15 +113,15 @@ def _log_held_out(work: Workspace, trainer: DistillTrainer, is_cached: bool) -> 
     logs: dict[str, float] = {}
     measured: dict[str, float] = {}
     if "fidelity" in options.suite:
-        found = measure_fidelity(work, work.student, "evaluating")
+        found = measure_fidelity(work, work.models.student, "evaluating")
         if is_cached:  # the teacher is not to stay in memory while the student trains
-            work.release_teacher()
+            work.models.release_teacher()
         trainer.totals.teacher_tokens += found.teacher_tokens
         measured = {name: getattr(found, name) for name in ("perplexity", "kl_nats", "top1_agreement")}
         logs = {f"held_out_{name}": value for name, value in measured.items()}
     if benchmarks.has_benchmarks(options):
-        summary = benchmarks.measure(work, work.student, f"step-{step}", f"step {step}", reuse=False)
+        summary = benchmarks.measure(work, work.models.student, f"step-{step}", f"step {step}", reuse=False)
         if summary is not None:
             logs |= benchmarks.figures(summary)
     trainer.log(logs)
-    benchmarks.keep_if_best(work, work.student, step, measured | logs)
+    benchmarks.keep_if_best(work, work.models.student, step, measured | logs)

@@ -113,14 +113,14 @@ def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: i
         raise InputError(f"none of the recipe's samples is in the teacher cache in {cache.directory}")
     picked = np.random.default_rng(seed).choice(stored, size=min(n_samples, len(stored)), replace=False)
     found = compare_again(
-        work.teacher(),
+        work.models.teacher,
         samples,
         sorted(picked.tolist()),
         recipe.classes,
         recipe.criterion.temperature,
         recipe.seed,
         work.vocab_size,
-        work.pad_token_id,
+        work.models.pad_token_id,
         cache.get,
     )
     return judged(

@@ -1,6 +1,5 @@
 """What the stages of a run share: its models, loaded when first needed, its samples, device and precision."""
 
-import gc
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ from selkd.models.loading import (
     require_device,
     resolve_dtype,
 )
+from selkd.models.pair import ModelPair
 from selkd.models.pruning import prune
 from selkd.models.quantisation import precision_of, require_quantization
 from selkd.models.sources import ModelSource, default_cache_dir, locate
@@ -68,7 +68,6 @@ class Workspace:
         self.state = PartialState(cpu=self._on_cpu, **together)
         self.cache_dir = default_cache_dir()
         self.teacher_tokens: dict[str, int] = {}
-        self._teacher: PreTrainedModel | None = None
 
     @cached_property
     def planned_arguments(self) -> DistillArguments:
@@ -180,10 +179,6 @@ class Workspace:
         return tokenizer
 
     @cached_property
-    def pad_token_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)
-
-    @cached_property
     def splits(self) -> Splits:
         fingerprint = tokenizer_fingerprint(self.tokenizer)
         return self._first(lambda: load_splits(self.recipe.data, self.tokenizer, fingerprint, self.cache_dir))
@@ -207,23 +202,25 @@ class Workspace:
                         f"{source.name} has positions for {limit}. Lower max_new_tokens, or data.max_length."
                     )
 
-    def teacher(self) -> PreTrainedModel:
-        """The teacher, loaded if it is not in memory."""
-        if self._teacher is None:
-            self._teacher = load_model(
-                self.teacher_source, self.teacher_dtype, self.teacher_device, self.recipe.teacher.quantization
-            )
-            check_head(self._teacher)
-            if self.recipe.data.packing:
-                check_packing(self._teacher)
-        return self._teacher
+    @cached_property
+    def models(self) -> ModelPair:
+        """The student, initial until training changes it, and its teacher; each is loaded when it is asked for."""
+        return ModelPair(self._load_student, self._load_teacher, self.tokenizer, self.vocab_size, self.dtype)
 
-    def release_teacher(self) -> None:
-        """Give the teacher's memory back."""
-        self._teacher = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def _load_teacher(self) -> PreTrainedModel:
+        quantization = self.recipe.teacher.quantization
+        return self._checked(load_model(self.teacher_source, self.teacher_dtype, self.teacher_device, quantization))
+
+    def _load_student(self) -> PreTrainedModel:
+        model = self._checked(load_model(self.student_source, torch.float32, self.device))
+        lora = self.recipe.student.lora
+        return model if lora is None else with_adapters(model, lora, self.recipe.seed)
+
+    def _checked(self, model: PreTrainedModel) -> PreTrainedModel:
+        check_head(model)
+        if self.recipe.data.packing:
+            check_packing(model)
+        return model
 
     @cached_property
     def student_source(self) -> ModelSource:
@@ -235,21 +232,12 @@ class Workspace:
         return self._first(self._pruned)
 
     @cached_property
-    def student(self) -> PreTrainedModel:
-        """The student, float32 weights: initial until training changes it."""
-        model = load_model(self.student_source, torch.float32, self.device)
-        check_head(model)
-        if self.recipe.data.packing:
-            check_packing(model)
-        lora = self.recipe.student.lora
-        return model if lora is None else with_adapters(model, lora, self.recipe.seed)
-
-    @cached_property
     def vocab_size(self) -> int:
         """How many classes teacher and student share, read from their configurations: no weights are needed."""
-        return shared_classes(
-            {"teacher": n_rows(self.teacher_source), "student": n_rows(self.student_source)}, self.tokenizer
-        )
+        sizes = {"teacher": n_rows(self.teacher_source)}
+        if self.recipe.student.model is not None:  # one that is cut from the teacher has its classes
+            sizes["student"] = n_rows(self.student_source)
+        return shared_classes(sizes, self.tokenizer)
 
     def _first(self, make: Any) -> Any:
         """``make()`` on the main process first, so that the others find what it left on disk."""
@@ -274,9 +262,8 @@ class Workspace:
         digest = xxhash.xxh3_128_hexdigest(repr((key, [sample.id for sample in samples])).encode())
         folder = self.cache_dir / "students" / digest
         if not folder.exists():
-            teacher = self.teacher()
-            batches = [collate(samples[i : i + 4], self.pad_token_id) for i in range(0, len(samples), 4)]
-            student, kept, influence = prune(teacher, options.layers, batches)
+            batches = [collate(samples[i : i + 4], int(self.tokenizer.pad_token_id)) for i in range(0, len(samples), 4)]
+            student, kept, influence = prune(self.models.teacher, options.layers, batches)
             self.teacher_tokens["prune"] = sum(batch["input_ids"].numel() for batch in batches)
             save_model(student, self.tokenizer, folder, {"kept_layers": kept, "influence": influence})
         return locate(str(folder), self.cache_dir)
