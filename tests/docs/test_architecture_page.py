@@ -10,8 +10,8 @@ from test_site import DOCS, ROOT, script
 
 SOURCE = ROOT / "src" / "selkd"
 PAGE = (DOCS / "architecture.md").read_text(encoding="utf-8")
-# `room/module`, `room/module:name` or `room/module:Class.method`, without src/selkd and without .py.
-NAME = re.compile(r"`([a-z_]+/[a-z_]+)(?::([A-Za-z_][\w.]*))?`")
+# `room/module`, `room/module:name` or `module:Class.method`, without src/selkd and without .py.
+NAME = re.compile(r"`([a-z_]+/[a-z_]+|[a-z_]+(?=:[A-Za-z_]))(?::([A-Za-z_][\w.]*))?`")
 WALKS = re.findall(r"^## (A .*?)\n(.*?)(?=^## )", PAGE, re.DOTALL | re.MULTILINE)
 
 

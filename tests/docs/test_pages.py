@@ -136,7 +136,7 @@ def test_the_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in WRITTEN if page.name != "README.md" and blocks(page, "python")],
+    [page for page in WRITTEN if page.is_relative_to(DOCS) and blocks(page, "python")],
     ids=lambda page: page.name,
 )
 def test_the_python_runs(workplace: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
