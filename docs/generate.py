@@ -213,7 +213,7 @@ def first_sentence(module: Path) -> str:
     """The first sentence of a module's docstring, on one line; empty if it has none."""
     docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
     line = re.sub(r"\s+", " ", docstring.split("\n\n")[0]).replace("``", "")
-    return re.split(r"(?<=[.:])\s(?=[A-Z])", line)[0].rstrip(":")
+    return re.split(r"(?<=\.)\s(?=[A-Z])", line)[0]
 
 
 # What was measured.
