@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from tiny_benchmarks import ROWS, make_byte_tokenizer, save_model, write_rows
+from tiny_benchmarks import ROWS, evaluated, save_model, write_rows
 from transformers import AutoModelForCausalLM
 
 from selkd.errors import InputError
@@ -98,12 +98,11 @@ def test_the_prompts_are_the_documented_ones(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["arc_easy", "hellaswag", "lambada", "gsm8k"])
 def test_local_and_hub_rows_give_the_same_scores(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "model")).eval()
-    tokenizer = make_byte_tokenizer()
     outputs = []
     for task in (load_tasks(name, [write_rows(tmp_path / "data")], 0)[name], from_hub(name, monkeypatch)):
         rows = spread_rows(len(task.eval_docs), 4)
         build_requests(task, rows)
-        outputs.append(run_task(name, task, rows, model, tokenizer, model.dtype, batch_size=2))
+        outputs.append(run_task(name, task, rows, evaluated(model), batch_size=2))
     assert outputs[0] == outputs[1]
     assert all(len(example["measures"]) >= 2 for example in outputs[0].examples)
 
