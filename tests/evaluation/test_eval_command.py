@@ -216,6 +216,9 @@ def test_a_model_may_be_a_runs_student_and_have_a_sign_in_its_path(tmp_path: Pat
     (tmp_path / "empty" / "record.json").write_text("{}")
     with pytest.raises(InputError, match="a run without a finished student"):
         find_model(str(tmp_path / "empty"), "float32", device)
+    for nameless in ("", "x=", f"={folder}"):
+        with pytest.raises(InputError, match=r"expected MODEL or NAME=MODEL\."):
+            find_model(nameless, "float32", device)
 
 
 def test_a_validation_suite_says_what_it_had_to_leave_out(selkd_eval: Run, tmp_path: Path) -> None:

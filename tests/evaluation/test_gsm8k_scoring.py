@@ -12,7 +12,7 @@ from selkd.evaluation import harness
 from selkd.evaluation.benchmark_tasks import BenchmarkOptions, load_benchmarks, measure_benchmarks
 from selkd.evaluation.evaluated_model import find_model
 from selkd.evaluation.fidelity_task import FidelityOptions, measure_fidelity
-from selkd.evaluation.harness import build_requests, load_tasks, run_task
+from selkd.evaluation.harness import load_tasks, run_task
 
 # Of 0 + 2, 1 + 2, 2 + 2, 3 + 2.
 ANSWERS = ["She has 0+2.\n#### 2", "So there are 3.", "#### 4.", "5 eggs\n#### 7"]
@@ -46,9 +46,9 @@ def test_the_final_number_is_matched_greedily(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(harness, "_language_model", lambda *_: scripted)
     data = write_rows(tmp_path / "data")
     task = load_tasks("gsm8k", [data], shots)["gsm8k"]
-    build_requests(task, [0, 1, 2, 3])
+    task.build_all_requests()
     model = find_model(str(save_model(tmp_path / "model")), "float32", torch.device("cpu"))
-    output = run_task("gsm8k", task, [0, 1, 2, 3], model, batch_size=1)
+    output = run_task("gsm8k", task, range(4), model, batch_size=1)
     assert output.figures["exact_match,strict-match"] == pytest.approx(2 / 4)
     assert output.figures["exact_match,flexible-extract"] == pytest.approx(3 / 4)
     assert len(scripted.asked) == 4

@@ -8,7 +8,7 @@ import torch
 from tiny_benchmarks import ROWS, evaluated, make_byte_tokenizer, save_model, write_rows
 from transformers import AutoModelForCausalLM
 
-from selkd.evaluation.harness import build_requests, load_tasks, run_task
+from selkd.evaluation.harness import load_tasks, run_task
 from selkd.evaluation.last_word import greedy_confidences
 
 
@@ -50,8 +50,8 @@ def test_it_is_right_where_the_harness_says_so(tmp_path: Path) -> None:
         optimiser.zero_grad()
     write_rows(tmp_path, "lambada_openai_test.jsonl")
     task = load_tasks("lambada", [tmp_path], 0)["lambada"]
-    build_requests(task, list(range(6)))
-    output = run_task("lambada", task, list(range(6)), evaluated(model.eval()))
+    task.build_all_requests()
+    output = run_task("lambada", task, range(6), evaluated(model.eval()))
     accuracy = [example["measures"]["acc"][0] for example in output.examples]
     assert accuracy[1] == 1
     assert sum(accuracy) < 6

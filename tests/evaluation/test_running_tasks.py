@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from selkd.errors import RunError
 from selkd.evaluation import batch_size, harness
-from selkd.evaluation.harness import build_requests, load_tasks, run_task
+from selkd.evaluation.harness import load_tasks, run_task
 from selkd.evaluation.results import Measured, TaskResult
 
 
 def prepared(name: str, folder: Path) -> Any:
     task = load_tasks(name, [write_rows(folder / "data")], 0)[name]
-    build_requests(task, list(range(len(task.eval_docs))))
+    task.build_all_requests()
     return task
 
 
@@ -27,7 +27,7 @@ def run(name: str, folder: Path, positions: int = 4096, **options: Any) -> Measu
     saved = save_model(folder / "model", max_position_embeddings=positions)
     model = AutoModelForCausalLM.from_pretrained(saved).eval()
     task = prepared(name, folder)
-    return run_task(name, task, list(range(len(task.eval_docs))), evaluated(model), **options)
+    return run_task(name, task, range(len(task.eval_docs)), evaluated(model), **options)
 
 
 def test_the_batch_size_follows_memory_and_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_learned_positions_are_not_exceeded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=BYTES, n_embd=32, n_layer=2, n_head=4, n_positions=32, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
-    output = run_task("lambada", prepared("lambada", tmp_path), list(range(6)), evaluated(model))
+    output = run_task("lambada", prepared("lambada", tmp_path), range(6), evaluated(model))
     assert all(example["cut"] for example in output.examples)
     assert [e["measures"]["ece"][1] for e in output.examples] == [e["measures"]["acc"][0] for e in output.examples]
 

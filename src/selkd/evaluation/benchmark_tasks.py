@@ -10,7 +10,7 @@ from typing import Any
 from selkd.errors import InputError
 from selkd.evaluation.benchmarks import KNOWN
 from selkd.evaluation.evaluated_model import EvaluatedModel
-from selkd.evaluation.harness import build_requests, load_tasks, require_answerable, run_task, spread_rows
+from selkd.evaluation.harness import load_tasks, require_answerable, run_task, spread_rows
 from selkd.evaluation.local_data import find_file, require_folders
 from selkd.evaluation.results import Measured, TaskResult, digest, find_or_measure
 from selkd.recipe.evaluation import SUITES, benchmarks_of
@@ -100,14 +100,14 @@ def measure_benchmarks(
     for name, task in tasks.items():
         limit = options.limit or (KNOWN[name].rows if name in KNOWN else None)
         rows = spread_rows(len(task.eval_docs), limit)
-        build_requests(task, rows)
+        task.build_all_requests(samples=rows)
         fingerprint = {
             "model": model.identity,
             "dtype": model.dtype_name,
             "harness": version("lm_eval"),
             "task": digest(_scoring(task)),
             "requests": digest([[request.doc_id, request.doc, list(request.args)] for request in task.instances]),
-            "rows": digest(rows),
+            "rows": digest(list(rows)),
             "chat_template": model.tokenizer.chat_template if options.chat_template else None,
         }
         measure = partial(_measure, name, task, rows, model, options)
@@ -115,7 +115,7 @@ def measure_benchmarks(
     return results
 
 
-def _measure(name: str, task: Any, rows: list[int], model: EvaluatedModel, options: BenchmarkOptions) -> Measured:
+def _measure(name: str, task: Any, rows: Sequence[int], model: EvaluatedModel, options: BenchmarkOptions) -> Measured:
     measured = run_task(name, task, rows, model, options.chat_template, options.batch_size)
     benchmark = KNOWN.get(name)
     details: dict[str, Any] = {

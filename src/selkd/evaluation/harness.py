@@ -112,30 +112,21 @@ def require_answerable(tasks: Mapping[str, Any], model: EvaluatedModel, chat_tem
             )
 
 
-def spread_rows(n_rows: int, limit: int | None) -> list[int]:
+def spread_rows(n_rows: int, limit: int | None) -> Sequence[int]:
     """``limit`` row numbers spread evenly over ``n_rows``; all of them where there are no more.
 
-    Evenly, because benchmarks are sorted: the first rows of HellaSwag are all of one kind.
+    Evenly, because benchmarks are sorted: the first rows of HellaSwag are all of one kind. All rows are a range, no
+    list: the harness looks each row up in it.
     """
     if limit is None or limit >= n_rows:
-        return list(range(n_rows))
+        return range(n_rows)
     return [index * n_rows // limit for index in range(limit)]
-
-
-def build_requests(task: Any, rows: list[int]) -> None:
-    """Make the task's prompts for these rows: ``task.instances``."""
-    task.build_all_requests(samples=_samples(task, rows))
-
-
-def _samples(task: Any, rows: list[int]) -> list[int] | None:
-    """The rows as the harness takes them; it would look each up in a list, so all of them are None."""
-    return None if len(rows) == len(task.eval_docs) else rows
 
 
 def run_task(
     name: str,
     task: Any,
-    rows: list[int],
+    rows: Sequence[int],
     model: EvaluatedModel,
     chat_template: bool = False,
     batch_size: int | None = None,
@@ -143,8 +134,8 @@ def run_task(
     """Measure ``model`` on some rows of a task.
 
     Args:
-        task: its requests built (``build_requests``).
-        rows: ascending row numbers.
+        task: its requests for these rows built.
+        rows: ascending row numbers, of ``spread_rows``.
         chat_template: put each prompt into the tokenizer's chat template.
         batch_size: None: chosen from the memory there is. It is halved when memory runs out.
 
@@ -175,14 +166,13 @@ def run_task(
             torch.cuda.empty_cache()
 
 
-def _evaluate(name: str, task: Any, rows: list[int], lm: Any, chat_template: bool) -> dict[str, Any]:
+def _evaluate(name: str, task: Any, rows: Sequence[int], lm: Any, chat_template: bool) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate
 
-    samples = _samples(task, rows)
     results: dict[str, Any] = evaluate(
         lm=lm,
         task_dict={"tasks": {name: task}},
-        samples=None if samples is None else {name: samples},
+        samples={name: rows},
         bootstrap_iters=0,
         log_samples=True,
         apply_chat_template=chat_template,
@@ -236,7 +226,7 @@ def _require_finite(name: str, measured: Measured) -> None:
             raise not_finite(f"{name}, {metric}", figure)
 
 
-def _cut(task: Any, rows: list[int], lm: Any) -> set[int]:
+def _cut(task: Any, rows: Sequence[int], lm: Any) -> set[int]:
     """The rows whose prompt, with an answer or the room for one, the harness cuts from the left to fit."""
     from lm_eval.models.huggingface import normalize_gen_kwargs
 
