@@ -145,7 +145,8 @@ def test_the_python_runs(workplace: Path, page: Path, capsys: pytest.CaptureFixt
     shared: dict[str, Any] = {}
     for block in blocks(page, "python"):
         code = at_toy_size(block)
-        window = "" if "max_length=" in code else "max_length=64, "
+        code = code.replace("data={", 'data={"max_length": 64, ')
+        window = "" if "data={" in code else 'data={"max_length": 64}, '
         code = code.replace("output_dir=", f'{window}max_steps=1, use_cpu=True, report_to="none", output_dir=')
         exec(compile(code, page.name, "exec"), shared)
     capsys.readouterr()
