@@ -12,6 +12,9 @@ import torch
 from selkd.data.samples import ID_BYTES, Sample
 from selkd.errors import InputError
 
+TOKENS_AT_ONCE = 4096
+"""Tokens of one batch, padding included, where nothing is trained: of scoring, measuring and caching."""
+
 
 def collate(
     samples: Sequence[Sample],
