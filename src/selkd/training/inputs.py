@@ -91,7 +91,7 @@ def as_samples(
     if args.on_policy is not None and options.packing:
         raise InputError(f"packing: on_policy answers one prompt a sample; {name} needs packing=False.")
     try:
-        return samples_of_rows(dataset, options, tokenizer)
+        return samples_of_rows(dataset, name, options, tokenizer)
     except InputError as error:
         raise of_arguments(error) from None
 
