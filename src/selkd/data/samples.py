@@ -200,11 +200,6 @@ class SampleDataset(TorchDataset[Sample]):
         """int64 [N]: valid positions of each sample."""
         return self._numbers("n_valid")
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of all samples together."""
-        return int(self.lengths.sum())
-
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """int64 [vocab_size]: how often each class occurs in the samples; ids beyond are left out."""
         counts = np.zeros(vocab_size, np.int64)

@@ -66,17 +66,6 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
-class _SharedClasses(LogitsProcessor):
-    """No class beyond those that teacher and student share."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        scores[:, self.vocab_size :] = -torch.inf
-        return scores
-
-
 @dataclass(frozen=True)
 class Decoding:
     """How answers are drawn.
@@ -114,7 +103,7 @@ def generate(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
         attention_mask[row, width - len(prompt) :] = 1
-    processors = LogitsProcessorList([_SharedClasses(decoding.vocab_size)])
+    processors = LogitsProcessorList()
     if decoding.temperature > 0:
         if decoding.temperature != 1:
             processors.append(TemperatureLogitsWarper(decoding.temperature))
@@ -126,6 +115,7 @@ def generate(
         max_new_tokens=limit,
         eos_token_id=list(decoding.stop) or None,
         pad_token_id=decoding.pad_token_id,
+        suppress_tokens=list(range(decoding.vocab_size, base.get_output_embeddings().weight.shape[0])) or None,
         use_cache=True,
     )
     with evaluating(model), _generation_config(base, config):
