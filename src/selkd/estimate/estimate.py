@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from selkd.errors import InputError
-from selkd.estimate.architecture import Architecture, describe, find, read_config, student_config
+from selkd.estimate.architecture import Architecture, describe, find, student_config
 from selkd.estimate.cache_size import MEASURED, SOURCE, typical_bytes
 from selkd.estimate.memory import Memory, Setting, memory
 from selkd.estimate.plan import Plan, make_plan, teacher_tokens
 from selkd.estimate.probe import Rates, probe
 from selkd.evaluation.sample_scores import NEEDS_TEACHER
-from selkd.models.loading import resolve_dtype
+from selkd.models.loading import read_config, resolve_dtype
 from selkd.models.sources import default_cache_dir
 from selkd.recipe.evaluation import benchmarks_of
 from selkd.recipe.recipe import Recipe

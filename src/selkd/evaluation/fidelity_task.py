@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 from selkd.data.corpus import open_corpus
-from selkd.data.encoding import Encoder, encode
-from selkd.data.packing import Fitting, pack
+from selkd.data.encoding import Encoder
+from selkd.data.packing import Fitting
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.evaluated_model import EvaluatedModel
@@ -121,15 +121,11 @@ def text_windows(subject: EvaluatedModel, teacher: EvaluatedModel | None, option
     limits = [model.positions for model in (subject, teacher) if model is not None]
     length = min([WINDOW_TOKENS, *(limit for limit in limits if limit is not None)])
     fields = {name: value for name, value in vars(options).items() if name not in ("text", "windows")}
-    data = parse_part(DataOptions, {"path": options.text, **fields}, "data")
+    data = parse_part(DataOptions, {"path": options.text, "max_length": length, **fields}, "data")
     if data.is_prompt_only:
         raise InputError("prompt_field: fidelity is measured on completions; give completion_field.")
-    corpus = open_corpus(data)
-    if data.has_prompts:
-        encoder = Encoder(data, subject.tokenizer)
-        windows = Fitting(length, packing=True)(each for document in corpus.documents() for each in encoder(document))
-    else:
-        windows = pack((encode(subject.tokenizer, [str(document)])[0] for document in corpus.documents()), length)
+    encoded = Encoder(data, subject.tokenizer).encoded(open_corpus(data).documents())
+    windows = Fitting(data)(marked for _, sequences in encoded for marked in sequences)
     samples = list(islice(windows, options.windows or WINDOWS))
     if not samples:
         raise InputError(f"text: {options.text} is shorter than one window of {length} tokens. Give more text.")
