@@ -20,7 +20,8 @@ from selkd.data.encoding import encode
 from selkd.data.samples import SampleDataset
 from selkd.data.splits import Splits, is_held_out, load_splits
 from selkd.errors import InputError, RunError
-from selkd.recipe.recipe import DataOptions
+from selkd.recipe.data import DataOptions
+from selkd.recipe.part import parse_part
 
 WORDS = "the teacher shows each student where a careful answer begins and how it".split()  # noqa: SIM905
 
@@ -58,7 +59,9 @@ def write(path: Path, texts: list[str]) -> Path:
 
 def load(path: Path, tokenizer: PreTrainedTokenizerFast, **changes: object) -> Splits:
     fields = {"max_length": 32, "held_out_fraction": 0.2, "held_out_tokens": 320} | changes
-    return load_splits(DataOptions(path=str(path), **fields), tokenizer, "tokenizer-1", path.parent / "cache")
+    return load_splits(
+        parse_part(DataOptions, {"path": str(path), **fields}), tokenizer, "tokenizer-1", path.parent / "cache"
+    )
 
 
 def documents_of(dataset: SampleDataset) -> list[list[int]]:

@@ -367,7 +367,7 @@ def test_an_evaluation_on_prompts_alone_and_answers_past_the_window_are_refused(
     # Where some samples keep their completion, it has to fit, too.
     long = SampleDataset.from_samples([Sample(np.arange(window + 1) % V, np.array([0]), np.arange(window + 1) >= 10)])
     for on_policy, refused in (({"fraction": 0.5, "max_new_tokens": 4}, True), ({"max_new_tokens": 4}, False)):
-        args = make_arguments(tmp_path, on_policy=on_policy, **options)
+        args = make_arguments(tmp_path, on_policy=on_policy, completion_field="a", **options)
         with (
             pytest.raises(InputError, match=f"train_dataset has a sample of {window + 1}") if refused else nullcontext()
         ):

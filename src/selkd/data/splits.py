@@ -64,7 +64,6 @@ def load_splits(
             damaged; and as ``corpus.open_corpus`` and ``Corpus.documents``.
         RunError: the samples can't be written, or reading broke off.
     """
-    _check_budgets(options)
     corpus = open_corpus(options)
     encoder = Encoder(options, tokenizer)
     fingerprint = _fingerprint(options, corpus, tokenizer_fingerprint, encoder.chat_template)
@@ -85,18 +84,6 @@ def load_splits(
 def is_held_out(document: Document, fraction: float) -> bool:
     """Whether a document belongs to the held-out split: decided by its content alone."""
     return xxhash.xxh3_64_intdigest(split_key(document).encode()) < fraction * 2**64
-
-
-def _check_budgets(options: DataOptions) -> None:
-    budgets = {"data.tokens": options.tokens}
-    if options.held_out_fraction > 0:
-        budgets["data.held_out_tokens"] = options.held_out_tokens
-    for key, budget in budgets.items():
-        if budget is not None and budget < options.max_length:
-            raise InputError(
-                f"{key}: {budget} tokens are fewer than one sample of data.max_length = {options.max_length}; "
-                f"raise {key} or lower data.max_length."
-            )
 
 
 def _fingerprint(options: DataOptions, corpus: Corpus, tokenizer_fingerprint: str, chat_template: str | None) -> str:
