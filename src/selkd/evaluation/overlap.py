@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selkd.maths.importance import METRICS, ce_ratio
+from selkd.plugins import Metric
 from selkd.recipe.choices import PositionOptions
 from selkd.selection.positions import StepContext, select
 from selkd.selection.samples import highest
@@ -34,15 +34,16 @@ def overlaps(
     options = PositionOptions.model_validate({"policy": "top_k", "fraction": position_fraction})
     chosen = {
         name: (select(options, metric.combine(placed, valid_mask), valid_mask, context) > 0).flatten()
-        for name, metric in METRICS.items()
+        for name, metric in Metric.builtin().items()
+        if not metric.is_noise
     }
     of_samples = None
     if len(valid_mask) >= FEWEST_SAMPLES:
         means = {name: (values * valid_mask).sum(-1) / valid_mask.sum(-1) for name, values in placed.items()}
         scores = {
-            "student_entropy": means["student_entropy"],
-            "kl": means["kl"],
-            "ce_ratio": ce_ratio(means["student_ce"], means["teacher_ce"]),
+            name: metric.combine(means, valid_mask.any(dim=-1))
+            for name, metric in Metric.of_samples().items()
+            if not metric.is_noise
         }
         kept = {name: torch.zeros(len(valid_mask), dtype=torch.bool) for name in scores}
         for name, values in scores.items():

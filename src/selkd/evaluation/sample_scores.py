@@ -18,20 +18,13 @@ from selkd.data.samples import Sample, SampleDataset
 from selkd.maths.chunked import ChunkedLogits, chunked_statistics
 from selkd.maths.finite import require_finite
 from selkd.maths.head import Head
-from selkd.maths.importance import ce_ratio, statistics
+from selkd.maths.importance import statistics
 from selkd.models.head import head_of, hidden_states
+from selkd.plugins import Metric
 from selkd.selection.randomness import sample_generator
 from selkd.selection.two_stage import Estimator
 
 TOKENS_AT_ONCE = 4096
-
-# The statistics whose means over a sample's valid positions make its score, and whether the teacher is needed.
-STATISTICS: dict[str, tuple[str, ...]] = {
-    "student_entropy": ("student_entropy",),
-    "kl": ("kl",),
-    "ce_ratio": ("student_ce", "teacher_ce"),
-}
-NEEDS_TEACHER = ("kl", "ce_ratio")
 
 
 def score_samples(
@@ -57,12 +50,13 @@ def score_samples(
         vocab_size: how many classes they share.
         estimator: estimates ``student_entropy``; None: exact.
     """
-    if metric == "random":
+    entry = Metric.find(metric)
+    if entry.is_noise:
         return np.array([sample_generator(seed, sample_id, "samples").random() for sample_id in samples.ids]), 0
     state = PartialState()
     groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)
     mine = groups[state.process_index :: state.num_processes]
-    scoring = _Scoring(metric, student(), teacher() if metric in NEEDS_TEACHER else None, dtype, vocab_size, estimator)
+    scoring = _Scoring(entry, student(), teacher() if entry.needs_teacher else None, dtype, vocab_size, estimator)
     found: list[tuple[int, float]] = []
     with tqdm(total=sum(map(len, mine)), desc="scoring", unit=" samples", disable=not state.is_main_process) as bar:
         for group in mine:
@@ -80,14 +74,14 @@ def score_samples(
 class _Scoring:
     def __init__(
         self,
-        metric: str,
+        metric: Metric,
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
         dtype: torch.dtype,
         vocab_size: int,
         estimator: Estimator | None,
     ) -> None:
-        assert estimator is None or metric == "student_entropy", "an estimate is of the student's entropy"
+        assert estimator is None or metric.name == "student_entropy", "an estimate is of the student's entropy"
         self.metric = metric
         self.student, self.teacher = student.eval(), teacher
         self.dtype = dtype
@@ -109,7 +103,7 @@ class _Scoring:
         require_finite(columns.sum(dim=-1), index, batch, "the initial student's or the teacher's logits, in scoring")
         sums = columns.new_zeros(len(group), columns.shape[1]).index_add_(0, valid_mask.nonzero()[:, 0], columns)
         means = sums / valid_mask.sum(dim=-1, keepdim=True).clamp(min=1)
-        scores = ce_ratio(means[:, 0], means[:, 1]) if self.metric == "ce_ratio" else means[:, 0]
+        scores = self.metric.combine(dict(zip(self.metric.statistics, means.T, strict=True)), valid_mask.any(dim=-1))
         return scores.tolist()
 
     def _statistics(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -126,7 +120,7 @@ class _Scoring:
             teacher_hidden = of_teacher[valid_mask.to(self.teacher.device)]
             teachers_logits = ChunkedLogits(teacher_hidden, self.teacher_head)
             self.teacher_tokens += valid_mask.numel()
-        names, targets = STATISTICS[self.metric], batch["targets"][valid_mask]
+        names, targets = self.metric.statistics, batch["targets"][valid_mask]
 
         def compute(student_logits: Tensor, rows: slice) -> Tensor:
             teacher_logits = None if teachers_logits is None else teachers_logits(rows).to(student_logits.device)

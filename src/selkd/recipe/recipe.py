@@ -8,14 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from selkd.recipe.choices import (
-    ClassOptions,
-    CriterionOptions,
-    OnPolicyOptions,
-    PositionOptions,
-    SampleOptions,
-    needs_teacher,
-)
+from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions, SampleOptions
 from selkd.recipe.data import DataOptions
 from selkd.recipe.evaluation import EvaluationOptions
 from selkd.recipe.models import StudentOptions, TeacherOptions
@@ -52,9 +45,12 @@ class Recipe(Part):
     teacher: TeacherOptions = Field(description="the large model")
     student: StudentOptions = Field(description="the small model")
     data: DataOptions = Field(description="the text")
-    criterion: CriterionOptions = Field(CriterionOptions(), description="how teacher and student are compared")
-    positions: PositionOptions = Field(PositionOptions(), description="which positions of a sample count")
-    classes: ClassOptions = Field(ClassOptions.model_validate({}), description="which vocabulary classes are compared")
+    # Made when a recipe is read: to check them is to look names up, which imports torch.
+    criterion: CriterionOptions = Field(
+        default_factory=CriterionOptions, description="how teacher and student are compared"
+    )
+    positions: PositionOptions = Field(default_factory=PositionOptions, description="which positions of a sample count")
+    classes: ClassOptions = Field(default_factory=ClassOptions, description="which vocabulary classes are compared")
     samples: SampleOptions | None = Field(None, description="which samples are trained on; null: all")
     on_policy: OnPolicyOptions | None = Field(
         None, description="the student answers prompts itself and learns at its answers; null: the data's completions"
@@ -89,7 +85,7 @@ class Recipe(Part):
                 "cache: the full distribution (classes.sampler: all) is too large to store; "
                 "draw classes with classes.sampler: systematic or rs_kd, or set cache: null for a live teacher"
             )
-        if self.cache is not None and needs_teacher(self.positions.metric):
+        if self.cache is not None and self.positions.needs_teacher:
             raise ValueError(
                 f"positions.metric: {self.positions.metric} needs the teacher's full distribution at every position, "
                 "and a cache holds drawn classes alone; take a metric of the student (student_entropy, student_ce), or "

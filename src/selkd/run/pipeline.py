@@ -15,7 +15,6 @@ from selkd.errors import InputError, RunError
 from selkd.files import write_whole
 from selkd.models.loading import load_model
 from selkd.models.sources import locate
-from selkd.recipe.choices import needs_teacher
 from selkd.recipe.files import load_recipe
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
@@ -137,7 +136,7 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
             recipe = work.recipe
             found = examine(
                 student,
-                work.models.teacher if needs_teacher(recipe.positions.metric) else None,
+                work.models.teacher if recipe.positions.needs_teacher else None,
                 work.tokenizer,
                 [shown[index] for index in range(min(EXAMPLES, len(shown)))],
                 recipe.positions.metric if recipe.positions.metric not in (None, "random") else "student_entropy",

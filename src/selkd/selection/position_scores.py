@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from selkd import plugins
 from selkd.maths.chunked import chunked_statistics, wide
 from selkd.maths.head import Head
-from selkd.maths.importance import METRICS, metric_of, statistics
-from selkd.recipe.choices import SAMPLED_POLICIES, PositionOptions, needs_teacher
-from selkd.selection.positions import POLICIES, StepContext, counts_of, eligible, select
+from selkd.maths.importance import statistics
+from selkd.plugins import Metric, Policy
+from selkd.recipe.choices import PositionOptions
+from selkd.selection.positions import StepContext, counts_of, eligible, select
 from selkd.selection.randomness import draw_uniforms, position_uniforms
 
 
@@ -59,16 +59,17 @@ def score_positions(
     valid_mask, device = batch["valid_mask"], hidden_states.device
     if metric is None:
         return PositionScores(wide(hidden_states.new_zeros(valid_mask.shape)), {})
-    if metric == "random":
+    entry = Metric.find(metric)
+    if entry.is_noise:
         ids, mask = batch["sample_ids"].cpu().numpy(), valid_mask.cpu().numpy()
         noise = torch.from_numpy(position_uniforms(seed, ids, mask, "positions", step))
         return PositionScores(noise.to(device), {})
     valid = valid_mask.flatten().nonzero().flatten()
-    names = metric_of(metric).statistics
-    own = {} if metric in METRICS else {metric: plugins.metric_function(metric)}
+    names = entry.statistics
+    own = {metric: entry.values} if entry.is_own else {}
     targets = batch["targets"].flatten()[valid]
     teachers = None
-    if needs_teacher(metric):
+    if entry.needs_teacher:
         assert teacher is not None, f"{metric} needs the teacher"
         teachers = teacher.at(valid)
 
@@ -79,7 +80,7 @@ def score_positions(
     columns = chunked_statistics(hidden_states.flatten(0, 1)[valid], head, compute, n_statistics=len(names))
     placed = columns.new_zeros(valid_mask.numel(), len(names)).index_copy_(0, valid, columns)
     found = {name: placed[:, i].view(valid_mask.shape) for i, name in enumerate(names)}
-    return PositionScores(metric_of(metric).combine(found, valid_mask), found)
+    return PositionScores(entry.combine(found, valid_mask), found)
 
 
 def choose_positions(
@@ -87,12 +88,13 @@ def choose_positions(
 ) -> Tensor:
     """The policy's coefficients [B, T] over the eligible positions of a batch, with the sample's own random draws."""
     mask, uniforms = eligible(options, batch["valid_mask"], batch["position_ids"]), None
-    if options.policy in SAMPLED_POLICIES:
+    wanted = Policy.find(options.policy).uniforms
+    if wanted == "of draws":
         assert context.fraction is not None, "a policy that draws has a fraction"
         draws = counts_of(context.fraction, mask.sum(dim=-1)).cpu().numpy()
         noise = draw_uniforms(seed, batch["sample_ids"].cpu().numpy(), draws, "position draws", context.step)
         uniforms = torch.from_numpy(noise).to(scores.device)
-    elif options.policy not in POLICIES and "uniforms" in plugins.wanted("policy", options.policy):
+    elif wanted == "of positions":
         ids = batch["sample_ids"].cpu().numpy()
         noise = position_uniforms(seed, ids, mask.cpu().numpy(), "own policy", context.step)
         uniforms = torch.from_numpy(noise).to(scores.device)

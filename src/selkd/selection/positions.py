@@ -6,14 +6,13 @@ that picks K positions of a sample they are 1/K there and 0 elsewhere.
 Shapes: B batch, T positions, K draws or picked positions of a sample.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from selkd import plugins
+from selkd.plugins import Policy
 from selkd.recipe.choices import FractionSchedule, PositionOptions
 from selkd.selection.queue import ScoreQueue
 
@@ -87,7 +86,9 @@ class Candidates:
     uniforms: Tensor | None = None
 
 
-Policy = Callable[[Candidates], Tensor]
+# K positions that share one coefficient may be counted either way.
+PICKED: tuple[Literal["per_sample", "per_position"], ...] = ("per_sample", "per_position")
+MITIGATIONS = {"smoothing": 1.0, "clip": None, "skip_first": 0, "coverage": 0.0}
 
 
 def take_all(given: Candidates) -> Tensor:
@@ -95,9 +96,39 @@ def take_all(given: Candidates) -> Tensor:
     return _spread(given.valid_mask, given.scores.dtype)
 
 
+Policy.add(
+    "all",
+    take_all,
+    ranks=False,
+    fraction="none",
+    label="every position",
+    description="1/n on every valid position. Full KD",
+    reductions=PICKED,
+)
+
+
 def take_top(given: Candidates) -> Tensor:
     """The K valid positions with the highest scores, equal scores to the earlier one; a = 1/K."""
     return _spread(mark_highest(given.scores, given.valid_mask, given.counts), given.scores.dtype)
+
+
+Policy.add(
+    "top_k",
+    take_top,
+    label="the {share} of positions where {metric} is highest",
+    description="1/K on the K highest scores, equal ones to the earlier position. SE-KD with `student_entropy`",
+    reductions=PICKED,
+)
+
+Policy.add(
+    "random",
+    take_top,  # of uniform noise: K positions without replacement, each set equally likely
+    ranks=False,
+    metric="random",
+    label="a random {share} of the positions",
+    description="1/K on K positions, uniform, without replacement. RandomPos",
+    reductions=PICKED,
+)
 
 
 def take_above(given: Candidates) -> Tensor:
@@ -110,6 +141,18 @@ def take_above(given: Candidates) -> Tensor:
     return _spread(given.valid_mask & (given.scores >= given.context.threshold), given.scores.dtype)
 
 
+Policy.add(
+    "gls",
+    take_above,
+    reductions=("per_position",),
+    options={"queue_size": 30_000},
+    label="about {share} of the positions, those above a running threshold on {metric}",
+    description="global-level selection: every score at or above the (1-k) quantile of the last `queue_size` valid "
+    "scores, as they stood when the step began, with 1/(sum of K over the step). `top_k` picks until a tenth of "
+    "the queue is filled",
+)
+
+
 def take_window(given: Candidates) -> Tensor:
     """Curriculum: K positions in ascending order of score, from the floor((n - K) * progress)th; a = 1/K."""
     n_valid = given.valid_mask.sum(dim=-1)
@@ -119,9 +162,31 @@ def take_window(given: Candidates) -> Tensor:
     return _spread(picked, given.scores.dtype)
 
 
+Policy.add(
+    "curriculum",
+    take_window,
+    options={"curriculum_steps": 1.0},
+    label="a window of {share} of the positions that moves from easy to hard by {metric}",
+    description="1/K on K scores in ascending order from floor((n - K) · progress), progress = min(1, step / "
+    "`curriculum_steps`)",
+    reductions=PICKED,
+)
+
+
 def draw(given: Candidates) -> Tensor:
     """Pos RS-KD: K draws with replacement in proportion to u, a = c_t/K. Expectation: weighted KD."""
     return _drawn(given, is_corrected=False)
+
+
+Policy.add(
+    "pos_rs",
+    draw,
+    label="a {share} draw of the positions in proportion to {metric}",
+    description="c/K, c how often K draws with replacement hit the position, probability r = u / sum u. In "
+    "expectation weighted KD",
+    uniforms="of draws",
+    options=MITIGATIONS,
+)
 
 
 def draw_corrected(given: Candidates) -> Tensor:
@@ -133,22 +198,28 @@ def draw_corrected(given: Candidates) -> Tensor:
     return _drawn(given, is_corrected=True)
 
 
+Policy.add(
+    "pos_rs_corrected",
+    draw_corrected,
+    label="a {share} draw of the positions in proportion to {metric}, corrected to stay unbiased",
+    description="c/(K · n · r), the same draws. In expectation Full KD",
+    uniforms="of draws",
+    options=MITIGATIONS,
+)
+
+
 def weigh(given: Candidates) -> Tensor:
     """Weighted KD: every valid position, a = u / sum u."""
     return _proportional(given.scores.double().clamp(min=0), given.valid_mask).to(given.scores.dtype)
 
 
-# ``random`` is ``top_k`` of uniform noise: K positions without replacement, each set equally likely.
-POLICIES: dict[str, Policy] = {
-    "all": take_all,
-    "top_k": take_top,
-    "random": take_top,
-    "gls": take_above,
-    "curriculum": take_window,
-    "pos_rs": draw,
-    "pos_rs_corrected": draw_corrected,
-    "weighted": weigh,
-}
+Policy.add(
+    "weighted",
+    weigh,
+    fraction="none",
+    label="every position, weighted by {metric}",
+    description="u / sum u on every valid position. Weighted KD",
+)
 
 
 def select(
@@ -163,8 +234,13 @@ def select(
     """
     n_valid = valid_mask.sum(dim=-1)
     counts = n_valid if context.fraction is None else counts_of(context.fraction, n_valid)
-    policy = POLICIES.get(options.policy, _users_policy)
-    return policy(Candidates(scores, valid_mask, counts, context, options, uniforms))
+    policy = Policy.find(options.policy)
+    if policy.is_own:
+        return policy.coefficients(
+            scores=scores, valid_mask=valid_mask, counts=counts, progress=context.progress, uniforms=uniforms
+        )
+    coefficients: Tensor = policy.function(Candidates(scores, valid_mask, counts, context, options, uniforms))
+    return coefficients
 
 
 def _drawn(given: Candidates, is_corrected: bool) -> Tensor:
@@ -224,14 +300,3 @@ def _ranks(scores: Tensor, descending: bool) -> Tensor:
 def _spread(picked: Tensor, dtype: torch.dtype) -> Tensor:
     """1/K on the K picked positions of each row."""
     return picked.to(dtype) / picked.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-def _users_policy(given: Candidates) -> Tensor:
-    return plugins.coefficients(
-        given.options.policy,
-        scores=given.scores,
-        valid_mask=given.valid_mask,
-        counts=given.counts,
-        progress=given.context.progress,
-        uniforms=given.uniforms,
-    )

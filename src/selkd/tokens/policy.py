@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from selkd import plugins
 from selkd.errors import InputError
-from selkd.recipe.choices import POSITION_METRICS, PositionOptions, needs_teacher
+from selkd.plugins import Metric
+from selkd.recipe.choices import PositionOptions
 from selkd.recipe.part import parse_part
 from selkd.selection.positions import StepContext, step_context
 
@@ -49,7 +49,7 @@ def check_metric(metric: str) -> str:
         InputError: it is neither; the nearest name is told.
     """
     try:
-        return plugins.check_name("metric", metric, POSITION_METRICS)
+        return Metric.check(metric)
     except ValueError as error:
         raise InputError(f"--metric: {error}") from None
 
@@ -100,7 +100,7 @@ def require_teacher(metric: str, policies: Sequence[PolicyChoice], teacher: str 
     """
     asked = {"--metric": metric} | {f"--policy {choice.label}: metric": choice.options.metric for choice in policies}
     for key, name in asked.items():
-        if needs_teacher(name):
+        if name is not None and Metric.find(name).needs_teacher:
             if teacher is None:
                 raise InputError(
                     f"{key} {name} looks at the teacher's distribution: give --teacher MODEL, a model with the same "

@@ -13,7 +13,6 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import check_head, head_of
 from selkd.models.loading import require_device, window_of
-from selkd.recipe.choices import needs_teacher
 from selkd.teacher.targets import CachedTeacher, LiveTeacher, Teacher
 from selkd.training.arguments import DistillArguments, of_arguments
 from selkd.training.sampling import FilledDataset
@@ -147,11 +146,12 @@ def as_teacher(
                 f"{teacher.directory}: its draws are from {stored} classes, but the student has {vocab_size}: some may "
                 "be classes that it lacks. Build another cache over the classes that both models share."
             )
-        metric = args.objective.positions.metric
-        if needs_teacher(metric):
+        positions = args.objective.positions
+        if positions.needs_teacher:
             raise InputError(
-                f"positions.metric: {metric} needs the teacher's full distribution, and a TeacherCache holds drawn "
-                "classes alone. Take a metric of the student (student_entropy, student_ce), or give a live teacher."
+                f"positions.metric: {positions.metric} needs the teacher's full distribution, and a TeacherCache holds "
+                "drawn classes alone. Take a metric of the student (student_entropy, student_ce), or give a live "
+                "teacher."
             )
         expected = {
             "sampler": args.class_options.sampler,
