@@ -100,8 +100,8 @@ def cells(entry: Entry) -> list[str]:
 
 def options_of(criterion: Criterion) -> str:
     """A criterion's options with their defaults, and between what they must lie."""
-    told = [f"`{key}` {value:g}" for key, value in criterion.options.items()]
-    return ", ".join(told + ["between 0 and 1"] * criterion.mixes)
+    options = [f"`{key}` {value:g}" for key, value in criterion.options.items()]
+    return ", ".join(options + ["between 0 and 1"] * criterion.mixes)
 
 
 def yes(answer: bool) -> str:

@@ -245,8 +245,8 @@ def test_a_built_in_policy_criterion_or_sampler_is_one_entry(monkeypatch: pytest
 
     recipe = {"positions": {"policy": "late", "metric": "kl"}, "criterion": {"name": "mixture"}}
     summary = words.summary({"recipe": recipe | {"classes": {"sampler": "first", "draws": 2}}})
-    for told in ("by mixed KL", "late positions by the divergence KL(teacher ‖ student)", "the 2 first classes"):
-        assert told in summary
+    for phrase in ("by mixed KL", "late positions by the divergence KL(teacher ‖ student)", "the 2 first classes"):
+        assert phrase in summary
     assert "| `late` | 1/n, late |" in pages(monkeypatch, "policies")
     assert "| `mixture` |  | `beta` 0.25, between 0 and 1 |" in pages(monkeypatch, "criteria")
     assert "| `first` |" in pages(monkeypatch, "samplers")

@@ -255,10 +255,10 @@ class Policy(Entry):
     Attributes:
         ranks: whether it looks at a metric's scores.
         metric: the metric that stands in a resolved recipe where the policy does not rank.
-        fraction: whether the recipe's fraction is needed, optional, or none of its.
+        fraction: whether it needs the recipe's fraction, may do without one, or has none.
         reductions: the reductions that it goes with, the default first. Only a policy whose K picked positions share
             one coefficient goes with both.
-        uniforms: what it takes random numbers for: each draw, each position, or nothing.
+        uniforms: what it takes random numbers for: each of its draws, each position, or nothing.
         options: keys of the recipe's positions that it has, with their defaults.
     """
 

@@ -47,13 +47,13 @@ class CriterionOptions(Part):
     def _complete(self) -> "CriterionOptions":
         criterion = Criterion.find(self.name)
         for key in ("alpha", "beta"):
-            given = getattr(self, key)
+            value = getattr(self, key)
             if key not in criterion.options:
-                if given is not None:
+                if value is not None:
                     raise ValueError(f"criterion.{key}: {self.name} has no {key}; leave it out")
-            elif given is None:
+            elif value is None:
                 self._settle(**{key: criterion.options[key]})
-            elif criterion.mixes and not 0 < given < 1:
+            elif criterion.mixes and not 0 < value < 1:
                 raise ValueError(f"criterion.{key}: {self.name} mixes two distributions; give a share between 0 and 1")
         if criterion.options and not any(getattr(self, key) for key in criterion.options):
             zeros = " and ".join(criterion.options)
@@ -74,18 +74,18 @@ class FractionSchedule(Part):
 
 MaybeScheduled = Annotated[
     Annotated[Fraction, Tag("<number>")] | Annotated[FractionSchedule, Tag("<schedule>")],
-    Discriminator(lambda given: "<schedule>" if isinstance(given, dict | FractionSchedule) else "<number>"),
+    Discriminator(lambda value: "<schedule>" if isinstance(value, dict | FractionSchedule) else "<number>"),
 ]
 
 
-def _steps_or_share(given: Any) -> Any:
-    if given is None:
+def _steps_or_share(value: Any) -> Any:
+    if value is None:
         return None
-    is_number = isinstance(given, int | float) and not isinstance(given, bool)
-    if is_number and given > 1 and given == int(given):
-        return int(given)
-    if is_number and (0 < given <= 1):
-        return given
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and value > 1 and value == int(value):
+        return int(value)
+    if is_number and (0 < value <= 1):
+        return value
     raise ValueError("expected a whole number of optimiser steps, or a share of the run's in (0, 1] such as 0.5 or 1.0")
 
 
@@ -271,8 +271,8 @@ class OnPolicyOptions(Part):
 def _settle_estimate(part: PositionOptions | SampleOptions, name: str, scoring: str, **defaults: float) -> None:
     """The options of an estimate: their defaults with ``scoring``, refused without it."""
     for key, default in {"frequent_classes": 4096, "tail_classes": 1024, **defaults}.items():
-        given = getattr(part, key)
-        if part.scoring == scoring and given is None:
+        value = getattr(part, key)
+        if part.scoring == scoring and value is None:
             part._settle(**{key: default})
-        elif part.scoring != scoring and given is not None:
+        elif part.scoring != scoring and value is not None:
             raise ValueError(f"{name}.{key}: an option of scoring: {scoring}, without effect on exact; leave it out")

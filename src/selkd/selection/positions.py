@@ -91,9 +91,9 @@ PICKED: tuple[Literal["per_sample", "per_position"], ...] = ("per_sample", "per_
 MITIGATIONS = {"smoothing": 1.0, "clip": None, "skip_first": 0, "coverage": 0.0}
 
 
-def take_all(given: Candidates) -> Tensor:
+def take_all(candidates: Candidates) -> Tensor:
     """Every valid position, a = 1/n (Full KD)."""
-    return _spread(given.valid_mask, given.scores.dtype)
+    return _spread(candidates.valid_mask, candidates.scores.dtype)
 
 
 Policy.add(
@@ -107,9 +107,9 @@ Policy.add(
 )
 
 
-def take_top(given: Candidates) -> Tensor:
+def take_top(candidates: Candidates) -> Tensor:
     """The K valid positions with the highest scores, equal scores to the earlier one; a = 1/K."""
-    return _spread(mark_highest(given.scores, given.valid_mask, given.counts), given.scores.dtype)
+    return _spread(mark_highest(candidates.scores, candidates.valid_mask, candidates.counts), candidates.scores.dtype)
 
 
 Policy.add(
@@ -131,14 +131,14 @@ Policy.add(
 )
 
 
-def take_above(given: Candidates) -> Tensor:
+def take_above(candidates: Candidates) -> Tensor:
     """gls: the valid positions whose score reaches the threshold; ``take_top`` while there is none.
 
     The step as a whole is divided by its budget, the sum of ceil(k*n), so what is returned only says which.
     """
-    if given.context.threshold is None:
-        return take_top(given)
-    return _spread(given.valid_mask & (given.scores >= given.context.threshold), given.scores.dtype)
+    if candidates.context.threshold is None:
+        return take_top(candidates)
+    return _spread(candidates.valid_mask & (candidates.scores >= candidates.context.threshold), candidates.scores.dtype)
 
 
 Policy.add(
@@ -153,13 +153,15 @@ Policy.add(
 )
 
 
-def take_window(given: Candidates) -> Tensor:
+def take_window(candidates: Candidates) -> Tensor:
     """Curriculum: K positions in ascending order of score, from the floor((n - K) * progress)th; a = 1/K."""
-    n_valid = given.valid_mask.sum(dim=-1)
-    start = torch.floor((n_valid - given.counts) * given.context.progress + 1e-9).to(torch.int64).unsqueeze(-1)
-    ranks = _ranks(given.scores.masked_fill(~given.valid_mask, torch.inf), descending=False)
-    picked = (ranks >= start) & (ranks < start + given.counts.unsqueeze(-1)) & given.valid_mask
-    return _spread(picked, given.scores.dtype)
+    n_valid = candidates.valid_mask.sum(dim=-1)
+    start = (
+        torch.floor((n_valid - candidates.counts) * candidates.context.progress + 1e-9).to(torch.int64).unsqueeze(-1)
+    )
+    ranks = _ranks(candidates.scores.masked_fill(~candidates.valid_mask, torch.inf), descending=False)
+    picked = (ranks >= start) & (ranks < start + candidates.counts.unsqueeze(-1)) & candidates.valid_mask
+    return _spread(picked, candidates.scores.dtype)
 
 
 Policy.add(
@@ -173,9 +175,9 @@ Policy.add(
 )
 
 
-def draw(given: Candidates) -> Tensor:
+def draw(candidates: Candidates) -> Tensor:
     """Pos RS-KD: K draws with replacement in proportion to u, a = c_t/K. Expectation: weighted KD."""
-    return _drawn(given, is_corrected=False)
+    return _drawn(candidates, is_corrected=False)
 
 
 Policy.add(
@@ -189,13 +191,13 @@ Policy.add(
 )
 
 
-def draw_corrected(given: Candidates) -> Tensor:
+def draw_corrected(candidates: Candidates) -> Tensor:
     """Pos RS-KD with importance correction: a = c_t / (K * n * r_t).
 
     Expectation: Full KD's mean, but for positions that are never drawn: those with u = 0, and, where ``coverage``
     leaves nothing to draw, all but the sure ones.
     """
-    return _drawn(given, is_corrected=True)
+    return _drawn(candidates, is_corrected=True)
 
 
 Policy.add(
@@ -208,9 +210,9 @@ Policy.add(
 )
 
 
-def weigh(given: Candidates) -> Tensor:
+def weigh(candidates: Candidates) -> Tensor:
     """Weighted KD: every valid position, a = u / sum u."""
-    return _proportional(given.scores.double().clamp(min=0), given.valid_mask).to(given.scores.dtype)
+    return _proportional(candidates.scores.double().clamp(min=0), candidates.valid_mask).to(candidates.scores.dtype)
 
 
 Policy.add(
@@ -243,29 +245,29 @@ def select(
     return coefficients
 
 
-def _drawn(given: Candidates, is_corrected: bool) -> Tensor:
-    assert given.uniforms is not None, "a policy that draws is given uniforms"
-    options, counts = given.options, given.counts
-    n_valid = given.valid_mask.sum(dim=-1, keepdim=True)
+def _drawn(candidates: Candidates, is_corrected: bool) -> Tensor:
+    assert candidates.uniforms is not None, "a policy that draws is given uniforms"
+    options, counts = candidates.options, candidates.counts
+    n_valid = candidates.valid_mask.sum(dim=-1, keepdim=True)
     sure_counts = counts_of(options.coverage or 0.0, counts)
-    sure = mark_highest(given.scores, given.valid_mask, sure_counts)
-    drawable, draws = given.valid_mask & ~sure, (counts - sure_counts).unsqueeze(-1)
-    u = _clipped(given.scores, given.valid_mask, options).masked_fill(~drawable, 0)
+    sure = mark_highest(candidates.scores, candidates.valid_mask, sure_counts)
+    drawable, draws = candidates.valid_mask & ~sure, (counts - sure_counts).unsqueeze(-1)
+    u = _clipped(candidates.scores, candidates.valid_mask, options).masked_fill(~drawable, 0)
     # In proportion to u^(1/s); the highest is 1, so that no power overflows.
     highest = u.amax(dim=-1, keepdim=True)
     r = _proportional((u / highest.masked_fill(highest == 0, 1.0)) ** (1 / (options.smoothing or 1.0)), drawable)
 
     cumulative = r.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    points = given.uniforms[:, : int(counts.max()) if len(counts) else 0] * total
+    points = candidates.uniforms[:, : int(counts.max()) if len(counts) else 0] * total
     points = points.minimum(torch.nextafter(total, torch.zeros_like(total)))  # rounding never reaches past the last
     places = torch.searchsorted(cumulative, points.contiguous(), right=True).clamp_(max=r.shape[-1] - 1)
     is_draw = torch.arange(points.shape[-1], device=r.device) < draws
     times = torch.zeros_like(r).scatter_add_(-1, places, is_draw.to(r.dtype))
     if is_corrected:
         drawn = times / (draws * n_valid * r).masked_fill(times == 0, 1.0)
-        return (drawn + sure.to(r.dtype) / n_valid.clamp(min=1)).to(given.scores.dtype)
-    return ((times + sure) / counts.unsqueeze(-1).clamp(min=1)).to(given.scores.dtype)
+        return (drawn + sure.to(r.dtype) / n_valid.clamp(min=1)).to(candidates.scores.dtype)
+    return ((times + sure) / counts.unsqueeze(-1).clamp(min=1)).to(candidates.scores.dtype)
 
 
 def _clipped(scores: Tensor, valid_mask: Tensor, options: PositionOptions) -> Tensor:
