@@ -11,7 +11,6 @@ from selkd.estimate.cache_size import MEASURED, SOURCE, typical_bytes
 from selkd.estimate.memory import Memory, Setting, memory
 from selkd.estimate.plan import Plan, make_plan, teacher_tokens
 from selkd.estimate.probe import Rates, probe
-from selkd.evaluation.sample_scores import NEEDS_TEACHER
 from selkd.models.loading import read_config, resolve_dtype
 from selkd.models.sources import default_cache_dir
 from selkd.recipe.evaluation import benchmarks_of
@@ -165,6 +164,6 @@ def _notes(recipe: Recipe, plan: Plan, needed: Memory, rates: Rates | None, gpus
         notes.append("teacher.quantization: the teacher is counted as it is without")
     if recipe.teacher.device is not None:
         notes.append("teacher.device: the teacher is counted on the student's device")
-    if recipe.samples is not None and recipe.samples.metric in NEEDS_TEACHER:
+    if recipe.samples is not None and recipe.samples.needs_teacher:
         notes.append(f"scoring by {recipe.samples.metric} runs the teacher over every sample")
     return notes

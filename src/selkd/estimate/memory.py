@@ -13,7 +13,6 @@ from selkd.estimate.architecture import Architecture
 from selkd.estimate.body import BodyMemory, body_memory
 from selkd.estimate.optimiser import optimiser_bytes
 from selkd.estimate.plan import Plan
-from selkd.evaluation.sample_scores import NEEDS_TEACHER
 from selkd.maths.chunked import CHUNK_BYTES
 from selkd.recipe.recipe import Recipe
 from selkd.training.arguments import DistillArguments
@@ -107,7 +106,7 @@ def memory(student: Architecture, teacher: Architecture, setting: Setting) -> Me
     drawing = teacher_weights + inference[1].peak + _CHUNK_TENSORS["draw"] * chunk
     stages = {"train": train}
     if recipe.samples is not None and recipe.samples.metric != "random":
-        with_teacher = recipe.samples.metric in NEEDS_TEACHER
+        with_teacher = recipe.samples.needs_teacher
         stages["score"] = process + scoring + (teacher_weights + inference[1].peak if with_teacher else 0)
     if not is_live:
         stages["cache"] = process + weights + drawing

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError
-from selkd.evaluation.sample_scores import NEEDS_TEACHER
 from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import CALIBRATION_SAMPLES, Workspace
 from selkd.training.arguments import DistillArguments
@@ -121,7 +120,7 @@ def _shares(fraction: Any) -> tuple[float, float]:
 
 def teacher_tokens(recipe: Recipe, plan: Plan) -> dict[str, int]:
     """Tokens that the teacher will run on, by stage; ``total`` is their sum."""
-    scores = recipe.samples is not None and recipe.samples.metric in NEEDS_TEACHER
+    scores = recipe.samples is not None and recipe.samples.needs_teacher
     found = {
         "prune": 0 if recipe.student.model else round(min(CALIBRATION_SAMPLES, plan.samples) * plan.sample_tokens),
         "score": plan.train_tokens if scores else 0,
