@@ -18,7 +18,7 @@ OVERLAP = np.array([[1.0, 0.223], [np.nan, 1.0]])
 def logged_plots(metrics: list[dict[str, Any]]) -> dict[str, str]:
     """The plots of a training log, by name."""
     record = {"fidelity": {"before": {"kl_nats": 1.8}, "after": {"kl_nats": 0.9}}, "train": {"steps": 22}}
-    run = RunFiles(record, "", metrics, None, None, None, None)
+    run = RunFiles(record, "", metrics, None, None, {})
     return {plot.name: plot.svg for plot in views.training_plots(run)}
 
 

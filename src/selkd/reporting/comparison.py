@@ -156,12 +156,12 @@ def _names(first_runs: Sequence[Member]) -> list[str]:
     """Each recipe's name: its first run's, with as much of its path as tells apart those that share one."""
     names = [str(dig(member.record, "name") or member.path.name) for member in first_runs]
     paths = [member.path.absolute() for member in first_runs]
-    told = []
+    longer = []
     for name, path in zip(names, paths, strict=True):
         others = [p for n, p in zip(names, paths, strict=True) if n == name and p != path]
-        told.append(f"{name} ({_short_of(path, others)})" if others else name)
+        longer.append(f"{name} ({_short_of(path, others)})" if others else name)
     # A folder's name in brackets could be another run's own name; the numbers have the last word.
-    return [name if told.count(name) == 1 else f"{name} [{number}]" for number, name in enumerate(told, start=1)]
+    return [name if longer.count(name) == 1 else f"{name} [{number}]" for number, name in enumerate(longer, start=1)]
 
 
 def _short_of(path: Path, others: Sequence[Path]) -> str:

@@ -59,8 +59,8 @@ def _different_keys(comparison: RunComparison) -> dict[str, list[str]]:
     """The recipes' keys whose values differ between them: key -> the value of each recipe."""
     flat = [_flat(group.recipe) for group in comparison.groups]
     keys = dict.fromkeys(key for recipe in flat for key in recipe)
-    values = {key: [_told(recipe.get(key)) for recipe in flat] for key in keys}
-    return {key: told for key, told in values.items() if len(set(told)) > 1}
+    values = {key: [_as_text(recipe.get(key)) for recipe in flat] for key in keys}
+    return {key: texts for key, texts in values.items() if len(set(texts)) > 1}
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _flat(tree: Any, key: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return formats.DASH if value is None else value if isinstance(value, str) else json.dumps(value)
 
 

@@ -15,7 +15,17 @@ from selkd.reporting import formats
 from selkd.reporting.comparison import Group, RunComparison
 from selkd.reporting.figure import DASHED, INK, MUTED, PAPER, SERIES, Plot, in_percent, lying, one_plot, unit
 from selkd.reporting.formats import dig
-from selkd.reporting.measures import KL, PERPLEXITY, SECONDS, STAGES, VALIDATION, ReportedMeasure, Summary, alone
+from selkd.reporting.measures import (
+    KL,
+    PERPLEXITY,
+    SECONDS,
+    STAGES,
+    VALIDATION,
+    ReportedMeasure,
+    Summary,
+    alone,
+    summarise,
+)
 
 _WIDTH = 420
 _MARKERS = "osD^vP"
@@ -59,17 +69,9 @@ def _trade(comparison: RunComparison, quality: ReportedMeasure) -> Plot | None:
         return None
     with one_plot(height=300, width=_WIDTH) as (figure, axes):
         for number, name in enumerate(shown):
-            x, y = across[name], up[name]
-            axes.errorbar(
-                [x.mean],
-                [y.mean],
-                xerr=x.deviation,
-                yerr=y.deviation,
-                markersize=7,
-                linestyle="none",
-                markeredgecolor=PAPER,
-                **_series(number, name),
-            )
+            look: dict[str, Any] = {"markersize": 7, "linestyle": "none", "markeredgecolor": PAPER}
+            x = across[name]
+            _draw_series(axes, number, name, [(x.mean, up[name])], xerr=x.deviation, **look)
         axes.grid(visible=True, axis="both")
         axes.margins(0.15)
         axes.set_xlabel(PERPLEXITY.name)
@@ -132,14 +134,7 @@ def _budget(comparison: RunComparison, part: str, measure: ReportedMeasure) -> P
         return None
     with one_plot(height=260, width=_WIDTH) as (figure, axes):
         for number, line in enumerate(lines):
-            axes.errorbar(
-                [fraction for fraction, _ in line.points],
-                [summary.mean for _, summary in line.points],
-                yerr=[summary.deviation or 0.0 for _, summary in line.points],
-                markersize=5,
-                linewidth=1.6,
-                **_series(number, line.name),
-            )
+            _draw_series(axes, number, line.name, line.points, markersize=5, linewidth=1.6)
             if line.unlimited is not None:
                 name, summary = line.unlimited
                 at_left: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
@@ -224,14 +219,19 @@ def _beside(axes: Axes, value: float, row: float, text: str) -> None:
     axes.annotate(text, (value, row), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=10)
 
 
-def _series(number: int, name: str) -> dict[str, Any]:
-    """How a series is told from the others: once the colours are used up they come again, with other markers."""
-    return {
-        "color": SERIES[number % len(SERIES)],
-        "marker": _MARKERS[(number // len(SERIES) + number) % len(_MARKERS)],
-        "elinewidth": 1,
-        "label": _short(name),
-    }
+def _draw_series(axes: Axes, number: int, name: str, points: Sequence[tuple[float, Summary]], **look: Any) -> None:
+    """Means with their deviations; once the colours are used up they come again, with other markers."""
+    deviations = [summary.deviation or 0.0 for _, summary in points]
+    axes.errorbar(
+        [x for x, _ in points],
+        [summary.mean for _, summary in points],
+        yerr=deviations if any(deviations) else None,
+        color=SERIES[number % len(SERIES)],
+        marker=_MARKERS[(number // len(SERIES) + number) % len(_MARKERS)],
+        elinewidth=1,
+        label=_short(name),
+        **look,
+    )
 
 
 def _legend(axes: Axes) -> None:
@@ -246,9 +246,8 @@ def _scale(axes: Axes, measure: ReportedMeasure) -> None:
 
 
 def _mean_seconds(group: Group, stage: str) -> float:
-    seconds = [alone(member.record, stage, "seconds") for member in group.members]
-    known = [value for value in seconds if value is not None]
-    return sum(known) / len(known) if known else 0.0
+    summary = summarise([alone(member.record, stage, "seconds") for member in group.members])
+    return 0.0 if summary is None else summary.mean
 
 
 def _short(text: str, room: int = 24) -> str:

@@ -66,22 +66,22 @@ def _csv(rows: list[list[Any]]) -> str:
 def cells(comparison: RunComparison, group: Group) -> list[tuple[str, str]]:
     """A measure each: 7.31 ± 0.26 (the deviation over seeds), and +0.4 ± 0.3, the difference to the baseline if any."""
     return [
-        (_told(group.summary(measure), measure), _told_difference(comparison.difference(group, measure), measure))
+        (_mean(group.summary(measure), measure), _difference(comparison.difference(group, measure), measure))
         for measure in comparison.measures
     ]
 
 
-def _told(summary: Summary | None, measure: ReportedMeasure) -> str:
+def _mean(summary: Summary | None, measure: ReportedMeasure) -> str:
     if summary is None:
         return formats.DASH
-    told = measure.form(summary.mean)
-    return told if summary.deviation is None else f"{told} ± {measure.form(summary.deviation)}"
+    mean = measure.form(summary.mean)
+    return mean if summary.deviation is None else f"{mean} ± {measure.form(summary.deviation)}"
 
 
-def _told_difference(summary: Summary | None, measure: ReportedMeasure) -> str:
+def _difference(summary: Summary | None, measure: ReportedMeasure) -> str:
     if summary is None:
         return ""
-    return ("+" if summary.mean > 0 else "") + _told(summary, measure)
+    return ("+" if summary.mean > 0 else "") + _mean(summary, measure)
 
 
 def as_markdown(comparison: RunComparison) -> str:
@@ -92,8 +92,8 @@ def as_markdown(comparison: RunComparison) -> str:
         "|---|---:|" + "---:|" * len(measures),
     ]
     for group in comparison.groups:
-        told = [f"{told} ({difference})" if difference else told for told, difference in cells(comparison, group)]
-        lines.append(f"| {_plain(group.name)} | {len(group.members)} | " + " | ".join(told) + " |")
+        figures = [f"{mean} ({difference})" if difference else mean for mean, difference in cells(comparison, group)]
+        lines.append(f"| {_plain(group.name)} | {len(group.members)} | " + " | ".join(figures) + " |")
     notes = ["Mean ± deviation over seeds (n − 1)."]
     if comparison.baseline is not None:
         notes.append(f"In brackets the paired difference to {_plain(comparison.baseline)}, seed by seed.")
@@ -104,11 +104,11 @@ def as_markdown(comparison: RunComparison) -> str:
 
 def legend(comparison: RunComparison) -> list[str]:
     """What the columns of costs count."""
-    told = "Time is that of scoring, caching, training and evaluating, without preparing the text and the student"
+    time = "Time is that of scoring, caching, training and evaluating, without preparing the text and the student"
     if PAID_SECONDS not in comparison.measures:
-        return [f"{told}."]
+        return [f"{time}."]
     return [
-        f"{told}. Some runs share scores or a cache. Time and teacher tokens are what each would cost alone: a shared "
+        f"{time}. Some runs share scores or a cache. Time and teacher tokens are what each would cost alone: a shared "
         "part counts in full for every run that uses it, as it was measured where it was made.",
         "Paid here: what it really took, a shared part only for the run that made it.",
     ]

@@ -23,7 +23,7 @@ class ReportedMeasure:
         name: in words.
         read: the figure of a record, None where it was not measured.
         form: as people read it.
-        is_outcome: whether it tells how good the student is (else what it cost): only then differences are told.
+        is_outcome: whether it tells how good the student is (else what it cost): only then are differences shown.
         asked: what the figure was measured on, in words -> value: figures of other questions are not compared.
         rows: for an outcome, whether its rows are to choose by or to report.
     """
@@ -98,14 +98,14 @@ AGREEMENT = _fidelity("top1_agreement", "top-1 agreement", formats.percent)
 class Closeness:
     """A measure of closeness to the teacher before and after training, and the teacher's own figure; None if unknown.
 
-    ``teacher_told`` is the teacher's figure as text: that it agrees with itself is exact, and told without decimals.
+    ``teacher_text`` is the teacher's figure as text: its agreement with itself is exact, and stands without decimals.
     """
 
     measure: ReportedMeasure
     before: float | None
     after: float | None
     teacher: float | None
-    teacher_told: str
+    teacher_text: str
 
     @property
     def gap_closed(self) -> float | None:
@@ -128,8 +128,8 @@ def closeness(record: Record) -> list[Closeness]:
     own = dig(record, "fidelity", "teacher", "perplexity")
     before, after = dig(record, "fidelity", "before"), dig(record, "fidelity", "after")
     return [
-        Closeness(measure, dig(before, measure.key), dig(after, measure.key), teacher, told)
-        for measure, teacher, told in (
+        Closeness(measure, dig(before, measure.key), dig(after, measure.key), teacher, text)
+        for measure, teacher, text in (
             (PERPLEXITY, own, formats.perplexity(own)),
             (KL, 0.0, "0"),
             (AGREEMENT, 1.0, "100%"),

@@ -9,8 +9,8 @@ _POINTS = 300  # of a panel: two a pixel
 
 
 def memory_plot(series: Mapping[str, Mapping[str, list[float]]]) -> str:
-    """An SVG: a panel a variant, gigabytes over seconds, all on one scale; each one's peak is told, and the floor's
-    peak drawn through all.
+    """An SVG: a panel a variant, gigabytes over seconds, all on one scale; every title names the peak, and the floor's
+    peak is drawn through all.
 
     Args:
         series: variant -> ``seconds`` and ``bytes`` of the readings, ``step_seconds`` when each step began.

@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # ``count`` takes the place of Jinja's own, which is called ``length`` too.
-    forms = ("bytes_per_position", "count", "data_size", "duration", "nats", "or_dash", "parameters", "percent")
-    environment.filters |= {name: getattr(formats, name) for name in (*forms, "capital", "share")}
+    # How a number reads is a filter; ``count`` takes the place of Jinja's own, which is called ``length`` too.
+    environment.filters |= {name: form for name, form in vars(formats).items() if isfunction(form)}
     # Only our own plots are let through unescaped.
     environment.filters |= {"plot": Markup, "markdown": markdown, "markdown_code": markdown_code}
     environment.globals |= {"dash": formats.DASH, "text": {"levels": HEAT_LEVELS}}

@@ -10,10 +10,10 @@ from matplotlib.ticker import MaxNLocator
 from selkd.reporting.figure import ACCENT, INK, PAPER, QUIET, Plot, one_plot, unit
 from selkd.reporting.run_files import Overlap
 
+Scored = Literal["samples", "positions"]
 
-def score_histogram(
-    what: Literal["samples", "positions"], caption: str, scores: np.ndarray, chosen: np.ndarray, axis_label: str
-) -> Plot:
+
+def score_histogram(what: Scored, caption: str, scores: np.ndarray, chosen: np.ndarray, axis_label: str) -> Plot:
     """How the scores spread, the chosen ones coloured, at the foot; of samples with a line at the cut, if there is one.
 
     Among positions every sample has its own cut, so there is no line.
@@ -45,7 +45,7 @@ def score_histogram(
     return Plot(f"scores-of-{what}", f"Scores of the {what}", caption, figure)
 
 
-def overlap_map(what: Literal["samples", "positions"], title: str, overlap: Overlap) -> Plot:
+def overlap_map(what: Scored, title: str, overlap: Overlap) -> Plot:
     """Which share of the row's choice is in the column's, as a map of numbers: the stronger the colour, the more."""
     count = len(overlap.metrics)
     with one_plot(height=50 + 24 * count, width=400) as (figure, axes):
@@ -55,8 +55,8 @@ def overlap_map(what: Literal["samples", "positions"], title: str, overlap: Over
             cell = (column - 0.5, row - 0.5)
             axes.add_patch(Rectangle(cell, 1, 1, facecolor=ACCENT, alpha=depth, linewidth=0))
             axes.add_patch(Rectangle(cell, 1, 1, facecolor="none", edgecolor=PAPER, linewidth=1.5))
-            told, colour = f"{100 * share:.0f}" if is_known else "–", PAPER if depth > 0.65 else INK
-            axes.text(column, row, told, color=colour, ha="center", va="center", fontsize=10)
+            text, colour = f"{100 * share:.0f}" if is_known else "–", PAPER if depth > 0.65 else INK
+            axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=10)
         names = [name if len(name) <= 30 else name[:29] + "…" for name in overlap.metrics]
         axes.set_xlim(-0.5, count - 0.5)
         axes.set_ylim(count - 0.5, -0.5)

@@ -15,11 +15,11 @@ Row = tuple[str, Callable[[Record], str]]
 
 
 def _before_after(measure: ReportedMeasure) -> Row:
-    def told(record: Record) -> str:
+    def cell(record: Record) -> str:
         before, after = (dig(record, "fidelity", when, measure.key) for when in ("before", "after"))
         return formats.arrow(before, after, measure.form)
 
-    return measure.name, told
+    return measure.name, cell
 
 
 def _value(name: str, form: Form, *keys: str) -> Row:
@@ -112,8 +112,8 @@ def estimate_tables(answer: dict[str, Any]) -> list[Table | Text]:
         "teacher queries": f"{formats.count(answer['teacher_tokens']['total'])} tokens",
     }
     if (cache := answer["teacher_cache"]) is not None:
-        size, each = formats.data_size(cache["bytes"]), formats.bytes_per_position(cache["bytes_per_position"])
-        whole["teacher cache"] = f"{'' if cache['is_measured'] else 'about '}{size}, {each} a position"
+        size, share = formats.data_size(cache["bytes"]), formats.bytes_per_position(cache["bytes_per_position"])
+        whole["teacher cache"] = f"{'' if cache['is_measured'] else 'about '}{size}, {share} a position"
     if (seconds := answer["seconds"]) is not None:
         names = {"step": "a step", "total": "total time"}
         whole |= {

@@ -4,35 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from selkd.reporting import benchmarks, coloured_text, formats, plots, selection_plots, words
+from selkd.reporting import coloured_text, formats, plots, selection_plots, words
 from selkd.reporting.figure import Plot
 from selkd.reporting.formats import dig
 from selkd.reporting.run_files import RunFiles
+from selkd.reporting.selection_plots import Scored
 
 SHOWN_SAMPLES = 3  # the examples hold more, for the histogram
-_STAGES = {
-    "prepare": "Prepare models and text",
-    "score": "Score the samples",
-    "cache": "Build the teacher cache",
-    "train": "Train the student",
-    "evaluate": "Evaluate",
-}
-
-
-def layers(record: dict[str, Any]) -> list[tuple[bool, str]]:
-    """The teacher's layers where the student was cut from it: whether each was kept, and a tooltip."""
-    pruned = dig(record, "student", "pruned_from_teacher")
-    kept, influence, n_layers = dig(pruned, "kept_layers"), dig(pruned, "influence"), dig(record, "teacher", "layers")
-    if kept is None or n_layers is None:
-        return []
-    return [
-        (
-            layer in kept,
-            f"layer {layer}: {'kept' if layer in kept else 'dropped'}"
-            + (f", influence {influence[layer]:.3f}" if influence and layer < len(influence) else ""),
-        )
-        for layer in range(n_layers)
-    ]
 
 
 def training_plots(run: RunFiles) -> list[Plot]:
@@ -44,10 +22,10 @@ def training_plots(run: RunFiles) -> list[Plot]:
     caption = "The loss that training minimises: the student’s distance from the teacher at the selected positions"
     if (weight := dig(run.record, "recipe", "criterion", "kd_weight")) is not None and weight < 1:
         caption += f", mixed with {formats.fraction(1 - weight)} cross-entropy on the true next token"
-    found = [plots.step_plot("loss", "Loss", f"{caption}.", "loss", [plots.logged(metrics, "loss")])]
+    drawn = [plots.step_plot("loss", "Loss", f"{caption}.", "loss", [plots.logged(metrics, "loss")])]
     held_out = _held_out_kl(run)
     if "kd_nats" in keys or len(held_out.steps):
-        found.append(
+        drawn.append(
             plots.step_plot(
                 "divergence",
                 "Divergence from the teacher",
@@ -58,7 +36,7 @@ def training_plots(run: RunFiles) -> list[Plot]:
             )
         )
     if {"selected_entropy_nats", "mean_entropy_nats"} <= keys:
-        found.append(
+        drawn.append(
             plots.step_plot(
                 "entropy",
                 "Where the student was unsure",
@@ -74,13 +52,13 @@ def training_plots(run: RunFiles) -> list[Plot]:
     if "selected_share" in keys:
         caption = "The part of all positions that the loss looked at, step by step."
         line = plots.logged(metrics, "selected_share")
-        found.append(plots.step_plot("share", "Share selected", caption, "selected positions", [line], "share"))
+        drawn.append(plots.step_plot("share", "Share selected", caption, "selected positions", [line], "share"))
     # Of approximate with exact scoring; the student's with its teacher is logged on held-out text.
     for key in sorted(key for key in keys if key.endswith("agreement") and not key.startswith("held_out"))[:1]:
         caption = "How many of the positions that exact scores would select the quick, approximate scores found."
         line, measured = plots.logged(metrics, key), "of the exact selection"
-        found.append(plots.step_plot("agreement", "Approximate scoring", caption, measured, [line], "agreement"))
-    return found
+        drawn.append(plots.step_plot("agreement", "Approximate scoring", caption, measured, [line], "agreement"))
+    return drawn
 
 
 def _held_out_kl(run: RunFiles) -> plots.Line:
@@ -98,7 +76,7 @@ def _held_out_kl(run: RunFiles) -> plots.Line:
 
 def histograms(run: RunFiles) -> list[Plot]:
     """How the scores of the positions and of the samples spread, where there are any."""
-    found = []
+    drawn = []
     # Over every sample of the examples, also those whose text the page does not show.
     positions = [
         (score, is_selected)
@@ -117,8 +95,8 @@ def histograms(run: RunFiles) -> list[Plot]:
             "own cut."
         )
         label = _axis_label(metric, "at a position")
-        found.append(selection_plots.score_histogram("positions", caption, scores, selected > 0, label))
-    if (samples := run.sample_scores) is not None and len(samples.scores):
+        drawn.append(selection_plots.score_histogram("positions", caption, scores, selected > 0, label))
+    if (samples := run.scored_samples) is not None and len(samples.scores):
         metric = dig(run.record, "recipe", "samples", "metric")
         caption = (
             f"Before training, each of {formats.count(len(samples.scores))} samples was scored by "
@@ -126,8 +104,8 @@ def histograms(run: RunFiles) -> list[Plot]:
             "ones were kept."
         )
         label = _axis_label(metric, "mean of a sample")
-        found.append(selection_plots.score_histogram("samples", caption, samples.scores, samples.kept, label))
-    return found
+        drawn.append(selection_plots.score_histogram("samples", caption, samples.scores, samples.kept, label))
+    return drawn
 
 
 def _axis_label(metric: str | None, of: str) -> str:
@@ -139,12 +117,12 @@ def _axis_label(metric: str | None, of: str) -> str:
 
 def overlaps(run: RunFiles) -> list[Plot]:
     """The heat maps of what several metrics choose, where they were measured."""
-    found = []
-    if run.position_overlap is not None:
-        found.append(selection_plots.overlap_map("positions", "Position metrics", run.position_overlap))
-    if run.sample_overlap is not None:
-        found.append(selection_plots.overlap_map("samples", "Sample filters", run.sample_overlap))
-    return found
+    titles: dict[Scored, str] = {"positions": "Position metrics", "samples": "Sample filters"}
+    return [
+        selection_plots.overlap_map(what, title, run.overlaps[what])
+        for what, title in titles.items()
+        if what in run.overlaps
+    ]
 
 
 def text(run: RunFiles) -> dict[str, Any]:
@@ -162,58 +140,18 @@ def text(run: RunFiles) -> dict[str, Any]:
     }
 
 
-def storage(record: dict[str, Any]) -> dict[str, Any]:
-    """The teacher cache beside the two usual ways to store a teacher's signal."""
+def storage_layouts(record: dict[str, Any]) -> dict[str, float | None]:
+    """Bytes a position of the teacher cache, and of the two usual ways to store a teacher's signal."""
     cache = dig(record, "teacher_cache")
-    sizes = {
+    return {
         "this run’s cache": dig(cache, "bytes_per_position"),
         "fixed width, 3 bytes a draw": dig(cache, "fixed_width_bytes_per_position"),
         "full logits in bfloat16": dig(cache, "full_logits_bytes_per_position"),
     }
-    ours, positions = dig(cache, "bytes_per_position"), dig(cache, "positions")
-    known = [(name, float(size)) for name, size in sizes.items() if size]
-    return {
-        "layouts": [
-            {
-                "name": name,
-                "size": size,
-                "whole": None if size is None or positions is None else size * positions,
-                "times": formats.times(size, ours),
-            }
-            for name, size in sizes.items()
-        ],
-        "storage_plot": plots.storage_plot(known) if ours and len(known) > 1 else None,
-    }
 
 
-def costs(record: dict[str, Any]) -> dict[str, Any]:
-    """Time and peak memory by stage, each with the width of its bar in percent of the longest."""
-    place = "process" if dig(record, "peak_memory_bytes", "accelerator") is None else "accelerator"
-    seconds = [dig(record, "seconds", key) for key in _STAGES]
-    peaks = [dig(record, "peak_memory_bytes", "by_stage", key, place) for key in _STAGES]
-    rows = zip(_STAGES.values(), seconds, _widths(seconds), peaks, _widths(peaks), strict=True)
-    columns = ("name", "seconds", "seconds_width", "peak", "peak_width")
-    return {
-        "stages": [dict(zip(columns, row, strict=True)) for row in rows],
-        "has_memory": any(peak is not None for peak in peaks),
-    }
-
-
-def _widths(values: list[float | None]) -> list[float]:
-    longest = max(value or 0.0 for value in values) or 1.0
-    return [100 * (value or 0.0) / longest for value in values]
-
-
-def benchmark_table(record: dict[str, Any]) -> list[dict[str, str]]:
-    """A row a measured number: its name, before and after training, and its standard error."""
-    before, after = benchmarks.scores(record, "before"), benchmarks.scores(record, "after")
-
-    def told(score: benchmarks.Score | None) -> str:
-        return formats.DASH if score is None else formats.score(score.value)
-
-    rows = []
-    for path in dict.fromkeys([*before, *after]):
-        stderr = None if path not in after else after[path].stderr
-        cells = {"name": " ".join(path), "before": told(before.get(path)), "after": told(after.get(path))}
-        rows.append({**cells, "stderr": formats.DASH if stderr is None else f"± {formats.score(stderr)}"})
-    return rows
+def storage_plot(record: dict[str, Any]) -> Plot | None:
+    """The layouts on one axis, if the run's own is known and another."""
+    ours, *others = storage_layouts(record).items()
+    known = [(name, float(size)) for name, size in (ours, *others) if size]
+    return plots.storage_plot(known) if ours in known and len(known) > 1 else None
