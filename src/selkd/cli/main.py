@@ -58,9 +58,7 @@ def _leave_process_group() -> None:
 
 @app.callback()
 def root(
-    debug: Annotated[
-        bool, Option("--debug", help="Show the traceback of an error, given anywhere in the line.")
-    ] = False,
+    debug: Annotated[bool, Option("--debug", help="Show an error's traceback; anywhere in the line.")] = False,
 ) -> None:
     """Selective knowledge distillation of causal language models: choose positions, classes and samples."""
 
@@ -105,10 +103,7 @@ def score(recipe: RecipeName, out: Out = None, overrides: Overrides = None, json
 def eval_command(
     models: Annotated[
         list[str],
-        Argument(
-            metavar="[NAME=]MODEL...",
-            help="demo, the folder of a model or of a run, or a hub id; several are compared.",
-        ),
+        Argument(metavar="[NAME=]MODEL...", help="demo, a model's or run's folder, or a hub id; several compare."),
     ],
     suite: Annotated[
         list[str] | None,
@@ -123,13 +118,11 @@ def eval_command(
     ] = "demo",
     text_field: Annotated[str | None, Option(help="The field that holds the text; text if not given.")] = None,
     prompt_field: Annotated[
-        str | None,
-        Option(help="The field that holds a prompt, where there is no text; its completion alone is measured."),
+        str | None, Option(help="The field that holds a prompt; its completion, and no text, is measured.")
     ] = None,
     completion_field: Annotated[str | None, Option(help="The field that holds the prompt's completion.")] = None,
     messages_field: Annotated[
-        str | None,
-        Option(help="The field that holds a conversation, where there is no text; the assistant's turns are measured."),
+        str | None, Option(help="The field that holds a conversation; the assistant's turns are measured.")
     ] = None,
     template: Annotated[str | None, Option(help="How a prompt reads, as a recipe's data.template.")] = None,
     data: Annotated[
@@ -201,8 +194,7 @@ def bench(
     variant: Annotated[list[str] | None, Option(help="Run this variant and the floor alone. May be repeated.")] = None,
     memory: Annotated[bool, Option(help="Measure peak memory too, in a process for each variant.")] = True,
     trace: Annotated[
-        Path | None,
-        Option(metavar="DIR", help="The folder for memory.json and memory.svg, memory over time."),
+        Path | None, Option(metavar="DIR", help="The folder for memory.json and memory.svg, memory over time.")
     ] = None,
     json_output: Json = False,
 ) -> None:
@@ -271,8 +263,7 @@ def sweep_command(
 def report(
     runs: Annotated[list[Path], Argument(metavar="RUN...", help="The folders that `selkd distill` wrote.")],
     out: Annotated[
-        Path | None,
-        Option(help="The folder to write into; the run's own, or comparison for several, if not given."),
+        Path | None, Option(help="The folder to write into; the run's own, or comparison for several, if not given.")
     ] = None,
     baseline: Annotated[
         str | None, Option(help="The recipe that the others are compared with; the first one if not given.")

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from selkd.reporting import words
-from selkd.reporting.formats import dig, or_dash, percent
+from selkd.reporting.formats import dig
 from selkd.reporting.measures import closeness
 from selkd.reporting.rendering import render
 
@@ -43,7 +43,6 @@ def model_card(record: dict[str, Any]) -> str:
         words=words,
         base=base,
         figures=[row for row in closeness(record) if row.after is not None],
-        benchmarks=_benchmarks(record),
         recipe_yaml=recipe_yaml,
         fence="`" * max(3, longest + 1),
     )
@@ -65,20 +64,3 @@ def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value := dig(recipe, part, key), str) and value != "demo" and _hub_id(value) is None:
             recipe[part][key] = Path(value).name
     return recipe
-
-
-def _benchmarks(record: dict[str, Any]) -> list[dict[str, str]]:
-    """Each task's counted figure after training, with its rows and shots."""
-    rows = []
-    for name, task in (dig(record, "benchmarks", "after", "tasks") or {}).items():
-        metric = task.get("counts") or next(iter(task["metrics"]))
-        value = dig(task, "metrics", metric, "value")
-        rows.append(
-            {
-                "name": name,
-                "described": str(task.get("described") or metric),
-                "shots": or_dash(task.get("shots")),
-                "figure": percent(value) if task.get("counts") else or_dash(value),
-            }
-        )
-    return rows

@@ -83,17 +83,11 @@ def _trade(comparison: RunComparison, quality: ReportedMeasure) -> Plot | None:
 
 @dataclass(frozen=True)
 class BudgetLine:
-    """Recipes that differ in one fraction alone.
+    """Recipes that differ in one fraction alone."""
 
-    Attributes:
-        name: what the recipes' names begin with in common.
-        points: (fraction, figure) in ascending order.
-        unlimited: the name and the figure of the recipe without a limit, if there is one.
-    """
-
-    name: str
-    points: list[tuple[float, Summary]]
-    unlimited: tuple[str, Summary] | None
+    name: str  # what the recipes' names begin with in common
+    points: list[tuple[float, Summary]]  # (fraction, figure) in ascending order
+    unlimited: tuple[str, Summary] | None  # name and figure of the recipe without a limit, if there is one
 
 
 def budget_lines(comparison: RunComparison, part: str, measure: ReportedMeasure) -> list[BudgetLine]:

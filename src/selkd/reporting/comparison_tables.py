@@ -34,32 +34,29 @@ def as_json(comparison: RunComparison) -> dict[str, Any]:
 
 def as_csv(comparison: RunComparison) -> str:
     """A row a recipe; unknown figures are empty."""
-    measures = comparison.measures
-    columns = ("mean", "deviation", "n", "difference", "difference_deviation", "difference_n")
-    rows: list[list[Any]] = [["recipe", *(f"{measure.key}_{column}" for measure in measures for column in columns)]]
-    for group in comparison.groups:
-        row: list[Any] = [group.name]
-        for measure in measures:
-            for summary in (group.summary(measure), comparison.difference(group, measure)):
-                row += ["", "", ""] if summary is None else [summary.mean, summary.deviation, summary.n]
+    rows = []
+    for recipe in as_json(comparison)["recipes"]:
+        row = {"recipe": recipe["name"]}
+        for key, figure in recipe["figures"].items():
+            difference = figure["difference"] or {}
+            row |= {f"{key}_{column}": figure[column] for column in ("mean", "deviation", "n")}
+            row |= {f"{key}_difference": difference.get("mean")}
+            row |= {f"{key}_difference_{column}": difference.get(column) for column in ("deviation", "n")}
         rows.append(row)
     return _csv(rows)
 
 
 def runs_as_csv(comparison: RunComparison) -> str:
     """A row a run."""
-    measures = comparison.measures
-    rows: list[list[Any]] = [["recipe", "seed", "path", *(measure.key for measure in measures)]]
-    for group in comparison.groups:
-        for member in group.members:
-            figures = [measure.read(member.record) for measure in measures]
-            rows.append([group.name, member.seed, member.path, *figures])
-    return _csv(rows)
+    rows = ((recipe["name"], run) for recipe in as_json(comparison)["recipes"] for run in recipe["runs"])
+    return _csv([{"recipe": name, "seed": run["seed"], **run} for name, run in rows])
 
 
-def _csv(rows: list[list[Any]]) -> str:
+def _csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(["" if cell is None else cell for cell in row] for row in rows)
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
