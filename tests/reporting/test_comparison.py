@@ -16,7 +16,7 @@ from selkd.reporting.comparison import compare
 from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.comparison_plots import budget_lines, comparison_plots
 from selkd.reporting.comparison_tables import as_csv, as_json, as_markdown, runs_as_csv
-from selkd.reporting.measures import KL, PERPLEXITY
+from selkd.reporting.measures import PERPLEXITY
 
 # (recipe, fraction) -> perplexity by seed
 PERPLEXITIES = {
@@ -197,8 +197,7 @@ def test_a_shared_part_counts_in_full_for_every_run_that_uses_it(tmp_path: Path)
     assert tokens == [[1100, 1100], [1100, 100], [None, 100]]
     assert "a shared part counts in full for every run that uses it" in as_markdown(comparison)
     (time,) = [plot for plot in comparison_plots(comparison) if plot.name == "time"]
-    with time.drawn() as drawn:
-        beside = [text.get_text() for text in drawn.axes[0].texts]
+    beside = [text.get_text() for text in time.figure.axes[0].texts]
     assert [text for text in beside if text.endswith(" s")] == ["30.0 s", "30.0 s", "more than 10.0 s"]
     # Without sharing there is one column of time.
     plain = compare(make_runs(tmp_path / "plain"))
@@ -253,12 +252,15 @@ def test_the_tables_agree_with_the_figures(tmp_path: Path) -> None:
 
 
 def test_budget_lines_join_what_differs_in_the_fraction_alone(tmp_path: Path) -> None:
-    groups = compare(make_runs(tmp_path)).groups
-    (line,) = budget_lines(groups, "positions", KL)
-    assert [fraction for fraction, _ in line.points] == [0.2, 0.5]
-    assert line.unlimited is groups[0]
+    comparison = compare(make_runs(tmp_path))
+    (line,) = budget_lines(comparison, "positions", PERPLEXITY)
+    assert [(fraction, figure.mean) for fraction, figure in line.points] == [
+        (0.2, pytest.approx(95.5 / 3)),
+        (0.5, 31.5),
+    ]
+    assert line.unlimited == ("full_kd", comparison.groups[0].summary(PERPLEXITY))
     assert line.name == "se_kd"
-    assert budget_lines(groups, "samples", KL) == []
+    assert budget_lines(comparison, "samples", PERPLEXITY) == []
 
 
 def test_two_recipes_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -3,28 +3,41 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from made_run import demo_metrics
 
-from selkd.reporting import plots, selection_plots
+from selkd.reporting import plots, selection_plots, views
+from selkd.reporting.run_files import Overlap, RunFiles
 
 SCORES = np.linspace(0.0, 5.0, 101)
+OVERLAP = np.array([[1.0, 0.223], [np.nan, 1.0]])
+
+
+def logged_plots(metrics: list[dict[str, Any]]) -> dict[str, str]:
+    """The plots of a training log, by name."""
+    record = {"fidelity": {"before": {"kl_nats": 1.8}, "after": {"kl_nats": 0.9}}, "train": {"steps": 22}}
+    run = RunFiles(record, "", metrics, None, None, {})
+    return {plot.name: plot.svg for plot in views.training_plots(run)}
+
+
+def histogram(scores: np.ndarray, chosen: np.ndarray, label: str = "entropy", what: Any = "samples") -> str:
+    return selection_plots.score_histogram(what, "", scores, chosen, label).svg
 
 
 def all_plots() -> list[str]:
-    metrics = demo_metrics()
     return [
-        plots.loss_plot(metrics),
-        plots.entropy_plot(metrics),
-        plots.share_plot(metrics),
-        plots.divergence_plot(metrics, [(0, 1.8), (22, 0.9)]),
-        plots.agreement_plot([line | {"scoring_agreement": 0.97} for line in metrics], "scoring_agreement"),
-        selection_plots.position_histogram(SCORES, SCORES >= 4.0, "entropy"),
-        selection_plots.overlap_map(["a", "b"], np.array([[1.0, 0.2], [np.nan, 1.0]]), "Overlap", "overlap"),
-        selection_plots.score_histogram(SCORES, SCORES >= 4.0, "entropy"),
-        plots.storage_plot([("this run’s cache", 31.7), ("full logits", 98_304.0)]),
+        *logged_plots([line | {"scoring_agreement": 0.97} for line in demo_metrics()]).values(),
+        histogram(SCORES, SCORES >= 4.0, what="positions"),
+        histogram(SCORES, SCORES >= 4.0),
+        selection_plots.overlap_map("samples", "Sample filters", Overlap(["a", "b"], OVERLAP)).svg,
+        plots.storage_plot([("this run’s cache", 31.7), ("full logits", 98_304.0)]).svg,
     ]
+
+
+def test_every_part_of_the_log_has_its_plot() -> None:
+    assert len(all_plots()) == 9
 
 
 def texts(svg: str) -> list[str]:
@@ -34,12 +47,12 @@ def texts(svg: str) -> list[str]:
 def test_the_same_data_gives_the_same_bytes_in_another_process_with_other_settings() -> None:
     script = (
         "import sys, matplotlib; matplotlib.rcParams.update({'font.size': 30, 'svg.fonttype': 'path'}); "
-        "sys.path.insert(0, '.'); from made_run import demo_metrics; from selkd.reporting import plots; "
-        "sys.stdout.buffer.write(plots.loss_plot(demo_metrics()).encode())"
+        "sys.path.insert(0, '.'); from test_plots import demo_metrics, logged_plots; "
+        "sys.stdout.buffer.write(logged_plots(demo_metrics())['loss'].encode())"
     )
     here = Path(__file__).parent
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=here).stdout
-    assert other.decode() == plots.loss_plot(demo_metrics())
+    assert other.decode() == logged_plots(demo_metrics())["loss"]
 
 
 def test_plots_take_their_colours_from_the_page() -> None:
@@ -65,28 +78,28 @@ def test_plots_of_one_page_share_no_identifier_and_style_nothing_else() -> None:
 
 
 def test_the_names_of_two_lines_that_meet_do_not_lie_on_each_other() -> None:
-    metrics = [{"step": step, "selected_entropy_nats": 3.0, "mean_entropy_nats": 3.0} for step in (1, 2)]
-    root = ElementTree.fromstring(plots.entropy_plot(metrics))
+    metrics = [{"step": step, "selected_entropy_nats": 3.0, "mean_entropy_nats": 3.0, "loss": 1} for step in (1, 2)]
+    root = ElementTree.fromstring(logged_plots(metrics)["entropy"])
     heights = {element.text: float(element.get("y", "nan")) for element in root.iter() if element.tag.endswith("}text")}
     assert heights["all positions"] - heights["selected"] > 12
 
 
 def test_the_cut_is_drawn_only_where_scores_decided() -> None:
-    assert "cut 4.00" in texts(selection_plots.score_histogram(SCORES, SCORES >= 4.0, "entropy"))
+    assert "cut 4.00" in texts(histogram(SCORES, SCORES >= 4.0))
     mixed = np.arange(len(SCORES)) % 5 == 0
-    assert not any(text.startswith("cut") for text in texts(selection_plots.score_histogram(SCORES, mixed, "entropy")))
+    assert not any(text.startswith("cut") for text in texts(histogram(SCORES, mixed)))
 
 
 def test_an_overlap_is_told_in_percent_and_what_is_unknown_by_a_dash() -> None:
-    overlap = np.array([[1.0, 0.223], [np.nan, 1.0]])
-    found = texts(selection_plots.overlap_map(["kl", "student_entropy"], overlap, "Overlap", "overlap"))
-    assert found[-4:] == ["100", "22", "–", "100"]
-    assert [text for text in found if text.endswith(("  1", "  2"))] == ["kl  1", "student_entropy  2"]
+    overlap = Overlap(["kl", "student_entropy"], OVERLAP)
+    told = texts(selection_plots.overlap_map("positions", "Position metrics", overlap).svg)
+    assert told[-4:] == ["100", "22", "–", "100"]
+    assert [text for text in told if text.endswith(("  1", "  2"))] == ["kl  1", "student_entropy  2"]
 
 
 def test_equal_scores_and_a_single_sample_are_drawn() -> None:
-    assert selection_plots.score_histogram(np.full(3, 2.0), np.array([True, True, False]), "entropy").startswith("<svg")
-    assert selection_plots.score_histogram(np.array([1.5]), np.array([True]), "entropy").startswith("<svg")
+    assert histogram(np.full(3, 2.0), np.array([True, True, False])).startswith("<svg")
+    assert histogram(np.array([1.5]), np.array([True])).startswith("<svg")
 
 
 def test_every_score_lies_in_a_bin_and_none_straddles_the_cut() -> None:
@@ -100,12 +113,14 @@ def test_every_score_lies_in_a_bin_and_none_straddles_the_cut() -> None:
 
 def test_a_long_log_is_thinned_and_an_empty_or_broken_one_still_drawn() -> None:
     long = [{"step": step, "loss": 1.0 + 1 / step} for step in range(1, 20_001)]
-    assert len(plots.loss_plot(long)) < 60_000
-    assert plots.loss_plot([]).startswith("<svg")
-    assert plots.loss_plot([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}]).startswith("<svg")
+    assert len(logged_plots(long)["loss"]) < 60_000
+    assert logged_plots([]) == {}
+    empty = plots.step_plot("loss", "Loss", "", "loss", [plots.logged([], "loss")])
+    assert empty.svg.startswith("<svg")
+    assert logged_plots([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}])["loss"].startswith("<svg")
 
 
 def test_names_in_a_plot_are_text_and_no_formula() -> None:
-    svg = selection_plots.score_histogram(SCORES, SCORES >= 4.0, "$\\frac{ <script>")
+    svg = histogram(SCORES, SCORES >= 4.0, "$\\frac{ <script>")
     assert "<script" not in svg
     assert "$\\frac{ <script>" in texts(svg)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from selkd.cli.cache import cache_app
-from selkd.cli.options import Json, Out, Overrides, RecipeName, print_answer, quiet
+from selkd.cli.options import Json, Out, Overrides, RecipeName, load, print_answer, print_json, quiet
 from selkd.errors import InputError, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -57,9 +58,7 @@ def _leave_process_group() -> None:
 
 @app.callback()
 def root(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error (any place in the line).")
-    ] = False,
+    debug: Annotated[bool, Option("--debug", help="Show an error's traceback; anywhere in the line.")] = False,
 ) -> None:
     """Selective knowledge distillation of causal language models: choose positions, classes and samples."""
 
@@ -67,16 +66,14 @@ def root(
 @app.command()
 def demo(
     out: Out = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also run Full KD on the same samples.")] = False,
+    compare: Annotated[bool, Option("--compare", help="Also run Full KD on the same samples.")] = False,
     overrides: Overrides = None,
     json_output: Json = False,
 ) -> None:
     """Distil a real 135M model on this machine: SE-KD 3X on the embedded default, in minutes."""
-    from selkd.recipe.files import load_recipe
     from selkd.run.pipeline import distill, full_kd_on_same_samples
 
-    quiet()
-    run = distill(load_recipe("demo", overrides), out)
+    run = distill(load("demo", overrides), out)
     runs = [run, full_kd_on_same_samples(run)] if compare else [run]
     _show(runs, json_output)
 
@@ -86,67 +83,61 @@ def distill_command(
     recipe: RecipeName, out: Out = None, overrides: Overrides = None, json_output: Json = False
 ) -> None:
     """Score, cache, train, evaluate and report. Repeat the command to continue an interrupted run."""
-    from selkd.recipe.files import load_recipe
     from selkd.run.pipeline import distill
 
-    quiet()
-    _show([distill(load_recipe(recipe, overrides), out)], json_output)
+    _show([distill(load(recipe, overrides), out)], json_output)
 
 
 @app.command()
 def score(recipe: RecipeName, out: Out = None, overrides: Overrides = None, json_output: Json = False) -> None:
     """Score the samples with the frozen initial student and choose which to keep."""
-    from selkd.recipe.files import load_recipe
     from selkd.run.pipeline import score_only
 
-    quiet()
-    run = score_only(load_recipe(recipe, overrides), out)
-    counts = run.record["counts"]
+    run = score_only(load(recipe, overrides), out)
     scores = run.path / "selection" / "samples.parquet"
-    answer = {
-        "samples": counts["samples"],
-        "samples_kept": counts["samples_kept"],
-        "scores": str(scores) if scores.exists() else None,
-    }
-    print_answer(answer, json_output)
+    counts = {key: run.record["counts"][key] for key in ("samples", "samples_kept")}
+    print_answer({**counts, "scores": str(scores) if scores.exists() else None}, json_output)
 
 
 @app.command("eval")
 def eval_command(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME=]MODEL...", help="demo, a folder, a run's folder or a hub id; several compare."),
+        Argument(metavar="[NAME=]MODEL...", help="demo, a model's or run's folder, or a hub id; several compare."),
     ],
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="fidelity, paper, validation, a benchmark or a harness task; may be repeated. [fidelity]"),
+        Option(
+            help="What to measure with: fidelity (if not given), paper, validation, a benchmark or a task of "
+            "lm-evaluation-harness. May be repeated."
+        ),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="For fidelity: demo, a local folder or a hub id.")] = None,
+    teacher: Annotated[str | None, Option(help="Fidelity's teacher: demo, a folder or a hub id.")] = None,
     text: Annotated[
-        str, typer.Option(help="For fidelity: demo, a text file, a folder of them or a hub data set.")
+        str, Option(help="Fidelity's text: demo, a text file, a folder of them or a hub data set.")
     ] = "demo",
-    text_field: Annotated[str | None, typer.Option(help="The field of .jsonl and .parquet text. [text]")] = None,
+    text_field: Annotated[str | None, Option(help="The field that holds the text; text if not given.")] = None,
     prompt_field: Annotated[
-        str | None, typer.Option(help="In its place: the field of a prompt; completions alone are measured.")
+        str | None, Option(help="The field that holds a prompt; its completion, and no text, is measured.")
     ] = None,
-    completion_field: Annotated[str | None, typer.Option(help="The field of its completion.")] = None,
+    completion_field: Annotated[str | None, Option(help="The field that holds the prompt's completion.")] = None,
     messages_field: Annotated[
-        str | None, typer.Option(help="In its place: the field of a conversation; the assistant's turns are measured.")
+        str | None, Option(help="The field that holds a conversation; the assistant's turns are measured.")
     ] = None,
-    template: Annotated[str | None, typer.Option(help="Of prompts: as a recipe's data.template.")] = None,
+    template: Annotated[str | None, Option(help="How a prompt reads, as a recipe's data.template.")] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="A folder of the benchmarks' .jsonl files; no hub. May be repeated.")
+        list[Path] | None,
+        Option(help="A folder of .jsonl files with the benchmarks' rows, in place of the hub. May be repeated."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Examples of a task at most, spread evenly; of fidelity, windows of text.")
+        int | None,
+        Option(min=1, help="At most so many examples of a task, or windows of fidelity's text, spread evenly."),
     ] = None,
-    shots: Annotated[int, typer.Option(min=0, help="Solved examples before a question.")] = 0,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put prompts into the chat template.")] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Prompts at once; found from the memory if not given.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Where results are kept, and found again.")] = Path("evals"),
+    shots: Annotated[int, Option(min=0, help="How many solved examples stand before a question.")] = 0,
+    chat_template: Annotated[bool, Option("--chat-template", help="Put prompts into the chat template.")] = False,
+    batch_size: Annotated[int | None, Option(min=1, help="Prompts at once; as many as fit if not given.")] = None,
+    dtype: Annotated[str, Option(help="The weights' precision: auto, float32, bfloat16 or float16.")] = "auto",
+    out: Annotated[Path, Option(help="The folder that keeps the results.")] = Path("evals"),
     json_output: Json = False,
 ) -> None:
     """Measure models: fidelity to a teacher, the paper's benchmarks, any task; the first against the others."""
@@ -171,9 +162,10 @@ def eval_command(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None, json_output: Json = False
+    name: Annotated[str | None, Argument(help="The recipe to print; lists all if not given.")] = None,
+    json_output: Json = False,
 ) -> None:
-    """The named recipes; print one."""
+    """List the named recipes, or print one."""
     from selkd.errors import nearest
     from selkd.recipe.files import named_recipes
 
@@ -184,7 +176,7 @@ def recipes(
     elif name not in named:
         raise InputError(f"{name}: no such recipe. Named recipes: {', '.join(named)}.{nearest(name, named)}")
     elif json_output:
-        print_answer({"name": name, "yaml": named[name]}, json_output)
+        print_json({"name": name, "yaml": named[name]})
     else:
         typer.echo(named[name], nl=False)
 
@@ -193,25 +185,21 @@ def recipes(
 def bench(
     recipe: RecipeName,
     overrides: Overrides = None,
-    repeats: Annotated[int, typer.Option(help="Turns through all variants, after one to warm up.")] = 5,
-    variant: Annotated[
-        list[str] | None, typer.Option(help="Only this variant, and the floor (may be given several times).")
-    ] = None,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too, a process for each variant.")] = True,
+    repeats: Annotated[int, Option(help="How often all variants are run, after once to warm up.")] = 5,
+    variant: Annotated[list[str] | None, Option(help="Run this variant and the floor alone. May be repeated.")] = None,
+    memory: Annotated[bool, Option(help="Measure peak memory too, in a process for each variant.")] = True,
     trace: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write memory over time here: memory.json and memory.svg.")
+        Path | None, Option(metavar="DIR", help="The folder for memory.json and memory.svg, memory over time.")
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """The recipe's step against its floor and against plain Full KD, on this machine: seconds and memory."""
+    """Measure a recipe's step against its floor and against plain Full KD, on this machine: seconds and memory."""
     from selkd.bench.report import bench as measure
     from selkd.bench.table import print_table
-    from selkd.recipe.files import load_recipe
 
-    quiet()
-    answer = measure(load_recipe(recipe, overrides), repeats=repeats, variants=variant, memory=memory, trace=trace)
+    answer = measure(load(recipe, overrides), repeats=repeats, variants=variant, memory=memory, trace=trace)
     if json_output:
-        typer.echo(json.dumps(answer, indent=2))
+        print_json(answer)
     else:
         print_table(answer, trace)
 
@@ -220,41 +208,35 @@ def bench(
 def estimate(
     recipe: RecipeName,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Plan for so many accelerators; this machine's device if not given.")
+        int | None, Option(min=1, help="Accelerators to plan for; this machine's device if not given.")
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=2, help="Plan for so many training tokens; the recipe's if not given.")
-    ] = None,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Run a few steps here to measure time and cache bytes.")
-    ] = False,
+    tokens: Annotated[int | None, Option(min=2, help="Training tokens to plan for; the recipe's if not given.")] = None,
+    probe: Annotated[bool, Option("--probe", help="Run a few steps here to measure time and cache bytes.")] = False,
     overrides: Overrides = None,
     json_output: Json = False,
 ) -> None:
-    """Memory, teacher queries, cache and time of a recipe, before they are spent."""
+    """Estimate a recipe's memory, teacher queries, cache and time before they are spent."""
     from selkd.estimate.estimate import estimate as estimated
-    from selkd.recipe.files import load_recipe
     from selkd.reporting.tables import estimate_tables
 
-    quiet()
-    answer = estimated(load_recipe(recipe, overrides), gpus=gpus, tokens=tokens, with_probe=probe)
+    answer = estimated(load(recipe, overrides), gpus=gpus, tokens=tokens, with_probe=probe)
     if json_output:
-        typer.echo(json.dumps(answer, indent=2))
+        print_json(answer)
         return
-    from rich.console import Console
+    from rich import print as rich_print
 
     for table in estimate_tables(answer):
-        Console().print(table)
+        rich_print(table)
 
 
 @app.command("sweep")
 def sweep_command(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A named study (demo_positions) or a YAML file.")],
-    out: Annotated[Path | None, typer.Option(help="The study's folder; runs/<study name> if not given.")] = None,
+    study: Annotated[str, Argument(metavar="STUDY", help="A named study (demo_positions) or a YAML file.")],
+    out: Annotated[Path | None, Option(help="The study's folder; runs/<study name> if not given.")] = None,
     overrides: Overrides = None,
     json_output: Json = False,
 ) -> None:
-    """Recipes x seeds into one table. Repeat the command to continue; one failed run does not sink the rest."""
+    """Run each recipe of a study with each seed into one table. Repeat the command to continue, failed runs too."""
     from selkd.recipe.files import parse_override
     from selkd.sweep.study import load_study
     from selkd.sweep.sweep import sweep
@@ -264,7 +246,7 @@ def sweep_command(
     result = sweep(name, content, folder, out or Path("runs") / name, keys)
     comparison = result.out / "comparison"
     if json_output:
-        typer.echo(json.dumps({"study": name, "failed": result.failed, "table": result.table}, indent=2))
+        print_json({"study": name, "failed": result.failed, "table": result.table})
     elif result.table is not None:
         typer.echo(f"{(comparison / 'table.md').read_text(encoding='utf-8')}\nreport  {comparison / 'report.html'}")
     if result.failed:
@@ -274,16 +256,16 @@ def sweep_command(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `selkd distill` wrote.")],
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="The folders that `selkd distill` wrote.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write; the run's own folder, or `comparison` for several runs.")
+        Path | None, Option(help="The folder to write into; the run's own, or comparison for several, if not given.")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="The recipe that differences are told against; the first one if not given.")
+        str | None, Option(help="The recipe that the others are compared with; the first one if not given.")
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """The page of one run, or a table, plots and a page of several side by side."""
+    """Write the page of one run, or a table, plots and a page of several side by side."""
     from selkd.reporting.comparison import compare
     from selkd.reporting.comparison_page import PAGE, write_comparison
     from selkd.reporting.comparison_tables import as_markdown
@@ -298,7 +280,7 @@ def report(
     comparison = compare(runs, baseline)
     content = write_comparison(comparison, folder, "Runs side by side")
     if json_output:
-        typer.echo(json.dumps({"report": str(folder / PAGE), **content}, indent=2))
+        print_json({"report": str(folder / PAGE), **content})
     else:
         typer.echo(f"{as_markdown(comparison)}\nreport  {folder / PAGE}")
     if comparison.failed:
@@ -308,34 +290,35 @@ def report(
 
 @app.command()
 def tokens(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The student: demo, a local folder or a hub id.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="The student: demo, a local folder or a hub id.")],
     text: Annotated[
         str | None,
-        typer.Argument(metavar="[TEXT]", help="The text; what is piped in, or a demo passage, if not given."),
+        Argument(metavar="[TEXT]", help="The text; what is piped in, or else a demo passage, if not given."),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A UTF-8 file that holds the text.")] = None,
-    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="For metrics that look at a teacher.")] = None,
+    file: Annotated[Path | None, Option(help="A UTF-8 file that holds the text.")] = None,
+    teacher: Annotated[str | None, Option(metavar="MODEL", help="The teacher, for metrics that look at one.")] = None,
     metric: Annotated[
-        str, typer.Option(help="What colours the tokens, and ranks them: a metric's name or module:function.")
+        str, Option(help="The metric that colours and ranks the tokens: its name, or module:function.")
     ] = "student_entropy",
     policies: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--policy",
             metavar="NAME[,KEY=VALUE...]",
-            help="A policy with its options, as in pos_rs,smoothing=2; again for another beside it. "
-            "progress=0.5 is half-way through a run. top_k if not given.",
+            help="A policy with its options, as in pos_rs,smoothing=2; top_k if not given. progress=0.5 shows it "
+            "half-way through a run. May be repeated, to see several side by side.",
         ),
     ] = None,
-    fraction: Annotated[float, typer.Option(help="The share of the positions that a policy picks.")] = 0.2,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page.")] = None,
+    fraction: Annotated[float, Option(help="The share of the positions that a policy picks.")] = 0.2,
+    html: Annotated[Path | None, Option(metavar="FILE", help="The page to write as well.")] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a sample at most; longer text is cut. 512, or what fits.")
+        int | None,
+        Option(min=2, help="The most tokens of a sample; longer text is cut. 512, or what fits, if not given."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of policies that draw.")] = 1337,
+    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="The seed of metrics and policies that draw.")] = 1337,
     json_output: Json = False,
 ) -> None:
-    """What a policy picks of a text, coloured by a metric: in the terminal and as a page."""
+    """Show what a policy picks of a text, coloured by a metric, in the terminal and as a page."""
     from selkd.tokens.page import check_page_path, write_tokens_page
     from selkd.tokens.policy import check_metric, parse_policy
     from selkd.tokens.views import describe
@@ -372,13 +355,13 @@ def tokens(
 
 @app.command("prune-student")
 def prune_student(
-    out: Annotated[Path, typer.Option(help="A new folder for the student.")],
-    layers: Annotated[int, typer.Option(min=1, help="How many of the teacher's layers to keep.")],
-    teacher: Annotated[str, typer.Option(help="demo, a local folder or a hub id.")] = "demo",
-    data: Annotated[str, typer.Option(help="Text on which the layers' influence is measured.")] = "demo",
+    out: Annotated[Path, Option(help="The student's folder, which must be new.")],
+    layers: Annotated[int, Option(min=1, help="How many of the teacher's layers to keep.")],
+    teacher: Annotated[str, Option(help="The teacher: demo, a local folder or a hub id.")] = "demo",
+    data: Annotated[str, Option(help="The text on which the layers' influence is measured.")] = "demo",
     json_output: Json = False,
 ) -> None:
-    """Cut a student from a teacher's own layers: those with the least block influence go."""
+    """Cut a student from a teacher: its layers with the least block influence go."""
     from selkd.run.pipeline import prune_into
 
     quiet()
@@ -387,9 +370,9 @@ def prune_student(
 
 def _show(runs: list[Any], json_output: bool) -> None:
     """The closing table of one run or several, and where their pages are."""
+    records = [run.record for run in runs]
     if json_output:
-        records = [run.record for run in runs]
-        typer.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
+        print_json(records[0] if len(records) == 1 else records)
         return
     from rich.console import Console
 
@@ -397,7 +380,7 @@ def _show(runs: list[Any], json_output: bool) -> None:
     from selkd.reporting.tables import fidelity_table
 
     console = Console()
-    console.print(fidelity_table([run.record for run in runs]))
+    console.print(fidelity_table(records))
     for run in runs:
         for sentence in cut(run.record):
             console.print(sentence, highlight=False, markup=False)

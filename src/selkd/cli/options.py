@@ -2,18 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A named recipe (see `selkd recipes`) or a YAML file.")
-]
-Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/<recipe name> if not given.")]
+if TYPE_CHECKING:  # a quick ``--help`` loads no recipe
+    from selkd.recipe.recipe import Recipe
+
+RecipeName = Annotated[str, Argument(metavar="RECIPE", help="A named recipe (see `selkd recipes`) or a YAML file.")]
+Out = Annotated[Path | None, Option(help="The run's folder; runs/<recipe name> if not given.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set positions.fraction=0.1")
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set positions.fraction=0.1.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON to standard output.")]
+Json = Annotated[bool, Option("--json", help="Print the answer as JSON to standard output.")]
 
 
 def quiet() -> None:
@@ -23,10 +25,23 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
+def load(recipe: str, overrides: list[str] | None) -> "Recipe":
+    """The recipe of a command that runs models."""
+    from selkd.recipe.files import load_recipe
+
+    quiet()
+    return load_recipe(recipe, overrides)
+
+
+def print_json(answer: object) -> None:
+    """The answer of a command with ``--json``."""
+    typer.echo(json.dumps(answer, indent=2))
+
+
 def print_answer(answer: dict[str, Any], json_output: bool, empty: str = "") -> None:
-    """A small mapping, as JSON or a line a key."""
+    """A small mapping, as JSON or a line a key; ``empty`` stands for a list without entries."""
     if json_output:
-        typer.echo(json.dumps(answer, indent=2))
+        print_json(answer)
         return
     for key, value in answer.items():
         if isinstance(value, dict | list):

@@ -25,21 +25,18 @@ class Score:
 def scores(record: Mapping[str, Any], when: str = "after") -> dict[tuple[str, ...], Score]:
     """(task or suite, metric) -> score, in the record's order; empty if nothing was measured."""
     content = dig(record, "benchmarks", when)
-    found: dict[tuple[str, ...], Score | None] = {}
-    for suite in ("paper", "validation"):
-        figures = dig(content, suite)
-        for name, figure in (figures or {}).items() if suite == "paper" else [("", figures)]:
-            found[(suite, name) if name else (suite,)] = _score(figure)
+    paper = dig(content, "paper") or {}
+    figures: dict[tuple[str, ...], Any] = {("paper", name): figure for name, figure in paper.items()}
+    figures["validation",] = dig(content, "validation")
     for task, result in (dig(content, "tasks") or {}).items():
-        for metric, figure in (dig(result, "metrics") or {}).items():
-            found[str(task), str(metric)] = _score(figure)
-    return {path: score for path, score in found.items() if score is not None}
+        figures |= {(str(task), str(metric)): figure for metric, figure in (dig(result, "metrics") or {}).items()}
+    return {path: score for path, figure in figures.items() if (score := _score(figure)) is not None}
 
 
 def cut(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each task whose prompts were too long for the student; they are the same before and after."""
-    told = dig(record, "benchmarks", "after", "cut") or dig(record, "benchmarks", "before", "cut") or {}
-    return [f"{task}: {sentence}." for task, sentence in told.items()]
+    sentences = dig(record, "benchmarks", "after", "cut") or dig(record, "benchmarks", "before", "cut") or {}
+    return [f"{task}: {sentence}." for task, sentence in sentences.items()]
 
 
 @dataclass(frozen=True)
@@ -58,21 +55,20 @@ def accuracies(record: Mapping[str, Any]) -> dict[str, Mean]:
     """
     content = dig(record, "benchmarks", "after")
     tasks = dig(content, "tasks") or {}
-    found = {}
-    suites = {
-        "paper": (dig(content, "paper", "acc"), dig(content, "paper", "acc_is_the_mean_of")),
-        "validation": (dig(content, "validation"), dig(content, "validation", "accuracy_is_the_mean_of")),
-    }
-    counted = {name: _score(dig(result, "metrics", str(dig(result, "counts")))) for name, result in tasks.items()}
-    rest = {str(name): score.value for name, score in counted.items() if score is not None}
-    for suite, (figure, parts) in suites.items():
-        if (mean := _score(figure)) is not None:
-            found[f"{suite} suite"] = Mean(mean.value, {str(n): dig(tasks, n, "examples") for n in parts or ()})
+    examples = {str(name): dig(result, "examples") for name, result in tasks.items()}
+    counted = {str(name): _score(dig(result, "metrics", str(dig(result, "counts")))) for name, result in tasks.items()}
+    rest = {name: score.value for name, score in counted.items() if score is not None}
+    means = {}
+    for suite, figure, parts in (
+        ("paper", dig(content, "paper", "acc"), dig(content, "paper", "acc_is_the_mean_of")),
+        ("validation", dig(content, "validation"), dig(content, "validation", "accuracy_is_the_mean_of")),
+    ):
+        if (score := _score(figure)) is not None:
+            means[f"{suite} suite"] = Mean(score.value, {str(name): examples.get(str(name)) for name in parts or ()})
             rest = {name: value for name, value in rest.items() if name not in SUITES[suite]}
     if rest:
-        asked = {name: dig(tasks, name, "examples") for name in rest}
-        found[", ".join(sorted(rest))] = Mean(sum(rest.values()) / len(rest), asked)
-    return found
+        means[", ".join(sorted(rest))] = Mean(sum(rest.values()) / len(rest), {name: examples[name] for name in rest})
+    return means
 
 
 def _score(figure: Any) -> Score | None:

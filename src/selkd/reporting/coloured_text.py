@@ -15,8 +15,16 @@ LIGHT, PLAIN, HEAVY = range(3)
 WEIGHTS = {PLAIN: "selected", HEAVY: "with a high weight", LIGHT: "with a low weight"}
 # A weight this many times the mean of the selected ones, or more, is heavy; below half of it, light.
 _HEAVY_FROM, _LIGHT_BELOW = 1.5, 0.5
-# They reorder what stands around them, so that a text could pass for another.
-_BIDI_CONTROLS = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+# The pictures of control characters. Those of writing direction have none: they reorder what stands around them, so
+# that a text could pass for another. Neither have C1 and lone surrogates, which can't be written as UTF-8.
+_WRITING_DIRECTION = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_PICTURES = {
+    **{code: chr(0x2400 + code) for code in range(32)},
+    **dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000), *_WRITING_DIRECTION), "\ufffd"),
+    ord("\t"): "\t",
+    ord("\n"): "↵\n",
+    127: "␡",
+}
 
 
 @dataclass(frozen=True)
@@ -34,23 +42,8 @@ class TokenView:
 
 
 def visible(text: str) -> str:
-    """A token's text with line ends shown (and kept) and other control characters replaced by their pictures.
-
-    Those without a picture (C1, the controls of writing direction), and lone surrogates, which can't be written as
-    UTF-8, become U+FFFD.
-    """
-    shown = []
-    for character in text:
-        code = ord(character)
-        if character == "\n":
-            shown.append("↵\n")
-        elif character != "\t" and (code < 32 or code == 127):
-            shown.append(chr(0x2421 if code == 127 else 0x2400 + code))
-        elif 0x80 <= code < 0xA0 or 0xD800 <= code <= 0xDFFF or code in _BIDI_CONTROLS:
-            shown.append("\ufffd")
-        else:
-            shown.append(character)
-    return "".join(shown)
+    """A token's text with line ends shown (and kept) and other control characters as their pictures, or as U+FFFD."""
+    return text.translate(_PICTURES)
 
 
 def marked_part(text: str) -> tuple[str, str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from selkd.errors import InputError
 from selkd.reporting.formats import dig
-from selkd.reporting.measures import Measure, Record, Summary, measures_of, paired, summarise
+from selkd.reporting.measures import Record, ReportedMeasure, Summary, measures_of, paired, summarise
 from selkd.reporting.run_files import read_record, require_run
 
 # What tells runs of one recipe apart without changing what is compared.
@@ -29,25 +29,29 @@ class Group:
     """The runs of one recipe, one a seed."""
 
     name: str
-    recipe: dict[str, Any]
     members: tuple[Member, ...]
 
-    def values(self, measure: Measure) -> dict[int, float | None]:
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What is the same in all of its runs."""
+        return comparable(self.members[0].record.get("recipe") or {})
+
+    def values(self, measure: ReportedMeasure) -> dict[int, float | None]:
         """Seed -> figure."""
         return {member.seed: measure.read(member.record) for member in self.members}
 
-    def asked(self, measure: Measure) -> list[Mapping[str, Any]]:
+    def asked(self, measure: ReportedMeasure) -> list[Mapping[str, Any]]:
         """What the runs that have the figure measured it on, each once."""
-        found = [measure.asked(m.record) for m in self.members if measure.read(m.record) is not None]
-        return [asked for number, asked in enumerate(found) if asked not in found[:number]]
+        asked = [measure.asked(m.record) for m in self.members if measure.read(m.record) is not None]
+        return [question for number, question in enumerate(asked) if question not in asked[:number]]
 
-    def summary(self, measure: Measure) -> Summary | None:
+    def summary(self, measure: ReportedMeasure) -> Summary | None:
         """None also where the runs did not measure the same."""
         return None if len(self.asked(measure)) > 1 else summarise(list(self.values(measure).values()))
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Several recipes; ``baseline`` is the name of the one that differences are told against, ``failed`` run -> why.
 
     ``failed`` has those whose record is damaged, too.
@@ -58,11 +62,11 @@ class Comparison:
     failed: dict[str, str]
 
     @property
-    def measures(self) -> list[Measure]:
+    def measures(self) -> list[ReportedMeasure]:
         """Those that at least one run has."""
         return measures_of(member.record for group in self.groups for member in group.members)
 
-    def difference(self, group: Group, measure: Measure) -> Summary | None:
+    def difference(self, group: Group, measure: ReportedMeasure) -> Summary | None:
         """Paired over the seeds against the baseline.
 
         None for the baseline itself, for what is no outcome, and where the two did not measure the same.
@@ -72,7 +76,7 @@ class Comparison:
             return None
         return paired(group.values(measure), other.values(measure))
 
-    def why_not(self, group: Group, measure: Measure) -> str | None:
+    def why_not(self, group: Group, measure: ReportedMeasure) -> str | None:
         """Why there is no mean or no difference, where there are figures for it."""
         ours, other = group.asked(measure), self._baseline
         if len(ours) > 1:
@@ -82,23 +86,24 @@ class Comparison:
             return None
         return f"no difference to {self.baseline}, as they differ in {_differing([*ours, *theirs])}"
 
-    def alike(self, measure: Measure) -> list[Group]:
-        """The recipes with a mean that measured the same as the baseline, or, if it has none, as the first one."""
-        known = [group for group in self.groups if group.summary(measure) is not None]
-        first = next((group for group in known if group is self._baseline), known[0] if known else None)
-        return [group for group in known if first is not None and group.asked(measure) == first.asked(measure)]
+    def alike(self, measure: ReportedMeasure) -> dict[str, Summary]:
+        """Recipe -> mean, of those that measured the same as the baseline, or, if it has no mean, as the first one."""
+        known = [(group, summary) for group in self.groups if (summary := group.summary(measure)) is not None]
+        asked = {group.name: group.asked(measure) for group, _ in known}
+        first = asked.get(self.baseline or "", next(iter(asked.values()), None))
+        return {group.name: summary for group, summary in known if asked[group.name] == first}
 
     @property
     def _baseline(self) -> Group | None:
-        return next((found for found in self.groups if found.name == self.baseline), None)
+        return next((group for group in self.groups if group.name == self.baseline), None)
 
 
 def _differing(asked: Sequence[Mapping[str, Any]]) -> str:
-    parts = dict.fromkeys(part for found in asked for part in found)
-    return " and ".join(part for part in parts if any(found.get(part) != asked[0].get(part) for found in asked))
+    parts = dict.fromkeys(part for question in asked for part in question)
+    return " and ".join(part for part in parts if any(other.get(part) != asked[0].get(part) for other in asked))
 
 
-def compare(runs: Sequence[Path], baseline: str | None = None, failed: dict[str, str] | None = None) -> Comparison:
+def compare(runs: Sequence[Path], baseline: str | None = None, failed: dict[str, str] | None = None) -> RunComparison:
     """The runs in these folders, those of one recipe together. A run whose record is damaged counts as failed.
 
     Args:
@@ -108,8 +113,7 @@ def compare(runs: Sequence[Path], baseline: str | None = None, failed: dict[str,
         InputError: a folder that is no run, the same run twice, no run with a whole record, or a baseline that is not
             among them.
     """
-    found: dict[str, list[Member]] = {}
-    recipes: dict[str, dict[str, Any]] = {}
+    by_recipe: dict[str, dict[int, Member]] = {}
     failed = dict(failed or {})
     for path in runs:
         require_run(path)
@@ -118,30 +122,24 @@ def compare(runs: Sequence[Path], baseline: str | None = None, failed: dict[str,
         except InputError as error:
             failed[str(path)] = str(error)
             continue
-        recipe = comparable(dig(record, "recipe") or {})
-        key = json.dumps(recipe, sort_keys=True)
-        recipes.setdefault(key, recipe)
-        found.setdefault(key, []).append(Member(path, int(dig(record, "recipe", "seed") or 0), record))
-    for members in found.values():
-        seen: dict[int, Path] = {}
-        for member in members:
-            if member.seed in seen:
-                raise InputError(
-                    f"{seen[member.seed]} and {member.path}: the same recipe with the same seed. Give each run once; "
-                    "runs are averaged over their seeds."
-                )
-            seen[member.seed] = member.path
-    if not found:
+        seed = int(dig(record, "recipe", "seed") or 0)
+        key = json.dumps(comparable(record.get("recipe") or {}), sort_keys=True)
+        member = by_recipe.setdefault(key, {}).setdefault(seed, Member(path, seed, record))
+        if member.record is not record:
+            raise InputError(
+                f"{member.path} and {path}: the same recipe with the same seed. Give each run once; runs are averaged "
+                "over their seeds."
+            )
+    if not by_recipe:
         raise InputError(f"no run has a whole record: {'; '.join(failed.values())}")
-    names = _names(list(found.values()))
-    groups = tuple(
-        Group(name, recipes[key], tuple(members)) for (key, members), name in zip(found.items(), names, strict=True)
-    )
+    members = [tuple(by_seed.values()) for by_seed in by_recipe.values()]
+    names = _names([first for first, *_ in members])
+    groups = tuple(Group(name, of_recipe) for name, of_recipe in zip(names, members, strict=True))
     if baseline is not None and baseline not in names:
         raise InputError(f"baseline: no run is called {baseline!r}. There are {', '.join(names)}.")
     if baseline is None and len(groups) > 1:
         baseline = names[0]
-    return Comparison(groups, baseline, failed)
+    return RunComparison(groups, baseline, failed)
 
 
 def comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,16 +152,16 @@ def comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _names(groups: list[list[Member]]) -> list[str]:
-    """Each group's name: its first run's, with as much of its path as tells apart those that share one."""
-    names = [str(dig(members[0].record, "name") or members[0].path.name) for members in groups]
-    paths = [members[0].path.absolute() for members in groups]
-    told = []
+def _names(first_runs: Sequence[Member]) -> list[str]:
+    """Each recipe's name: its first run's, with as much of its path as tells apart those that share one."""
+    names = [str(dig(member.record, "name") or member.path.name) for member in first_runs]
+    paths = [member.path.absolute() for member in first_runs]
+    longer = []
     for name, path in zip(names, paths, strict=True):
         others = [p for n, p in zip(names, paths, strict=True) if n == name and p != path]
-        told.append(f"{name} ({_short_of(path, others)})" if others else name)
+        longer.append(f"{name} ({_short_of(path, others)})" if others else name)
     # A folder's name in brackets could be another run's own name; the numbers have the last word.
-    return [name if told.count(name) == 1 else f"{name} [{number}]" for number, name in enumerate(told, start=1)]
+    return [name if longer.count(name) == 1 else f"{name} [{number}]" for number, name in enumerate(longer, start=1)]
 
 
 def _short_of(path: Path, others: Sequence[Path]) -> str:

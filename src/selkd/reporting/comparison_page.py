@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError, RunError
+from selkd.files import replacing
 from selkd.reporting import comparison_tables as tables
-from selkd.reporting import figure, formats
-from selkd.reporting.comparison import Comparison
-from selkd.reporting.comparison_plots import Plot, comparison_plots
-from selkd.reporting.page import template, write_bytes, write_text
+from selkd.reporting import formats, rendering
+from selkd.reporting.comparison import RunComparison
+from selkd.reporting.comparison_plots import comparison_plots
+from selkd.reporting.figure import Plot
+from selkd.reporting.rendering import write_text
 
 PAGE, TABLE = "report.html", "table.json"
 
 
-def write_comparison(comparison: Comparison, out: Path, title: str) -> dict[str, Any]:
+def write_comparison(comparison: RunComparison, out: Path, title: str) -> dict[str, Any]:
     """Write ``report.html``, ``table.md``, ``table.csv``, ``table.json``, ``runs.csv`` and ``plots/`` into ``out``.
 
     Returns:
@@ -32,72 +34,45 @@ def write_comparison(comparison: Comparison, out: Path, title: str) -> dict[str,
     write_text(out / "table.csv", tables.as_csv(comparison))
     write_text(out / "runs.csv", tables.runs_as_csv(comparison))
     for plot in plots:
-        with plot.drawn() as drawn:
-            png, svg = figure.pictures(drawn, plot.name)
-        write_bytes(out / "plots" / f"{plot.name}.png", png)
-        write_bytes(out / "plots" / f"{plot.name}.svg", svg)
+        for name, picture in plot.pictures().items():
+            with replacing(out / "plots" / name) as file:
+                file.write(picture)
     write_text(out / PAGE, render(comparison, title, plots))
     return content
 
 
-def render(comparison: Comparison, title: str, plots: list[Plot]) -> str:
+def render(comparison: RunComparison, title: str, plots: list[Plot]) -> str:
     """The page's HTML."""
-    measures = comparison.measures
-    rows = [
-        {
-            "name": group.name,
-            "seeds": ", ".join(str(member.seed) for member in group.members),
-            "is_baseline": group.name == comparison.baseline,
-            "cells": [
-                (
-                    tables.cell(group.summary(measure), measure),
-                    tables.difference_cell(comparison.difference(group, measure), measure),
-                )
-                for measure in measures
-            ],
-        }
-        for group in comparison.groups
-    ]
-    drawn = []
-    for plot in plots:
-        with plot.drawn() as made:
-            drawn.append({"title": plot.title, "caption": plot.caption, "svg": figure.svg(made, plot.name, plot.title)})
-    return template("comparison.html.j2").render(
+    return rendering.render(
+        "comparison.html.j2",
         title=title,
         n_runs=sum(len(group.members) for group in comparison.groups),
-        baseline=comparison.baseline,
-        measures=[measure.name for measure in measures],
-        rows=rows,
-        plots=drawn,
+        comparison=comparison,
+        cells={group.name: tables.cells(comparison, group) for group in comparison.groups},
+        plots=plots,
         keys=_different_keys(comparison),
         notes=[*tables.legend(comparison), *tables.not_compared(comparison)],
-        failed=comparison.failed,
-        text={"levels": 1},
-        dash=formats.DASH,
     )
 
 
-def _different_keys(comparison: Comparison) -> list[dict[str, Any]]:
-    """The recipes' keys whose values differ between them: key, and the value of each recipe."""
+def _different_keys(comparison: RunComparison) -> dict[str, list[str]]:
+    """The recipes' keys whose values differ between them: key -> the value of each recipe."""
     flat = [_flat(group.recipe) for group in comparison.groups]
-    names = dict.fromkeys(name for recipe in flat for name in recipe)
-    return [
-        {"key": name, "values": [_told(recipe.get(name)) for recipe in flat]}
-        for name in names
-        if len({_told(recipe.get(name)) for recipe in flat}) > 1
-    ]
+    keys = dict.fromkeys(key for recipe in flat for key in recipe)
+    values = {key: [_as_text(recipe.get(key)) for recipe in flat] for key in keys}
+    return {key: texts for key, texts in values.items() if len(set(texts)) > 1}
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {key: tree}
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, branch in tree.items():
-        found |= _flat(branch, f"{key}.{name}" if key else str(name))
-    return found
+        leaves |= _flat(branch, f"{key}.{name}" if key else str(name))
+    return leaves
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return formats.DASH if value is None else value if isinstance(value, str) else json.dumps(value)
 
 

@@ -1,7 +1,7 @@
 """The plots of several runs: quality against quality, against budgets, and what the runs cost."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -9,250 +9,222 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from selkd.reporting import formats
-from selkd.reporting.comparison import Comparison, Group
-from selkd.reporting.figure import INK, MUTED, PAPER, SERIES, one_plot, unit
+from selkd.reporting.comparison import Group, RunComparison
+from selkd.reporting.figure import DASHED, INK, MUTED, PAPER, SERIES, Plot, in_percent, lying, one_plot, unit
 from selkd.reporting.formats import dig
-from selkd.reporting.measures import KL, PERPLEXITY, SECONDS, STAGES, VALIDATION, Measure, alone
+from selkd.reporting.measures import (
+    KL,
+    PERPLEXITY,
+    SECONDS,
+    STAGES,
+    VALIDATION,
+    ReportedMeasure,
+    Summary,
+    alone,
+    summarise,
+)
 
 _WIDTH = 420
 _MARKERS = "osD^vP"
 
 
-@dataclass(frozen=True)
-class Plot:
-    """One plot: ``name`` in files, its title and caption, and how it is drawn anew each time."""
-
-    name: str
-    title: str
-    caption: str
-    drawn: Callable[[], Any]  # a context manager that gives the Figure
-
-
-def comparison_plots(comparison: Comparison) -> list[Plot]:
+def comparison_plots(comparison: RunComparison) -> list[Plot]:
     """Those plots for which the runs have the figures."""
-    groups = comparison.groups
     accuracies = [measure for measure in comparison.measures if measure.key.startswith("accuracy_")]
-    quality = _first_plotted(comparison, [*accuracies, KL])
-    plots = []
-    if len(shown := [group for group in comparison.alike(quality) if group in comparison.alike(PERPLEXITY)]) > 1:
-        plots.append(
-            Plot(
-                "quality",
-                f"{quality.name[:1].upper()}{quality.name[1:]} against perplexity",
-                "A point a recipe, the mean over its seeds; bars are one deviation." + _left_out(comparison, shown),
-                lambda: _trade(shown, PERPLEXITY, quality),
-            )
-        )
     # A budget is a choice, and no choice is made by the rows that are reported, where there are others.
-    to_choose_by = [m for m in accuracies if m.key == VALIDATION.key]
+    to_choose_by = [measure for measure in accuracies if measure.key == VALIDATION.key]
     quality_of_budgets = _first_plotted(comparison, [*to_choose_by, *accuracies, KL])
-    for part, what in (("positions", "positions"), ("samples", "samples")):
-        for measure in (quality_of_budgets, PERPLEXITY):
-            alike = comparison.alike(measure)
-            if lines := budget_lines(alike, part, measure):
-                plots.append(
-                    Plot(
-                        f"budget-{part}-{measure.key}",
-                        f"{measure.name[:1].upper()}{measure.name[1:]} by budget of {what}",
-                        f"{measure.rows} Recipes that differ in {part}.fraction alone, joined; bars are one deviation "
-                        f"over seeds. Dashed: every one of the {what}." + _left_out(comparison, alike),
-                        lambda lines=lines, what=what, measure=measure: _budget(lines, what, measure),  # type: ignore[misc]
-                    )
-                )
-    if any(alone(m.record, stage, "seconds") for g in groups for m in g.members for stage in STAGES):
-        caption = "By stage, the mean over seeds; scores and caches that runs share count in full for each."
-        plots.append(Plot("time", "Wall time", caption, lambda: _time(groups)))
-    if any(dig(m.record, "peak_memory_bytes", "process") for g in groups for m in g.members):
-        plots.append(Plot("memory", "Peak memory", "The largest of the seeds' runs.", lambda: _memory(groups)))
-    return plots
+    plots = [
+        _trade(comparison, _first_plotted(comparison, [*accuracies, KL])),
+        *(
+            _budget(comparison, part, measure)
+            for part in ("positions", "samples")
+            for measure in (quality_of_budgets, PERPLEXITY)
+        ),
+        _time(comparison.groups),
+        _memory(comparison.groups),
+    ]
+    return [plot for plot in plots if plot is not None]
 
 
-def _first_plotted(comparison: Comparison, measures: Sequence[Measure]) -> Measure:
+def _first_plotted(comparison: RunComparison, measures: Sequence[ReportedMeasure]) -> ReportedMeasure:
     """The first that two recipes have, or the last."""
     return next((measure for measure in measures if len(comparison.alike(measure)) > 1), measures[-1])
 
 
-def _left_out(comparison: Comparison, shown: Sequence[Group]) -> str:
+def _left_out(comparison: RunComparison, shown: Iterable[str]) -> str:
     """Which recipes are not shown, as they lack the figures or measured them on something else."""
-    names = [group.name for group in comparison.groups if group not in shown]
+    names = [group.name for group in comparison.groups if group.name not in shown]
     return f" Not measured on the same: {', '.join(names)}." if names else ""
+
+
+def _trade(comparison: RunComparison, quality: ReportedMeasure) -> Plot | None:
+    """Quality against perplexity; None where fewer than two recipes have both."""
+    across, up = comparison.alike(PERPLEXITY), comparison.alike(quality)
+    shown = [name for name in up if name in across]
+    if len(shown) < 2:
+        return None
+    with one_plot(height=300, width=_WIDTH) as (figure, axes):
+        for number, name in enumerate(shown):
+            look: dict[str, Any] = {"markersize": 7, "linestyle": "none", "markeredgecolor": PAPER}
+            x = across[name]
+            _draw_series(axes, number, name, [(x.mean, up[name])], xerr=x.deviation, **look)
+        axes.grid(visible=True, axis="both")
+        axes.margins(0.15)
+        axes.set_xlabel(PERPLEXITY.name)
+        _legend(axes)
+        _scale(axes, quality)
+    caption = "A point a recipe, the mean over its seeds; bars are one deviation." + _left_out(comparison, shown)
+    return Plot("quality", f"{quality.title} against perplexity", caption, figure)
 
 
 @dataclass(frozen=True)
 class BudgetLine:
-    """Recipes that differ in one fraction alone: (fraction, group) in ascending order, and the one without a limit."""
+    """Recipes that differ in one fraction alone."""
 
-    points: tuple[tuple[float, Group], ...]
-    unlimited: Group | None
-
-    @property
-    def name(self) -> str:
-        """What the recipes' names begin with in common."""
-        names = [group.name for _, group in self.points]
-        same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-        return "".join(letters[0] for letters in same).rstrip("0123456789 -_.=(") or names[0]
+    name: str  # what the recipes' names begin with in common
+    points: list[tuple[float, Summary]]  # (fraction, figure) in ascending order
+    unlimited: tuple[str, Summary] | None  # name and figure of the recipe without a limit, if there is one
 
 
-def budget_lines(groups: Sequence[Group], part: str, measure: Measure) -> list[BudgetLine]:
+def budget_lines(comparison: RunComparison, part: str, measure: ReportedMeasure) -> list[BudgetLine]:
     """The lines along ``part``.fraction with at least two known points; a fraction that is a schedule is no point."""
-    lines: dict[str, list[tuple[float, Group]]] = {}
-    unlimited: dict[str, Group] = {}
-    for group in groups:
-        options, fraction = group.recipe.get(part), dig(group.recipe, part, "fraction")
-        if group.summary(measure) is None or isinstance(fraction, dict):
+    summaries = comparison.alike(measure)
+    lines: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    unlimited: dict[str, tuple[str, Summary]] = {}
+    for group in comparison.groups:
+        recipe, fraction = group.recipe, dig(group.recipe, part, "fraction")
+        if group.name not in summaries or isinstance(fraction, dict):
             continue
-        rest = json.dumps({**group.recipe, part: None}, sort_keys=True)
+        rest = json.dumps({**recipe, part: None}, sort_keys=True)
         if fraction is None:
-            unlimited[rest] = group
+            unlimited[rest] = group.name, summaries[group.name]
         else:
-            own = json.dumps({**(options or {}), "fraction": None}, sort_keys=True)
-            lines.setdefault(f"{rest} {own}", []).append((float(fraction), group))
+            own = json.dumps({**recipe[part], "fraction": None}, sort_keys=True)
+            lines.setdefault((rest, own), []).append((float(fraction), group.name))
     return [
         BudgetLine(
-            tuple(sorted(points, key=lambda point: point[0])),
-            next((group for rest, group in unlimited.items() if key.startswith(f"{rest} ")), None),
+            _common_start([name for _, name in sorted(points)]),
+            [(fraction, summaries[name]) for fraction, name in sorted(points)],
+            unlimited.get(rest),
         )
-        for key, points in lines.items()
+        for (rest, _), points in lines.items()
         if len(points) > 1
     ]
 
 
-@contextmanager
-def _trade(groups: Sequence[Group], across: Measure, up: Measure) -> Iterator[Figure]:
-    with one_plot(height=300, width=_WIDTH) as (figure, axes):
-        for number, group in enumerate(groups):
-            x, y = group.summary(across), group.summary(up)
-            if x is not None and y is not None:
-                _point(axes, number, x.mean, y.mean, x.deviation, y.deviation, _short(group.name))
-        axes.grid(visible=True, axis="both")
-        axes.margins(0.15)
-        axes.set_xlabel(across.name)
-        _legend(axes)
-        _scale(axes, up)
-        yield figure
+def _common_start(names: Sequence[str]) -> str:
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in same).rstrip("0123456789 -_.=(") or names[0]
 
 
-@contextmanager
-def _budget(lines: Sequence[BudgetLine], what: str, measure: Measure) -> Iterator[Figure]:
+def _budget(comparison: RunComparison, part: str, measure: ReportedMeasure) -> Plot | None:
+    """A measure by the fraction of the part that recipes keep; None where no recipes differ in it alone."""
+    lines = budget_lines(comparison, part, measure)
+    if not lines:
+        return None
     with one_plot(height=260, width=_WIDTH) as (figure, axes):
         for number, line in enumerate(lines):
-            summaries = [(fraction, group.summary(measure)) for fraction, group in line.points]
-            known = [(fraction, found) for fraction, found in summaries if found is not None]
-            colour = SERIES[number % len(SERIES)]
-            axes.errorbar(
-                [fraction for fraction, _ in known],
-                [found.mean for _, found in known],
-                yerr=[found.deviation or 0.0 for _, found in known],
-                color=colour,
-                marker=_MARKERS[number % len(_MARKERS)],
-                markersize=5,
-                linewidth=1.6,
-                elinewidth=1,
-                label=_short(line.name),
-            )
-            all_of_them = None if line.unlimited is None else line.unlimited.summary(measure)
-            if line.unlimited is not None and all_of_them is not None:
-                axes.axhline(all_of_them.mean, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-                axes.annotate(
-                    _short(line.unlimited.name),
-                    (0.01, all_of_them.mean),
-                    (0, 4),
-                    xycoords=("axes fraction", "data"),
-                    textcoords="offset points",
-                    color=MUTED,
-                )
+            _draw_series(axes, number, line.name, line.points, markersize=5, linewidth=1.6)
+            if line.unlimited is not None:
+                name, summary = line.unlimited
+                at_left: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+                axes.axhline(summary.mean, **DASHED)
+                axes.annotate(_short(name), (0.01, summary.mean), (0, 4), color=MUTED, **at_left)
         fractions = sorted({fraction for line in lines for fraction, _ in line.points})
         axes.set_xscale("log")
         axes.set_xticks(fractions, [formats.fraction(fraction) for fraction in fractions])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(f"share of the {what}")
+        axes.set_xlabel(f"share of the {part}")
         axes.margins(0.08, 0.2)
         if len(lines) > 1:
             _legend(axes)
         _scale(axes, measure)
-        yield figure
+    caption = (
+        f"{measure.rows} Recipes that differ in {part}.fraction alone, joined; bars are one deviation over seeds. "
+        f"Dashed: every one of the {part}." + _left_out(comparison, comparison.alike(measure))
+    )
+    title = f"{measure.title} by budget of {part}"
+    return Plot(f"budget-{part}-{measure.key}", title, caption, figure)
 
 
-@contextmanager
-def _time(groups: Sequence[Group]) -> Iterator[Figure]:
-    stages = {
-        stage: [_mean([alone(m.record, stage, "seconds") for m in group.members]) for group in groups]
-        for stage in STAGES
-    }
-    with _bars(groups, "wall time") as (figure, axes):
+def _time(groups: Sequence[Group]) -> Plot | None:
+    """The stages' wall time, one after another; None where no run knows any."""
+    stages = {stage: [_mean_seconds(group, stage) for group in groups] for stage in STAGES}
+    if not any(map(any, stages.values())):
+        return None
+    with _bars(groups, "wall time", formats.duration) as (figure, axes):
         left = [0.0] * len(groups)
         for number, (stage, seconds) in enumerate(stages.items()):
             if any(seconds):
-                colour = SERIES[number % len(SERIES)]
-                axes.barh(range(len(groups)), seconds, left=left, color=colour, height=0.55, label=stage)
+                axes.barh(range(len(groups)), seconds, left=left, color=SERIES[number], height=0.55, label=stage)
                 left = [begun + more for begun, more in zip(left, seconds, strict=True)]
         for row, (group, total) in enumerate(zip(groups, left, strict=True)):
             at_least = "" if group.summary(SECONDS) is not None else "more than "  # a shared part's cost is not known
-            axes.annotate(at_least + formats.duration(total), (total, row), (4, 0), **_BESIDE)
+            _beside(axes, total, row, at_least + formats.duration(total))
         axes.set_xlim(0, max(left) * 1.22 or 1)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.duration(value) if value else "0"))
         _legend(axes)
-        yield figure
+    caption = "By stage, the mean over seeds; scores and caches that runs share count in full for each."
+    return Plot("time", "Wall time", caption, figure)
 
 
-@contextmanager
-def _memory(groups: Sequence[Group]) -> Iterator[Figure]:
-    places = ("accelerator", "process")
+def _memory(groups: Sequence[Group]) -> Plot | None:
+    """The peaks of memory, a bar a place; None where no run knows the process's."""
     peaks = {
         place: [
             max((dig(member.record, "peak_memory_bytes", place) or 0) for member in group.members) for group in groups
         ]
-        for place in places
+        for place in ("accelerator", "process")
     }
-    shown = [place for place in places if any(peaks[place])]
-    height = 0.55 / len(shown)
-    with _bars(groups, "peak memory") as (figure, axes):
-        for number, place in enumerate(shown):
-            rows = [row + (number - (len(shown) - 1) / 2) * height for row in range(len(groups))]
-            axes.barh(rows, peaks[place], color=SERIES[number], height=height, label=place)
-            for row, value in zip(rows, peaks[place], strict=True):
-                axes.annotate(formats.data_size(value), (value, row), (4, 0), **_BESIDE)
-        axes.set_xlim(0, max(max(peaks[place]) for place in shown) * 1.2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.data_size(value) if value else "0"))
-        if len(shown) > 1:
+    if not any(peaks["process"]):
+        return None
+    peaks = {place: values for place, values in peaks.items() if any(values)}
+    height = 0.55 / len(peaks)
+    with _bars(groups, "peak memory", formats.data_size) as (figure, axes):
+        for number, (place, values) in enumerate(peaks.items()):
+            rows = [row + (number - (len(peaks) - 1) / 2) * height for row in range(len(groups))]
+            axes.barh(rows, values, color=SERIES[number], height=height, label=place)
+            for row, value in zip(rows, values, strict=True):
+                _beside(axes, value, row, formats.data_size(value))
+        axes.set_xlim(0, max(map(max, peaks.values())) * 1.2)
+        if len(peaks) > 1:
             _legend(axes)
-        yield figure
-
-
-_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "color": INK, "fontsize": 10}
+    return Plot("memory", "Peak memory", "The largest of the seeds' runs.", figure)
 
 
 @contextmanager
-def _bars(groups: Sequence[Group], measured: str) -> Iterator[tuple[Figure, Axes]]:
+def _bars(groups: Sequence[Group], measured: str, form: Callable[[float], str]) -> Iterator[tuple[Figure, Axes]]:
+    """Axes with a row a recipe."""
     with one_plot(height=90 + 30 * len(groups), width=_WIDTH) as (figure, axes):
         axes.set_yticks(range(len(groups)), [_short(group.name) for group in groups])
         axes.set_ylim(len(groups) - 0.5, -0.5)
-        axes.grid(visible=False, axis="y")
-        axes.grid(visible=True, axis="x")
+        lying(axes, form)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.tick_params(axis="y", labelcolor=INK)
         unit(axes, measured)
         yield figure, axes
 
 
-def _point(
-    axes: Axes, number: int, x: float, y: float, x_deviation: float | None, y_deviation: float | None, name: str
-) -> None:
+def _beside(axes: Axes, value: float, row: float, text: str) -> None:
+    """A bar's value at its end."""
+    axes.annotate(text, (value, row), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=10)
+
+
+def _draw_series(axes: Axes, number: int, name: str, points: Sequence[tuple[float, Summary]], **look: Any) -> None:
+    """Means with their deviations; once the colours are used up they come again, with other markers."""
+    deviations = [summary.deviation or 0.0 for _, summary in points]
     axes.errorbar(
-        [x],
-        [y],
-        xerr=x_deviation,
-        yerr=y_deviation,
+        [x for x, _ in points],
+        [summary.mean for _, summary in points],
+        yerr=deviations if any(deviations) else None,
         color=SERIES[number % len(SERIES)],
         marker=_MARKERS[(number // len(SERIES) + number) % len(_MARKERS)],
-        markersize=7,
         elinewidth=1,
-        linestyle="none",
-        markeredgecolor=PAPER,
-        label=name,
+        label=_short(name),
+        **look,
     )
 
 
@@ -260,16 +232,16 @@ def _legend(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
 
 
-def _scale(axes: Axes, measure: Measure) -> None:
+def _scale(axes: Axes, measure: ReportedMeasure) -> None:
     unit(axes, measure.name)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if measure.form is formats.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        in_percent(axes)
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else 0.0
+def _mean_seconds(group: Group, stage: str) -> float:
+    summary = summarise([alone(member.record, stage, "seconds") for member in group.members])
+    return 0.0 if summary is None else summary.mean
 
 
 def _short(text: str, room: int = 24) -> str:

@@ -2,26 +2,25 @@
 
 import csv
 import io
+from dataclasses import asdict
 from typing import Any
 
 from selkd.reporting import formats
-from selkd.reporting.comparison import Comparison, Group
-from selkd.reporting.measures import PAID_SECONDS, Measure, Summary
+from selkd.reporting.comparison import Group, RunComparison
+from selkd.reporting.measures import PAID_SECONDS, ReportedMeasure, Summary
 
 
-def as_json(comparison: Comparison) -> dict[str, Any]:
+def as_json(comparison: RunComparison) -> dict[str, Any]:
     """Everything as plain data: a recipe its figures (mean, deviation, n, difference) and its runs."""
-
-    def plain(summary: Summary | None) -> dict[str, Any] | None:
-        return None if summary is None else {"mean": summary.mean, "deviation": summary.deviation, "n": summary.n}
-
     recipes = []
     for group in comparison.groups:
-        figures = {
-            measure.key: (plain(group.summary(measure)) or dict.fromkeys(("mean", "deviation", "n")))
-            | {"difference": plain(comparison.difference(group, measure))}
-            for measure in comparison.measures
-        }
+        figures = {}
+        for measure in comparison.measures:
+            summary, difference = group.summary(measure), comparison.difference(group, measure)
+            figures[measure.key] = {
+                **(dict.fromkeys(("mean", "deviation", "n")) if summary is None else asdict(summary)),
+                "difference": None if difference is None else asdict(difference),
+            }
         members = [
             {"path": str(member.path), "seed": member.seed}
             | {measure.key: measure.read(member.record) for measure in comparison.measures}
@@ -33,53 +32,56 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {"baseline": comparison.baseline, "recipes": recipes, "failed": comparison.failed}
 
 
-def as_csv(comparison: Comparison) -> str:
+def as_csv(comparison: RunComparison) -> str:
     """A row a recipe; unknown figures are empty."""
-    measures = comparison.measures
-    columns = ("mean", "deviation", "n", "difference", "difference_deviation", "difference_n")
-    rows: list[list[Any]] = [["recipe", *(f"{measure.key}_{column}" for measure in measures for column in columns)]]
-    for group in comparison.groups:
-        row: list[Any] = [group.name]
-        for measure in measures:
-            for summary in (group.summary(measure), comparison.difference(group, measure)):
-                row += ["", "", ""] if summary is None else [summary.mean, summary.deviation, summary.n]
+    rows = []
+    for recipe in as_json(comparison)["recipes"]:
+        row = {"recipe": recipe["name"]}
+        for key, figure in recipe["figures"].items():
+            difference = figure["difference"] or {}
+            row |= {f"{key}_{column}": figure[column] for column in ("mean", "deviation", "n")}
+            row |= {f"{key}_difference": difference.get("mean")}
+            row |= {f"{key}_difference_{column}": difference.get(column) for column in ("deviation", "n")}
         rows.append(row)
     return _csv(rows)
 
 
-def runs_as_csv(comparison: Comparison) -> str:
+def runs_as_csv(comparison: RunComparison) -> str:
     """A row a run."""
-    measures = comparison.measures
-    rows: list[list[Any]] = [["recipe", "seed", "path", *(measure.key for measure in measures)]]
-    for group in comparison.groups:
-        for member in group.members:
-            figures = [measure.read(member.record) for measure in measures]
-            rows.append([group.name, member.seed, member.path, *figures])
-    return _csv(rows)
+    rows = ((recipe["name"], run) for recipe in as_json(comparison)["recipes"] for run in recipe["runs"])
+    return _csv([{"recipe": name, "seed": run["seed"], **run} for name, run in rows])
 
 
-def _csv(rows: list[list[Any]]) -> str:
+def _csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(["" if cell is None else cell for cell in row] for row in rows)
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
-def cell(summary: Summary | None, measure: Measure) -> str:
-    """7.31 ± 0.26 (the deviation over seeds)."""
+def cells(comparison: RunComparison, group: Group) -> list[tuple[str, str]]:
+    """A measure each: 7.31 ± 0.26 (the deviation over seeds), and +0.4 ± 0.3, the difference to the baseline if any."""
+    return [
+        (_mean(group.summary(measure), measure), _difference(comparison.difference(group, measure), measure))
+        for measure in comparison.measures
+    ]
+
+
+def _mean(summary: Summary | None, measure: ReportedMeasure) -> str:
     if summary is None:
         return formats.DASH
-    told = measure.form(summary.mean)
-    return told if summary.deviation is None else f"{told} ± {measure.form(summary.deviation)}"
+    mean = measure.form(summary.mean)
+    return mean if summary.deviation is None else f"{mean} ± {measure.form(summary.deviation)}"
 
 
-def difference_cell(summary: Summary | None, measure: Measure) -> str:
-    """+0.4 ± 0.3, with the sign always said."""
+def _difference(summary: Summary | None, measure: ReportedMeasure) -> str:
     if summary is None:
         return ""
-    return ("+" if summary.mean > 0 else "") + cell(summary, measure)
+    return ("+" if summary.mean > 0 else "") + _mean(summary, measure)
 
 
-def as_markdown(comparison: Comparison) -> str:
+def as_markdown(comparison: RunComparison) -> str:
     """The table for a README: mean ± deviation, and the paired difference to the baseline beneath."""
     measures = comparison.measures
     lines = [
@@ -87,8 +89,8 @@ def as_markdown(comparison: Comparison) -> str:
         "|---|---:|" + "---:|" * len(measures),
     ]
     for group in comparison.groups:
-        cells = [_markdown_cell(comparison, group, measure) for measure in measures]
-        lines.append(f"| {_plain(group.name)} | {len(group.members)} | " + " | ".join(cells) + " |")
+        figures = [f"{mean} ({difference})" if difference else mean for mean, difference in cells(comparison, group)]
+        lines.append(f"| {_plain(group.name)} | {len(group.members)} | " + " | ".join(figures) + " |")
     notes = ["Mean ± deviation over seeds (n − 1)."]
     if comparison.baseline is not None:
         notes.append(f"In brackets the paired difference to {_plain(comparison.baseline)}, seed by seed.")
@@ -97,19 +99,19 @@ def as_markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n\n" + " ".join(notes) + "\n"
 
 
-def legend(comparison: Comparison) -> list[str]:
+def legend(comparison: RunComparison) -> list[str]:
     """What the columns of costs count."""
-    told = "Time is that of scoring, caching, training and evaluating, without preparing the text and the student"
+    time = "Time is that of scoring, caching, training and evaluating, without preparing the text and the student"
     if PAID_SECONDS not in comparison.measures:
-        return [f"{told}."]
+        return [f"{time}."]
     return [
-        f"{told}. Some runs share scores or a cache. Time and teacher tokens are what each would cost alone: a shared "
+        f"{time}. Some runs share scores or a cache. Time and teacher tokens are what each would cost alone: a shared "
         "part counts in full for every run that uses it, as it was measured where it was made.",
         "Paid here: what it really took, a shared part only for the run that made it.",
     ]
 
 
-def not_compared(comparison: Comparison) -> list[str]:
+def not_compared(comparison: RunComparison) -> list[str]:
     """Why figures have no mean or no difference, a sentence for each recipe and reason."""
     whys: dict[tuple[str, str], list[str]] = {}
     for group in comparison.groups:
@@ -117,12 +119,6 @@ def not_compared(comparison: Comparison) -> list[str]:
             if (why := comparison.why_not(group, measure)) is not None:
                 whys.setdefault((group.name, why), []).append(measure.name)
     return [f"{name}, {', '.join(names)}: {why}." for (name, why), names in whys.items()]
-
-
-def _markdown_cell(comparison: Comparison, group: Group, measure: Measure) -> str:
-    told = cell(group.summary(measure), measure)
-    difference = difference_cell(comparison.difference(group, measure), measure)
-    return f"{told} ({difference})" if difference else told
 
 
 def _plain(text: str) -> str:

@@ -1,46 +1,37 @@
 """What every plot shares: its look, its colours, and how it becomes SVG for a page or pictures for a paper.
 
-Colours are the page's own CSS variables, so a plot is light or dark with the page; each has a fallback, so that the
-text is also a picture by itself. The same input gives the same bytes: no date, no random identifiers, no system font.
+Plots are drawn in the light page's colours, which a paper takes as they are. In a page each colour becomes the page's
+own CSS variable, with the colour as its fallback: a plot is light or dark with the page, and the text is also a picture
+by itself. The same input gives the same bytes: no date, no random identifiers, no system font.
 """
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-import matplotlib
 from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.collections import Collection
-from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-# Stand-ins that nothing else draws with; the page's variables, or a paper's colours, take their place.
-INK, MUTED, ACCENT = "#010101", "#020202", "#030303"
-RULE, QUIET, PAPER = "#040404", "#050505", "#060606"
+INK, MUTED, ACCENT = "#1c2430", "#626c79", "#0f766e"
+RULE, QUIET, PAPER = "#e2e5e9", "#c3cad2", "#fdfdfc"
 # Of several runs side by side, in this order; told apart with every common colour blindness.
-SERIES = ("#030303", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
+SERIES = (ACCENT, "#c2570c", "#4659b8", "#a3327e", "#7a6a00", "#3f7fa6")
 _VARIABLES = {
-    INK: ("ink", "#1c2430"),
-    MUTED: ("muted", "#626c79"),
-    ACCENT: ("accent", "#0f766e"),
-    RULE: ("rule", "#e2e5e9"),
-    QUIET: ("quiet", "#c3cad2"),
-    PAPER: ("paper", "#fdfdfc"),
-    SERIES[1]: ("second", "#c2570c"),
-    SERIES[2]: ("third", "#4659b8"),
-    SERIES[3]: ("fourth", "#a3327e"),
-    SERIES[4]: ("fifth", "#7a6a00"),
-    SERIES[5]: ("sixth", "#3f7fa6"),
+    INK: "ink",
+    MUTED: "muted",
+    ACCENT: "accent",
+    RULE: "rule",
+    QUIET: "quiet",
+    PAPER: "paper",
+    **dict(zip(SERIES[1:], ("second", "third", "fourth", "fifth", "sixth"), strict=True)),
 }
+DASHED: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}  # a line to compare with
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -68,28 +59,69 @@ _STYLE = {
 _WIDTH, _HEIGHT = 360, 220
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot: ``name`` in files and within its page, the title above it and the caption below it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+    @property
+    def svg(self) -> str:
+        """The plot as an element of a page."""
+        return svg(self.figure, self.name, self.title)
+
+    def pictures(self) -> dict[str, bytes]:
+        """The plot for a paper, on white: file name -> content, as PNG of 300 dots an inch and as SVG."""
+        options: dict[str, Any] = {"dpi": 300, "facecolor": "white"}
+        return {
+            f"{self.name}.png": _saved(self.figure, self.name, format="png", metadata={"Software": None}, **options),
+            f"{self.name}.svg": _saved(self.figure, self.name, format="svg", metadata=_NO_METADATA, **options),
+        }
+
+
 @contextmanager
 def one_plot(height: int = _HEIGHT, width: int = _WIDTH) -> Iterator[tuple[Figure, Axes]]:
     """A figure of so many points with one pair of axes, in our style."""
     # after_reset: the user's own matplotlibrc has no say, or pages would differ between machines.
     with style.context(_STYLE, after_reset=True):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        FigureCanvasSVG(figure)
         yield figure, figure.add_subplot()
 
 
 def unit(axes: Axes, text: str) -> None:
-    """Say what the upright axis measures, above it."""
+    """What the axis upwards measures, above its end."""
     axes.set_title(text, loc="left", fontsize=11, color=MUTED, pad=8)
+
+
+def in_percent(axes: Axes) -> None:
+    """Show shares in [0, 1] on the axis upwards as percent."""
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+
+
+def lying(axes: Axes, form: Callable[[float], str]) -> None:
+    """Axes whose values lie along the foot, in ``form``, a row a name: grid lines go up."""
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value) if value else "0"))
 
 
 def svg(figure: Figure, name: str, title: str) -> str:
     """The figure as an SVG element to put inside a page. ``name`` is its own within the page."""
-    buffer = io.StringIO()
-    # The name salts the identifiers, so that plots of one page never share one.
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _themed(buffer.getvalue(), title)
+    return _themed(_saved(figure, name, format="svg", transparent=True, metadata=_NO_METADATA).decode(), title)
+
+
+_NO_METADATA = {"Date": None, "Creator": None}
+
+
+def _saved(figure: Figure, name: str, **options: Any) -> bytes:
+    """A figure's file. The name salts the identifiers, so that plots of one page never share one."""
+    buffer = io.BytesIO()
+    with style.context(_STYLE | {"svg.hashsalt": name}, after_reset=True):
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()
 
 
 def _themed(svg: str, title: str) -> str:
@@ -102,8 +134,8 @@ def _themed(svg: str, title: str) -> str:
     svg = re.sub(r"<svg ([^>]*?)>", lambda match: _open_tag(match.group(1), title), svg, count=1)
     # The page's own font; it is no wider than the one that the layout was measured with.
     svg = svg.replace("font-family: 'DejaVu Sans'; ", "")
-    for stand_in, (variable, fallback) in _VARIABLES.items():
-        svg = svg.replace(stand_in, f"var(--{variable}, {fallback})")
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable}, {colour})")
     return svg
 
 
@@ -112,43 +144,3 @@ def _open_tag(attributes: str, title: str) -> str:
     return (
         f'<svg {kept.strip()} role="img" aria-label="{escape(title)}" font-family="sans-serif" stroke-linejoin="round">'
     )
-
-
-def pictures(figure: Figure, name: str) -> tuple[bytes, bytes]:
-    """The figure for a paper, (PNG at 300 dots an inch, SVG), on white in the light page's colours.
-
-    Call it last: the figure's colours are changed for good.
-    """
-    figure.draw_without_rendering()  # ticks come into being when they are drawn
-    for artist in figure.findobj():
-        _recolour(artist)
-    png, drawing = io.BytesIO(), io.StringIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(png, format="png", dpi=300, facecolor="white", metadata={"Software": None})
-    FigureCanvasSVG(figure)
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(drawing, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
-    return png.getvalue(), drawing.getvalue().encode()
-
-
-def _recolour(artist: Any) -> None:
-    """Put a paper's colours in the place of the stand-ins."""
-    if isinstance(artist, Line2D):
-        artist.set_color(_real(artist.get_color()))
-        artist.set_markerfacecolor(_real(artist.get_markerfacecolor()))
-        artist.set_markeredgecolor(_real(artist.get_markeredgecolor()))
-    elif isinstance(artist, Patch):
-        artist.set_facecolor(_real(artist.get_facecolor()))
-        artist.set_edgecolor(_real(artist.get_edgecolor()))
-    elif isinstance(artist, Text):
-        artist.set_color(_real(artist.get_color()))
-    elif isinstance(artist, Collection):
-        artist.set_edgecolor([_real(colour) for colour in artist.get_edgecolor()])
-        artist.set_facecolor([_real(colour) for colour in artist.get_facecolor()])
-
-
-def _real(colour: Any) -> Any:
-    if isinstance(colour, str) and colour in ("none", "auto"):
-        return colour
-    known = _VARIABLES.get(to_hex(colour))
-    return colour if known is None else to_rgba(known[1], to_rgba(colour)[3])

@@ -6,6 +6,7 @@ from typing import Any
 
 DASH = "–"
 MINUS = "−"
+Form = Callable[[float | None], str]  # how a number reads
 
 _SIZE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -23,6 +24,11 @@ def dig(tree: Any, *keys: str) -> Any:
 def or_dash(value: object) -> str:
     """Any other value as text."""
     return DASH if value is None else str(value)
+
+
+def capital(text: str) -> str:
+    """The text with its first letter as a capital and the others as they are: KL to the teacher, Top-1 agreement."""
+    return text[:1].upper() + text[1:]
 
 
 def decimal(value: float | None, digits: int) -> str:
@@ -43,16 +49,16 @@ def count(value: float | None) -> str:
 
 def perplexity(value: float | None) -> str:
     """Three digits or all whole ones: 7.31, 36.0, 3,012,345."""
-    if value is None:
-        return DASH
+    return DASH if value is None else _three_digits(value)
+
+
+def _three_digits(value: float) -> str:
     return decimal(value, 2 if value < 10 else 1 if value < 1000 else 0)
 
 
 def nats(value: float | None) -> str:
     """1.78 or, where small, 0.078."""
-    if value is None:
-        return DASH
-    return decimal(value, 2 if abs(value) >= 0.1 else 3)
+    return decimal(value, 2 if value is None or abs(value) >= 0.1 else 3)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -71,8 +77,7 @@ def parameters(value: float | None) -> str:
         return DASH
     for size, unit in _COUNT_UNITS:
         if value >= size:
-            scaled = value / size
-            return decimal(scaled, 2 if scaled < 10 else 1 if scaled < 1000 else 0) + unit
+            return _three_digits(value / size) + unit
     return count(value)
 
 
@@ -123,7 +128,7 @@ def times(value: float | None, unit: float | None) -> str:
     return decimal(ratio, 1 if ratio < 100 else 0) + "×"
 
 
-def arrow(before: float | None, after: float | None, form: Callable[[float | None], str]) -> str:
+def arrow(before: float | None, after: float | None, form: Form) -> str:
     """98.9 → 36.0; a lone dash when neither is known."""
     if before is None and after is None:
         return DASH
@@ -137,6 +142,5 @@ def share(part: float | None, whole: float | None) -> float | None:
 
 def score(value: float | None) -> str:
     """A benchmark's number, a share or not: 0.644, 7.31, 1,204."""
-    return decimal(
-        value, 3 if value is not None and abs(value) < 2 else 2 if value is not None and abs(value) < 100 else 0
-    )
+    size = abs(value or 0.0)
+    return decimal(value, 3 if size < 2 else 2 if size < 100 else 0)

@@ -2,37 +2,37 @@
 
 from collections.abc import Mapping
 
-from selkd.reporting.figure import ACCENT, MUTED, QUIET, RULE, one_plot, svg
+from selkd.reporting.figure import ACCENT, DASHED, MUTED, QUIET, RULE, one_plot, svg
 
 _PANEL, _HEIGHT = 150, 190
 _POINTS = 300  # of a panel: two a pixel
 
 
 def memory_plot(series: Mapping[str, Mapping[str, list[float]]]) -> str:
-    """An SVG: a panel a variant, gigabytes over seconds, all on one scale; each one's peak is told, and the floor's
-    peak drawn through all.
+    """An SVG: a panel a variant, gigabytes over seconds, all on one scale; every title names the peak, and the floor's
+    peak is drawn through all.
 
     Args:
         series: variant -> ``seconds`` and ``bytes`` of the readings, ``step_seconds`` when each step began.
     """
-    lowest = min((min(each["bytes"]) for each in series.values() if each["bytes"]), default=0.0)
-    peaks = {name: max(each["bytes"], default=lowest) for name, each in series.items()}
+    lowest = min((min(readings["bytes"]) for readings in series.values() if readings["bytes"]), default=0.0) / 1e9
+    peaks = {name: max(readings["bytes"], default=lowest * 1e9) / 1e9 for name, readings in series.items()}
     with one_plot(_HEIGHT, _PANEL * max(1, len(series))) as (figure, only):
         only.remove()
         panels = figure.subplots(1, max(1, len(series)), sharey=True, squeeze=False)[0]
-        for axes, (name, each) in zip(panels, series.items(), strict=False):
-            seconds, heights = _thinned(each["seconds"], [value / 1e9 for value in each["bytes"]])
-            axes.fill_between(seconds, heights, lowest / 1e9, color=QUIET, linewidth=0)
+        for axes, (name, readings) in zip(panels, series.items(), strict=False):
+            seconds, heights = _thinned(readings["seconds"], [value / 1e9 for value in readings["bytes"]])
+            axes.fill_between(seconds, heights, lowest, color=QUIET, linewidth=0)
             axes.plot(seconds, heights, color=ACCENT, linewidth=1.4)
-            for start in each["step_seconds"]:
+            for start in readings["step_seconds"]:
                 axes.axvline(start, color=RULE, linewidth=0.8)
             if "floor" in peaks:
-                axes.axhline(peaks["floor"] / 1e9, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-            axes.set_title(f"{name}\n{peaks[name] / 1e9:.2f} GB", loc="left", fontsize=10, color=MUTED)
+                axes.axhline(peaks["floor"], **DASHED | {"linewidth": 0.8})
+            axes.set_title(f"{name}\n{peaks[name]:.2f} GB", loc="left", fontsize=10, color=MUTED)
             axes.set_xlabel("seconds")
-            axes.set_ylim(lowest / 1e9, lowest / 1e9 + 1.05 * (max(peaks.values()) - lowest) / 1e9 + 1e-6)
+            axes.set_ylim(lowest, lowest + 1.05 * (max(peaks.values()) - lowest) + 1e-6)
         panels[0].set_ylabel("memory in use, GB")
-        return svg(figure, "memory", "Memory in use over time, by variant of the step")
+    return svg(figure, "memory", "Memory in use over time, by variant of the step")
 
 
 def _thinned(seconds: list[float], heights: list[float]) -> tuple[list[float], list[float]]:

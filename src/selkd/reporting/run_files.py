@@ -1,22 +1,24 @@
 """What a run directory holds, read and checked: the only place of the reporting that knows its file names."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selkd.errors import InputError
+from selkd.files import RECIPE, RECORD
 from selkd.reporting.formats import dig
 
-_RECORD, _RECIPE = "record.json", "recipe.yaml"
+_Content = TypeVar("_Content")
 
 
 @dataclass(frozen=True)
-class SampleScores:
+class ScoredSamples:
     """scores float64 [N] (the finite ones) and kept bool [N], one a sample."""
 
     scores: np.ndarray
@@ -38,15 +40,14 @@ class RunFiles:
     record: dict[str, Any]
     recipe_yaml: str
     metrics: list[dict[str, Any]]
-    sample_scores: SampleScores | None
+    scored_samples: ScoredSamples | None
     examples: dict[str, Any] | None
-    position_overlap: Overlap | None
-    sample_overlap: Overlap | None
+    overlaps: dict[str, Overlap]  # of ``positions`` and of ``samples``
 
 
 def require_run(run_dir: Path) -> None:
     """Raises InputError where the folder is not a run; nothing in it is read."""
-    for name in (_RECORD, _RECIPE):
+    for name in (RECORD, RECIPE):
         if not (run_dir / name).is_file():
             raise InputError(
                 f"{run_dir} is not a run directory: expected {name} in it, found none. "
@@ -57,7 +58,7 @@ def require_run(run_dir: Path) -> None:
 def read_record(run_dir: Path) -> dict[str, Any]:
     """What was measured, alone. Raises InputError where the folder is not a run, or its record is damaged."""
     require_run(run_dir)
-    return _json_object(run_dir / _RECORD)
+    return _json_object(_text(run_dir / RECORD), str(run_dir / RECORD))
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -65,19 +66,19 @@ def read_run(run_dir: Path) -> RunFiles:
 
     Raises InputError where the folder is not a run, or a file in it can't be read as what it should be.
     """
-    record = read_record(run_dir)
-    examples_path, scores_path = run_dir / "selection" / "examples.json", run_dir / "selection" / "samples.parquet"
-    overlap_path = run_dir / "selection" / "overlap.json"
-    overlaps = _json_object(overlap_path) if overlap_path.is_file() else {}
+    selection = run_dir / "selection"
     return RunFiles(
-        record=record,
-        recipe_yaml=_text(run_dir / _RECIPE),
-        metrics=_metrics(run_dir / "metrics.jsonl"),
-        sample_scores=_sample_scores(scores_path) if scores_path.is_file() else None,
-        examples=_examples(examples_path) if examples_path.is_file() else None,
-        position_overlap=_overlap(overlap_path, overlaps, "positions"),
-        sample_overlap=_overlap(overlap_path, overlaps, "samples"),
+        record=read_record(run_dir),
+        recipe_yaml=_text(run_dir / RECIPE),
+        metrics=_if_there(run_dir / "metrics.jsonl", _metrics) or [],
+        scored_samples=_if_there(selection / "samples.parquet", _scored_samples),
+        examples=_if_there(selection / "examples.json", _examples),
+        overlaps=_if_there(selection / "overlap.json", _overlaps) or {},
     )
+
+
+def _if_there(path: Path, read: Callable[[Path], _Content]) -> _Content | None:
+    return read(path) if path.is_file() else None
 
 
 def _text(path: Path) -> str:
@@ -87,36 +88,31 @@ def _text(path: Path) -> str:
         raise InputError(f"{path}: expected UTF-8 text, found other bytes ({error}). Run the stage again.") from error
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _json_object(text: str, where: str, remedy: str = "Run the stage again.") -> dict[str, Any]:
     try:
-        value = json.loads(_text(path))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: expected JSON, could not read it ({error}). Run the stage again.") from error
+        raise InputError(f"{where}: expected JSON, could not read it ({error}). {remedy}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}. Run the stage again.")
+        raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}. {remedy}")
     return value
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
     # A step may have several lines (loss, held-out fidelity), and a resumed run logs the steps after its checkpoint
     # again: the later value of a key is the one that counts.
     by_step: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
         if not line.strip() or not line.endswith("\n"):  # a last line without its end was cut off while written
             continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: expected JSON ({error}). Remove that line.") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        entry = _json_object(line, f"{path}, line {number}", "Remove that line.")
+        if not isinstance(entry.get("step"), int):
             raise InputError(f'{path}, line {number}: expected an object with a whole "step". Remove that line.')
         by_step[entry["step"]] = by_step.get(entry["step"], {}) | entry
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _sample_scores(path: Path) -> SampleScores:
+def _scored_samples(path: Path) -> ScoredSamples:
     try:
         table = pq.read_table(path, columns=["score", "kept"])
     except (pa.ArrowInvalid, KeyError) as error:
@@ -126,11 +122,11 @@ def _sample_scores(path: Path) -> SampleScores:
         raise InputError(f"{path}: expected the columns score and kept, missing {', '.join(sorted(missing))}.")
     scores = np.asarray(table["score"].to_numpy(), dtype=np.float64)
     finite = np.isfinite(scores)
-    return SampleScores(scores=scores[finite], kept=np.asarray(table["kept"].to_numpy(), dtype=bool)[finite])
+    return ScoredSamples(scores=scores[finite], kept=np.asarray(table["kept"].to_numpy(), dtype=bool)[finite])
 
 
 def _examples(path: Path) -> dict[str, Any]:
-    examples = _json_object(path)
+    examples = _json_object(_text(path), str(path))
     if not isinstance(examples.get("samples"), list):
         raise InputError(f'{path}: expected a list "samples". Run the stage again.')
     for number, sample in enumerate(examples["samples"]):
@@ -141,22 +137,25 @@ def _examples(path: Path) -> dict[str, Any]:
                 raise InputError(f'{path}, sample {number}: expected a list "{key}". Run the stage again.')
             lengths[key] = len(column)
         if len(set(lengths.values())) != 1:
-            told = ", ".join(f"{key} {length}" for key, length in lengths.items())
-            raise InputError(f"{path}, sample {number}: expected lists of one length, found {told}.")
+            listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
+            raise InputError(f"{path}, sample {number}: expected lists of one length, found {listed}.")
     return examples
 
 
-def _overlap(path: Path, overlaps: dict[str, Any], part: str) -> Overlap | None:
-    if overlaps.get(part) is None:
-        return None
-    names, rows = dig(overlaps, part, "metrics"), dig(overlaps, part, "overlap")
-    try:
-        overlap = np.array(rows, dtype=np.float64)  # null becomes NaN
-    except (TypeError, ValueError):
-        overlap = np.zeros(0)
-    if not isinstance(names, list) or not names or overlap.shape != (len(names), len(names)):
-        raise InputError(
-            f'{path}, {part}: expected "metrics", a list of names, and "overlap", a square of numbers of that size. '
-            "Run the stage again."
-        )
-    return Overlap([str(name) for name in names], overlap)
+def _overlaps(path: Path) -> dict[str, Overlap]:
+    overlaps = {}
+    for part, content in _json_object(_text(path), str(path)).items():
+        if content is None:
+            continue
+        names = dig(content, "metrics")
+        try:
+            overlap = np.array(dig(content, "overlap"), dtype=np.float64)  # null becomes NaN
+        except (TypeError, ValueError):
+            overlap = np.zeros(0)
+        if not isinstance(names, list) or not names or overlap.shape != (len(names), len(names)):
+            raise InputError(
+                f'{path}, {part}: expected "metrics", a list of names, and "overlap", a square of numbers of that '
+                "size. Run the stage again."
+            )
+        overlaps[part] = Overlap([str(name) for name in names], overlap)
+    return overlaps

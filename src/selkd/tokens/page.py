@@ -4,7 +4,8 @@ from pathlib import Path
 
 from selkd.errors import InputError
 from selkd.files import write_whole
-from selkd.reporting.coloured_text import HEAT_LEVELS, HEAVY, LIGHT, WEIGHTS, marked_part
+from selkd.reporting.coloured_text import HEAVY, LIGHT, WEIGHTS, marked_part
+from selkd.reporting.rendering import render
 from selkd.tokens.views import TextView
 
 
@@ -22,11 +23,9 @@ def write_tokens_page(page: Path, view: TextView) -> None:
     Raises:
         RunError: it can't be written.
     """
-    from selkd.reporting.page import template  # late: it brings matplotlib, and without a page nothing is drawn
-
-    html = template("tokens.html.j2").render(
+    html = render(
+        "tokens.html.j2",
         compared=view,
-        text={"levels": HEAT_LEVELS},  # what report.css reads
         classes={HEAVY: "heavy", LIGHT: "light"},
         words=WEIGHTS,
         marked_part=marked_part,
