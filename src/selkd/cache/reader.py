@@ -100,11 +100,6 @@ class TeacherCache:
         with self._damage_told():
             return shard.read(self.directory / shard.name, row)
 
-    def stored_bytes(self, sample_id: bytes) -> int:
-        """How many bytes the sample's block takes. Raises InputError where the sample is not in the cache."""
-        shard, row = self._locate(sample_id)
-        return int(shard.index["length"][row])
-
     def _locate(self, sample_id: bytes) -> tuple[Shard, int]:
         """The shard of a sample and its row there."""
         if not isinstance(sample_id, bytes) or len(sample_id) != ID_BYTES:

@@ -17,6 +17,7 @@ from selkd.run.record import CACHE_COST, add_cost, cost_of, count_teacher_tokens
 from selkd.run.workspace import Workspace
 from selkd.selection.classes import class_sampler
 from selkd.teacher.build_cache import build_cache
+from selkd.teacher.live import LiveTeacher
 
 
 def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> TeacherCache | None:
@@ -83,18 +84,14 @@ def _built(
 
 def build(work: Workspace, directory: Path, samples: SampleDataset, *, repair: bool = False) -> int:
     """Build or finish the recipe's cache of ``samples``, as ``build_cache``; the tokens that the teacher ran on."""
+    fingerprint, pad_token_id = cache_fingerprint(work), work.models.pad_token_id
+    return build_cache(directory, fingerprint, samples, lambda: live_teacher(work), pad_token_id, repair=repair)
+
+
+def live_teacher(work: Workspace) -> LiveTeacher:
+    """The recipe's teacher, loaded, with its class sampler."""
     recipe = work.recipe
-    return build_cache(
-        directory,
-        cache_fingerprint(work),
-        samples,
-        lambda: work.models.teacher,
-        recipe.classes,
-        recipe.criterion.temperature,
-        recipe.seed,
-        work.models.pad_token_id,
-        repair=repair,
-    )
+    return LiveTeacher(work.models.teacher, recipe.classes, recipe.criterion.temperature, recipe.seed, work.vocab_size)
 
 
 def _copied(work: Workspace, url: str, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache:

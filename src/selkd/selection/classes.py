@@ -122,15 +122,12 @@ class ClassSampler:
         draws: U.
         n_uniforms: how many uniforms a position needs.
         total: what the integer counts of a stored row sum to.
-        moments: of probabilities [n, V] and U, the mean [n, V] of counts / total, and the expected squared error [n]
-            around it, sum_v E[(counts_v / total - mean_v)^2].
     """
 
     draw: Draw
     draws: int
     n_uniforms: int
     total: int
-    moments: Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
     def __call__(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
         """Class ids and counts [n, C] of ``probabilities`` [n, V], with ``uniforms`` float64 [n, n_uniforms].
@@ -145,27 +142,11 @@ class ClassSampler:
         return in_units(class_ids, counts) if counts.is_floating_point() else (class_ids, counts)
 
 
-def _independent(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    return probabilities, (1 - probabilities.square().sum(dim=-1)) / draws
-
-
-def _spaced(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    """A count is the ceiling of U * p with the probability of its fraction, else the floor."""
-    excess = (draws * probabilities).frac()
-    return probabilities, (excess * (1 - excess)).sum(dim=-1) / draws**2
-
-
-def _cut(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    class_ids, weights = top_k(probabilities, probabilities[:, :0], draws)
-    mean = torch.zeros_like(probabilities).scatter_(-1, class_ids, weights / weights.sum(dim=-1, keepdim=True))
-    return mean, mean.new_zeros(len(mean))
-
-
 # Each built-in sampler as its number of draws makes it.
 SAMPLERS: dict[str, Callable[[int], ClassSampler]] = {
-    "rs_kd": lambda draws: ClassSampler(rs_kd, draws, n_uniforms=draws, total=draws, moments=_independent),
-    "systematic": lambda draws: ClassSampler(systematic, draws, n_uniforms=1, total=draws, moments=_spaced),
-    "top_k": lambda draws: ClassSampler(top_k, draws, n_uniforms=0, total=TOP_K_UNITS, moments=_cut),
+    "rs_kd": lambda draws: ClassSampler(rs_kd, draws, n_uniforms=draws, total=draws),
+    "systematic": lambda draws: ClassSampler(systematic, draws, n_uniforms=1, total=draws),
+    "top_k": lambda draws: ClassSampler(top_k, draws, n_uniforms=0, total=TOP_K_UNITS),
 }
 
 
@@ -175,5 +156,4 @@ def class_sampler(options: ClassOptions) -> ClassSampler:
     if options.sampler in SAMPLERS:
         return SAMPLERS[options.sampler](options.draws)
     draw, draws = partial(plugins.drawn, options.sampler), options.draws
-    # A user's own is taken to be unbiased, with no more variance than independent draws.
-    return ClassSampler(draw, draws, n_uniforms=draws, total=draws, moments=_independent)
+    return ClassSampler(draw, draws, n_uniforms=draws, total=draws)

@@ -13,7 +13,7 @@ from selkd.models.tokenizers import token_texts
 from selkd.recipe.choices import ClassOptions, PositionOptions
 from selkd.selection.position_scores import choose_positions, score_positions
 from selkd.selection.positions import StepContext, step_context
-from selkd.teacher.targets import LiveTeacher
+from selkd.teacher.live import LiveTeacher
 
 
 def examine(
