@@ -89,7 +89,7 @@ def main() -> None:
                 with torch.backends.mkldnn.flags(enabled=options.get("with_onednn", True)):
                     shares = compare_again(teacher(**options), cached, samples, range(len(samples)), 0)
                 building.TOKENS_AT_ONCE = tokens_at_once
-                answer = judged(shares)
+                answer = judged(shares, sampler)
                 print(
                     f"{sampler:10} {draws:3}  {name:18} {answer.positions} positions  "
                     f"identical {answer.identical_positions / answer.positions:6.1%}  same {answer.same_draws:.4f}  "

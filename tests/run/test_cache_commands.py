@@ -24,7 +24,7 @@ from selkd.recipe.files import load_recipe
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.pipeline import cache_only, start
-from selkd.run.verify_cache import LEAST_OF_A_SAMPLE, LEAST_SAME_DRAWS, judged
+from selkd.run.verify_cache import LEAST_SAME_DRAWS, LEAST_SAME_OF_TOP_K, judged
 from selkd.teacher import build_cache
 from selkd.teacher.recheck_cache import same_draws
 
@@ -304,24 +304,26 @@ def test_the_same_draws_of_a_position_are_counted_class_by_class() -> None:
     assert same_draws(stored, again).tolist() == [1, 0, 5 / 8, 7 / 8]
 
 
-def test_what_is_judged_is_the_share_of_all_and_of_each_sample() -> None:
+@pytest.mark.parametrize(("sampler", "limits"), [("rs_kd", LEAST_SAME_DRAWS), ("top_k", LEAST_SAME_OF_TOP_K)])
+def test_what_is_judged_is_the_share_of_all_and_of_each_sample(sampler: str, limits: tuple[float, float]) -> None:
     """On made-up comparisons of 300 samples of 100 positions."""
-    fine = {number.to_bytes(16, "big"): np.full(100, LEAST_SAME_DRAWS + 0.01) for number in range(300)}
-    assert judged(fine).agrees
-    assert judged(fine).same_draws == pytest.approx(LEAST_SAME_DRAWS + 0.01)
-    further = {sample_id: share - 0.02 for sample_id, share in fine.items()}
-    assert min(further[bytes(16)]) > LEAST_OF_A_SAMPLE
-    assert not judged(further).agrees
+    least, least_of_sample = limits
+    fine = {number.to_bytes(16, "big"): np.full(100, least + 0.005) for number in range(300)}
+    assert judged(fine, sampler).agrees
+    assert judged(fine, sampler).same_draws == pytest.approx(least + 0.005)
+    further = {sample_id: share - 0.01 for sample_id, share in fine.items()}
+    assert min(further[bytes(16)]) > least_of_sample
+    assert not judged(further, sampler).agrees
     alien = bytes(15) + b"\x07"
-    one_alien = judged({**fine, alien: np.full(100, LEAST_OF_A_SAMPLE - 0.01)})
-    assert one_alien.same_draws > LEAST_SAME_DRAWS
+    one_alien = judged({**fine, alien: np.full(100, least_of_sample - 0.005)}, sampler)
+    assert one_alien.same_draws > least
     assert not one_alien.agrees
     assert one_alien.worst_sample == alien.hex()
-    assert one_alien.worst_same_draws == pytest.approx(LEAST_OF_A_SAMPLE - 0.01)
+    assert one_alien.worst_same_draws == pytest.approx(least_of_sample - 0.005)
 
 
 def test_a_sample_without_positions_is_no_worst_one() -> None:
-    answer = judged({bytes(16): np.zeros(0), bytes(15) + b"\x01": np.ones(4)})
+    answer = judged({bytes(16): np.zeros(0), bytes(15) + b"\x01": np.ones(4)}, "rs_kd")
     assert (answer.samples, answer.positions, answer.identical_positions) == (2, 4, 4)
     assert answer.worst_sample == (bytes(15) + b"\x01").hex()
 
