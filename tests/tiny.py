@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selkd.data.samples import Sample, SampleDataset
+from selkd.models.pair import ModelPair
+from selkd.recipe.data import RowOptions
 from selkd.training.arguments import DistillArguments
 
 V = 83
@@ -28,6 +30,11 @@ def make_model(seed: int, layers: int = 2, **config: object) -> LlamaForCausalLM
         "initializer_range": 0.3,
     }
     return LlamaForCausalLM(LlamaConfig(**(options | config))).eval()
+
+
+def make_pair(student: int = 1, teacher: int = 0) -> ModelPair:
+    """A student of that seed and a larger teacher, made when they are asked for."""
+    return ModelPair(lambda: make_model(student), lambda: make_model(teacher, 3), make_tokenizer(), V, torch.float32)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -61,7 +68,10 @@ def make_prompts(count: int = 8, with_completions: bool = True) -> list[Sample]:
 
 
 def make_arguments(out: Path, **options: object) -> DistillArguments:
-    """Full precision on the CPU, plain SGD, nothing on the side."""
+    """Full precision on the CPU, plain SGD, nothing on the side. The keys of ``data`` may stand beside the others."""
+    rows = {key: options.pop(key) for key in RowOptions.model_fields if key in options}
+    if rows:
+        options["data"] = rows
     defaults: dict[str, object] = {
         "output_dir": str(out),
         "use_cpu": True,

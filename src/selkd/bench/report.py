@@ -101,7 +101,7 @@ def _agreement(name: str, subject: Subject) -> tuple[float, float] | None:
         hidden = subject.student_hidden(batch)
         found = objective.agreement(hidden, head, batch, context)
         agreeing, compared = agreeing + int(found["agreeing_positions"]), compared + int(found["compared_positions"])
-        exact = score_positions("student_entropy", hidden.float(), head, batch, None, seed=0, step=context.step)
+        exact = score_positions("student_entropy", hidden.float(), head, batch, None)
         with torch.no_grad():
             scored = objective.score(hidden, head.to(subject.dtype), batch, None, context)
         chosen, best = (

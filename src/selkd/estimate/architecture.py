@@ -4,18 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from selkd.errors import InputError
 from selkd.models.demo import DEMO
-from selkd.models.pruning import cut_config
-from selkd.models.sources import ModelSource, locate
+from selkd.models.loading import read_config
+from selkd.models.pruning import cut_config, require_fewer_layers
+from selkd.models.sources import WITHOUT_WEIGHTS, ModelSource, downloaded, locate
 from selkd.recipe.recipe import Recipe
-
-_WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -45,25 +42,7 @@ def find(model: str, cache_dir: Path) -> ModelSource:
     """
     if model == DEMO or Path(model).expanduser().is_dir():
         return locate(model, cache_dir)
-    try:
-        path = huggingface_hub.snapshot_download(model, allow_patterns=_WITHOUT_WEIGHTS, ignore_patterns=["*/*"])
-    except (OSError, ValueError, hub_errors.HTTPError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"model {model!r}: no such folder here, and its configuration could not be fetched from the hub "
-            f"({reason[0]}). Give a local folder, or `demo` for the embedded default."
-        ) from error
-    return ModelSource(model, Path(path), "")
-
-
-def read_config(source: ModelSource) -> Any:
-    """The configuration in a model's folder. Raises InputError if this Transformers doesn't know it."""
-    try:
-        return AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model {source.name!r}: its configuration can't be read from {source.path}: {error}"
-        ) from error
+    return ModelSource(model, downloaded(model, WITHOUT_WEIGHTS), "")
 
 
 def student_config(recipe: Recipe, teacher: Any, cache_dir: Path) -> Any:
@@ -75,12 +54,8 @@ def student_config(recipe: Recipe, teacher: Any, cache_dir: Path) -> Any:
     if recipe.student.model is not None:
         return read_config(find(recipe.student.model, cache_dir))
     assert recipe.student.prune_from_teacher is not None, "a student has exactly one source"
-    keep, there = recipe.student.prune_from_teacher.layers, teacher.get_text_config(decoder=True).num_hidden_layers
-    if not keep < there:
-        raise InputError(
-            f"student.prune_from_teacher.layers is {keep}: the teacher has {there} layers, so 1 to {there - 1} can be "
-            "kept."
-        )
+    keep = recipe.student.prune_from_teacher.layers
+    require_fewer_layers(keep, teacher.get_text_config(decoder=True).num_hidden_layers)
     return cut_config(teacher, list(range(keep)))
 
 

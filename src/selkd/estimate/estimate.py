@@ -6,13 +6,14 @@ from typing import Any
 import torch
 
 from selkd.errors import InputError
-from selkd.estimate.architecture import Architecture, describe, find, read_config, student_config
+from selkd.estimate.architecture import Architecture, describe, find, student_config
 from selkd.estimate.cache_size import MEASURED, SOURCE, typical_bytes
 from selkd.estimate.memory import Memory, Setting, memory
 from selkd.estimate.plan import Plan, make_plan, teacher_tokens
 from selkd.estimate.probe import Rates, probe
 from selkd.evaluation.sample_scores import NEEDS_TEACHER
-from selkd.models.loading import resolve_dtype
+from selkd.models.loading import read_config, resolve_dtype
+from selkd.models.sources import default_cache_dir
 from selkd.recipe.evaluation import benchmarks_of
 from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import Workspace
@@ -31,17 +32,16 @@ def estimate(
     Raises:
         InputError: what ``distill`` refuses of models and text; a probe on a CPU for a plan of accelerators.
     """
-    work = Workspace(recipe, Path("runs"))  # nothing is written there
+    cache_dir = default_cache_dir()
+    source = find(recipe.teacher.model, cache_dir)  # tokenising needs its tokenizer alone
+    student_source = None if recipe.student.model is None else find(recipe.student.model, cache_dir)
+    work = Workspace(recipe, Path("runs"), teacher_source=source, student_source=student_source)  # writes nothing there
     is_cpu = work.device.type == "cpu" and gpus is None
     if gpus is not None and with_probe and work.device.type == "cpu":
         raise InputError("--probe: it measures this machine's device, a CPU, and --gpus plans accelerators. Leave one.")
-    source = find(recipe.teacher.model, work.cache_dir)
-    work.__dict__["teacher_source"] = source  # tokenising needs its tokenizer alone
-    if recipe.student.model is not None:
-        work.__dict__["student_source"] = find(recipe.student.model, work.cache_dir)
     teacher_config = read_config(source)
     teacher = describe(teacher_config)
-    student = describe(student_config(recipe, teacher_config, work.cache_dir))
+    student = describe(student_config(recipe, teacher_config, cache_dir))
     plan = make_plan(recipe, work, gpus or work.state.num_processes, tokens)
     setting = _setting(recipe, work, plan, is_cpu)
     needed = memory(student, teacher, setting)
@@ -87,7 +87,7 @@ def _setting(recipe: Recipe, work: Workspace, plan: Plan, is_cpu: bool) -> Setti
         student = torch.bfloat16 if recipe.training.get("bf16", True) else torch.float32
         name = recipe.teacher.dtype
         teacher = torch.bfloat16 if name == "auto" else resolve_dtype(name, torch.device("cpu"))
-    return Setting(recipe, plan, work.planned_arguments, student, teacher, is_cpu)
+    return Setting(recipe, plan, work.arguments, student, teacher, is_cpu)
 
 
 def _cache(recipe: Recipe, plan: Plan, rates: Rates | None) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from selkd.data.collate import TOKENS_AT_ONCE
 from selkd.estimate.architecture import Architecture
 from selkd.estimate.body import BodyMemory, body_memory
 from selkd.estimate.optimiser import optimiser_bytes
@@ -15,7 +16,6 @@ from selkd.estimate.plan import Plan
 from selkd.evaluation.sample_scores import NEEDS_TEACHER
 from selkd.maths.chunked import CHUNK_BYTES
 from selkd.recipe.recipe import Recipe
-from selkd.teacher.build_cache import TOKENS_AT_ONCE
 from selkd.training.arguments import DistillArguments
 
 # Tensors of one chunk of logits that are alive together: the student's, its gradient, what the criterion makes of both,

@@ -78,7 +78,7 @@ def make_plan(recipe: Recipe, work: Workspace, devices: int, tokens: int | None)
         samples, train_tokens = max(1, tokens // length), tokens
         positions = samples * (length - 1)
     kept = samples if recipe.samples is None else max(1, math.ceil(recipe.samples.fraction * samples - 1e-9))
-    arguments = work.planned_arguments
+    arguments = work.arguments
     steps, epochs = _steps(arguments, kept, devices)
     every, measures = recipe.evaluation.every_steps, "fidelity" in recipe.evaluation.suite
     average, largest = _shares(recipe.resolved()["positions"]["fraction"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
+from selkd.data.splits import Splits
 from selkd.estimate.plan import is_local
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
@@ -56,13 +57,12 @@ def probe(recipe: Recipe) -> Rates:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="selkd-probe-") as folder:
         small = _shortened(recipe)
-        work = Workspace(small, Path(folder) / "run")
-        _take_few(work)
-        run = RunDirectory.claim(work.run_path, small)
-        run.path.mkdir()
+        path = Path(folder) / "run"
+        work = Workspace(small, path, splits=_few(small, Workspace(small, path).splits))
+        run = RunDirectory.claim(path, small, is_writer=True)
         prepare(work, run)
         train, held_out = work.splits.train, work.splits.held_out
-        work.models.student  # noqa: B018  loaded before the clock starts
+        _ = work.models.student  # loaded before the clock starts
         rates: dict[str, float | None] = dict.fromkeys(("score", "cache", "evaluate"))
         with _clock() as clock:
             kept = score(work, run)
@@ -135,12 +135,11 @@ def _samples_needed(recipe: Recipe) -> int:
     return math.ceil(kept / (1.0 if recipe.samples is None else recipe.samples.fraction))
 
 
-def _take_few(work: Workspace) -> None:
-    """Cut the workspace's samples to what the probe needs."""
-    splits = work.splits
-    few = splits.train.select(range(min(len(splits.train), _samples_needed(work.recipe))))
+def _few(recipe: Recipe, splits: Splits) -> Splits:
+    """As many of the samples as the probe needs."""
+    few = splits.train.select(range(min(len(splits.train), _samples_needed(recipe))))
     held_out = splits.held_out.select(range(min(len(splits.held_out), HELD_OUT_SAMPLES)))
-    work.__dict__["splits"] = replace(splits, train=few, held_out=held_out, train_tokens=_tokens(few))
+    return replace(splits, train=few, held_out=held_out, train_tokens=_tokens(few))
 
 
 def _tokens(samples: SampleDataset) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selkd.maths.chunked import ChunkedLogits
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 
@@ -36,8 +37,8 @@ class ModelPair:
         vocab_size: int,
         dtype: torch.dtype,
     ) -> None:
-        self._student = _Slot(student)
-        self._teacher = None if teacher is None else _Slot(teacher)
+        self._student = ModelSlot(student)
+        self._teacher = None if teacher is None else ModelSlot(teacher)
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.dtype = dtype
@@ -75,6 +76,12 @@ class ModelPair:
         """The teacher's hidden states [B, T, D] of the same batch, on its own device and in its own dtype."""
         return hidden_states(self.teacher, batch["input_ids"], batch["position_ids"])
 
+    def teacher_logits(self, batch: Mapping[str, Tensor]) -> ChunkedLogits:
+        """The teacher's logits at the valid positions of the same batch, in the order of its mask: its body runs now,
+        its head when they are asked for."""
+        hidden = self.teacher_hidden(batch)
+        return ChunkedLogits(hidden[batch["valid_mask"].to(hidden.device)], self.teacher_head)
+
     def with_student(self, student: Load) -> "ModelPair":
         """Another student beside the same teacher, which is loaded once for both pairs."""
         other = ModelPair(student, None, self.tokenizer, self.vocab_size, self.dtype)
@@ -91,8 +98,8 @@ class ModelPair:
             self._teacher.release()
 
 
-class _Slot:
-    """A model, once it was asked for, and the function that loads it."""
+class ModelSlot:
+    """A model that is loaded when it is first asked for, and whose memory can be freed."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -105,6 +112,7 @@ class _Slot:
         return self._model
 
     def release(self) -> None:
+        """Free the model's memory; it is loaded anew when it is asked for."""
         self._model = None
         gc.collect()  # a student holds itself through its bound loss
         if torch.cuda.is_available():

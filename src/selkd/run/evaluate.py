@@ -41,6 +41,7 @@ def evaluate(work: Workspace, run: RunDirectory, student: PreTrainedModel, when:
             fingerprint = stored["initial_fingerprint"] if when == "before" else stored["fingerprint"]
             measured = benchmarks.measure(work, student, when, fingerprint)
             benchmarks_record(run)[when] = measured
+    run.save()
 
 
 def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
@@ -82,12 +83,4 @@ def benchmarks_record(run: RunDirectory) -> dict[str, Any]:
 
 
 def measure_fidelity(work: Workspace, student: PreTrainedModel, description: str) -> Fidelity:
-    return fidelity(
-        student,
-        work.models.teacher,
-        work.splits.held_out,
-        work.dtype,
-        work.models.pad_token_id,
-        work.vocab_size,
-        description,
-    )
+    return fidelity(work.models.with_student(lambda: student), work.splits.held_out, description)

@@ -32,9 +32,9 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
                 "train_tokens": splits.train_tokens,
                 "train_positions": n_valid,
                 "held_out_samples": len(splits.held_out),
-                "cut_documents": splits.cut,
-                "prompts_too_long": splits.too_long,
-                "documents_without_target": splits.unanswered,
+                "cut_documents": splits.misfits.cut,
+                "prompts_too_long": splits.misfits.too_long,
+                "documents_without_target": splits.misfits.unanswered,
                 "fingerprint": splits.fingerprint,
                 "held_out_fingerprint": splits.held_out.digest,
             },
@@ -51,3 +51,4 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         teacher = {"model": work.teacher_source.name, "fingerprint": work.teacher_source.fingerprint}
         run.record["teacher"] = {**(run.record.get("teacher") or {}), **teacher}
         count_teacher_tokens(work, run)
+    run.save()

@@ -23,6 +23,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
     train, options = work.splits.train, work.recipe.samples
     if options is None:
         run.record["counts"]["samples_kept"] = len(train)
+        run.save()
         return train
     with timed(run, "score"):
         path = Path(options.path).expanduser() if options.path else run.path / "selection" / "samples.parquet"
@@ -63,23 +64,14 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
                 found.write(own, kept)
         work.state.wait_for_everyone()
     run.record["counts"]["samples_kept"] = len(kept)
+    run.save()
     return train.select(kept)
 
 
 def _score(work: Workspace, samples: SampleDataset, estimator: Estimator | None) -> tuple[np.ndarray, int]:
     """Scores of some of the training samples, and the tokens that the teacher ran on."""
     assert work.recipe.samples is not None
-    return score_samples(
-        work.recipe.samples.metric,
-        samples,
-        lambda: work.models.student,
-        lambda: work.models.teacher,
-        work.dtype,
-        work.models.pad_token_id,
-        work.vocab_size,
-        work.recipe.seed,
-        estimator,
-    )
+    return score_samples(work.recipe.samples.metric, samples, work.models, work.recipe.seed, estimator)
 
 
 def _approximation(work: Workspace) -> str:

@@ -15,13 +15,12 @@ from tqdm import tqdm
 
 from selkd.cache.manifest import Fingerprint
 from selkd.cache.writer import CacheWriter, SampleRows
-from selkd.data.collate import collate, group_by_tokens
+from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
 from selkd.teacher.live import LiveTeacher
 
 # A shard stores how often each class is drawn: some 30 kB at 50,000 classes, which a small shard would not repay.
 SHARD_TOKENS = 2**17
-TOKENS_AT_ONCE = 4096
 
 
 def build_cache(
