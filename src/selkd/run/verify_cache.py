@@ -20,9 +20,9 @@ from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.recheck_cache import compare_again
 
 # The least share of same draws, of all positions and of each sample. Measured on SmolLM2-135M at U = 64
-# (docs/results/cache.md): the same teacher in another arithmetic has 0.80, one at temperature 1.1 has 0.68. A sample
-# may be short, so its own limit is wide. `top_k` draws nothing: what is compared is its probabilities.
-LEAST_SAME_DRAWS = (0.7, 0.5)
+# (docs/results/cache.md): the same teacher in another arithmetic has at least 0.798, one at temperature 1.1 at most
+# 0.727. A sample may be short, so its own limit is wide. `top_k` draws nothing: its probabilities are compared.
+LEAST_SAME_DRAWS = (0.75, 0.5)
 LEAST_SAME_OF_TOP_K = (0.965, 0.9)
 
 
