@@ -30,7 +30,7 @@ from selkd.teacher.live import LiveTeacher
 from selkd.teacher.recheck_cache import compare_again
 
 SEED = 1
-SAMPLERS = (("rs_kd", 64), ("systematic", 64), ("top_k", 64), ("rs_kd", 8))
+SAMPLERS = (("rs_kd", 64), ("rs_kd", 8), ("systematic", 64), ("top_k", 64))
 
 
 def perturbed(model: PreTrainedModel, share: float) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from selkd.recipe.files import load_recipe
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.pipeline import cache_only, start
-from selkd.run.verify_cache import LEAST_SAME_DRAWS, LEAST_SAME_OF_TOP_K, judged
+from selkd.run.verify_cache import LEAST_SAME_DRAWS, judged
 from selkd.teacher import build_cache
 from selkd.teacher.recheck_cache import same_draws
 
@@ -304,7 +304,7 @@ def test_the_same_draws_of_a_position_are_counted_class_by_class() -> None:
     assert same_draws(stored, again).tolist() == [1, 0, 5 / 8, 7 / 8]
 
 
-@pytest.mark.parametrize(("sampler", "limits"), [("rs_kd", LEAST_SAME_DRAWS), ("top_k", LEAST_SAME_OF_TOP_K)])
+@pytest.mark.parametrize(("sampler", "limits"), [*LEAST_SAME_DRAWS.items(), ("parts:own", LEAST_SAME_DRAWS["rs_kd"])])
 def test_what_is_judged_is_the_share_of_all_and_of_each_sample(sampler: str, limits: tuple[float, float]) -> None:
     """On made-up comparisons of 300 samples of 100 positions."""
     least, least_of_sample = limits

@@ -59,7 +59,8 @@ class LiveTeacher:
         # The size of the chunks is a part of what makes a cache built again the same, bit for bit.
         size = chunk_size(self.head.vocab_size, self.head.weight.device)
         picked = self._targets(batch, self._uniforms(batch, "cache"), size).at(valid)
-        return [picked.drawn(rows, self.sampler.integers) for rows in chunks(len(valid), size)]
+        what = "the teacher's logits, for its cache"
+        return [picked.drawn(rows, self.sampler.integers, what) for rows in chunks(len(valid), size)]
 
     def _uniforms(self, batch: Batch, *stream: int | str) -> Tensor | None:
         """What the sampler draws with at each position, float64 [B * T, u]; None without a sampler."""
@@ -109,11 +110,16 @@ class LiveTargets:
         sampler = self.teacher.sampler
         return FullDistribution(self.logits(rows)) if sampler is None else self.drawn(rows, sampler)
 
-    def drawn(self, rows: slice, draw: Callable[[Tensor, Tensor], Drawn]) -> DrawnClasses:
-        """What ``draw`` makes of probabilities [n, V] at the teacher's temperature and uniforms [n, u]."""
+    def drawn(
+        self, rows: slice, draw: Callable[[Tensor, Tensor], Drawn], what: str = "the teacher's logits"
+    ) -> DrawnClasses:
+        """What ``draw`` makes of probabilities [n, V] at the teacher's temperature and uniforms [n, u].
+
+        Raises RunError where ``what``, so called in the message, is not finite.
+        """
         assert self.uniforms is not None, "a sampler's uniforms come with the targets"
         probabilities = torch.softmax(self.logits(rows) / self.teacher.temperature, dim=-1)
-        require_finite(probabilities.sum(dim=-1), self.index[rows], self.batch, "the teacher's logits")
+        require_finite(probabilities.sum(dim=-1), self.index[rows], self.batch, what)
         return DrawnClasses(*draw(probabilities, self.uniforms[rows]))
 
     @cached_property
