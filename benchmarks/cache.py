@@ -33,6 +33,7 @@ from selkd.cache.writer import CacheWriter
 from selkd.data.collate import collate
 from selkd.data.samples import Sample, SampleDataset
 from selkd.data.splits import load_splits
+from selkd.maths.chunked import wide
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 from selkd.models.loading import load_model, native_dtype
@@ -42,7 +43,7 @@ from selkd.recipe.choices import ClassOptions
 from selkd.selection.classes import ClassSampler, class_sampler, in_units
 from selkd.selection.randomness import position_uniforms
 from selkd.teacher.build_cache import plan_shards
-from selkd.teacher.targets import CachedTeacher, head_logits
+from selkd.teacher.cached import CachedTeacher
 
 CPU = torch.device("cpu")
 SEED = 1337
@@ -139,7 +140,7 @@ def measure_size(data: Path, positions: int, texts: list[str]) -> dict[str, Any]
         for group, hidden, noise in teacher.probabilities(samples):
             parts: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {kind: [] for kind in kinds}
             for at in range(0, len(hidden), ROWS_AT_ONCE):
-                p = torch.softmax(head_logits(teacher.head, hidden[at : at + ROWS_AT_ONCE]), dim=-1)
+                p = torch.softmax(wide(teacher.head.logits(hidden[at : at + ROWS_AT_ONCE])), dim=-1)
                 forward += time.process_time() - clock
                 for kind, draw in kinds.items():
                     clock = time.process_time()
@@ -221,7 +222,7 @@ def measure_draws(data: Path, positions: int) -> dict[str, Any]:
     sizes = [sample.n_valid for sample in samples]
     for _, hidden, noise in teacher.probabilities(samples):
         for at in range(0, len(hidden), ROWS_AT_ONCE):
-            p = torch.softmax(head_logits(teacher.head, hidden[at : at + ROWS_AT_ONCE]), dim=-1)
+            p = torch.softmax(wide(teacher.head.logits(hidden[at : at + ROWS_AT_ONCE])), dim=-1)
             squares = p.double().square().sum(-1)
             most_probable = p.topk(max(DRAWS), dim=-1)
             for key, draw in grid.items():

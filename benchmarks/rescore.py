@@ -1,18 +1,19 @@
-"""What ``selkd cache verify --rescore`` can tell: caches of the real teacher, judged by it and by altered ones.
+"""What ``selkd cache verify --rescore`` can tell: caches of the real teacher, drawn again by it and by altered ones.
 
-    python benchmarks/rescore.py [--samples 8]
+    python benchmarks/rescore.py [--samples 12]
 
 Samples of the Python manual; the cache is the bfloat16 teacher's at temperature 1. docs/results/cache.md has the table.
 """
 
 import argparse
+import copy
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from selkd import load_recipe
 from selkd.cache.reader import TeacherCache
@@ -23,15 +24,28 @@ from selkd.models.tokenizers import load_tokenizer, tokenizer_fingerprint
 from selkd.recipe.choices import ClassOptions
 from selkd.run.verify_cache import judged
 from selkd.selection.classes import class_sampler
-from selkd.teacher import recheck_cache as rescoring
-from selkd.teacher.build_cache import build_cache
+from selkd.teacher import build_cache as building
+from selkd.teacher.cached import CachedTeacher
+from selkd.teacher.live import LiveTeacher
+from selkd.teacher.recheck_cache import compare_again
 
 SEED = 1
+SAMPLERS = (("rs_kd", 64), ("rs_kd", 8), ("systematic", 64), ("top_k", 64))
+
+
+def perturbed(model: PreTrainedModel, share: float) -> PreTrainedModel:
+    """The model with normal noise on each weight matrix, of ``share`` of the matrix's own standard deviation."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(SEED)
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.data = (weight.data.float() + share * weight.data.float().std() * noise).to(weight.dtype)
+    return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=12)
     n_samples = parser.parse_args().samples
     source, cpu = locate("demo", default_cache_dir()), torch.device("cpu")
     tokenizer = load_tokenizer(source)
@@ -40,10 +54,21 @@ def main() -> None:
     samples = train.select(np.arange(0, 20 * n_samples, 20))
     low, full = (load_model(source, dtype, cpu) for dtype in (torch.bfloat16, torch.float32))
     vocab_size = low.config.vocab_size
-    tokens_at_once = rescoring.TOKENS_AT_ONCE
-    for sampler, draws in (("rs_kd", 64), ("systematic", 64), ("top_k", 64), ("rs_kd", 8), ("systematic", 8)):
+    variants: dict[str, dict[str, Any]] = {
+        "the same": {},
+        "float32": {"model": full},
+        "each sample alone": {"tokens_at_once": 1},
+        "without oneDNN": {"with_onednn": False},
+        "weights + 1%": {"model": perturbed(low, 0.01)},
+        "weights + 3%": {"model": perturbed(low, 0.03)},
+        "temperature 1.05": {"temperature": 1.05},
+        "temperature 1.1": {"temperature": 1.1},
+        "temperature 2": {"temperature": 2.0},
+    }
+    tokens_at_once = building.TOKENS_AT_ONCE
+    for sampler, draws in SAMPLERS:
         classes = ClassOptions.model_validate({"sampler": sampler, "draws": draws})
-        stored: dict[str, str | int | float] = {
+        about: dict[str, str | int | float] = {
             "sampler": sampler,
             "draws": draws,
             "temperature": 1.0,
@@ -51,30 +76,25 @@ def main() -> None:
             "seed": SEED,
             "count_total": class_sampler(classes).total,
         }
+
+        def teacher(classes: ClassOptions = classes, **options: Any) -> LiveTeacher:
+            temperature = options.get("temperature", 1.0)
+            return LiveTeacher(options.get("model", low), classes, temperature, SEED, vocab_size)
+
         with tempfile.TemporaryDirectory() as folder:
-            build_cache(Path(folder), stored, samples, lambda: low, classes, 1.0, SEED, 0)
-            cache = TeacherCache.open(folder)
-            variants: dict[str, dict[str, Any]] = {
-                "the same": {},
-                "float32": {"model": full},
-                "each sample alone": {"at_once": 1},
-                "without oneDNN": {"context": torch.backends.mkldnn.flags(enabled=False)},
-                "temperature 1.05": {"temperature": 1.05},
-                "temperature 1.1": {"temperature": 1.1},
-                "temperature 2": {"temperature": 2.0},
-            }
+            building.build_cache(Path(folder), about, samples, teacher, 0)
+            cached = CachedTeacher(TeacherCache.open(folder))
             for name, options in variants.items():
-                rescoring.TOKENS_AT_ONCE = options.get("at_once", tokens_at_once)
-                with options.get("context", nullcontext()):
-                    found = rescoring.compare_again(
-                        options.get("model", low), samples, range(len(samples)), classes,
-                        options.get("temperature", 1.0), SEED, vocab_size, 0, cache.get,
-                    )  # fmt: skip
-                answer = judged({samples.ids[index]: again for index, again in found.items()}, is_exact=True)
-                same = answer.identical_positions / answer.positions
+                building.TOKENS_AT_ONCE = options.get("tokens_at_once", tokens_at_once)
+                with torch.backends.mkldnn.flags(enabled=options.get("with_onednn", True)):
+                    shares = compare_again(teacher(**options), cached, samples, range(len(samples)), 0)
+                building.TOKENS_AT_ONCE = tokens_at_once
+                answer = judged(shares, sampler)
                 print(
-                    f"{sampler:10} {draws:3}  {name:18} same counts {same:6.1%}  "
-                    f"excess {answer.excess:+.5f} ± {answer.standard_error:.5f}  agrees {answer.agrees}"
+                    f"{sampler:10} {draws:3}  {name:18} {answer.positions} positions  "
+                    f"identical {answer.identical_positions / answer.positions:6.1%}  same {answer.same_draws:.4f}  "
+                    f"worst sample {answer.worst_same_draws:.4f}  agrees {answer.agrees}",
+                    flush=True,
                 )
 
 

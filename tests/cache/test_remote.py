@@ -7,6 +7,7 @@ import fsspec
 import pytest
 from cache_samples import FINGERPRINT, assert_same_rows, build, contents, make_rows, sample_id
 
+from selkd.cache import remote as remote_module
 from selkd.cache.reader import TeacherCache
 from selkd.cache.remote import fetch_cache, is_remote
 from selkd.errors import InputError, RunError
@@ -40,28 +41,24 @@ def test_a_remote_cache_is_copied_whole_and_once(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in local.iterdir()} == stamps
 
 
-def test_an_interrupted_copy_is_continued(
+def test_an_interrupted_copy_leaves_nothing(
     tmp_path: Path, remote: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[str] = []
+    n_opened = 0
     whole = type(remote)._open
 
     def breaking(self: object, path: str, *arguments: object, **options: object) -> object:
-        opened.append(path.rsplit("/", 1)[1])
-        if len(opened) == 3:
+        nonlocal n_opened
+        n_opened += 1
+        if n_opened == 3:
             raise ConnectionError("the network is gone")
         return whole(self, path, *arguments, **options)
 
     monkeypatch.setattr(type(remote), "_open", breaking)
     with pytest.raises(RunError, match="the network is gone"):
         fetch_cache(URL, tmp_path / "copies")
-    (local,) = (tmp_path / "copies").iterdir()
-    assert sorted(contents(local)) == ["plan.json", "shard-00000.selkd"]
-    with pytest.raises(InputError, match="incomplete"):
-        TeacherCache.open(local)
-    assert fetch_cache(URL, tmp_path / "copies") == local
-    assert opened.count("shard-00000.selkd") == 1
-    assert contents(local) == contents(tmp_path / "original")
+    assert list((tmp_path / "copies").iterdir()) == []
+    assert contents(fetch_cache(URL, tmp_path / "copies")) == contents(tmp_path / "original")
 
 
 def test_what_is_damaged_or_missing_there_is_named(tmp_path: Path, remote: fsspec.AbstractFileSystem) -> None:
@@ -102,14 +99,6 @@ def test_damage_in_the_middle_of_a_file_is_no_complete_copy(
     assert contents(fetch_cache(URL, tmp_path / "copies")) == contents(tmp_path / "original")
 
 
-@pytest.mark.usefixtures("remote")
-def test_a_copy_whose_manifest_was_damaged_is_completed_again(tmp_path: Path) -> None:
-    local = fetch_cache(URL, tmp_path / "copies")
-    (local / "manifest.json").write_text("{}")
-    assert fetch_cache(URL, tmp_path / "copies") == local
-    assert contents(local) == contents(tmp_path / "original")
-
-
 def test_any_error_of_the_network_names_the_address(
     tmp_path: Path, remote: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,14 +112,33 @@ def test_any_error_of_the_network_names_the_address(
     with pytest.raises(RunError, match=r"plan.json at memory://.*Forbidden: 403"):
         fetch_cache(URL, tmp_path / "copies")
     monkeypatch.setattr(type(remote), "cat_file", refuse)
-    with pytest.raises(RunError, match=r"memory://bucket/cache can't be read: Forbidden: 403"):
+    with pytest.raises(RunError, match=r"memory://bucket/cache can't be copied: Forbidden: 403"):
         fetch_cache(URL, tmp_path / "copies")
 
 
 @pytest.mark.usefixtures("remote")
-def test_a_copy_that_lost_a_file_or_a_part_of_one_is_mended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["index.selkd", "shard-00001.selkd"])
+def test_a_copy_that_lost_a_file_is_refused_and_left(name: str, tmp_path: Path) -> None:
     copy = fetch_cache(URL, tmp_path / "copies")
-    (copy / "shard-00001.selkd").write_bytes((copy / "shard-00001.selkd").read_bytes()[:100])
-    assert contents(fetch_cache(URL, tmp_path / "copies")) == contents(tmp_path / "original")
-    (copy / "index.selkd").unlink()
-    assert contents(fetch_cache(URL, tmp_path / "copies")) == contents(tmp_path / "original")
+    (copy / name).unlink()
+    left = contents(copy)
+    with pytest.raises(InputError, match=rf"the copy of {URL} in .* is damaged: .*{name}.*Remove it to copy anew"):
+        fetch_cache(URL, tmp_path / "copies")
+    assert contents(copy) == left
+
+
+def test_a_copy_that_another_process_finished_first_is_taken(
+    tmp_path: Path, remote: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del remote
+    verify = remote_module.verify_cache
+
+    def meanwhile(copy: Path) -> list[str]:
+        monkeypatch.setattr(remote_module, "verify_cache", verify)
+        fetch_cache(URL, tmp_path / "copies")
+        return verify(copy)
+
+    monkeypatch.setattr(remote_module, "verify_cache", meanwhile)
+    local = fetch_cache(URL, tmp_path / "copies")
+    assert list((tmp_path / "copies").iterdir()) == [local]
+    assert contents(local) == contents(tmp_path / "original")

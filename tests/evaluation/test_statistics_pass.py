@@ -13,7 +13,7 @@ from selkd.evaluation.fidelity import fidelity
 from selkd.evaluation.sample_scores import score_samples
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
 from selkd.selection.positions import StepContext
-from selkd.teacher.targets import LiveTeacher
+from selkd.teacher.live import LiveTeacher
 from selkd.training.evaluation import divergence_sums
 from selkd.training.objective import Objective
 

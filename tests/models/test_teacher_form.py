@@ -16,7 +16,7 @@ from selkd.models.quantisation import require_quantization
 from selkd.models.sources import default_cache_dir, locate
 from selkd.recipe.choices import ClassOptions
 from selkd.recipe.files import load_recipe
-from selkd.teacher.targets import LiveTeacher
+from selkd.teacher.live import LiveTeacher
 
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is refused without CUDA")
 

@@ -45,21 +45,6 @@ def test_counts_are_exact(draws: int, vocab_size: int, n: int, seed: int) -> Non
         assert counts[row][filled].tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_the_moments_are_those_of_the_draws(name: str) -> None:
-    sampler = class_sampler(ClassOptions.model_validate({"sampler": name, "draws": 6}))
-    generator, repeats = torch.Generator().manual_seed(4), 20_000
-    p = torch.softmax(torch.randn(11, generator=generator, dtype=torch.float64) * 1.5, dim=-1)
-    uniforms = torch.rand(repeats, sampler.n_uniforms, generator=generator, dtype=torch.float64)
-    class_ids, counts = sampler.integers(p.expand(repeats, -1), uniforms)
-    targets = as_dense(class_ids, counts, 11) / sampler.total
-    mean, expected = (each[0] for each in sampler.moments(p[None], 6))
-    errors = (targets - mean).square().sum(-1)
-    tolerance = 1e-4 if name == "top_k" else 0.0  # stored in units of 1/65,535
-    assert ((targets.mean(0) - mean).abs() <= 4.5 * targets.std(0) / repeats**0.5 + tolerance + 1e-12).all()
-    assert abs(errors.mean() - expected) <= 4.5 * errors.std() / repeats**0.5 + tolerance
-
-
 def test_a_class_without_probability_is_never_drawn() -> None:
     probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     uniforms = torch.linspace(0, 1 - 1e-12, 1001, dtype=torch.float64)[None]

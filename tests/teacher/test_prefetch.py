@@ -18,6 +18,7 @@ from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import Workspace
 from selkd.teacher.build_cache import build_cache
+from selkd.teacher.live import LiveTeacher
 from selkd.training.trainer import DistillTrainer
 
 
@@ -51,7 +52,8 @@ def test_workers_read_the_cache_and_change_nothing(tmp_path: Path) -> None:
     samples = make_samples(8)
     fingerprint = {"sampler": "rs_kd", "draws": 8, "temperature": 1.0, "vocabulary": V, "seed": 11}
     options = ClassOptions(sampler="rs_kd", draws=8)
-    build_cache(tmp_path / "cache", fingerprint, samples, lambda: make_model(0, layers=3), options, 1.0, 11, 1)
+    teacher = LiveTeacher(make_model(0, layers=3), options, 1.0, 11, V)
+    build_cache(tmp_path / "cache", fingerprint, samples, lambda: teacher, 1)
     opened = TeacherCache.open(tmp_path / "cache")
     cache = ReadBy(opened.directory, opened._manifest)
     alone = trained(tmp_path / "alone", samples, cache, workers=0)
@@ -71,7 +73,8 @@ def test_what_a_worker_finds_damaged_is_told_in_the_readers_own_words(workers: i
     samples = make_samples(8)
     fingerprint = {"sampler": "rs_kd", "draws": 8, "temperature": 1.0, "vocabulary": V, "seed": 11}
     options = ClassOptions(sampler="rs_kd", draws=8)
-    build_cache(tmp_path / "cache", fingerprint, samples, lambda: make_model(0, layers=3), options, 1.0, 11, 1)
+    teacher = LiveTeacher(make_model(0, layers=3), options, 1.0, 11, V)
+    build_cache(tmp_path / "cache", fingerprint, samples, lambda: teacher, 1)
     cache = TeacherCache.open(tmp_path / "cache")
     for shard in (tmp_path / "cache").glob("shard-*"):
         content = bytearray(shard.read_bytes())

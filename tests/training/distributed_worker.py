@@ -21,7 +21,7 @@ from selkd.data.collate import collate
 from selkd.data.samples import SampleDataset
 from selkd.recipe.choices import ClassOptions
 from selkd.selection.positions import step_context
-from selkd.teacher.targets import LiveTeacher
+from selkd.teacher.live import LiveTeacher
 from selkd.training.arguments import DistillArguments
 from selkd.training.objective import Budget
 from selkd.training.student import bind_distillation

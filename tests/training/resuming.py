@@ -26,6 +26,7 @@ from selkd.models.adapters import with_adapters
 from selkd.recipe.choices import ClassOptions
 from selkd.recipe.models import LoraOptions
 from selkd.teacher.build_cache import build_cache
+from selkd.teacher.live import LiveTeacher
 from selkd.training.checkpoints import last_whole_checkpoint
 
 ENTROPY = {"metric": "student_entropy", "fraction": 0.4}
@@ -84,7 +85,8 @@ def make_trainer(case: str, out: Path, shared: Path, **changes: Any) -> DistillT
     if is_cached:
         drawn = ClassOptions.model_validate(DRAWN)
         fingerprint = {**DRAWN, "temperature": 1.0, "vocabulary": V, "seed": 11}
-        build_cache(shared / "cache", fingerprint, samples, lambda: make_model(0, layers=3), drawn, 1.0, 11, 1)
+        live = LiveTeacher(make_model(0, layers=3), drawn, 1.0, 11, V)
+        build_cache(shared / "cache", fingerprint, samples, lambda: live, 1)
         teacher = TeacherCache.open(shared / "cache")
     arguments = make_arguments(out, **options)
     if arguments.fsdp:  # Accelerate shards on accelerators only; FSDP2 itself runs on CPUs, too

@@ -13,7 +13,7 @@ from selkd.data.samples import Sample
 from selkd.models.head import head_of
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
 from selkd.selection.positions import step_context
-from selkd.teacher.targets import LiveTeacher
+from selkd.teacher.live import LiveTeacher
 from selkd.training.objective import Budget, Objective
 from selkd.training.student import bind_distillation
 

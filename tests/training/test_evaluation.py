@@ -21,6 +21,7 @@ from selkd.errors import InputError, RunError
 from selkd.recipe.choices import ClassOptions
 from selkd.selection.queue import ScoreQueue
 from selkd.teacher.build_cache import build_cache
+from selkd.teacher.live import LiveTeacher
 
 DRAWN = {"classes": {"sampler": "rs_kd", "draws": 8}}
 
@@ -170,7 +171,7 @@ def test_over_seeds_a_caches_figure_is_the_divergence_and_the_teachers_entropy(t
     for seed in seeds:
         folder = tmp_path / str(seed)
         about = {"sampler": "rs_kd", "draws": draws, "temperature": 1.0, "vocabulary": V, "seed": seed}
-        build_cache(folder, about, samples, lambda: model, options, 1.0, seed, 1)
+        build_cache(folder, about, samples, partial(LiveTeacher, model, options, 1.0, seed, V), 1)
         recipe = {"classes": {"sampler": "rs_kd", "draws": draws}}
         found.append(evaluator(tmp_path / "run", samples, recipe, teacher=TeacherCache.open(folder)).evaluate())
     losses = np.array([metrics["eval_loss"] for metrics in found])

@@ -32,6 +32,7 @@ from selkd.models.sources import ModelSource
 from selkd.recipe.choices import ClassOptions
 from selkd.selection.randomness import position_uniforms
 from selkd.teacher.build_cache import build_cache
+from selkd.teacher.live import LiveTeacher
 
 SE_KD: dict[str, Any] = {"positions": {"policy": "top_k", "metric": "student_entropy", "fraction": 0.3}}
 BY_KL: dict[str, Any] = {
@@ -226,7 +227,8 @@ def test_a_cache_teaches_another_family(
 
 def cached(folder: Path, teacher: PreTrainedModel, samples: SampleDataset, vocabulary: int) -> TeacherCache:
     fingerprint = {"sampler": "rs_kd", "draws": 8, "temperature": 1.0, "vocabulary": vocabulary, "seed": 11}
-    build_cache(folder, fingerprint, samples, lambda: teacher, ClassOptions(sampler="rs_kd", draws=8), 1.0, 11, 1)
+    live = LiveTeacher(teacher, ClassOptions(sampler="rs_kd", draws=8), 1.0, 11, vocabulary)
+    build_cache(folder, fingerprint, samples, lambda: live, 1)
     return TeacherCache.open(folder)
 
 

@@ -21,7 +21,7 @@ from selkd.models.head import head_of, hidden_states
 from selkd.recipe.choices import ClassOptions
 from selkd.selection.positions import step_context
 from selkd.teacher.build_cache import build_cache
-from selkd.teacher.targets import LiveTeacher
+from selkd.teacher.live import LiveTeacher
 
 RECIPES: dict[str, dict[str, Any]] = {
     "full kd": {"positions": {"policy": "all"}},
@@ -233,7 +233,7 @@ def cached(
     fingerprint = {"sampler": "rs_kd", "draws": draws, "temperature": temperature, "vocabulary": V, "seed": 11}
     options = ClassOptions(sampler="rs_kd", draws=draws)
     model = make_model(0, layers=3) if teacher is None else teacher
-    build_cache(folder, fingerprint, samples, lambda: model, options, temperature, 11, 1)
+    build_cache(folder, fingerprint, samples, lambda: LiveTeacher(model, options, temperature, 11, V), 1)
     return TeacherCache.open(folder)
 
 

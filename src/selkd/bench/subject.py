@@ -23,7 +23,9 @@ from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import Workspace
 from selkd.selection.two_stage import by_frequency
 from selkd.teacher.build_cache import build_cache
-from selkd.teacher.targets import Batch, CachedTeacher, LiveTeacher, Teacher
+from selkd.teacher.cached import CachedTeacher
+from selkd.teacher.live import LiveTeacher
+from selkd.teacher.targets import Batch, Teacher
 from selkd.training.student import bind_distillation
 
 DRAWN = ClassOptions(sampler="systematic", draws=64)  # of the cached variant, where the recipe draws no classes
@@ -106,7 +108,7 @@ class Subject:
         """The student's head over the classes that both models share."""
         return head_of(self.student).slice_vocab(self.work.vocab_size)
 
-    def live_teacher(self, classes: ClassOptions) -> Teacher:
+    def live_teacher(self, classes: ClassOptions) -> LiveTeacher:
         temperature = self.recipe.criterion.temperature
         return LiveTeacher(self.teacher, classes, temperature, self.recipe.seed, self.work.vocab_size)
 
@@ -115,23 +117,14 @@ class Subject:
         classes = DRAWN if classes.sampler == "all" else classes
         folder = Path(self._folder.name) / f"cache-{classes.sampler}-{classes.draws}"
         assert classes.draws is not None, "a sampler has draws"
-        temperature, seed = self.recipe.criterion.temperature, self.recipe.seed
         fingerprint: dict[str, str | int | float] = {
             "sampler": classes.sampler,
             "draws": classes.draws,
-            "temperature": temperature,
+            "temperature": self.recipe.criterion.temperature,
             "vocabulary": self.work.vocab_size,
-            "seed": seed,
+            "seed": self.recipe.seed,
         }
         if not folder.exists():
-            build_cache(
-                folder,
-                fingerprint,
-                self.samples,
-                lambda: self.teacher,
-                classes,
-                temperature,
-                seed,
-                self.work.models.pad_token_id,
-            )
+            pad_token_id = self.work.models.pad_token_id
+            build_cache(folder, fingerprint, self.samples, lambda: self.live_teacher(classes), pad_token_id)
         return CachedTeacher(TeacherCache.open(folder))

@@ -177,10 +177,12 @@ def check_same_fingerprint(stored: Fingerprint, expected: Fingerprint, folder: P
 
 
 def check_same_shard(number: int, shard: Shard, entry: Mapping[str, Any]) -> None:
-    """Raises InputError unless the shard is the one of the manifest's entry."""
+    """Raises InputError unless the shard is the one of the manifest's entry, or of the plan's, which says less."""
     there = describe_shard(number, shard)
-    if differences := [f"{key} {there[key]}, listed {entry[key]}" for key in there if there[key] != entry[key]]:
-        raise InputError(f"{entry['name']} is not the shard that the manifest lists: {'; '.join(differences)}")
+    if differences := [
+        f"{key} {there[key]}, listed {entry[key]}" for key in there if entry.get(key, there[key]) != there[key]
+    ]:
+        raise InputError(f"{shard.name} is not the shard that the manifest lists: {'; '.join(differences)}")
 
 
 def _read_document(path: Path) -> tuple[dict[str, Any], str]:

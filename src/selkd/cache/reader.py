@@ -1,7 +1,6 @@
 """Reading a cache: open it, look samples up by content."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,8 @@ class TeacherCache:
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory = directory
         self._manifest = manifest
+        self._index = SampleIndex(directory / INDEX_FILE, manifest["plan"], manifest["n_samples"])
+        self._is_index_whole = False  # until every byte of it was read
 
     @classmethod
     def open(cls, directory: str | Path, expected: Fingerprint | None = None) -> "TeacherCache":
@@ -60,9 +61,7 @@ class TeacherCache:
         if expected is not None:
             check_fingerprint(expected)
             check_same_fingerprint(manifest["fingerprint"], expected, directory)
-        cache = cls(directory, manifest)
-        cache._index  # noqa: B018  a missing or foreign index is refused now
-        return cache
+        return cls(directory, manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TeacherCache, (self.directory, self._manifest)
@@ -81,12 +80,12 @@ class TeacherCache:
             return False
         if self._index.find(sample_id) is not None:
             return True
-        self._index_is_whole  # noqa: B018  before a sample is called missing
+        self._require_whole_index()  # before a sample is called missing
         return False
 
     def sample_ids(self) -> list[bytes]:
         """The ids (16 raw bytes) of all samples, in the order of the shards."""
-        self._index_is_whole  # noqa: B018  before ids are handed out
+        self._require_whole_index()
         ids = self._index.ids().tobytes()
         return [ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES)]
 
@@ -96,44 +95,28 @@ class TeacherCache:
         Raises:
             InputError: the sample is not in the cache, or what is stored is not what was written.
         """
-        shard, row = self._locate(sample_id)
-        with self._damage_told():
-            return shard.read(self.directory / shard.name, row)
-
-    def stored_bytes(self, sample_id: bytes) -> int:
-        """How many bytes the sample's block takes. Raises InputError where the sample is not in the cache."""
-        shard, row = self._locate(sample_id)
-        return int(shard.index["length"][row])
-
-    def _locate(self, sample_id: bytes) -> tuple[Shard, int]:
-        """The shard of a sample and its row there."""
         if not isinstance(sample_id, bytes) or len(sample_id) != ID_BYTES:
             raise InputError(f"a sample id must be {ID_BYTES} raw bytes; got {sample_id!r}")
-        found = self._index.find(sample_id)
-        if found is None:
-            self._check_index()
+        place = self._index.find(sample_id)
+        if place is None:
+            self._require_whole_index()
             raise InputError(
                 f"sample {sample_id.hex()} is not in the teacher cache in {self.directory} ({len(self)} samples): "
                 "build the cache for this data"
             )
-        number, row = found
+        number, row = place
         if number < len(self._manifest["shards"]):
-            with self._damage_told():
+            try:
                 shard = self._shard(number)
-            if row < len(shard.index) and shard.index["sample_id"][row].tobytes() == sample_id:
-                return shard, row
-        self._check_index()
+                if row < len(shard.index) and shard.index["sample_id"][row].tobytes() == sample_id:
+                    return shard.read(self.directory / shard.name, row)
+            except InputError as error:
+                raise InputError(
+                    f"{error} (in {self.directory}). `selkd cache verify --repair`, with the recipe that built it, "
+                    "mends it"
+                ) from error
+        self._require_whole_index()
         raise InputError(f"{INDEX_FILE} in {self.directory} leads to another sample than {sample_id.hex()}")
-
-    @contextmanager
-    def _damage_told(self) -> Iterator[None]:
-        """Says which cache a damaged shard is of, and what to do."""
-        try:
-            yield
-        except InputError as error:
-            raise InputError(
-                f"{error} (in {self.directory}). `selkd cache verify --repair`, with the recipe that built it, mends it"
-            ) from error
 
     def verify(self) -> list[str]:
         """Reads every byte of the folder as it is now; the problems found, each naming its file. Empty: all is well."""
@@ -163,15 +146,14 @@ class TeacherCache:
             "full_logits_bytes_per_position": 2 * int(self._manifest["fingerprint"]["vocabulary"]),
         }
 
-    @cached_property
-    def _index(self) -> SampleIndex:
-        return SampleIndex(self.directory / INDEX_FILE, self._manifest["plan"], len(self))
-
-    @cached_property
-    def _index_is_whole(self) -> bool:
-        """Read once; raises InputError where it is not."""
-        self._check_index()
-        return True
+    def _require_whole_index(self) -> None:
+        """Reads every byte of the index, once. Raises InputError where it is not as it was written."""
+        if not self._is_index_whole and describe_index(self.directory / INDEX_FILE) != self._manifest["index"]:
+            raise InputError(
+                f"{INDEX_FILE} in {self.directory} is damaged: it does not match its digest. "
+                "`selkd cache verify --repair` makes it anew"
+            )
+        self._is_index_whole = True
 
     @cached_property
     def _shard(self) -> Callable[[int], Shard]:
@@ -182,10 +164,3 @@ class TeacherCache:
             return shard
 
         return lru_cache(SHARDS_IN_MEMORY)(read)
-
-    def _check_index(self) -> None:
-        if describe_index(self.directory / INDEX_FILE) != self._manifest["index"]:
-            raise InputError(
-                f"{INDEX_FILE} in {self.directory} is damaged: it does not match its digest. "
-                "`selkd cache verify --repair` makes it anew"
-            )

@@ -2,7 +2,8 @@
 
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,13 +80,10 @@ class Shard:
         Raises:
             InputError: the block is not what was written; the message starts with the shard's name.
         """
-        try:
-            # Opened for each sample: a memory map would turn a file that was cut meanwhile into a crash (SIGBUS), and
-            # one open handle a shard would meet the limit on open files.
-            with path.open("rb") as file:
-                return self.decode(row, _read_block(file, self, row))
-        except OSError as error:
-            raise InputError(f"{self.name} can't be read: {error}") from error
+        # Opened for each sample: a memory map would turn a file that was cut meanwhile into a crash (SIGBUS), and one
+        # open handle a shard would meet the limit on open files.
+        with _reading(path) as file:
+            return self.decode(row, _read_block(file, self, row))
 
     def decode(self, row: int, block: bytes) -> Rows:
         """The rows of a block whose checksum is right. Raises InputError where it does not mean what the index says."""
@@ -139,11 +137,8 @@ def read_shard(path: Path, number: int, plan_checksum: str) -> Shard:
         InputError: the file is missing, cut, damaged, another shard or another cache's; the message starts with its
             name.
     """
-    try:
-        with path.open("rb") as file:
-            return _read_shard(file, path.name, number, plan_checksum)
-    except OSError as error:
-        raise InputError(f"{path.name} can't be read: {error}") from error
+    with _reading(path) as file:
+        return _read_shard(file, path.name, number, plan_checksum)
 
 
 def check_shard(path: Path, number: int, plan_checksum: str, expected_ids_digest: str, *, decode: bool) -> Shard:
@@ -155,14 +150,11 @@ def check_shard(path: Path, number: int, plan_checksum: str, expected_ids_digest
     shard = read_shard(path, number, plan_checksum)
     if shard.ids_digest != expected_ids_digest:
         raise InputError(f"{path.name} holds other samples than planned, or in another order")
-    try:
-        with path.open("rb") as file:
-            for row in range(len(shard.index)):
-                block = _read_block(file, shard, row)
-                if decode:
-                    shard.decode(row, block)
-    except OSError as error:
-        raise InputError(f"{path.name} can't be read: {error}") from error
+    with _reading(path) as file:
+        for row in range(len(shard.index)):
+            block = _read_block(file, shard, row)
+            if decode:
+                shard.decode(row, block)
     return shard
 
 
@@ -175,6 +167,16 @@ def check_sample_ids(sample_ids: Sequence[bytes]) -> None:
         if sample_id in seen:
             raise InputError(f"sample {sample_id.hex()} is planned twice: pass each sample of the same content once")
         seen.add(sample_id)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """Opens a shard's file. Raises InputError where the operating system refuses to open or read it."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{path.name} can't be read: {error}") from error
 
 
 def _checksum(sample_id: bytes, block: bytes) -> int:

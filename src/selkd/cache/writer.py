@@ -1,9 +1,9 @@
 """Building a cache: shard by shard, by one process or several, continued wherever it was interrupted."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from selkd.cache.manifest import (
     Fingerprint,
     check_fingerprint,
     check_same_fingerprint,
-    check_same_shard,
     count_total,
     describe_shard,
     make_manifest,
@@ -25,7 +24,8 @@ from selkd.cache.manifest import (
 )
 from selkd.cache.rows import Rows, check_totals, checked_rows
 from selkd.cache.sample_index import INDEX_FILE, describe_index, write_sample_index
-from selkd.cache.shard import check_sample_ids, check_shard, read_shard, shard_name, write_shard
+from selkd.cache.shard import check_sample_ids, read_shard, shard_name, write_shard
+from selkd.cache.verify import shard_problem
 from selkd.errors import InputError, RunError
 from selkd.files import is_temporary, remove_temporaries, replacing
 
@@ -81,9 +81,15 @@ class CacheWriter:
 
         Every byte of each is read, and compared with the manifest where there is one.
         """
-        listed = self._listed()
-        numbers = range(len(self._shard_ids)) if among is None else among
-        return [number for number in numbers if not self._is_whole(number, listed)]
+        entries = self._plan["shards"]
+        with suppress(InputError):  # without a manifest, the plan says what there is to be
+            manifest = read_manifest(self.directory / MANIFEST)
+            entries = manifest["shards"] if manifest["plan"] == self._plan_checksum else entries
+        return [
+            number
+            for number in (range(len(entries)) if among is None else among)
+            if shard_problem(self.directory, number, self._plan_checksum, entries[number], decode=False)
+        ]
 
     def require_writable(self) -> None:
         """Raises RunError if no file can be made in the folder: better before the teacher runs than after."""
@@ -124,7 +130,7 @@ class CacheWriter:
         shards, sample_ids, problems = [], [], []
         for number, planned in enumerate(self._plan["shards"]):
             try:
-                shard = read_shard(self._path(number), number, self._plan_checksum)
+                shard = read_shard(self.directory / shard_name(number), number, self._plan_checksum)
             except InputError as error:
                 problems.append(str(error))
                 continue
@@ -143,27 +149,6 @@ class CacheWriter:
         manifest, path = make_manifest(self._plan, self._plan_checksum, shards, index), self.directory / MANIFEST
         if not path.exists() or path.read_bytes() != render(manifest)[0]:
             write_document(path, manifest)
-
-    def _path(self, number: int) -> Path:
-        return self.directory / shard_name(number)
-
-    def _is_whole(self, number: int, listed: Sequence[dict[str, Any]] | None) -> bool:
-        planned = self._plan["shards"][number]["ids_digest"]
-        try:
-            shard = check_shard(self._path(number), number, self._plan_checksum, planned, decode=False)
-            if listed is not None:
-                check_same_shard(number, shard, listed[number])
-        except InputError:
-            return False
-        return True
-
-    def _listed(self) -> list[dict[str, Any]] | None:
-        """The shards of a manifest of this plan, if there is one."""
-        try:
-            manifest = read_manifest(self.directory / MANIFEST)
-        except InputError:
-            return None
-        return manifest["shards"] if manifest["plan"] == self._plan_checksum else None
 
     def _claim_folder(self, repair: bool) -> None:
         plan_path = self.directory / PLAN
@@ -208,7 +193,7 @@ class CacheWriter:
             pass
         for number in range(len(self._shard_ids)):
             try:
-                read_shard(self._path(number), number, self._plan_checksum)
+                read_shard(self.directory / shard_name(number), number, self._plan_checksum)
             except InputError:
                 continue
             return True

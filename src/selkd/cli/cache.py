@@ -1,5 +1,6 @@
 """``selkd cache``: build, verify and inspect a teacher cache."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ def cache_verify(
     directory: CacheFolder,
     repair: Annotated[bool, typer.Option("--repair", help="Rebuild what is damaged, from the teacher.")] = False,
     rescore: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Run the teacher again on N random samples and compare.")
+        int, typer.Option(min=0, metavar="N", help="Draw N random samples again with the teacher and compare.")
     ] = 0,
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="What it was built by; its run's own recipe if not given.")
@@ -60,7 +61,7 @@ def cache_verify(
             failed = bool(answer["problems_left"])
         if rescore and not failed:
             rescored = with_recipe.rescore(directory, loaded, out or own, rescore)
-            answer["rescored"] = with_recipe.as_answer(rescored)
+            answer["rescored"] = asdict(rescored)
             failed = not rescored.agrees
     print_answer(answer, json_output, empty="every shard is whole")
     if failed:
@@ -70,19 +71,12 @@ def cache_verify(
 @cache_app.command("inspect")
 def cache_inspect(
     directory: CacheFolder,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Write histograms there, as SVG files.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many random samples to read for the distributions.")] = 1000,
+    samples: Annotated[int, typer.Option(min=1, help="How many random samples to read for what was drawn.")] = 1000,
     json_output: Json = False,
 ) -> None:
     """Size, bytes a position against plainer layouts, what was drawn, and what the cache was built from."""
-    from selkd.cache.inspect import contents, summary
+    from selkd.cache.inspect import contents
     from selkd.cache.reader import TeacherCache
 
     cache = TeacherCache.open(directory)
-    found = contents(cache, samples)
-    answer: dict[str, Any] = {**cache.stats(), **summary(found), "fingerprint": cache.fingerprint}
-    if plots is not None:
-        from selkd.reporting.cache_plots import write_plots
-
-        answer["plots"] = [str(path) for path in write_plots(found, plots)]
-    print_answer(answer, json_output)
+    print_answer({**cache.stats(), **contents(cache, samples), "fingerprint": cache.fingerprint}, json_output)

@@ -61,11 +61,15 @@ class ChunkedLogits:
     """Logits at hidden states [N, D], handed out in float32 a few positions at a time.
 
     Their product is made for a whole chunk when its first positions are asked for: the head is read once a chunk.
+
+    Args:
+        chunk: positions of one product; by default from the memory that logits take.
     """
 
-    def __init__(self, hidden_states: Tensor, head: Head) -> None:
+    def __init__(self, hidden_states: Tensor, head: Head, chunk: int | None = None) -> None:
         self.hidden_states = hidden_states.to(head.weight.device, head.weight.dtype)  # a model may be spread
         self.head = head
+        self.chunk = chunk or chunk_size(head.vocab_size, head.weight.device, head.weight.dtype)
         self._start = self._stop = 0
         self._logits = self.hidden_states.new_empty(0, head.vocab_size)
 
@@ -74,7 +78,7 @@ class ChunkedLogits:
         """Logits [n, V] of ``rows``, float32 or float64, the caller's own to overwrite."""
         device = self.hidden_states.device
         if not self._start <= rows.start <= rows.stop <= self._stop or self._start == self._stop:
-            size = max(chunk_size(self.head.vocab_size, device, self.head.weight.dtype), rows.stop - rows.start)
+            size = max(self.chunk, rows.stop - rows.start)
             self._start, self._stop = rows.start, min(rows.start + size, len(self.hidden_states))
             n = self._stop - self._start
             if n > len(self._logits):

@@ -17,6 +17,7 @@ from selkd.run.record import CACHE_COST, add_cost, cost_of, count_teacher_tokens
 from selkd.run.workspace import Workspace
 from selkd.selection.classes import class_sampler
 from selkd.teacher.build_cache import build_cache
+from selkd.teacher.live import LiveTeacher
 
 
 def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> TeacherCache | None:
@@ -31,9 +32,9 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
             cost = None
         else:
             directory = cache_directory(work, run)
-            found = _larger(work, directory, fingerprint, samples)
-            opened = _built(work, run, directory, fingerprint, samples) if found is None else found
-            cost = read_cost(directory / CACHE_COST) if found is None else None  # of these samples alone: not known
+            larger = _larger(work, directory, fingerprint, samples)
+            opened = _built(work, run, directory, fingerprint, samples) if larger is None else larger
+            cost = read_cost(directory / CACHE_COST) if larger is None else None  # of these samples alone: not known
         if path is not None:
             note_shared(run, "cache", cost)
     run.record["teacher_cache"] = opened.stats()
@@ -48,22 +49,19 @@ def _larger(work: Workspace, directory: Path, fingerprint: Fingerprint, samples:
         InputError: it is damaged: this recipe can't mend it.
     """
     try:
-        found = TeacherCache.open(directory, fingerprint)
+        larger = TeacherCache.open(directory, fingerprint)
     except InputError:
-        found = None  # building tells what is wrong
-    if found is not None:
-        wanted = set(samples.ids)
-        if len(found) <= len(wanted) or not all(sample_id in found for sample_id in wanted):
-            found = None
-    seen = [found is not None]
-    if not all(gather_object(seen) if work.state.num_processes > 1 else seen):  # all go the same way
+        larger = None  # building tells what is wrong
+    wanted = set(samples.ids)
+    is_larger = larger is not None and len(larger) > len(wanted) and all(sample_id in larger for sample_id in wanted)
+    if not all(gather_object([is_larger]) if work.state.num_processes > 1 else [is_larger]):  # all go the same way
         return None
     if problems := verify_cache(directory, decode=False):
         raise InputError(
             f"the teacher cache in {directory} holds more samples than this recipe's and is damaged: {problems[0]}. "
             "`selkd cache verify --repair`, with the recipe that built it, mends it"
         )
-    return found
+    return larger
 
 
 def _built(
@@ -84,18 +82,14 @@ def _built(
 
 def build(work: Workspace, directory: Path, samples: SampleDataset, *, repair: bool = False) -> int:
     """Build or finish the recipe's cache of ``samples``, as ``build_cache``; the tokens that the teacher ran on."""
+    fingerprint, pad_token_id = cache_fingerprint(work), work.models.pad_token_id
+    return build_cache(directory, fingerprint, samples, lambda: live_teacher(work), pad_token_id, repair=repair)
+
+
+def live_teacher(work: Workspace) -> LiveTeacher:
+    """The recipe's teacher, loaded, with its class sampler."""
     recipe = work.recipe
-    return build_cache(
-        directory,
-        cache_fingerprint(work),
-        samples,
-        lambda: work.models.teacher,
-        recipe.classes,
-        recipe.criterion.temperature,
-        recipe.seed,
-        work.models.pad_token_id,
-        repair=repair,
-    )
+    return LiveTeacher(work.models.teacher, recipe.classes, recipe.criterion.temperature, recipe.seed, work.vocab_size)
 
 
 def _copied(work: Workspace, url: str, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache:

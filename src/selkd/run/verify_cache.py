@@ -1,9 +1,8 @@
 """Checking a teacher cache against its teacher, and rebuilding what is damaged of it: ``selkd cache verify``."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,58 +13,35 @@ from selkd.errors import InputError
 from selkd.plugins import Sampler
 from selkd.recipe.files import load_recipe
 from selkd.recipe.recipe import Recipe
-from selkd.run.cache import build, cache_directory, cache_fingerprint
+from selkd.run.cache import build, cache_directory, cache_fingerprint, live_teacher
 from selkd.run.pipeline import start
 from selkd.run.score import score
 from selkd.run.workspace import Workspace
-from selkd.teacher.recheck_cache import Again, compare_again
-
-# Of the excess, either way. Measured on SmolLM2-135M at U = 64 (docs/results/cache.md): the same teacher in float32, in
-# other batches or without oneDNN stays below 0.0006, one at temperature 1.1 is above 0.0027.
-LARGEST_EXCESS = 0.0015
+from selkd.teacher.cached import CachedTeacher
+from selkd.teacher.recheck_cache import compare_again
 
 
 @dataclass(frozen=True)
 class Rescored:
-    """How the stored draws compare with the probabilities of a teacher that ran again.
+    """How many of the stored draws a teacher that ran again draws again.
 
     Attributes:
         samples, positions: how many were compared.
-        identical_positions: those where the same seed draws the same classes and counts again; on other hardware or
-            in another precision many differ, as a draw tips over by a rounding.
-        squared_error: mean over the positions of sum_v (counts_v / total - mean_v)^2, the mean being that of the
-            sampler's draws from the teacher's probabilities.
-        expected_squared_error: what it would be of draws from these very probabilities.
-        excess: the first less the second: 0 up to scatter where the stored draws are this teacher's. Another teacher
-            adds its squared distance; one whose draws scatter less makes it negative.
-        is_exact: whether the expectation is known exactly; of a user's own sampler it is an upper bound.
-        standard_error: of ``excess``, over positions.
-        outlying_samples: how many have an excess of their own beyond the limit and five of their own standard errors.
-        worst_sample: id, in hex, of the sample with the largest excess; ``worst_excess`` its excess.
+        identical_positions: those where all draws are the same again; on other hardware or in another precision few
+            are, as a draw tips over by a rounding.
+        same_draws: the share of single draws that are the same again, sum_v min(stored_v, again_v) / U, mean over the
+            positions.
+        worst_sample: id, in hex, of the sample with the lowest such share; ``worst_same_draws`` is its share.
+        agrees: whether the stored draws are this teacher's: enough are the same again, of all and of each sample.
     """
 
     samples: int
     positions: int
     identical_positions: int
-    squared_error: float
-    expected_squared_error: float
-    excess: float
-    standard_error: float
-    is_exact: bool
-    outlying_samples: int
+    same_draws: float
     worst_sample: str
-    worst_excess: float
-
-    @property
-    def agrees(self) -> bool:
-        """Whether all draws are the same again, or the excess is within its limit: of all together, and of each sample.
-
-        Few positions get the benefit of their own scatter: three standard errors of the mean over all.
-        """
-        if self.identical_positions == self.positions:
-            return True
-        excess = abs(self.excess) if self.is_exact else self.excess
-        return excess <= LARGEST_EXCESS + 3 * self.standard_error and self.outlying_samples == 0
+    worst_same_draws: float
+    agrees: bool
 
 
 def recipe_of(directory: Path, recipe: str | None, overrides: list[str] | None = None) -> tuple[Recipe, Path | None]:
@@ -101,7 +77,7 @@ def repair(directory: Path, recipe: Recipe, run_path: Path | None) -> list[str]:
 
 
 def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: int, seed: int = 0) -> Rescored:
-    """Run the teacher again on random samples of a cache, or all if there are fewer, and judge what is stored by it.
+    """Run the teacher again on random samples of a cache, or all if there are fewer, and compare the draws.
 
     Raises:
         InputError: the cache does not open, was not built by this recipe, or a row of it belongs to no position.
@@ -111,64 +87,31 @@ def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: i
     stored = [index for index, sample_id in enumerate(samples.ids) if sample_id in cache]
     if not stored:
         raise InputError(f"none of the recipe's samples is in the teacher cache in {cache.directory}")
-    picked = np.random.default_rng(seed).choice(stored, size=min(n_samples, len(stored)), replace=False)
-    found = compare_again(
-        work.models.teacher,
-        samples,
-        sorted(picked.tolist()),
-        recipe.classes,
-        recipe.criterion.temperature,
-        recipe.seed,
-        work.vocab_size,
-        work.models.pad_token_id,
-        cache.get,
-    )
-    return judged(
-        {samples.ids[index]: again for index, again in found.items()},
-        is_exact=not Sampler.find(recipe.classes.sampler).is_own,
-    )
+    picked = np.random.default_rng(seed).choice(stored, size=min(n_samples, len(stored)), replace=False).tolist()
+    shares = compare_again(live_teacher(work), CachedTeacher(cache), samples, picked, work.models.pad_token_id)
+    return judged(shares, Sampler.find(recipe.classes.sampler).least_same_draws)
 
 
-def judged(found: Mapping[bytes, Again], is_exact: bool) -> Rescored:
-    """The comparison of all samples, at least one, in a few numbers."""
-    identical, errors, expected = (
-        np.concatenate([getattr(again, name) for again in found.values()])
-        for name in ("is_identical", "squared_error", "expected")
-    )
-    each = {
-        sample_id: again.squared_error - again.expected for sample_id, again in found.items() if len(again.expected)
-    }
-    excesses = {sample_id: float(values.mean()) for sample_id, values in each.items()}
-    outlying = [
-        sample_id
-        for sample_id, values in each.items()
-        if excesses[sample_id] > LARGEST_EXCESS + 5 * _standard_error(values)
-    ]
-    worst = max(excesses, key=lambda sample_id: excesses[sample_id])
-    excess = errors - expected
+def judged(shares: Mapping[bytes, np.ndarray], least_same_draws: tuple[float, float]) -> Rescored:
+    """The shares of same draws at the positions of each sample, as ``compare_again`` gives them, in a few numbers.
+
+    Args:
+        least_same_draws: the least mean share, of all positions and of each sample, of draws of the same teacher.
+    """
+    least, least_of_sample = least_same_draws
+    of_sample = {sample_id: float(share.mean()) for sample_id, share in shares.items() if len(share)}
+    everywhere = np.concatenate(list(shares.values()))
+    worst = min(of_sample, key=lambda sample_id: of_sample[sample_id])
+    same_draws = float(everywhere.mean())
     return Rescored(
-        samples=len(found),
-        positions=len(excess),
-        identical_positions=int(identical.sum()),
-        squared_error=float(errors.mean()),
-        expected_squared_error=float(expected.mean()),
-        excess=float(excess.mean()),
-        standard_error=_standard_error(excess),
-        is_exact=is_exact,
-        outlying_samples=len(outlying),
+        samples=len(shares),
+        positions=len(everywhere),
+        identical_positions=int((everywhere == 1).sum()),
+        same_draws=same_draws,
         worst_sample=worst.hex(),
-        worst_excess=excesses[worst],
+        worst_same_draws=of_sample[worst],
+        agrees=same_draws >= least and of_sample[worst] >= least_of_sample,
     )
-
-
-def _standard_error(values: np.ndarray) -> float:
-    """Of the mean of these; of one alone nothing is known."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("inf")
-
-
-def as_answer(rescored: Rescored) -> dict[str, Any]:
-    """For the command's answer."""
-    return {**asdict(rescored), "agrees": rescored.agrees}
 
 
 def _kept(directory: Path, recipe: Recipe, run_path: Path | None) -> tuple[Workspace, SampleDataset]:

@@ -60,17 +60,11 @@ def systematic(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
     return _at_points(probabilities, (steps + uniforms) / draws)
 
 
-def _spaced(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    """A count is the ceiling of U * p with the probability of its fraction, else the floor."""
-    excess = (draws * probabilities).frac()
-    return probabilities, (excess * (1 - excess)).sum(dim=-1) / draws**2
-
-
 Sampler.add(
     "systematic",
     systematic,
     n_uniforms=lambda _: 1,
-    moments=_spaced,
+    least_same_draws=(0.76, 0.5),
     label="{draws} evenly spaced draws from the teacher’s distribution",
     description="U equally spaced points through the cumulative distribution, one random offset: the same "
     "expectation, less variance. Beyond the paper",
@@ -91,18 +85,12 @@ def top_k(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
     return class_ids, probabilities.gather(-1, class_ids)
 
 
-def _cut(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    class_ids, weights = top_k(probabilities, probabilities[:, :0], draws)
-    mean = torch.zeros_like(probabilities).scatter_(-1, class_ids, weights / weights.sum(dim=-1, keepdim=True))
-    return mean, mean.new_zeros(len(mean))
-
-
 Sampler.add(
     "top_k",
     top_k,
     n_uniforms=lambda _: 0,
     total=lambda _: TOP_K_UNITS,
-    moments=_cut,
+    least_same_draws=(0.965, 0.9),
     label="the teacher’s {draws} most likely classes",
     description="the U most likely classes, renormalised. Biased; the known baseline",
 )
@@ -165,15 +153,12 @@ class ClassSampler:
         draws: U.
         n_uniforms: how many uniforms a position needs.
         total: what the integer counts of a stored row sum to.
-        moments: of probabilities [n, V] and U, the mean [n, V] of counts / total, and the expected squared error [n]
-            around it, sum_v E[(counts_v / total - mean_v)^2].
     """
 
     draw: Draw
     draws: int
     n_uniforms: int
     total: int
-    moments: Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
     def __call__(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
         """Class ids and counts [n, C] of ``probabilities`` [n, V], with ``uniforms`` float64 [n, n_uniforms].
@@ -188,14 +173,10 @@ class ClassSampler:
         return in_units(class_ids, counts) if counts.is_floating_point() else (class_ids, counts)
 
 
-def _independent(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    return probabilities, (1 - probabilities.square().sum(dim=-1)) / draws
-
-
 def class_sampler(options: ClassOptions) -> ClassSampler:
     """The sampler that a recipe's classes part names; its sampler is not ``all``."""
     entry, draws = Sampler.find(options.sampler), options.draws
     draw = entry.drawn if entry.is_own else entry.function
     assert draws is not None, "a sampler has draws once its options are checked"
     assert draw is not None, f"{entry.name} draws no classes"
-    return ClassSampler(draw, draws, entry.n_uniforms(draws), entry.total(draws), entry.moments or _independent)
+    return ClassSampler(draw, draws, entry.n_uniforms(draws), entry.total(draws))

@@ -4,46 +4,30 @@ Draws depend on (seed, sample content) alone and the teacher's batches on the da
 by several processes, is the same.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from selkd.cache.manifest import Fingerprint
 from selkd.cache.writer import CacheWriter, SampleRows
 from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
-from selkd.maths.chunked import chunk_size, chunks
-from selkd.maths.finite import require_finite
-from selkd.maths.head import Head
-from selkd.models.head import head_of, hidden_states
-from selkd.recipe.choices import ClassOptions
-from selkd.selection.classes import class_sampler
-from selkd.selection.randomness import position_uniforms
-from selkd.teacher.targets import head_logits
+from selkd.teacher.live import LiveTeacher
 
 # A shard stores how often each class is drawn: some 30 kB at 50,000 classes, which a small shard would not repay.
 SHARD_TOKENS = 2**17
-
-# Probabilities [n, V], the class ids and counts [n, C] drawn from them, and where the n positions are in the batch.
-Observe = Callable[[Tensor, tuple[Tensor, Tensor], slice], None]
 
 
 def build_cache(
     directory: Path,
     fingerprint: Fingerprint,
     samples: SampleDataset,
-    teacher: Callable[[], PreTrainedModel],
-    classes: ClassOptions,
-    temperature: float,
-    seed: int,
+    teacher: Callable[[], LiveTeacher],
     pad_token_id: int,
     *,
     repair: bool = False,
@@ -52,7 +36,7 @@ def build_cache(
 
     Args:
         fingerprint: everything that determines the draws; ``vocabulary`` is how many classes both models share.
-        teacher: gives the model; called only if a shard is missing.
+        teacher: gives the teacher, with a class sampler; called only if a shard is missing.
         repair: also write a lost or damaged plan anew, where the folder's shards show that it is this cache's.
 
     Returns:
@@ -70,21 +54,16 @@ def build_cache(
     missing = writer.missing_shards(range(state.process_index, len(shards), state.num_processes))
     missing = sorted(gather_object(missing)) if state.num_processes > 1 else missing
     mine = missing[state.process_index :: state.num_processes]
-    tokens = 0
+    batches = {number: plan_batches(samples, shards[number]) for number in mine}
     if mine:
         writer.require_writable()
-        model = teacher()
-        draw = Drawing(model, classes, temperature, seed, int(fingerprint["vocabulary"]), pad_token_id)
-        n_samples = sum(len(shards[number]) for number in mine)
-        with tqdm(
-            total=n_samples, desc="caching the teacher", unit=" samples", disable=not state.is_main_process
-        ) as bar:
-            _write_all(writer, mine, lambda number: draw.rows([samples[index] for index in shards[number]]), bar)
-        tokens = draw.tokens
+        live = teacher()
+        _write_all(writer, batches, lambda batch: draw_rows(live, [samples[index] for index in batch], pad_token_id))
     state.wait_for_everyone()
     if state.is_main_process:
         writer.finish()
     state.wait_for_everyone()
+    tokens = sum(len(batch) * int(samples.lengths[batch].max()) for shard in batches.values() for batch in shard)
     return sum(gather_object([tokens])) if state.num_processes > 1 else tokens
 
 
@@ -105,93 +84,55 @@ def plan_shards(samples: SampleDataset) -> list[list[int]]:
     return shards
 
 
-class Drawing:
-    """The teacher's draws of batches of samples; ``tokens`` counts what its body ran on, padding included."""
+def plan_batches(samples: SampleDataset, shard: list[int]) -> list[list[int]]:
+    """Indices of the samples of each batch of the teacher that makes a shard: a function of their lengths alone."""
+    groups = group_by_tokens(samples.lengths[shard], TOKENS_AT_ONCE)
+    return [[shard[place] for place in group] for group in groups]
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        classes: ClassOptions,
-        temperature: float,
-        seed: int,
-        vocab_size: int,
-        pad_token_id: int,
-    ) -> None:
-        self.model = model
-        self.head: Head = head_of(model).slice_vocab(vocab_size)
-        self.sampler = class_sampler(classes)
-        self.temperature = temperature
-        self.seed = seed
-        self.pad_token_id = pad_token_id
-        self.tokens = 0
 
-    def rows(self, samples: list[Sample]) -> Iterator[SampleRows]:
-        """The drawn classes of the samples of one shard, in their order."""
-        done: dict[int, SampleRows] = {}
-        following = 0
-        for group in group_by_tokens([len(sample.token_ids) for sample in samples], TOKENS_AT_ONCE):
-            done.update(zip(group, self.group([samples[index] for index in group]), strict=True))
-            while following in done:
-                yield done.pop(following)
-                following += 1
-
-    @torch.inference_mode()
-    def group(self, group: list[Sample], observe: Observe | None = None) -> list[SampleRows]:
-        """The rows of one batch; ``observe`` is shown each chunk's probabilities and draws, and where they are."""
-        batch = collate(group, self.pad_token_id)
-        self.tokens += batch["input_ids"].numel()
-        ids, valid = batch["sample_ids"].numpy(), batch["valid_mask"].numpy()
-        device = self.model.device
-        uniforms = torch.from_numpy(
-            position_uniforms(self.seed, ids, valid, "cache", draws=self.sampler.n_uniforms)[valid]
+def draw_rows(teacher: LiveTeacher, samples: list[Sample], pad_token_id: int) -> list[SampleRows]:
+    """The rows that a cache stores of the samples of one batch, in their order."""
+    batch = {name: tensor.to(teacher.model.device) for name, tensor in collate(samples, pad_token_id).items()}
+    lengths, class_ids, counts = [], [], []
+    for drawn in teacher.draws_to_store(batch):
+        is_drawn = drawn.counts > 0
+        lengths.append(is_drawn.sum(dim=-1).cpu().numpy())
+        class_ids.append(drawn.class_ids[is_drawn].cpu().numpy())
+        counts.append(drawn.counts[is_drawn].cpu().numpy())
+    row_lengths = np.concatenate(lengths)
+    # Ragged rows of all positions, cut where each sample ends.
+    positions = np.cumsum([sample.n_valid for sample in samples])
+    entries = np.concatenate([[0], row_lengths.cumsum()])[positions]
+    return list(
+        zip(
+            [sample.id for sample in samples],
+            np.split(row_lengths, positions[:-1]),
+            np.split(np.concatenate(class_ids), entries[:-1]),
+            np.split(np.concatenate(counts), entries[:-1]),
+            strict=True,
         )
-        hidden = hidden_states(self.model, batch["input_ids"].to(device), batch["position_ids"].to(device))
-        hidden = hidden[batch["valid_mask"].to(device)]
-        index = batch["valid_mask"].flatten().nonzero().flatten()
-        lengths, class_ids, counts = [], [], []
-        for rows in chunks(len(hidden), chunk_size(self.head.vocab_size, device)):
-            probabilities = torch.softmax(head_logits(self.head, hidden[rows]) / self.temperature, dim=-1)
-            require_finite(probabilities.sum(dim=-1), index[rows], batch, "the teacher's logits, for its cache")
-            chunk_ids, chunk_counts = self.sampler.integers(probabilities, uniforms[rows].to(device))
-            if observe is not None:
-                observe(probabilities, (chunk_ids, chunk_counts), rows)
-            drawn = chunk_counts > 0
-            lengths.append(drawn.sum(dim=-1).cpu().numpy())
-            class_ids.append(chunk_ids[drawn].cpu().numpy())
-            counts.append(chunk_counts[drawn].cpu().numpy())
-        return _by_sample(
-            group, valid.sum(axis=-1), np.concatenate(lengths), np.concatenate(class_ids), np.concatenate(counts)
-        )
+    )
 
 
-def _by_sample(
-    group: list[Sample], n_valid: np.ndarray, lengths: np.ndarray, class_ids: np.ndarray, counts: np.ndarray
-) -> list[SampleRows]:
-    """Ragged rows of all positions [n] of a group, cut into those of each sample."""
-    positions = np.concatenate([[0], n_valid.cumsum()])
-    entries = np.concatenate([[0], lengths.cumsum()])[positions]
-    return [
-        (
-            sample.id,
-            lengths[positions[i] : positions[i + 1]],
-            class_ids[entries[i] : entries[i + 1]],
-            counts[entries[i] : entries[i + 1]],
-        )
-        for i, sample in enumerate(group)
-    ]
+def _write_all(
+    writer: CacheWriter, shards: dict[int, list[list[int]]], draw: Callable[[list[int]], list[SampleRows]]
+) -> None:
+    """Write these shards, given by their batches of samples.
 
-
-def _write_all(writer: CacheWriter, numbers: list[int], rows: Callable[[int], Iterator[SampleRows]], bar: tqdm) -> None:
-    """Write these shards, each while the teacher goes on to the next: coding does not keep an accelerator waiting."""
-    with ThreadPoolExecutor(1) as pool:
+    Each is written while the teacher goes on to the next, so that coding does not keep an accelerator waiting.
+    """
+    n_samples = sum(len(batch) for batches in shards.values() for batch in batches)
+    bar = tqdm(total=n_samples, desc="caching the teacher", unit=" samples", disable=not PartialState().is_main_process)
+    with bar, ThreadPoolExecutor(1) as pool:
         written: Future[None] | None = None
-        for number in numbers:
-            found = []
-            for row in rows(number):
-                found.append(row)
-                bar.update(1)
+        for number, batches in shards.items():
+            rows: dict[int, SampleRows] = {}
+            for batch in batches:
+                rows.update(zip(batch, draw(batch), strict=True))
+                bar.update(len(batch))
             if written is not None:
                 written.result()
-            written = pool.submit(writer.write_shard, number, found)
+            # A shard's samples are in the data's order, which is that of their indices.
+            written = pool.submit(writer.write_shard, number, [rows[index] for index in sorted(rows)])
         if written is not None:
             written.result()

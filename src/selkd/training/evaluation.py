@@ -25,7 +25,8 @@ from selkd.maths.finite import require_finite
 from selkd.maths.head import Head
 from selkd.models.head import check_packing
 from selkd.selection.position_scores import position_statistics
-from selkd.teacher.targets import Batch, DrawnClasses, LiveTeacher, Teacher, TeacherTargets
+from selkd.teacher.live import LiveTeacher
+from selkd.teacher.targets import Batch, DrawnClasses, Teacher, TeacherTargets
 from selkd.training.arguments import DistillArguments
 from selkd.training.inputs import as_evaluated, require_stored, require_window
 from selkd.training.objective import Objective

@@ -14,7 +14,9 @@ from selkd.errors import InputError
 from selkd.models.head import check_head, head_of
 from selkd.models.loading import require_device, window_of
 from selkd.recipe.combinations import check_cached
-from selkd.teacher.targets import CachedTeacher, LiveTeacher, Teacher
+from selkd.teacher.cached import CachedTeacher
+from selkd.teacher.live import LiveTeacher
+from selkd.teacher.targets import Teacher
 from selkd.training.arguments import DistillArguments
 from selkd.training.sampling import FilledDataset
 

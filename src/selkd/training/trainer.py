@@ -29,7 +29,8 @@ from selkd.models.tokenizers import shared_classes
 from selkd.selection.positions import StepContext, step_context
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
-from selkd.teacher.targets import Batch, CachedCollator, CachedTeacher
+from selkd.teacher.cached import CachedCollator, CachedTeacher
+from selkd.teacher.targets import Batch
 from selkd.training.arguments import DistillArguments, require_realised
 from selkd.training.callbacks import CheckpointAfterStep, RolloutLog
 from selkd.training.checkpoints import Queue, Schedule, ScheduleKept, Totals, last_whole_checkpoint
