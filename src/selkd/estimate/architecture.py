@@ -1,21 +1,18 @@
 """A model's architecture from its configuration alone: no weights are read or fetched."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selkd.errors import InputError
-from selkd.models.demo import DEMO
+from selkd.models.loading import n_parameters, read_config
 from selkd.models.pruning import cut_config
-from selkd.models.sources import ModelSource, locate
+from selkd.models.sources import ModelSource
 from selkd.recipe.recipe import Recipe
-
-_WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -23,57 +20,37 @@ class Architecture:
     """V classes, D hidden, and the parameters of a model; tied ones count once.
 
     Attributes:
-        config: the Transformers configuration.
-        head_is_tied: whether the head is the embedding.
-        largest_layer: parameters of the largest block, which FSDP gathers at once.
+        model: on the meta device.
+        config: the Transformers configuration of its decoder.
+        blocks: its transformer blocks.
     """
 
+    model: PreTrainedModel
     config: Any
+    blocks: tuple[nn.Module, ...]
     parameters: int
-    layers: int
     hidden: int
     classes: int
     head_is_tied: bool
-    largest_layer: int
+
+    @property
+    def largest_block(self) -> int:
+        """Parameters of the largest block, which FSDP gathers at once."""
+        return max(map(n_parameters, self.blocks), default=0)
 
 
-def find(model: str, cache_dir: Path) -> ModelSource:
-    """The files of ``model`` less the weights, if it is on the hub; its fingerprint is then unknown.
+def teacher_and_student(recipe: Recipe, sources: Mapping[str, ModelSource]) -> tuple[Architecture, Architecture]:
+    """Both models' architectures; that of a student cut from its teacher is of the teacher's first layers.
 
-    Raises:
-        InputError: no such model.
-    """
-    if model == DEMO or Path(model).expanduser().is_dir():
-        return locate(model, cache_dir)
-    try:
-        path = huggingface_hub.snapshot_download(model, allow_patterns=_WITHOUT_WEIGHTS, ignore_patterns=["*/*"])
-    except (OSError, ValueError, hub_errors.HTTPError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"model {model!r}: no such folder here, and its configuration could not be fetched from the hub "
-            f"({reason[0]}). Give a local folder, or `demo` for the embedded default."
-        ) from error
-    return ModelSource(model, Path(path), "")
-
-
-def read_config(source: ModelSource) -> Any:
-    """The configuration in a model's folder. Raises InputError if this Transformers doesn't know it."""
-    try:
-        return AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model {source.name!r}: its configuration can't be read from {source.path}: {error}"
-        ) from error
-
-
-def student_config(recipe: Recipe, teacher: Any, cache_dir: Path) -> Any:
-    """The student's configuration: its own, or the teacher's cut to as many layers (which ones makes no difference).
+    Args:
+        sources: the files of the ``teacher``, and of the ``student`` if it has its own.
 
     Raises:
-        InputError: no such model, or more layers kept than there are.
+        InputError: none that is a causal language model, or more layers kept than there are.
     """
-    if recipe.student.model is not None:
-        return read_config(find(recipe.student.model, cache_dir))
+    teacher = read_config(sources["teacher"])
+    if "student" in sources:
+        return describe(teacher), describe(read_config(sources["student"]))
     assert recipe.student.prune_from_teacher is not None, "a student has exactly one source"
     keep, there = recipe.student.prune_from_teacher.layers, teacher.get_text_config(decoder=True).num_hidden_layers
     if not keep < there:
@@ -81,7 +58,7 @@ def student_config(recipe: Recipe, teacher: Any, cache_dir: Path) -> Any:
             f"student.prune_from_teacher.layers is {keep}: the teacher has {there} layers, so 1 to {there - 1} can be "
             "kept."
         )
-    return cut_config(teacher, list(range(keep)))
+    return describe(teacher), describe(cut_config(teacher, list(range(keep))))
 
 
 def describe(config: Any) -> Architecture:
@@ -97,18 +74,13 @@ def describe(config: Any) -> Architecture:
         raise InputError(f"{type(config).__name__} is no causal language model: {error}") from error
     text = config.get_text_config(decoder=True)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    blocks = [
-        sum(parameter.numel() for parameter in block.parameters())
-        for module in model.modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == text.num_hidden_layers
-        for block in module
-    ]
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return Architecture(
-        config=config,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=int(text.num_hidden_layers),
+        model=model,
+        config=text,
+        blocks=tuple(block for stack in stacks if len(stack) == text.num_hidden_layers for block in stack),
+        parameters=n_parameters(model),
         hidden=int(text.hidden_size),
         classes=int(text.vocab_size),
         head_is_tied=head is not None and head.weight is embedding.weight,
-        largest_layer=max(blocks, default=0),
     )

@@ -130,10 +130,14 @@ def _limit(config: Any) -> int | None:
 
 
 def _text_config(source: ModelSource) -> Any:
+    return read_config(source).get_text_config(decoder=True)
+
+
+def read_config(source: ModelSource) -> Any:
+    """The Transformers configuration of ``source``. Raises InputError if this Transformers does not know it."""
     try:
-        config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model {source.name!r}: its configuration can't be read from {source.path}: {error}"
         ) from error
-    return config.get_text_config(decoder=True)
