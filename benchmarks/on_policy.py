@@ -29,7 +29,7 @@ from selkd.models.loading import load_model, native_dtype
 from selkd.models.pruning import keep_layers
 from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer
-from selkd.recipe.data import DataOptions
+from selkd.recipe.data import RowOptions
 from selkd.training import on_policy as rollout
 from selkd.training.arguments import DistillArguments
 from selkd.training.on_policy import PromptCollator
@@ -49,8 +49,11 @@ def main() -> None:
     n = teacher.config.num_hidden_layers
     kept = [round(i * (n - 1) / (options.layers - 1)) for i in range(options.layers)]
     student = keep_layers(load_model(source, torch.float32, CPU), kept)
-    data = DataOptions(
-        path="-", prompt_field="q", completion_field="a", template="Question: {prompt}\nAnswer: {completion}"
+    data = RowOptions(
+        prompt_field="q",
+        completion_field="a",
+        template="Question: {prompt}\nAnswer: {completion}",
+        packing=False,
     )
     encode = Encoder(data, tokenizer)
     samples = []
@@ -66,7 +69,7 @@ def main() -> None:
     def trainer(on_policy: dict[str, Any] | None) -> DistillTrainer:
         args = DistillArguments(
             output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=dtype == torch.bfloat16, report_to="none",
-            per_device_train_batch_size=options.batch, learning_rate=0.0, packing=False, seed=0,
+            per_device_train_batch_size=options.batch, learning_rate=0.0, data=data, seed=0,
             criterion={"name": "reverse_kl"}, positions={"fraction": 0.2}, on_policy=on_policy,
         )  # fmt: skip
         made = DistillTrainer(

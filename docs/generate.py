@@ -1,15 +1,19 @@
-"""Fills what pages show of the code: ``python docs/generate.py``. A test fails where a page is stale.
+"""Fills what pages show of the code and of the measurements: ``python docs/generate.py``.
 
-A page has marks, ``<!-- generated: NAME -->`` and ``<!-- end -->``; what stands between them is written here, from the
-recipe's models, the named recipes and the command line. All else in a page is written by hand.
+A page has marks, ``<!-- generated: NAME -->`` and ``<!-- end -->``. What stands between them is written here: from the
+recipe's models, the named recipes, the command line, the modules' docstrings, and ``docs/results/figures.yaml``. All
+else in a page is written by hand. A test fails where a page is stale.
 """
 
+import ast
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 from pydantic import BaseModel
 
 from selkd.cli.main import app
@@ -19,34 +23,48 @@ from selkd.recipe.recipe import Recipe
 from selkd.recipe.training import OWNED, RECIPE_RANGES, REFUSED
 
 HERE = Path(__file__).parent
-PAGES = ("recipe.md", "commands.md")
+ROOT = HERE.parent
+SOURCE = ROOT / "src" / "selkd"
+MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "null": "null"}
 SIGNS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+STEP_AIMS = {"full_kd": "1.50", "se_kd_exact": "1.27 and +0.25 GB", "se_kd_two_stage": "1.20"}
 
 
-def filled(page: str) -> str:
+def pages() -> list[Path]:
+    """README.md and the pages of docs/ that have something generated."""
+    written = [ROOT / "README.md", *sorted(HERE.rglob("*.md"))]
+    return [page for page in written if MARKED.search(page.read_text(encoding="utf-8"))]
+
+
+def filled(page: Path) -> str:
     """The text of a page with what is generated written anew."""
-    text = (HERE / page).read_text(encoding="utf-8")
-    return re.sub(
-        r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}\n{generated(found[2])}\n\n{found[3]}",
-        text,
-        flags=re.DOTALL,
-    )
+    text = page.read_text(encoding="utf-8")
+    return MARKED.sub(lambda mark: f"{mark[1]}\n{generated(mark[2])}\n\n{mark[3]}", text)
 
 
 def generated(name: str) -> str:
     """What stands between the marks of ``name``: a block's name, or ``keys`` and a part of the recipe."""
     block, _, part = name.partition(" ")
     blocks: dict[str, Callable[[], str]] = {
-        "ranges": lambda: table("key | allowed", [[f"`{key}`", told] for key, (_, told) in RECIPE_RANGES.items()]),
-        "owned": lambda: table("key | instead", [[f"`{key}`", told] for key, told in OWNED.items()]),
+        "ranges": lambda: table(
+            "key | allowed", [[f"`{key}`", allowed] for key, (_, allowed) in RECIPE_RANGES.items()]
+        ),
+        "owned": lambda: table("key | instead", [[f"`{key}`", instead] for key, instead in OWNED.items()]),
         "refused": lambda: table(
-            "key | why, or what to do", [[f"`{key}`", told] for key, (_, told) in REFUSED.items()]
+            "key | why, or what to do", [[f"`{key}`", reason] for key, (_, reason) in REFUSED.items()]
         ),
         "recipes": lambda: table("name | what it is", [[f"`{n}`", first_line(t)] for n, t in named_recipes().items()]),
         "commands": commands_text,
         "keys": lambda: table("key | type | default | meaning", keys_of(part)),
+        "tree": tree,
+        "demo-printed": demo_printed,
+        "demo-fidelity": demo_fidelity,
+        "demo-runs": demo_runs,
+        "measured": measured,
+        "how": how_made,
+        "step": step_table,
+        "selection": selection_table,
     }
     return blocks[block]()
 
@@ -167,6 +185,180 @@ def first_line(text: str) -> str:
     return escape(text.splitlines()[0].removeprefix("# "))
 
 
+# What the modules say of themselves.
+
+
+def tree() -> str:
+    """Every module of ``src/selkd`` with the first sentence of its docstring; folders of data with their number."""
+    lines = ["selkd/", *tree_below(SOURCE, "  ")]
+    return "\n".join(["```text", *lines, "```"])
+
+
+def tree_below(folder: Path, indent: str) -> Iterator[str]:
+    """The lines of a folder: its modules, then its data, then the folders below."""
+    modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py" or folder == SOURCE]
+    width = max((len(path.name) for path in modules), default=0)
+    for path in modules:
+        yield f"{indent}{path.name:<{width}}  {first_sentence(path)}".rstrip()
+    for room in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"):
+        sentence = first_sentence(room / "__init__.py") if (room / "__init__.py").is_file() else ""
+        data = [path.suffix for path in room.iterdir() if path.is_file() and path.suffix != ".py"]
+        if data and not sentence:
+            sentence = f"{len(data)} files: {', '.join(f'*{suffix}' for suffix in sorted(set(data)))}"
+        yield f"{indent}{room.name}/  {sentence}".rstrip()
+        yield from tree_below(room, indent + "  ")
+
+
+def first_sentence(module: Path) -> str:
+    """The first sentence of a module's docstring, on one line; empty if it has none."""
+    docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    line = re.sub(r"\s+", " ", docstring.split("\n\n")[0]).replace("``", "")
+    return re.split(r"(?<=\.)\s(?=[A-Z])", line)[0]
+
+
+# What was measured.
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure as it is written: ``1.72 nats``."""
+
+    value: str
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.value}%" if self.unit == "%" else f"{self.value} {self.unit}".strip()
+
+    @property
+    def number(self) -> float:
+        return float(self.value.replace(",", ""))
+
+    @property
+    def duration(self) -> str:
+        """Seconds as ``1 min 56 s``."""
+        assert self.unit == "s", self
+        minutes, seconds = divmod(round(self.number), 60)
+        return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def measurements() -> dict[str, dict[str, Any]]:
+    """The measurements of ``figures.yaml``; their figures as ``Figure``."""
+    content = yaml.safe_load((HERE / "results" / "figures.yaml").read_text(encoding="utf-8"))["measurements"]
+    for measurement in content.values():
+        figures = measurement.get("figures", {})
+        measurement["figures"] = {name: Figure(*[*str(text).split(" "), ""][:2]) for name, text in figures.items()}
+    return dict(content)
+
+
+def with_figures(measurement: dict[str, Any], text: str) -> str:
+    """``text`` with the figures of a measurement, and its machine, in place of their names in braces."""
+    return text.format(machine=measurement["machine"], **measurement["figures"])
+
+
+def demo_printed() -> str:
+    """The lines of the demo's closing table that matter, and where they were printed."""
+    demo = measurements()["demo"]
+    f = demo["figures"]
+    rows = [
+        ("perplexity", f"{f['perplexity_before']} → {f['perplexity_after']}"),
+        ("  the teacher’s", f["perplexity_teacher"]),
+        ("KL to the teacher, nats", f"{f['kl_before'].value} → {f['kl_after'].value}"),
+        ("top-1 agreement", f"{f['agreement_before']} → {f['agreement_after']}"),
+        ("held-out positions", f["held_out"].value),
+        ("samples kept", f"{f['samples_kept'].value} of {f['samples'].value}"),
+        ("positions selected", f["positions_selected"]),
+        ("cache, a position", f["cache"]),
+        ("total time", f["total"].duration),
+        ("peak memory, process", f["peak"]),
+    ]
+    lines = [f"{name:<26}{value!s:>14}" for name, value in rows]
+    return "\n".join(["```text", *lines, "```", "", f"Printed on {demo['machine']}, {demo['date']}."])
+
+
+def demo_fidelity() -> str:
+    """How close the demo's student comes to its teacher, and under which conditions."""
+    demo = measurements()["demo"]
+    f = demo["figures"]
+    change = f"{f['kl_after'].number / f['kl_before'].number - 1:+.0%}"
+    fidelity = table(
+        f"on {f['held_out'].value} held-out positions | before | after | teacher",
+        [
+            ["perplexity", *(str(f[f"perplexity_{when}"]) for when in ("before", "after", "teacher"))],
+            ["KL to the teacher, nats", f["kl_before"].value, f"{f['kl_after'].value} ({change})", ""],
+            ["top-1 agreement", str(f["agreement_before"]), str(f["agreement_after"]), ""],
+        ],
+    )
+    counted = (
+        f"{f['samples_kept'].value} of {f['samples'].value} samples were kept, {f['positions_selected']} of their "
+        f"positions selected; {f['steps'].value} optimiser steps."
+    )
+    return f"{fidelity}\n\n{counted}\n\nMeasured on {demo['machine']}, {demo['date']}: {demo['conditions']}."
+
+
+def demo_runs() -> str:
+    """A row for each machine that ran the demo."""
+    stages = ("prepare", "score", "build", "train", "evaluate")
+    rows = []
+    for name, run in measurements().items():
+        if name != "demo" and not name.startswith("demo_"):
+            continue
+        f = run["figures"]
+        reached = [str(f["perplexity_after"]), f["kl_after"].value, str(f["agreement_after"])]
+        times = [f["total"].duration, *(f[stage].value for stage in stages)]
+        rows.append([f"{run['machine']}, {run['date']}", *times, *reached, str(f["cache"]), str(f["peak"])])
+    return table(
+        "machine | whole run | prepare, s | score, s | cache, s | train, s | evaluate, s | perplexity | KL, nats "
+        "| agreement | a cached position | peak memory",
+        rows,
+    )
+
+
+def measured() -> str:
+    """A list item for each measurement that has a sentence."""
+    return "\n".join(
+        f"- [{m['what']}](results/{m['page']}): {with_figures(m, m['summary'])}"
+        for m in measurements().values()
+        if "summary" in m
+    )
+
+
+def how_made() -> str:
+    """A row for each measurement that has a page."""
+    return table(
+        "figures | command | machine | date",
+        [
+            [f"[{m['what']}]({m['page']})", as_code(m["command"]), m["machine"], str(m["date"])]
+            for m in measurements().values()
+            if "page" in m
+        ],
+    )
+
+
+def as_code(command: str) -> str:
+    """A command in backticks, if it has none of its own."""
+    return command if "`" in command else f"`{command}`"
+
+
+def step_table() -> str:
+    """A row for each variant of a step: time as a multiple of the floor, memory above it."""
+    here, amx = (measurements()[name]["figures"] for name in ("step", "step_amx"))
+    rows = [["floor", str(here["floor"]), "", str(amx["floor"]), "", ""]]
+    for name, ratio in here.items():
+        if ratio.unit != "x":
+            continue
+        cells = [f"`{name}`"]
+        for figures in (here, amx):
+            memory = figures.get(f"{name}_memory")
+            cells += [figures[name].value if name in figures else "", f"+{memory}" if memory else ""]
+        rows.append([*cells, STEP_AIMS.get(name, "")])
+    return table("variant | no AMX: x floor | memory above floor | AMX: x floor | memory above floor | aim", rows)
+
+
+def selection_table() -> str:
+    figures = measurements()["selection"]["figures"]
+    return table("policy | milliseconds", [[f"`{name}`", figure.value] for name, figure in figures.items()])
+
+
 if __name__ == "__main__":
-    for page in PAGES:
-        (HERE / page).write_text(filled(page), encoding="utf-8")
+    for page in pages():
+        page.write_text(filled(page), encoding="utf-8")

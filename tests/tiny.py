@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selkd.data.samples import Sample, SampleDataset
+from selkd.recipe.data import RowOptions
 from selkd.training.arguments import DistillArguments
 
 V = 83
@@ -61,7 +62,10 @@ def make_prompts(count: int = 8, with_completions: bool = True) -> list[Sample]:
 
 
 def make_arguments(out: Path, **options: object) -> DistillArguments:
-    """Full precision on the CPU, plain SGD, nothing on the side."""
+    """Full precision on the CPU, plain SGD, nothing on the side. The keys of ``data`` may stand beside the others."""
+    rows = {key: options.pop(key) for key in RowOptions.model_fields if key in options}
+    if rows:
+        options["data"] = rows
     defaults: dict[str, object] = {
         "output_dir": str(out),
         "use_cpu": True,

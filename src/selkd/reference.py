@@ -25,8 +25,9 @@ from selkd.recipe.choices import (
     PositionOptions,
     needs_teacher,
 )
+from selkd.recipe.combinations import check_loss
 from selkd.recipe.part import parse_part
-from selkd.recipe.recipe import Recipe, check_parts
+from selkd.recipe.recipe import Recipe
 from selkd.selection.randomness import draw_uniforms, position_uniforms
 
 
@@ -321,7 +322,7 @@ def loss(
     criterion = parse_part(CriterionOptions, parts.get("criterion", {}), "criterion")
     positions = parse_part(PositionOptions, parts.get("positions", {}), "positions")
     classes = parse_part(ClassOptions, parts.get("classes", {}), "classes")
-    check_parts(criterion, positions, classes)
+    check_loss(criterion, classes)
 
     scores = None
     if positions.metric not in (None, "random"):

@@ -17,7 +17,7 @@ from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.sweep.study import expand, load_study
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 WRITTEN = [page for page in PAGES if page.name != "commands.md"]  # that one is generated from the commands themselves
 HUB = {"Qwen/Qwen3-8B": "teacher", "Qwen/Qwen3-1.7B": "student"}
 # Not run here: real models and data, several processes, hundreds of runs; each has tests of its own.
@@ -136,7 +136,7 @@ def test_the_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in WRITTEN if page.name != "README.md" and blocks(page, "python")],
+    [page for page in WRITTEN if page.is_relative_to(DOCS) and blocks(page, "python")],
     ids=lambda page: page.name,
 )
 def test_the_python_runs(workplace: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +145,8 @@ def test_the_python_runs(workplace: Path, page: Path, capsys: pytest.CaptureFixt
     shared: dict[str, Any] = {}
     for block in blocks(page, "python"):
         code = at_toy_size(block)
-        window = "" if "max_length=" in code else "max_length=64, "
+        code = code.replace("data={", 'data={"max_length": 64, ')
+        window = "" if "data={" in code else 'data={"max_length": 64}, '
         code = code.replace("output_dir=", f'{window}max_steps=1, use_cpu=True, report_to="none", output_dir=')
         exec(compile(code, page.name, "exec"), shared)
     capsys.readouterr()

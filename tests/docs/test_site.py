@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+import selkd
 from selkd.recipe.choices import CLASS_SAMPLERS, CRITERIA, POLICIES, POSITION_METRICS, SampleMetric, needs_teacher
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,8 @@ def test_every_page_is_built(site: Path) -> None:
         parts = page.relative_to(DOCS).with_suffix("").parts
         folder = site.joinpath(*(parts[:-1] if parts[-1] == "index" else parts))
         assert (folder / "index.html").is_file(), page
+    for page in ("contributing", "changelog"):  # of the repository's root
+        assert (site / page / "index.html").is_file(), page
     assert (site / "framework.svg").is_file()
     assert not list(site.rglob("*.py"))
 
@@ -55,9 +58,17 @@ def test_pages_fetch_nothing_from_elsewhere(site: Path) -> None:
         assert not re.search(r"url\([\"']?(https?:)?//|@import", sheet.read_text(encoding="utf-8")), sheet
 
 
-@pytest.mark.parametrize("page", ["recipe.md", "commands.md"])
-def test_what_is_generated_is_up_to_date(page: str) -> None:
-    assert (DOCS / page).read_text(encoding="utf-8") == script("generate").filled(page), "run python docs/generate.py"
+@pytest.mark.parametrize("page", script("generate").pages(), ids=lambda page: page.name)
+def test_what_is_generated_is_up_to_date(page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == script("generate").filled(page), "run python docs/generate.py"
+
+
+def test_the_interface_is_of_the_public_names(site: Path) -> None:
+    """Each has its place on the page, with the text of its docstring."""
+    page = (site / "api" / "index.html").read_text(encoding="utf-8")
+    for name in selkd.__all__:
+        assert re.search(rf'id="selkd\.(\w+\.)*{name}"', page), name
+    assert "Run a recipe into" in page  # selkd.distill
 
 
 def test_the_picture_is_up_to_date() -> None:

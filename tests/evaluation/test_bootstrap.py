@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from selkd.errors import InputError
-from selkd.evaluation.intervals import Estimate, Measure, difference, estimate, mean_of
+from selkd.evaluation.intervals import Estimate, ExampleMeasures, difference, estimate, mean_of
 
 GENERATOR = np.random.default_rng(7)
 
 
-def share(right: np.ndarray) -> Measure:
-    return Measure("ratio", right.astype(np.float64), np.ones(len(right)))
+def share(right: np.ndarray) -> ExampleMeasures:
+    return ExampleMeasures("ratio", right.astype(np.float64), np.ones(len(right)))
 
 
 def test_a_means_error_is_the_known_one() -> None:
@@ -24,7 +24,7 @@ def test_a_perplexity_is_the_exponential_of_all_tokens_mean() -> None:
     """Its error is, to first order, the perplexity times that of the weighted mean."""
     tokens = GENERATOR.integers(5, 50, 300).astype(np.float64)
     nll = tokens * (3.0 + 0.2 * GENERATOR.standard_normal(300))
-    found = estimate(Measure("exp_ratio", nll, tokens))
+    found = estimate(ExampleMeasures("exp_ratio", nll, tokens))
     mean = nll.sum() / tokens.sum()
     assert found.value == pytest.approx(np.exp(mean))
     delta = np.sqrt(((nll - mean * tokens) ** 2).sum()) / tokens.sum()
@@ -53,12 +53,12 @@ def test_only_the_same_examples_are_paired() -> None:
     with pytest.raises(InputError, match=r"same examples; got 3 \(ratio\) and 4 \(ratio\)"):
         difference(share(np.ones(3)), share(np.ones(4)))
     with pytest.raises(InputError, match=r"got 3 \(ratio\) and 3 \(ece\)"):
-        difference(share(np.ones(3)), Measure("ece", np.ones(3), np.ones(3)))
+        difference(share(np.ones(3)), ExampleMeasures("ece", np.ones(3), np.ones(3)))
 
 
 def test_what_cannot_be_known_is_none() -> None:
     assert estimate(share(np.ones(1))) == Estimate(1.0, None)
-    assert estimate(Measure("exp_ratio", np.array([1e4, 1.0]), np.ones(2))) == Estimate(None, None)
+    assert estimate(ExampleMeasures("exp_ratio", np.array([1e4, 1.0]), np.ones(2))) == Estimate(None, None)
 
 
 def test_the_mean_of_independent_estimates() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from selkd.evaluation.calibration import bin_of, choice_confidence, expected_calibration_error
-from selkd.evaluation.intervals import Measure, estimate
+from selkd.evaluation.intervals import ExampleMeasures, estimate
 
 
 def ece(confidence: list[float], correct: list[float]) -> float:
@@ -46,7 +46,7 @@ def test_resamples_repeat_examples() -> None:
     """Weights 2 and 0 are the same as the first example twice."""
     found = expected_calibration_error(np.array([0.3, 0.9]), np.array([0.0, 1.0]), np.array([[2, 0], [1, 1]]))
     assert found.tolist() == pytest.approx([0.3, (0.3 + 0.1) / 2])
-    assert estimate(Measure("ece", np.array([0.3, 0.9]), np.array([0.0, 1.0]))).value == pytest.approx(0.2)
+    assert estimate(ExampleMeasures("ece", np.array([0.3, 0.9]), np.array([0.0, 1.0]))).value == pytest.approx(0.2)
 
 
 def test_choices_are_made_to_add_up_to_one() -> None:

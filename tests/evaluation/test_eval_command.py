@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from selkd.cli.main import main
 from selkd.errors import InputError
-from selkd.evaluation.evaluated_model import find_subject
+from selkd.evaluation.evaluated_model import find_model
 
 Run = Callable[..., tuple[int, str, str]]
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
@@ -207,15 +207,18 @@ def test_a_model_may_be_a_runs_student_and_have_a_sign_in_its_path(tmp_path: Pat
     (tmp_path / "lr=0.1" / "record.json").write_text('{"name": "slow"}')
     device = torch.device("cpu")
     found = [
-        find_subject(given, "float32", device)
+        find_model(given, "float32", device)
         for given in (str(folder), str(tmp_path / "lr=0.1"), f"mine={tmp_path / 'lr=0.1'}")
     ]
-    assert [subject.name for subject in found] == [str(folder), "slow", "mine"]
-    assert len({subject.fingerprint for subject in found}) == 1
+    assert [model.name for model in found] == [str(folder), "slow", "mine"]
+    assert len({model.fingerprint for model in found}) == 1
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "record.json").write_text("{}")
     with pytest.raises(InputError, match="a run without a finished student"):
-        find_subject(str(tmp_path / "empty"), "float32", device)
+        find_model(str(tmp_path / "empty"), "float32", device)
+    for nameless in ("", "x=", f"={folder}"):
+        with pytest.raises(InputError, match=r"expected MODEL or NAME=MODEL\."):
+            find_model(nameless, "float32", device)
 
 
 def test_a_validation_suite_says_what_it_had_to_leave_out(selkd_eval: Run, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from tiny_benchmarks import make_byte_tokenizer, save_model, write_rows
 
 from selkd.evaluation import harness
 from selkd.evaluation.benchmark_tasks import BenchmarkOptions, load_benchmarks, measure_benchmarks
-from selkd.evaluation.evaluated_model import find_subject
+from selkd.evaluation.evaluated_model import find_model
 from selkd.evaluation.fidelity_task import FidelityOptions, measure_fidelity
-from selkd.evaluation.harness import build_requests, load_tasks, run_task
+from selkd.evaluation.harness import load_tasks, run_task
 
 # Of 0 + 2, 1 + 2, 2 + 2, 3 + 2.
 ANSWERS = ["She has 0+2.\n#### 2", "So there are 3.", "#### 4.", "5 eggs\n#### 7"]
@@ -46,9 +46,9 @@ def test_the_final_number_is_matched_greedily(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(harness, "_language_model", lambda *_: scripted)
     data = write_rows(tmp_path / "data")
     task = load_tasks("gsm8k", [data], shots)["gsm8k"]
-    build_requests(task, [0, 1, 2, 3])
-    model = find_subject(str(save_model(tmp_path / "model")), "float32", torch.device("cpu")).model
-    output = run_task("gsm8k", task, [0, 1, 2, 3], model, make_byte_tokenizer(), torch.float32, batch_size=1)
+    task.build_all_requests()
+    model = find_model(str(save_model(tmp_path / "model")), "float32", torch.device("cpu"))
+    output = run_task("gsm8k", task, range(4), model, batch_size=1)
     assert output.figures["exact_match,strict-match"] == pytest.approx(2 / 4)
     assert output.figures["exact_match,flexible-extract"] == pytest.approx(3 / 4)
     assert len(scripted.asked) == 4
@@ -62,16 +62,16 @@ def test_the_final_number_is_matched_greedily(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("shots", [0, 2])
 def test_the_shots_are_told(tmp_path: Path, shots: int) -> None:
     folder = save_model(tmp_path / "model")
-    subject = find_subject(str(folder), "float32", torch.device("cpu"))
+    model = find_model(str(folder), "float32", torch.device("cpu"))
     options = BenchmarkOptions(["gsm8k"], [str(write_rows(tmp_path / "data"))], limit=1, shots=shots)
-    assert measure_benchmarks(subject, load_benchmarks(options), options)["gsm8k"].summary()["shots"] == shots
+    assert measure_benchmarks(model, load_benchmarks(options), options)["gsm8k"].summary()["shots"] == shots
 
 
 def test_fidelity_on_completions_alone(tmp_path: Path) -> None:
-    subject = find_subject(str(save_model(tmp_path / "model")), "float32", torch.device("cpu"))
+    model = find_model(str(save_model(tmp_path / "model")), "float32", torch.device("cpu"))
     file = write_rows(tmp_path / "data") / "gsm8k_test.jsonl"
     fields = {"prompt_field": "question", "completion_field": "answer", "template": "{prompt}\n{completion}"}
-    found = measure_fidelity(subject, subject, FidelityOptions(str(file), **fields))
+    found = measure_fidelity(model, model, FidelityOptions(str(file), **fields))
     ended = make_byte_tokenizer().eos_token_id is not None
     assert found.details["positions"] == sum(len(f"\nShe has {n}+2.\n#### {n + 2}") + ended for n in range(4))
     assert found.figures["kl_nats"] == pytest.approx(0, abs=1e-6)

@@ -7,7 +7,7 @@ from pathlib import Path
 import nltk
 import pytest
 
-from selkd.evaluation.ifeval import provide_punkt
+from selkd.evaluation.ifeval import prepare_ifeval
 
 TEXT = "Dr. Smith went to Washington. He met Mr. Jones at 3 p.m. on Friday. Was it late? No!"
 
@@ -22,7 +22,7 @@ def no_nltk_data(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_sentence_model_is_put_in_place_once(tmp_path: Path) -> None:
     with pytest.raises(LookupError):
         nltk.data.find("tokenizers/punkt_tab/english/")
-    provide_punkt(tmp_path)
+    prepare_ifeval(tmp_path)
     tokenizer = nltk.data.load("nltk:tokenizers/punkt/english.pickle")  # as the harness asks for it
     assert tokenizer.tokenize(TEXT) == [
         "Dr. Smith went to Washington.",
@@ -32,7 +32,7 @@ def test_the_sentence_model_is_put_in_place_once(tmp_path: Path) -> None:
     ]
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.t*") if path.is_file()}
     assert len(files) == 4
-    provide_punkt(tmp_path)
+    prepare_ifeval(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 

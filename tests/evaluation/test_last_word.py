@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_benchmarks import ROWS, make_byte_tokenizer, save_model, write_rows
+from tiny_benchmarks import ROWS, evaluated, make_byte_tokenizer, save_model, write_rows
 from transformers import AutoModelForCausalLM
 
-from selkd.evaluation.harness import build_requests, load_tasks, run_task
+from selkd.evaluation.harness import load_tasks, run_task
 from selkd.evaluation.last_word import greedy_confidences
 
 
@@ -30,8 +30,7 @@ def test_it_is_the_product_of_the_greedy_tokens_probabilities(tmp_path: Path) ->
         if number == 3:
             words[3] = written
         expected.append((probability, number == 3))
-    tokenizer = make_byte_tokenizer()
-    found = greedy_confidences(model, tokenizer, list(zip(contexts, words, strict=True)), model.dtype, 3)
+    found = greedy_confidences(evaluated(model), list(zip(contexts, words, strict=True)), 3)
     assert [right for _, right in found] == [right for _, right in expected]
     assert [confidence for confidence, _ in found] == pytest.approx(
         [confidence for confidence, _ in expected], rel=1e-4
@@ -51,8 +50,8 @@ def test_it_is_right_where_the_harness_says_so(tmp_path: Path) -> None:
         optimiser.zero_grad()
     write_rows(tmp_path, "lambada_openai_test.jsonl")
     task = load_tasks("lambada", [tmp_path], 0)["lambada"]
-    build_requests(task, list(range(6)))
-    output = run_task("lambada", task, list(range(6)), model.eval(), tokenizer, model.dtype)
+    task.build_all_requests()
+    output = run_task("lambada", task, range(6), evaluated(model.eval()))
     accuracy = [example["measures"]["acc"][0] for example in output.examples]
     assert accuracy[1] == 1
     assert sum(accuracy) < 6

@@ -7,12 +7,12 @@ from typing import Any
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from tiny_benchmarks import ROWS, make_byte_tokenizer, save_model, write_rows
+from tiny_benchmarks import ROWS, evaluated, save_model, write_rows
 from transformers import AutoModelForCausalLM
 
 from selkd.errors import InputError
 from selkd.evaluation.benchmarks import KNOWN
-from selkd.evaluation.harness import build_requests, load_tasks, run_task, spread_rows
+from selkd.evaluation.harness import load_tasks, run_task, spread_rows
 from selkd.recipe.evaluation import BENCHMARKS
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -54,7 +54,7 @@ GOLDEN: dict[str, tuple[str, list[str] | None]] = {
 
 
 def requests(task: Any, limit: int | None = None) -> list[tuple[int, Any]]:
-    build_requests(task, spread_rows(len(task.eval_docs), limit))
+    task.build_all_requests(samples=spread_rows(len(task.eval_docs), limit))
     return [(instance.doc_id, instance.args) for instance in task.instances]
 
 
@@ -98,12 +98,11 @@ def test_the_prompts_are_the_documented_ones(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["arc_easy", "hellaswag", "lambada", "gsm8k"])
 def test_local_and_hub_rows_give_the_same_scores(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "model")).eval()
-    tokenizer = make_byte_tokenizer()
     outputs = []
     for task in (load_tasks(name, [write_rows(tmp_path / "data")], 0)[name], from_hub(name, monkeypatch)):
         rows = spread_rows(len(task.eval_docs), 4)
-        build_requests(task, rows)
-        outputs.append(run_task(name, task, rows, model, tokenizer, model.dtype, batch_size=2))
+        task.build_all_requests(samples=rows)
+        outputs.append(run_task(name, task, rows, evaluated(model), batch_size=2))
     assert outputs[0] == outputs[1]
     assert all(len(example["measures"]) >= 2 for example in outputs[0].examples)
 
@@ -173,8 +172,8 @@ def test_rows_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_limit_is_spread_over_all_rows() -> None:
-    assert spread_rows(10, None) == list(range(10))
-    assert spread_rows(10, 20) == list(range(10))
+    assert spread_rows(10, None) == range(10)
+    assert spread_rows(10, 20) == range(10)
     assert spread_rows(10, 4) == [0, 2, 5, 7]
     assert len(set(spread_rows(10_042, 1_000))) == 1_000
 

@@ -6,7 +6,10 @@ from typing import Any
 
 from tiny import make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from selkd.evaluation.evaluated_model import EvaluatedModel
+from selkd.models.pair import ModelSlot
 
 BYTES = 257
 
@@ -99,3 +102,9 @@ def save_model(folder: Path, seed: int = 0, **config: object) -> Path:
     make_model(seed, **(options | config)).save_pretrained(folder)
     make_byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def evaluated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> EvaluatedModel:
+    """A model in memory, of bytes unless another tokenizer is given, as what is to be measured."""
+    slot = ModelSlot(lambda: model)
+    return EvaluatedModel("model", "model", "model", model.dtype, None, slot, tokenizer or make_byte_tokenizer())

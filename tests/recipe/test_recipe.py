@@ -1,5 +1,6 @@
 """Recipes: what is read, what is refused and in which words, and that every key changes something."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from selkd.errors import InputError
-from selkd.recipe.choices import POSITION_METRICS
+from selkd.recipe.choices import POSITION_METRICS, PositionOptions
 from selkd.recipe.files import load_recipe, named_recipes, to_yaml
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
@@ -214,3 +215,15 @@ seed: 1337
     )
     recipe = load_recipe(path)
     assert yaml.safe_load(to_yaml(recipe))["data"]["tokens"] == 80_000_000
+
+
+def test_a_renamed_key_is_still_read_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    options = {"scoring": "two_stage", "probed_share": 0.25}
+    with caplog.at_level(logging.WARNING):
+        assert parse_part(PositionOptions, options).calibration_fraction == 0.25
+    assert "probed_share is now called calibration_fraction" in caplog.text
+    caplog.clear()
+    assert parse_part(PositionOptions, {"probed_share": None}) == PositionOptions()  # an earlier run's recipe.yaml
+    assert not caplog.text
+    with pytest.raises(InputError, match="probed_share is the former name of calibration_fraction, which is given too"):
+        parse_part(PositionOptions, {**options, "calibration_fraction": 0.5})

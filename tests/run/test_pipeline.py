@@ -339,7 +339,7 @@ def test_what_the_first_positions_skip_is_held_against_the_recipes_length(tmp_pa
     recipe = make_recipe(tmp_path, samples=None, cache=None, classes={"sampler": "all"})
     recipe["data"] |= {"max_length": 600}
     recipe["positions"] = {"policy": "pos_rs", "fraction": 0.2, "skip_first": 520}
-    arguments = Workspace(parse_part(Recipe, recipe), tmp_path / "run").planned_arguments
+    arguments = Workspace(parse_part(Recipe, recipe), tmp_path / "run").arguments
     assert (arguments.max_length, arguments.packing) == (600, True)
 
 
@@ -372,7 +372,7 @@ def test_a_mistyped_path_leaves_no_trace(tmp_path: Path) -> None:
         distill(recipe | {"data": recipe["data"] | {"path": str(tmp_path / "txet.jsonl")}}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".recipe.yaml.partial").write_text("a write that was cut off")
+    (tmp_path / "run" / "recipe.yaml.0123456789abcdef.tmp").write_text("a write that was cut off")
     assert distill(recipe, tmp_path / "run").record["train"]["steps"] > 0
 
 

@@ -98,4 +98,4 @@ def test_a_worker_reads_ahead_where_an_accelerator_trains_on_a_cache(
 ) -> None:
     monkeypatch.setattr(Workspace, "device", torch.device(device))
     work = Workspace(parse_part(Recipe, make_recipe(tmp_path) | changes), tmp_path / "run")
-    assert work.planned_arguments.dataloader_num_workers == workers
+    assert work.arguments.dataloader_num_workers == workers

@@ -79,6 +79,7 @@ def make_trainer(case: str, out: Path, shared: Path, **changes: Any) -> DistillT
     samples = make_samples(7)
     if options.get("on_policy") is not None:
         samples = SampleDataset.from_samples(make_prompts(7))
+        options |= {"prompt_field": "q", "completion_field": "a", "packing": False}
     teacher: Any = make_model(0, layers=3)
     if is_cached:
         drawn = ClassOptions.model_validate(DRAWN)

@@ -20,7 +20,7 @@ from selkd.run.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("put_back")
 
-ON_POLICY = {"on_policy": {"max_new_tokens": 4}, "packing": False}
+ON_POLICY = {"on_policy": {"max_new_tokens": 4}, "data": {"prompt_field": "q", "packing": False}}
 
 
 def workspace(folder: Path, *, training: dict[str, Any] | None = None, **changes: Any) -> Workspace:
@@ -172,7 +172,7 @@ def test_a_recipe_that_a_launcher_shards_is_refused_what_shards_can_not_do(
     work = workspace(tmp_path, **changes)
     work.state = SimpleNamespace(num_processes=2)
     with pytest.raises(InputError, match=named):
-        _ = work.arguments
+        work.check()
 
 
 def test_a_recipe_whose_answering_student_a_launcher_shards_is_refused(

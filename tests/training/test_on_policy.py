@@ -31,6 +31,7 @@ from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import Workspace
 from selkd.training.on_policy import Answering, PromptCollator, Rollout, RolloutSums, prompt_length
 
+PROMPTS = {"prompt_field": "question", "completion_field": "answer", "packing": False}
 POSITIONS = {"metric": "student_entropy", "policy": "top_k", "fraction": 0.5}
 
 
@@ -44,6 +45,7 @@ def trainer(path: Path, samples: list[Sample], on_policy: dict[str, Any] | None,
         criterion={"name": "reverse_kl"},
         positions=POSITIONS,
         on_policy=on_policy,
+        data=None if on_policy is None else PROMPTS,
         **({"per_device_train_batch_size": 8} | changes),
     )
     return DistillTrainer(
@@ -291,16 +293,35 @@ def test_rows_that_do_not_serve_are_refused(tmp_path: Path) -> None:
 
     rows, on = [{"question": "w3"}], {"on_policy": {}, "prompt_field": "question"}
     for given, options, message in [
-        (rows, on, "packing: on_policy answers one prompt a sample; train_dataset needs packing=False"),
-        (rows, on | {"packing": False, "prompt_field": "q"}, "prompt_field: train_dataset, row 0 has no field 'q'"),
-        (rows, {"on_policy": {}, "packing": False}, "text_field: train_dataset, row 0 has no field 'text'"),
-        ([{"text": "w3 w4"}], {"on_policy": {}, "packing": False, "max_length": 2}, "on_policy: samples of plain text"),
-        (rows, {"prompt_field": "question"}, "completion_field: without completions there is nothing to learn from"),
-        (rows, {"prompt_field": "a", "text_field": "b"}, "prompt_field: a row has one shape, and text_field is given"),
-        (rows, on | {"loss_on": "all"}, "loss_on: all makes a text of a prompt alone"),
-        (rows, on | {"loss_on": "all", "completion_field": "a"}, "loss_on: all learns prompts, and on_policy what"),
-        ([{"data.name": "w3"}], {}, "text_field: train_dataset, row 0 has no field 'text'; it has data.name."),
-        ([{"a": "w3"}], {"text_field": "data.path"}, "text_field: train_dataset, row 0 has no field 'data.path'"),
+        (rows, on, "data.packing: on_policy answers one prompt a sample; set data.packing: false"),
+        (
+            rows,
+            on | {"packing": False, "prompt_field": "q"},
+            "data.prompt_field: train_dataset, row 0 has no field 'q'",
+        ),
+        (
+            rows,
+            {"on_policy": {}, "packing": False},
+            "on_policy: the student answers prompts, and data.text",
+        ),
+        (
+            rows,
+            {"prompt_field": "question"},
+            "data.completion_field: without completions there is",
+        ),
+        (
+            rows,
+            {"prompt_field": "a", "text_field": "b"},
+            "data.prompt_field: a row has one shape, and data.text_field",
+        ),
+        (rows, on | {"loss_on": "all"}, "data.loss_on: all makes a text of a prompt alone"),
+        (
+            rows,
+            on | {"loss_on": "all", "completion_field": "a"},
+            "data.loss_on: all learns prompts, and on_policy",
+        ),
+        ([{"data.name": "w3"}], {}, "data.text_field: train_dataset, row 0 has no field 'text'; it has data.name."),
+        ([{"a": "w3"}], {"text_field": "data.path"}, "data.text_field: train_dataset, row 0 has no field 'data.path'"),
         ("w3 w4", {}, "train_dataset: expected a SampleDataset, a datasets.Dataset or a list of rows, got str"),
         (["w3 w4"], {}, "train_dataset, row 0: expected an object with the field 'text', got str"),
     ]:
@@ -352,7 +373,7 @@ def test_an_evaluation_on_prompts_alone_and_answers_past_the_window_are_refused(
         ):
             DistillTrainer(make_model(1), make_model(0), args, long, processing_class=make_tokenizer())
     args = make_arguments(tmp_path, packing=False)
-    with pytest.raises(InputError, match=f"^max_length: train_dataset has a sample of {window + 1} tokens, but"):
+    with pytest.raises(InputError, match=f"^data.max_length: train_dataset has a sample of {window + 1} tokens, but"):
         DistillTrainer(make_model(1), make_model(0), args, long, processing_class=make_tokenizer())
     with pytest.raises(InputError, match="eval_dataset: prompts alone"):
         made(4, eval_dataset=rows)
@@ -464,7 +485,7 @@ def test_two_processes_answer_what_one_does(tmp_path: Path) -> None:
 REFUSED = {
     ("cache={path: null}", "classes={sampler: rs_kd}", "criterion.name=forward_kl"): "cache: it holds the teacher's "
     "classes for the data's own tokens",
-    ("data={path: demo}",): "on_policy: the student answers prompts, and data.text_field has none",
+    ("data={path: demo}",): "on_policy: the student answers prompts, and data.text",
     ("data.packing=true",): "data.packing: on_policy answers one prompt a sample; set data.packing: false",
     ("data.loss_on=all",): "data.loss_on: all learns prompts",
     ("data.completion_field=null", "on_policy.fraction=0.5"): "on_policy.fraction: below 1 the other samples keep",
@@ -478,7 +499,7 @@ REFUSED = {
     ("criterion.kd_weight=0.9",): "criterion.kd_weight: expected 1.0 beside on_policy, got 0.9.*tokens that it drew; "
     "set it to 1.0, and keep some of the data's completions with on_policy.fraction",
     ("criterion.kd_weight=0.9", "on_policy.fraction=0.5"): "criterion.kd_weight: expected 1.0 beside on_policy",
-    ("training.fsdp=full_shard",): "training.fsdp: a sharded student does not generate",
+    ("training.fsdp=full_shard",): "on_policy: a student sharded by FSDP does not generate",
 }
 
 
@@ -503,9 +524,9 @@ def test_a_cache_and_packed_samples_are_refused_by_the_trainer(tmp_path: Path, m
     with pytest.raises(InputError, match=r"on_policy: samples of several documents"):
         trainer(tmp_path, [packed], {})
     with pytest.raises(InputError, match=r"on_policy\.fraction: input should be greater than 0"):
-        make_arguments(tmp_path, on_policy={"fraction": 0})
+        make_arguments(tmp_path, on_policy={"fraction": 0}, data=PROMPTS)
     with pytest.raises(InputError, match=r"criterion\.kd_weight: expected 1.0 beside on_policy, got 0.5"):
-        make_arguments(tmp_path, on_policy={}, criterion={"kd_weight": 0.5})
+        make_arguments(tmp_path, on_policy={}, data=PROMPTS, criterion={"kd_weight": 0.5})
     off = trainer(tmp_path, make_prompts(), None)
     monkeypatch.setattr("selkd.training.trainer.as_teacher", lambda *_: type("Cached", (), {"is_live": False})())
     assert off.answers is None

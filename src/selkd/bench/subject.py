@@ -39,6 +39,7 @@ class Subject:
         self.recipe = recipe
         self._folder = tempfile.TemporaryDirectory(prefix="selkd-bench-")
         self.work = Workspace(recipe, Path(self._folder.name) / "run")
+        self.work.check()
         self.work.require_positions()
         if not int(self.samples.n_valid.sum()):
             raise InputError(

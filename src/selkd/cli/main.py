@@ -151,27 +151,22 @@ def eval_command(
 ) -> None:
     """Measure models: fidelity to a teacher, the paper's benchmarks, any task; the first against the others."""
     from selkd.evaluation.benchmark_tasks import BenchmarkOptions
-    from selkd.evaluation.command import Request, evaluate_models
+    from selkd.evaluation.command import evaluate_models
     from selkd.evaluation.fidelity_task import FidelityOptions
 
     quiet()
     folders = [str(folder) for folder in data] if data else None
     benchmarks = BenchmarkOptions(suite or ["fidelity"], folders, limit, shots, chat_template, batch_size)
     measured = FidelityOptions(text, text_field, limit, prompt_field, completion_field, messages_field, template)
-    answer = evaluate_models(Request(models, benchmarks, measured, teacher, dtype, out))
+    answer = evaluate_models(models, benchmarks, measured, teacher, dtype, out)
     if json_output:
         typer.echo(json.dumps(answer, indent=2, allow_nan=False))
         return
     from rich.console import Console
 
-    from selkd.evaluation.tables import comparison_lines, figures_table, notes, suites_table
+    from selkd.reporting.evaluation_tables import print_evaluation
 
-    console = Console()
-    console.print(figures_table(answer))
-    if (suites := suites_table(answer)) is not None:
-        console.print("", suites)
-    for line in (*comparison_lines(answer), *notes(answer)):
-        console.print(line, highlight=False, markup=False)
+    print_evaluation(Console(), answer)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selkd.errors import InputError
-from selkd.recipe.data import DataOptions
+from selkd.recipe.data import RowOptions
 
 Message = dict[str, str]
 _PARTS_OF_A_TURN = ("reasoning_content", "thinking", "tool_calls", "tool_call_id", "function_call")
@@ -45,7 +45,7 @@ class Fields:
     messages: str | None = None
 
     @classmethod
-    def of(cls, options: DataOptions) -> "Fields":
+    def of(cls, options: RowOptions) -> "Fields":
         return cls(options.text_field, options.prompt_field, options.completion_field, options.messages_field)
 
     @property

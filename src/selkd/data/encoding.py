@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from selkd.data.chat_encoding import encode_conversation, require_chat_template
 from selkd.data.documents import Conversation, Document, Exchange
 from selkd.data.prompt_encoding import Marked, PartEncoder
-from selkd.recipe.data import CHAT, DataOptions
+from selkd.recipe.data import CHAT, RowOptions
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -36,7 +36,7 @@ class Encoder:
         InputError: the tokenizer has no chat template where one is needed, or no fast form.
     """
 
-    def __init__(self, options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, options: RowOptions, tokenizer: PreTrainedTokenizerBase) -> None:
         self.options, self.tokenizer = options, tokenizer
         self._encode_parts = PartEncoder(tokenizer)
         self.chat_template = require_chat_template(tokenizer) if options.template == CHAT else None

@@ -24,7 +24,7 @@ from selkd.data.packing import Fitting, pack, split
 from selkd.data.prompt_encoding import Marked
 from selkd.data.samples import FEATURES, Sample, SampleDataset, record_batch
 from selkd.errors import InputError, RunError
-from selkd.recipe.data import DataOptions
+from selkd.recipe.data import DataOptions, RowOptions
 
 FORMAT_VERSION = 4
 _DOCUMENTS_AT_ONCE = 64
@@ -117,7 +117,7 @@ def encoded(documents: Iterable[Document], encode: Encode) -> Iterator[tuple[Doc
         yield from zip(batch, encode(batch), strict=True)
 
 
-def fitting_of(options: DataOptions) -> Fitting:
+def fitting_of(options: RowOptions) -> Fitting:
     """How whole documents become samples, and what of them did not fit."""
     return Fitting(
         options.max_length,
@@ -127,7 +127,7 @@ def fitting_of(options: DataOptions) -> Fitting:
     )
 
 
-def samples_of(documents: Iterable[Marked], options: DataOptions, fitting: Fitting) -> Iterator[Sample]:
+def samples_of(documents: Iterable[Marked], options: RowOptions, fitting: Fitting) -> Iterator[Sample]:
     """Texts are continued from sample to sample; what asks for an answer stays whole."""
     if options.has_prompts:
         return fitting(documents)

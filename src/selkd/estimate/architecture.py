@@ -1,7 +1,7 @@
 """A model's architecture from its configuration alone: no weights are read or fetched."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selkd.errors import InputError
+from selkd.models.demo import DEMO
 from selkd.models.loading import n_parameters, read_config
 from selkd.models.pruning import cut_config
-from selkd.models.sources import ModelSource
+from selkd.models.sources import WITHOUT_WEIGHTS, ModelSource, downloaded, locate
 from selkd.recipe.recipe import Recipe
 
 
@@ -39,18 +40,28 @@ class Architecture:
         return max(map(n_parameters, self.blocks), default=0)
 
 
-def teacher_and_student(recipe: Recipe, sources: Mapping[str, ModelSource]) -> tuple[Architecture, Architecture]:
-    """Both models' architectures; that of a student cut from its teacher is of the teacher's first layers.
-
-    Args:
-        sources: the files of the ``teacher``, and of the ``student`` if it has its own.
+def find(model: str, cache_dir: Path) -> ModelSource:
+    """The files of ``model``; of one on the hub without its weights, so that its fingerprint is unknown.
 
     Raises:
-        InputError: none that is a causal language model, or more layers kept than there are.
+        InputError: no such model.
     """
-    teacher = read_config(sources["teacher"])
-    if "student" in sources:
-        return describe(teacher), describe(read_config(sources["student"]))
+    if model == DEMO or Path(model).expanduser().exists():
+        return locate(model, cache_dir)
+    return ModelSource(model, downloaded(model, WITHOUT_WEIGHTS), "")
+
+
+def teacher_and_student(
+    recipe: Recipe, teacher_source: ModelSource, student_source: ModelSource | None
+) -> tuple[Architecture, Architecture]:
+    """Both models' architectures; that of a student cut from its teacher is of the teacher's first layers.
+
+    Raises:
+        InputError: no causal language model, or more layers kept than there are.
+    """
+    teacher = read_config(teacher_source)
+    if student_source is not None:
+        return describe(teacher), describe(read_config(student_source))
     assert recipe.student.prune_from_teacher is not None, "a student has exactly one source"
     keep, there = recipe.student.prune_from_teacher.layers, teacher.get_text_config(decoder=True).num_hidden_layers
     if not keep < there:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from selkd.errors import InputError
-from selkd.estimate.architecture import Architecture, teacher_and_student
+from selkd.estimate.architecture import Architecture, find, teacher_and_student
 from selkd.estimate.cache_size import MEASURED, SOURCE, typical_bytes
 from selkd.estimate.memory import Memory, memory
-from selkd.estimate.plan import Plan, make_plan, replaced
+from selkd.estimate.plan import Plan, make_plan
 from selkd.estimate.probe import probe
 from selkd.models.loading import resolve_dtype
-from selkd.models.sources import locate
+from selkd.models.sources import default_cache_dir
 from selkd.recipe.evaluation import benchmarks_of
 from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import Workspace
@@ -33,15 +33,16 @@ def estimate(
     Raises:
         InputError: what ``distill`` refuses of models and text; a probe on a CPU for a plan of accelerators.
     """
-    work = Workspace(recipe, Path("runs"))  # nothing is written there
+    cache_dir = default_cache_dir()
+    teacher_source = find(recipe.teacher.model, cache_dir)  # tokenising needs its tokenizer alone
+    student_source = None if recipe.student.model is None else find(recipe.student.model, cache_dir)
+    work = Workspace(
+        recipe, Path("runs"), teacher_source=teacher_source, student_source=student_source
+    )  # writes nothing
     is_cpu = work.device.type == "cpu" and gpus is None
     if gpus is not None and with_probe and work.device.type == "cpu":
         raise InputError("--probe: it measures this machine's device, a CPU, and --gpus plans accelerators. Leave one.")
-    # Tokenising needs the tokenizers alone.
-    models = {"teacher": recipe.teacher.model, "student": recipe.student.model}
-    sources = {name: locate(model, work.cache_dir, weights=False) for name, model in models.items() if model}
-    replaced(work, **{f"{name}_source": source for name, source in sources.items()})
-    teacher, student = teacher_and_student(recipe, sources)
+    teacher, student = teacher_and_student(recipe, teacher_source, student_source)
     plan = make_plan(recipe, work, gpus or work.state.num_processes, tokens)
     needed = memory(student, teacher, plan, _dtypes(work, is_cpu), is_cpu=is_cpu)
     rates = probe(recipe) if with_probe else None

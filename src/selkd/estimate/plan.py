@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selkd.errors import InputError
 from selkd.evaluation.sample_scores import NEEDS_TEACHER
@@ -91,13 +90,6 @@ class Plan:
         return {**by_stage, "total": sum(by_stage.values())}
 
 
-def replaced(work: Workspace, **values: Any) -> Workspace:
-    """``work`` with these of its inputs in place of those that it would find itself."""
-    for name, value in values.items():
-        setattr(work, name, value)
-    return work
-
-
 def is_local(recipe: Recipe) -> bool:
     """Whether the text is on this machine, so that it can be counted."""
     return recipe.data.path == "demo" or Path(recipe.data.path).expanduser().exists()
@@ -109,7 +101,7 @@ def make_plan(recipe: Recipe, work: Workspace, devices: int, tokens: int | None)
     Raises:
         InputError: the text is on the hub and nobody says how much of it is to be used.
     """
-    length, arguments = recipe.data.max_length, work.planned_arguments
+    length, arguments = recipe.data.max_length, work.arguments
     if tokens is not None and tokens < length:
         raise InputError(f"--tokens: {tokens} are fewer than one sample of data.max_length = {length}.")
     if tokens is None and not is_local(recipe):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from selkd.data.samples import SampleDataset
-from selkd.estimate.plan import is_local, replaced
+from selkd.data.splits import Splits
+from selkd.estimate.plan import is_local
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.cache import cache as build_or_find_cache
@@ -41,10 +42,10 @@ def probe(recipe: Recipe) -> dict[str, float | None]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="selkd-probe-") as folder:
         small = _shortened(recipe)
-        work = Workspace(small, Path(folder) / "run")
-        train, held_out = _take_few(work)
-        run = RunDirectory.claim(work.run_path, small)
-        run.path.mkdir()
+        path = Path(folder) / "run"
+        splits = _few(small, Workspace(small, path).splits)
+        work = Workspace(small, path, splits=splits)
+        run = RunDirectory.claim(path, small, is_writer=True)
         prepare(work, run)
         student = work.models.student  # loaded before the clock starts
         kept, seconds = _clocked(lambda: score(work, run))
@@ -52,12 +53,12 @@ def probe(recipe: Recipe) -> dict[str, float | None]:
         if recipe.samples is not None:
             # Comparing some scores with exact ones is a smaller share of a whole run.
             seconds -= run.record.get("scoring_agreement", {}).get("seconds", 0.0)
-            rates["score"] = _tokens(train) / seconds
+            rates["score"] = splits.train_tokens / seconds
         if small.evaluation.suite or recipe.cache is not None:
             _ = work.models.teacher
         if small.evaluation.suite:
             _, seconds = _clocked(lambda: evaluate(work, run, student, "before"))
-            rates["evaluate"] = _tokens(held_out) / seconds
+            rates["evaluate"] = _tokens(splits.held_out) / seconds
         cache, seconds = _clocked(lambda: build_or_find_cache(work, run, kept))
         if cache is not None:
             rates["cache"] = _tokens(kept) / seconds
@@ -71,7 +72,7 @@ def probe(recipe: Recipe) -> dict[str, float | None]:
             "cache_tokens_per_second": rates.get("cache"),
             "evaluate_tokens_per_second": rates.get("evaluate"),
             "cache_bytes_per_position": rates.get("bytes"),
-            "samples": len(train),
+            "samples": len(splits.train),
             "seconds": time.perf_counter() - started,
         }
 
@@ -103,13 +104,11 @@ def _samples_needed(recipe: Recipe) -> int:
     return math.ceil(kept / (1.0 if recipe.samples is None else recipe.samples.fraction))
 
 
-def _take_few(work: Workspace) -> tuple[SampleDataset, SampleDataset]:
-    """Cut the workspace's training and held-out samples to what the probe needs, and return both."""
-    splits = work.splits
-    train = splits.train.select(range(min(len(splits.train), _samples_needed(work.recipe))))
+def _few(recipe: Recipe, splits: Splits) -> Splits:
+    """As many of the samples as the probe needs."""
+    train = splits.train.select(range(min(len(splits.train), _samples_needed(recipe))))
     held_out = splits.held_out.select(range(min(len(splits.held_out), HELD_OUT_SAMPLES)))
-    replaced(work, splits=replace(splits, train=train, held_out=held_out, train_tokens=_tokens(train)))
-    return train, held_out
+    return replace(splits, train=train, held_out=held_out, train_tokens=_tokens(train))
 
 
 def _tokens(samples: SampleDataset) -> int:

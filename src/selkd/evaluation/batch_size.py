@@ -1,4 +1,4 @@
-"""How many prompts go through a model together: from what one needs and what memory there is.
+"""How many prompts go through a model together, from what one prompt needs and what memory is free.
 
 Legend: T tokens of the longest prompt with its answer, V classes.
 """
@@ -7,7 +7,8 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selkd.evaluation.evaluated_model import EvaluatedModel
 
 _MOST = 128
 _MOST_ON_CPU = 16  # a processor is busy with a few prompts; writing answers token by token, it is not
@@ -15,28 +16,31 @@ _BYTES_A_LOGIT = 12  # the logits, their float32 copy and its log-softmax
 _CANDIDATES = 8
 
 
-def rows_at_once(task: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def rows_at_once(task: Any, model: EvaluatedModel) -> int:
     """A batch size whose logits and key-value cache take at most a quarter of the memory that is free."""
-    generates = task.OUTPUT_TYPE == "generate_until"
-    longest = _longest(task, tokenizer)
-    config = model.config.get_text_config(decoder=True)
-    if generates:
-        longest += (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 256)
+    writes = task.OUTPUT_TYPE == "generate_until"
+    config = model.model.config.get_text_config(decoder=True)
     all_heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have a smaller state
     heads = getattr(config, "num_key_value_heads", None) or all_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // all_heads
+    longest = _longest_prompt(task, model) + (answer_tokens(task) if writes else 0)
     cache_bytes = 2 * config.num_hidden_layers * heads * head_dim * 4 * longest
-    logits_bytes = _BYTES_A_LOGIT * int(config.vocab_size) * (1 if generates else longest)
-    fitting = _free_bytes(model.device) // 4 // (logits_bytes + cache_bytes)
-    most = _MOST_ON_CPU if model.device.type == "cpu" and not generates else _MOST
-    return max(1, min(int(fitting), most))
+    logits_bytes = _BYTES_A_LOGIT * int(config.vocab_size) * (1 if writes else longest)
+    device = model.model.device
+    fitting = _free_bytes(device) // 4 // (logits_bytes + cache_bytes)
+    return max(1, min(int(fitting), _MOST_ON_CPU if device.type == "cpu" and not writes else _MOST))
 
 
-def _longest(task: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """T: tokens of the longest of the prompts with the most characters."""
+def answer_tokens(task: Any) -> int:
+    """How many tokens a written answer to one of the task's prompts may have."""
+    return int((task.get_config("generation_kwargs") or {}).get("max_gen_toks", 256))
+
+
+def _longest_prompt(task: Any, model: EvaluatedModel) -> int:
+    """How many tokens the longest of the prompts with the most characters has."""
     texts = ["".join(part for part in instance.args if isinstance(part, str)) for instance in task.instances]
     texts.sort(key=len, reverse=True)
-    return max(len(tokenizer(text)["input_ids"]) for text in texts[:_CANDIDATES])
+    return max(len(model.tokenizer(text)["input_ids"]) for text in texts[:_CANDIDATES])
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -5,7 +5,6 @@ Prompts, answers' extraction and scores are the harness's own: a benchmark only 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 ACC = ("hellaswag", "piqa", "arc_easy", "gsm8k", "lambada")
 """The benchmarks whose mean accuracy is the paper suite's Acc."""
@@ -36,7 +35,7 @@ class Benchmark:
     metric: str
     described: str
     rows: int | None = None
-    overrides: Mapping[str, str | None] = field(default_factory=lambda: MappingProxyType({}))
+    overrides: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def file(self) -> str:

@@ -3,9 +3,9 @@
 Without a teacher there is perplexity alone, and the buckets are of the model's own entropy.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from selkd.data.encoding import Encoder, encode
 from selkd.data.packing import Fitting, pack
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
-from selkd.evaluation.evaluated_model import Subject
+from selkd.evaluation.evaluated_model import EvaluatedModel
 from selkd.evaluation.fidelity import Fidelity, fidelity
-from selkd.evaluation.results import TaskResult, digest, stored
+from selkd.evaluation.results import Measured, TaskResult, digest, find_or_measure
 from selkd.models.head import check_head, check_packing, head_of
 from selkd.models.tokenizers import require_same_tokenizer, shared_classes
 from selkd.recipe.part import parse_part
@@ -54,9 +54,11 @@ class FidelityOptions:
 
 
 def measure_fidelity(
-    subject: Subject, teacher: Subject | None, options: FidelityOptions, keep: Path | None = None, reuse: bool = True
+    subject: EvaluatedModel, teacher: EvaluatedModel | None, options: FidelityOptions, folder: Path | None = None
 ) -> TaskResult:
     """Perplexity, and with a teacher KL and top-1 agreement, over windows of up to 512 tokens of packed text.
+
+    ``folder``: the result is kept below it, and read from there where the same was measured before.
 
     Raises:
         InputError: as ``text_windows``.
@@ -64,20 +66,19 @@ def measure_fidelity(
     samples = text_windows(subject, teacher, options)
     fingerprint = {
         "model": subject.identity,
-        "dtype": str(subject.dtype).removeprefix("torch."),
+        "dtype": subject.dtype_name,
         "teacher": teacher.identity if teacher is not None else None,
-        "teacher_dtype": str(teacher.dtype).removeprefix("torch.") if teacher is not None else None,
+        "teacher_dtype": teacher.dtype_name if teacher is not None else None,
         "samples": digest([sample_id.hex() for sample_id in samples.ids]),
     }
-    if keep is not None and reuse and (found := stored(keep, "fidelity", fingerprint)) is not None:
-        return found
-    started = time.perf_counter()
-    measured = _measured(subject, teacher or subject, samples)
+    return find_or_measure(folder, "fidelity", fingerprint, partial(_measured, subject, teacher, samples))
+
+
+def _measured(subject: EvaluatedModel, teacher: EvaluatedModel | None, samples: SampleDataset) -> Measured:
+    measured = _fidelity(subject, teacher or subject, samples)
     columns = _COLUMNS if teacher is not None else _COLUMNS[:1]
     per_sample = measured.sums.sum(dim=1).tolist()
-    result = TaskResult(
-        name="fidelity",
-        fingerprint=fingerprint,
+    return Measured(
         examples=[
             {"row": row, "measures": {name: [sums[column], sums[0]] for name, _, column, _ in columns}}
             for row, sums in enumerate(per_sample)
@@ -87,18 +88,14 @@ def measure_fidelity(
         higher_is_better={name: better for name, _, _, better in columns},
         details={
             "positions": measured.positions,
-            "teacher": None if teacher is None else teacher.model_name,
+            "teacher": None if teacher is None else teacher.source,
             "teacher_perplexity": None if teacher is None else measured.teacher_perplexity,
             "by_entropy": _by_entropy(measured.by_entropy(), teacher is not None),
         },
-        seconds=round(time.perf_counter() - started, 3),
     )
-    if keep is not None:
-        result.write(keep)
-    return result
 
 
-def _measured(subject: Subject, teacher: Subject, samples: SampleDataset) -> Fidelity:
+def _fidelity(subject: EvaluatedModel, teacher: EvaluatedModel, samples: SampleDataset) -> Fidelity:
     sizes = {}
     for role, model in (("model", subject.model), ("teacher", teacher.model)):
         check_head(model)
@@ -113,7 +110,7 @@ def _by_entropy(buckets: Sequence[Bucket], has_teacher: bool) -> list[Bucket]:
     return [{key: value for key, value in bucket.items() if has_teacher or key not in comparing} for bucket in buckets]
 
 
-def text_windows(subject: Subject, teacher: Subject | None, options: FidelityOptions) -> SampleDataset:
+def text_windows(subject: EvaluatedModel, teacher: EvaluatedModel | None, options: FidelityOptions) -> SampleDataset:
     """The first windows of the text, packed, each as long as both have positions for, 512 tokens at most.
 
     Prompts with completions stay whole: longer ones are cut, or left out where the prompt alone fills a window. No

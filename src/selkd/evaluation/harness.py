@@ -8,47 +8,27 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from selkd.errors import InputError, RunError
-from selkd.evaluation.batch_size import rows_at_once
+from selkd.evaluation.batch_size import answer_tokens, rows_at_once
 from selkd.evaluation.benchmarks import KNOWN, Benchmark
 from selkd.evaluation.calibration import choice_confidence
+from selkd.evaluation.evaluated_model import EvaluatedModel
 from selkd.evaluation.ifeval import prepare_ifeval
 from selkd.evaluation.last_word import greedy_confidences
 from selkd.evaluation.local_data import local_splits
+from selkd.evaluation.results import Measured
 from selkd.maths.finite import not_finite
 from selkd.models.sources import default_cache_dir
 from selkd.recipe.evaluation import task_manager
 
 _SHOTS_SEED = 1234  # the harness's default
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a task's examples gave.
-
-    Attributes:
-        examples: one mapping an example: ``row``, ``prompt``, ``target``, ``responses`` and ``measures``
-            (metric -> the two numbers of ``statistics.Measure``).
-        kinds: metric -> the measure's kind.
-        figures: metric -> the harness's own figure, for every metric, also those that are no measure.
-        higher_is_better: metric -> bool.
-        positions: how many tokens of prompt and answer the model takes; an example whose prompt was cut from the left
-            to fit has ``cut`` true.
-    """
-
-    examples: list[dict[str, Any]]
-    kinds: dict[str, str]
-    figures: dict[str, float]
-    higher_is_better: dict[str, bool]
-    positions: int | None = None
 
 
 def load_tasks(name: str, data: Sequence[str | Path] | None, shots: int) -> dict[str, Any]:
@@ -62,23 +42,25 @@ def load_tasks(name: str, data: Sequence[str | Path] | None, shots: int) -> dict
     Raises:
         InputError: an unknown name, no local form, rows that are not there or can't be fetched.
     """
-    _quiet()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are no news here
+    disable_progress_bars()
     benchmark = KNOWN.get(name)
     if benchmark is None and data is not None:
         raise InputError(
             f"{name}: has no local form; those are {', '.join(KNOWN)}. Measure it in a call of its own, without data."
         )
     try:
-        tasks = {name: _load(benchmark, data, shots)} if benchmark else _by_name(name, shots)
-    except (OSError, ConnectionError, LookupError, ImportError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
+        if "ifeval" in name:
+            prepare_ifeval(default_cache_dir())
+        tasks = {name: _load(benchmark, data, shots)} if benchmark else _load_by_name(name, shots)
+    except (OSError, LookupError, ImportError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        file = f" that holds {benchmark.file}" if benchmark else ""
-        raise InputError(
-            f"{name}: its rows can't be had ({type(error).__name__}: {reason:.200}). "
-            + (f"Without a hub, give --data with a folder{file}." if benchmark else "Is there a network?")
-        ) from error
+        advice = (
+            f"Without a hub, give --data with a folder that holds {benchmark.file}."
+            if benchmark
+            else "Is there a network?"
+        )
+        raise InputError(f"{name}: its rows can't be had ({type(error).__name__}: {reason:.200}). {advice}") from error
     for task in tasks.values():
         task.set_fewshot_seed(seed=_SHOTS_SEED)
     return tasks
@@ -89,8 +71,6 @@ def _load(benchmark: Benchmark, data: Sequence[str | Path] | None, shots: int) -
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    if benchmark.name == "ifeval":
-        prepare_ifeval(default_cache_dir())
     config = load_yaml(Path(tasks.__file__).parent / benchmark.yaml, resolve_func=True)
     config = {key: value for key, value in config.items() if key != "tag"} | dict(benchmark.overrides)
     config["num_fewshot"] = shots if benchmark.few_shot else 0
@@ -100,97 +80,83 @@ def _load(benchmark: Benchmark, data: Sequence[str | Path] | None, shots: int) -
     return ConfigurableTask(config=config)
 
 
-def _by_name(name: str, shots: int) -> dict[str, Any]:
-    if "ifeval" in name:
-        prepare_ifeval(default_cache_dir())
+def _load_by_name(name: str, shots: int) -> dict[str, Any]:
     tasks: dict[str, Any] = task_manager().load([name])["tasks"]
     for task in tasks.values():
         if getattr(task, "UNSAFE_CODE", False):
             raise InputError(f"{name}: the task runs the model's code on this machine; selkd does not.")
-        if shots and task.get_config("num_fewshot") != 0:
+        if not shots or task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", shots)
-        elif not shots:
-            task.set_config("num_fewshot", 0)
     return tasks
 
 
-def require_answerable(
-    name: str, task: Any, positions: int | None, tokenizer: PreTrainedTokenizerBase, chat_template: bool
-) -> None:
-    """Whether a model of so many positions (None: no limit) can be asked this task; no weights are needed.
+def require_answerable(tasks: Mapping[str, Any], model: EvaluatedModel, chat_template: bool) -> None:
+    """Check that the model can be asked the tasks, without loading its weights.
 
     Raises:
         InputError: answers may be longer than the model has positions, or the chat template is not there or not used.
     """
-    if chat_template and not tokenizer.chat_template:
-        raise InputError("chat template: the tokenizer has none; measure without it.")
-    if chat_template and task.OUTPUT_TYPE == "loglikelihood_rolling":
-        raise InputError(
-            f"chat template: {name} measures text as it stands, without a prompt. Measure it in a call of its own, "
-            "without a chat template."
-        )
-    needed = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", 256)
-    if task.OUTPUT_TYPE == "generate_until" and positions is not None and needed >= positions:
-        raise InputError(
-            f"{name}: answers may be {needed} tokens long, and the model has {positions} positions for prompt and "
-            "answer. Leave the task out, or take a model with more positions."
-        )
+    for name, task in tasks.items():
+        if chat_template and not model.tokenizer.chat_template:
+            raise InputError("chat template: the tokenizer has none; measure without it.")
+        if chat_template and task.OUTPUT_TYPE == "loglikelihood_rolling":
+            raise InputError(
+                f"chat template: {name} measures text as it stands, without a prompt. Measure it in a call of its own, "
+                "without a chat template."
+            )
+        is_written, needed = task.OUTPUT_TYPE == "generate_until", answer_tokens(task)
+        if is_written and model.positions is not None and needed >= model.positions:
+            raise InputError(
+                f"{name}: answers may be {needed} tokens long, and the model has {model.positions} positions for "
+                "prompt and answer. Leave the task out, or take a model with more positions."
+            )
 
 
-def spread_rows(n_rows: int, limit: int | None) -> list[int]:
+def spread_rows(n_rows: int, limit: int | None) -> Sequence[int]:
     """``limit`` row numbers spread evenly over ``n_rows``; all of them where there are no more.
 
-    Evenly, because benchmarks are sorted: the first rows of HellaSwag are all of one kind.
+    Evenly, because benchmarks are sorted: the first rows of HellaSwag are all of one kind. All rows are a range, no
+    list: the harness looks each row up in it.
     """
     if limit is None or limit >= n_rows:
-        return list(range(n_rows))
+        return range(n_rows)
     return [index * n_rows // limit for index in range(limit)]
-
-
-def build_requests(task: Any, rows: list[int]) -> None:
-    """Make the task's prompts for these rows: ``task.instances``."""
-    task.build_all_requests(samples=_samples(task, rows))
-
-
-def _samples(task: Any, rows: list[int]) -> list[int] | None:
-    """The rows as the harness takes them; it would look each up in a list, so all of them are None."""
-    return None if len(rows) == len(task.eval_docs) else rows
 
 
 def run_task(
     name: str,
     task: Any,
-    rows: list[int],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
+    rows: Sequence[int],
+    model: EvaluatedModel,
     chat_template: bool = False,
     batch_size: int | None = None,
-) -> Output:
+) -> Measured:
     """Measure ``model`` on some rows of a task.
 
     Args:
-        task: its requests built (``build_requests``).
-        rows: ascending row numbers.
-        dtype: of the products; weights of another dtype are used under autocast.
+        task: its requests for these rows built.
+        rows: ascending row numbers, of ``spread_rows``.
         chat_template: put each prompt into the tokenizer's chat template.
-        batch_size: None: found from the memory there is, and halved when it runs out.
+        batch_size: None: chosen from the memory there is. It is halved when memory runs out.
+
+    Returns:
+        ``details`` are ``prompts_cut``, how many prompts were cut from the left to fit, and ``model_tokens``, how many
+        tokens of prompt and answer the model takes.
 
     Raises:
         RunError: not even one example at a time fits in memory, or the model's answers or their scores are not finite.
     """
-    size = batch_size or rows_at_once(task, model, tokenizer)
+    size = batch_size or rows_at_once(task, model)
     while True:
-        lm = _language_model(model, tokenizer, dtype, size)
+        lm = _language_model(model, size)
         try:
-            with _numbers_required(name, model):
-                output = _output(name, task, _evaluate(name, task, rows, lm, chat_template), lm.max_length)
-                _mark_cut(output, task, lm)
+            with _numbers_required(name, model.model):
+                results = _evaluate(name, task, rows, lm, chat_template)
+                measured = _read_results(name, task, results, _cut(task, rows, lm), lm.max_length)
                 if name == "lambada":
-                    pairs = [_fitting(lm, *lm._encode_pair(*arguments)) for arguments in _arguments(task)]
-                    _add_ece(output, greedy_confidences(model, tokenizer, pairs, dtype, size))
-            _require_finite(name, output)
-            return output
+                    _add_ece(measured, greedy_confidences(model, _last_words(task, lm), size))
+            _require_finite(name, measured)
+            return measured
         except OverflowError:  # the harness takes an exponential, such as a perplexity
             raise not_finite(f"{name}: one of its figures", math.inf) from None
         except torch.OutOfMemoryError:
@@ -200,13 +166,13 @@ def run_task(
             torch.cuda.empty_cache()
 
 
-def _evaluate(name: str, task: Any, rows: list[int], lm: Any, chat_template: bool) -> dict[str, Any]:
+def _evaluate(name: str, task: Any, rows: Sequence[int], lm: Any, chat_template: bool) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate
 
     results: dict[str, Any] = evaluate(
         lm=lm,
         task_dict={"tasks": {name: task}},
-        samples=None if (samples := _samples(task, rows)) is None else {name: samples},
+        samples={name: rows},
         bootstrap_iters=0,
         log_samples=True,
         apply_chat_template=chat_template,
@@ -215,18 +181,16 @@ def _evaluate(name: str, task: Any, rows: list[int], lm: Any, chat_template: boo
     return results
 
 
-def _language_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, batch_size: int
-) -> Any:
+def _language_model(model: EvaluatedModel, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
+        pretrained=model.model,
+        tokenizer=model.tokenizer,
         backend="causal",
         batch_size=batch_size,
         softmax_dtype=torch.float32,
-        mixed_precision_dtype=None if model.dtype == dtype else dtype,
+        mixed_precision_dtype=None if model.model.dtype == model.dtype else model.dtype,
         trust_remote_code=False,
     )
 
@@ -249,22 +213,22 @@ def _numbers_required(name: str, model: PreTrainedModel) -> Iterator[None]:
         handle.remove()
 
 
-def _require_finite(name: str, output: Output) -> None:
+def _require_finite(name: str, measured: Measured) -> None:
     """Raises RunError if a log-likelihood, an example's measure or a figure is not finite."""
-    for example in output.examples:
+    for example in measured.examples:
         answers = [answer[0] if isinstance(answer, tuple) else answer for answer in example["responses"]]
-        measures = [number for numbers in example["measures"].values() for number in numbers]
-        for number in (*answers, *measures):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise not_finite(f"{name}, row {example['row']}", number)
-    for metric, figure in output.figures.items():
+        numbers = [number for pair in example["measures"].values() for number in pair]
+        for value in (*answers, *numbers):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise not_finite(f"{name}, row {example['row']}", value)
+    for metric, figure in measured.figures.items():
         if not math.isfinite(figure):
             raise not_finite(f"{name}, {metric}", figure)
 
 
-def _mark_cut(output: Output, task: Any, lm: Any) -> None:
-    """Say of each example whether the harness cut its prompt, with an answer or the room for one, from the left."""
-    from lm_eval.models import huggingface
+def _cut(task: Any, rows: Sequence[int], lm: Any) -> set[int]:
+    """The rows whose prompt, with an answer or the room for one, the harness cuts from the left to fit."""
+    from lm_eval.models.huggingface import normalize_gen_kwargs
 
     cut = set()
     for instance in task.instances:
@@ -273,36 +237,39 @@ def _mark_cut(output: Output, task: Any, lm: Any) -> None:
             needed = len(lm.tok_encode(prompt + answer)) - 1  # the last token is predicted, not read
         elif instance.request_type == "generate_until":
             prompt, settings = instance.args
-            room = huggingface.normalize_gen_kwargs(settings, lm.max_gen_toks)["max_gen_toks"]
-            needed = len(lm.tok_encode(prompt)) + room
+            needed = len(lm.tok_encode(prompt)) + normalize_gen_kwargs(settings, lm.max_gen_toks)["max_gen_toks"]
         else:
             continue  # a rolling log-likelihood reads the whole text, window by window
         if needed > lm.max_length:
-            cut.add(instance.doc_id)
-    for number, example in enumerate(output.examples):
-        example["cut"] = number in cut  # the harness numbers the rows that it was given
+            cut.add(rows[instance.doc_id])  # the harness numbers the rows that it was given
+    return cut
 
 
-def _fitting(lm: Any, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-    """The pair as the harness scores it: a context that is too long loses its beginning."""
-    return context[-(lm.max_length + 1 - len(continuation)) :], continuation
-
-
-def _output(name: str, task: Any, results: Mapping[str, Any], positions: int | None = None) -> Output:
+def _read_results(name: str, task: Any, results: Mapping[str, Any], cut: set[int], max_length: int) -> Measured:
     examples: dict[int, dict[str, Any]] = {}
     kinds: dict[str, str] = {}
-    is_choice = task.OUTPUT_TYPE == "multiple_choice"
-    several = len({sample["filter"] for sample in results["samples"][name]}) > 1
-    for sample in results["samples"][name]:
-        row = examples.setdefault(sample["doc_id"], _example(sample))
+    samples, aggregations = results["samples"][name], task.aggregation()
+    several = len({sample["filter"] for sample in samples}) > 1
+    for sample in samples:
+        row, target = sample["doc_id"], sample["target"]
+        example = {
+            "row": row,
+            "prompt": sample["arguments"][0][0],
+            "target": target if isinstance(target, str | int | float | list) else str(target),
+            "responses": [response[0] for response in sample["resps"]],
+            "measures": {},
+            "cut": row in cut,
+        }
+        measures = examples.setdefault(row, example)["measures"]
         for metric in sample["metrics"]:
-            measured = _numbers(task.aggregation()[metric], sample[metric]) if metric in task.aggregation() else None
-            if measured is not None:
+            numbers = _numbers(aggregations.get(metric), sample[metric])
+            if numbers is not None:
                 label = f"{metric},{sample['filter']}" if several else metric
-                kinds[label], row["measures"][label] = measured
-        if is_choice and "acc" in sample["metrics"] and "acc_mutual_info" not in sample["metrics"]:
+                kinds[label], measures[label] = numbers
+        is_choice = task.OUTPUT_TYPE == "multiple_choice" and "acc_mutual_info" not in sample["metrics"]
+        if is_choice and "acc" in sample["metrics"]:
             confidence = choice_confidence([answer[0] for answer in sample["filtered_resps"]])
-            kinds["ece"], row["measures"]["ece"] = "ece", [confidence, float(sample["acc"])]
+            kinds["ece"], measures["ece"] = "ece", [confidence, float(sample["acc"])]
     figures, better = {}, {}
     for key, value in results["results"][name].items():
         metric, _, filtered = key.partition(",")
@@ -310,33 +277,27 @@ def _output(name: str, task: Any, results: Mapping[str, Any], positions: int | N
             label = key if several else metric
             figures[label] = float(value)
             better[label] = bool(task.higher_is_better().get(metric, True))
-    return Output([examples[row] for row in sorted(examples)], kinds, figures, better, positions)
+    details = {"prompts_cut": len(cut), "model_tokens": max_length}
+    return Measured([examples[row] for row in sorted(examples)], kinds, figures, better, details)
 
 
-def _arguments(task: Any) -> list[tuple[str, str]]:
-    """Context and last word of each example of LAMBADA, in the order of its rows."""
-    return [instance.args for instance in sorted(task.instances, key=lambda instance: instance.doc_id)]
+def _last_words(task: Any, lm: Any) -> list[tuple[list[int], list[int]]]:
+    """Tokens of context and last word of LAMBADA's examples, in the order of their rows, as the harness scores them."""
+    pairs = []
+    for instance in sorted(task.instances, key=lambda instance: instance.doc_id):
+        context, word = lm._encode_pair(*instance.args)
+        pairs.append((context[-(lm.max_length + 1 - len(word)) :], word))  # a long context loses its beginning
+    return pairs
 
 
-def _add_ece(output: Output, confidences: list[tuple[float, bool]]) -> None:
-    output.kinds["ece"] = "ece"
-    for example, (confidence, is_right) in zip(output.examples, confidences, strict=True):
+def _add_ece(measured: Measured, confidences: list[tuple[float, bool]]) -> None:
+    measured.kinds["ece"] = "ece"
+    for example, (confidence, is_right) in zip(measured.examples, confidences, strict=True):
         example["measures"]["ece"] = [confidence, float(is_right)]
 
 
-def _example(sample: Mapping[str, Any]) -> dict[str, Any]:
-    target = sample["target"]
-    return {
-        "row": sample["doc_id"],
-        "prompt": sample["arguments"][0][0],
-        "target": target if isinstance(target, str | int | float | list) else str(target),
-        "responses": [response[0] for response in sample["resps"]],
-        "measures": {},
-    }
-
-
 def _numbers(aggregation: Any, value: Any) -> tuple[str, list[float]] | None:
-    """Kind and numbers of ``statistics.Measure`` for what the harness aggregates so; None for other aggregations."""
+    """Kind and numbers of ``ExampleMeasures`` for what the harness aggregates so; None for other aggregations."""
     match getattr(aggregation, "__name__", ""):
         case "mean" if isinstance(value, bool | int | float):
             return "ratio", [float(value), 1.0]
@@ -349,9 +310,3 @@ def _numbers(aggregation: Any, value: Any) -> tuple[str, list[float]] | None:
         case "agg_inst_level_acc":
             return "ratio", [float(sum(value)), float(len(value))]
     return None
-
-
-def _quiet() -> None:
-    """The harness speaks of much that is no news here; its warnings stay out, its errors do not."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    disable_progress_bars()

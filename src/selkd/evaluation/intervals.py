@@ -1,15 +1,14 @@
 """Standard errors and paired differences, by the bootstrap over examples.
 
-A measure keeps two numbers an example and says how they become one figure, so that any resample of the examples gives
-a figure too. Two models are compared on the same resamples of the same examples: what makes an example hard for both
-cancels out, which is why a paired difference is known better than either figure.
+Any resample of the examples gives a figure, as all of them do. Two models are compared on the same resamples of the
+same examples: what makes an example hard for both cancels out, which is why a paired difference is known better than
+either figure.
 
 Legend: N examples, R resamples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
@@ -20,12 +19,21 @@ RESAMPLES = 1000
 _SEED = 20260201
 _AT_ONCE = 100
 
-Kind = Literal["ratio", "exp_ratio", "ece"]
+
+def _ratio(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.asarray((weights @ first) / (weights @ second))
+
+
+def _exp_ratio(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.exp(_ratio(first, second, weights))
+
+
+_FIGURES = {"ratio": _ratio, "exp_ratio": _exp_ratio, "ece": expected_calibration_error}
 
 
 @dataclass(frozen=True, eq=False)
-class Measure:
-    """Per-example numbers and the figure that they make.
+class ExampleMeasures:
+    """Two numbers an example, and how they become one figure.
 
     Attributes:
         kind: ``ratio`` is sum(first) / sum(second), a mean where ``second`` is 1; ``exp_ratio`` its exponential, a
@@ -33,25 +41,20 @@ class Measure:
         first, second: float64 [N].
     """
 
-    kind: Kind
+    kind: str
     first: np.ndarray
     second: np.ndarray
 
     def __post_init__(self) -> None:
-        assert self.kind in get_args(Kind)
-        assert self.first.shape == self.second.shape
-        assert self.first.ndim == 1
+        assert self.kind in _FIGURES
+        assert self.first.shape == self.second.shape == (len(self),)
 
     def __len__(self) -> int:
         return len(self.first)
 
     def figures(self, weights: np.ndarray) -> np.ndarray:
         """The figure of each resample, float64 [R]; ``weights`` [R, N] says how often each example counts."""
-        if self.kind == "ece":
-            return expected_calibration_error(self.first, self.second, weights)
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            ratio = (weights @ self.first) / (weights @ self.second)
-            return np.exp(ratio) if self.kind == "exp_ratio" else ratio
+        return _FIGURES[self.kind](self.first, self.second, weights)
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,12 @@ class Estimate:
     standard_error: float | None
 
 
-def estimate(measure: Measure) -> Estimate:
-    """The measure over all examples, its standard error the deviation over R = 1,000 resamples."""
-    figures = np.concatenate([measure.figures(weights) for weights in _resamples(len(measure))])
-    return Estimate(_finite(_whole(measure)), _deviation(figures, len(measure)))
+def estimate(measures: ExampleMeasures) -> Estimate:
+    """The figure over all examples; its standard error is the deviation over R = 1,000 resamples."""
+    return _estimate(measures.figures, len(measures))
 
 
-def difference(ours: Measure, theirs: Measure) -> Estimate:
+def difference(ours: ExampleMeasures, theirs: ExampleMeasures) -> Estimate:
     """``ours`` less ``theirs`` on the same examples, resampled together.
 
     Raises:
@@ -79,37 +81,32 @@ def difference(ours: Measure, theirs: Measure) -> Estimate:
             f"a paired comparison needs the same measure on the same examples; got {len(ours)} ({ours.kind}) and "
             f"{len(theirs)} ({theirs.kind}). Measure both with the same data and limit."
         )
-    figures = [ours.figures(weights) - theirs.figures(weights) for weights in _resamples(len(ours))]
-    return Estimate(_finite(_whole(ours) - _whole(theirs)), _deviation(np.concatenate(figures), len(ours)))
+    return _estimate(lambda weights: ours.figures(weights) - theirs.figures(weights), len(ours))
 
 
-def mean_of(estimates: list[Estimate]) -> Estimate:
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of independent estimates, such as those of different benchmarks; errors add in squares."""
-    values = [found.value for found in estimates]
-    if not values or any(value is None for value in values):
+    # None becomes nan, and so does what is made of it.
+    values = np.array([part.value for part in estimates], dtype=np.float64)
+    errors = np.array([part.standard_error for part in estimates], dtype=np.float64)
+    if not estimates or np.isnan(values).any():
         return Estimate(None, None)
-    errors = [found.standard_error for found in estimates]
-    value = float(np.mean([value for value in values if value is not None]))
-    if any(error is None for error in errors):
-        return Estimate(value, None)
-    return Estimate(value, float(np.linalg.norm([error for error in errors if error is not None])) / len(errors))
+    return Estimate(float(values.mean()), _finite(np.linalg.norm(errors) / len(errors)))
 
 
-def _whole(measure: Measure) -> float:
-    return float(measure.figures(np.ones((1, len(measure))))[0])
-
-
-def _resamples(n_examples: int) -> Iterator[np.ndarray]:
-    """R resamples with replacement as counts [R, N], some rows at a time; the same for every measure of N examples."""
+def _estimate(figures: Callable[[np.ndarray], np.ndarray], n_examples: int) -> Estimate:
+    """Resamples are drawn with replacement, some at a time; they are the same for every measure of N examples."""
     generator = np.random.default_rng(_SEED)
-    for _ in range(0, RESAMPLES, _AT_ONCE):
-        drawn = generator.integers(0, n_examples, (_AT_ONCE, n_examples))
-        yield np.stack([np.bincount(row, minlength=n_examples) for row in drawn]).astype(np.float64)
+    resampled = []
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        value = figures(np.ones((1, n_examples)))[0]
+        for _ in range(0, RESAMPLES, _AT_ONCE):
+            drawn = generator.integers(0, n_examples, (_AT_ONCE, n_examples))
+            counts = np.stack([np.bincount(row, minlength=n_examples) for row in drawn])
+            resampled.append(figures(counts.astype(np.float64)))
+        deviation = np.concatenate(resampled).std(ddof=1)  # not finite where one of them is not
+    return Estimate(_finite(value), _finite(deviation) if n_examples > 1 else None)
 
 
-def _deviation(figures: np.ndarray, n_examples: int) -> float | None:
-    return _finite(float(figures.std(ddof=1))) if n_examples > 1 and np.isfinite(figures).all() else None
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+def _finite(value: np.floating) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -13,56 +13,51 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selkd.evaluation.evaluated_model import EvaluatedModel
 from selkd.models.head import evaluating
 
 
 def greedy_confidences(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[list[int], list[int]]],
-    dtype: torch.dtype,
-    batch_size: int,
+    model: EvaluatedModel, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int
 ) -> list[tuple[float, bool]]:
     """The model's confidence in its greedy continuation, and whether that is the true one, for each of N examples.
 
     Args:
         pairs: context tokens and the true continuation's tokens, as the harness splits them.
-        dtype: of the products, under autocast where the weights have another.
         batch_size: contexts at once.
     """
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, (_, continuation) in enumerate(pairs):
         by_length[len(continuation)].append(index)
-    found: dict[int, tuple[float, bool]] = {}
-    autocast = torch.autocast(model.device.type, dtype=dtype, enabled=dtype != model.dtype)
-    with evaluating(model), autocast, tqdm(total=len(pairs), desc="last words", unit=" examples") as bar:
+    answers: dict[int, tuple[float, bool]] = {}
+    weights = model.model
+    autocast = torch.autocast(weights.device.type, dtype=model.dtype, enabled=model.dtype != weights.dtype)
+    with evaluating(weights), autocast, tqdm(total=len(pairs), desc="last words", unit=" examples") as bar:
         for n_tokens, members in by_length.items():
             members.sort(key=lambda index: len(pairs[index][0]))
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
-                probabilities, tokens = _greedy(model, tokenizer, [pairs[i][0] for i in batch], n_tokens)
+                probabilities, tokens = _greedy(model, [pairs[index][0] for index in batch], n_tokens)
                 for index, confidence, written in zip(batch, probabilities, tokens, strict=True):
-                    found[index] = (confidence, written == pairs[index][1])
+                    answers[index] = (confidence, written == pairs[index][1])
                 bar.update(len(batch))
-    return [found[index] for index in range(len(pairs))]
+    return [answers[index] for index in range(len(pairs))]
 
 
-def _greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contexts: list[list[int]], n_tokens: int
-) -> tuple[list[float], list[list[int]]]:
-    """Probability and tokens of B greedy continuations of ``n_tokens`` tokens."""
-    width = max(map(len, contexts))
-    pad = tokenizer.pad_token_id
-    input_ids = torch.tensor([[pad] * (width - len(context)) + context for context in contexts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=model.device)
+def _greedy(model: EvaluatedModel, contexts: list[list[int]], n_tokens: int) -> tuple[list[float], list[list[int]]]:
+    """Probability and tokens of B greedy continuations of ``n_tokens`` tokens; contexts are padded on the left."""
+    width, pad, device = max(map(len, contexts)), model.tokenizer.pad_token_id, model.model.device
+    padding = [width - len(context) for context in contexts]
+    rows = [[pad] * n_pad + context for n_pad, context in zip(padding, contexts, strict=True)]
+    input_ids = torch.tensor(rows, device=device)
+    mask = (torch.arange(width, device=device) >= torch.tensor(padding, device=device)[:, None]).long()
     past: Any = None
     log_probability = torch.zeros(len(contexts), dtype=torch.float64)
     tokens: list[torch.Tensor] = []
     for _ in range(n_tokens):
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        output = model(
+        output = model.model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip

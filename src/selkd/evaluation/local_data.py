@@ -32,49 +32,43 @@ def local_splits(benchmark: Benchmark, folders: Sequence[str | Path], shots: int
     Raises:
         InputError: no such file, a line that is no object, a field that is missing, or a file without rows.
     """
-    needed = {benchmark.split} | ({"train"} if shots and benchmark.few_shot else set())
-    splits = {}
-    for split, name in benchmark.files.items():
-        rows: list[dict[str, Any]] = []
-        if split in needed:
-            path = find_file(folders, name)
-            if path is None:
-                where = ", ".join(str(folder) for folder in folders)
-                raise InputError(f"{benchmark.name}: no file {name} in {where}; its {split} rows are read from there.")
-            rows = read_rows(path, benchmark)
-        splits[split] = Dataset.from_list(rows)
-    if benchmark.split != "train" and "train" not in splits:
-        splits["train"] = Dataset.from_list([])
-    return splits
+    needed = {benchmark.split, "train"} if shots and benchmark.few_shot else {benchmark.split}
+    return {
+        split: Dataset.from_list(_rows(benchmark, split, folders) if split in needed else [])
+        for split in dict.fromkeys(("train", *benchmark.files))
+    }
 
 
-def read_rows(path: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
-    """The rows of one file. Raises as ``local_splits``."""
-    rows = []
+def _rows(benchmark: Benchmark, split: str, folders: Sequence[str | Path]) -> list[dict[str, Any]]:
+    name = benchmark.files[split]
+    path = find_file(folders, name)
+    if path is None:
+        where = ", ".join(map(str, folders))
+        raise InputError(f"{benchmark.name}: no file {name} in {where}; its {split} rows are read from there.")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error}).") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not valid JSON ({error}).") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected an object with {', '.join(benchmark.fields)}, got {line[:40]!r}.")
-        row = _flat_arc(row)
-        missing = [name for name in benchmark.fields if name not in row]
-        if missing:
-            raise InputError(
-                f"{where}: {benchmark.name} rows have {', '.join(benchmark.fields)}; missing: {', '.join(missing)}."
-            )
-        rows.append({name: row[name] for name in benchmark.fields})
+    rows = [
+        _row(line, benchmark, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()
+    ]
     if not rows:
         raise InputError(f"{path}: no rows.")
     return rows
+
+
+def _row(line: str, benchmark: Benchmark, where: str) -> dict[str, Any]:
+    fields = ", ".join(benchmark.fields)
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON ({error}).") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with {fields}, got {line[:40]!r}.")
+    row = _flat_arc(row)
+    if missing := [name for name in benchmark.fields if name not in row]:
+        raise InputError(f"{where}: {benchmark.name} rows have {fields}; missing: {', '.join(missing)}.")
+    return {name: row[name] for name in benchmark.fields}
 
 
 def _flat_arc(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from selkd.errors import InputError
-from selkd.evaluation.intervals import Estimate, Measure, estimate
+from selkd.evaluation.intervals import Estimate, ExampleMeasures, estimate
 from selkd.files import write_whole
 
 FORMAT = "selkd-eval-2"
@@ -19,46 +20,50 @@ _SUMMARY, _EXAMPLES = "result.json", "examples.jsonl"
 Fingerprint = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What measuring a task gave.
+
+    Attributes:
+        examples: one mapping an example, with ``row`` and ``measures`` (metric -> the two numbers of
+            ``ExampleMeasures``); of a benchmark also ``prompt``, ``target``, ``responses`` and ``cut``.
+        kinds: metric -> the kind of its ``ExampleMeasures``, for metrics that can be resampled.
+        figures: metric -> the figure, for every metric.
+        higher_is_better: metric -> bool.
+        details: what else a reader is told, as plain data.
+    """
+
+    examples: list[dict[str, Any]]
+    kinds: dict[str, str]
+    figures: Mapping[str, float]
+    higher_is_better: Mapping[str, bool]
+    details: Mapping[str, Any]
+
+
 @dataclass(frozen=True, eq=False)
-class TaskResult:
-    """What a task gave.
+class TaskResult(Measured):
+    """What was measured, with what decided it.
 
     Attributes:
         name: the benchmark or task.
         fingerprint: all that determines the result: ``model``, and everything else under other keys.
-        examples: one mapping an example, with ``row`` and ``measures`` (metric -> two numbers); prompts, responses.
-        kinds: metric -> the measure's kind, for metrics that can be resampled.
-        figures: metric -> the figure, for every metric.
-        higher_is_better: metric -> bool.
-        details: what else is to be told, as plain data.
         seconds: how long it took to measure.
     """
 
     name: str
     fingerprint: Fingerprint
-    examples: list[dict[str, Any]]
-    kinds: Mapping[str, str]
-    figures: Mapping[str, float | None]
-    higher_is_better: Mapping[str, bool]
-    details: Mapping[str, Any]
     seconds: float
 
-    def measure(self, metric: str) -> Measure | None:
-        """The per-example numbers of a metric; None where the harness's figure is all there is."""
-        if metric not in self.kinds:
-            return None
+    def measure(self, metric: str) -> ExampleMeasures:
+        """The examples' numbers of a metric of ``kinds``."""
         numbers = np.array([example["measures"][metric] for example in self.examples], dtype=np.float64)
-        return Measure(self.kinds[metric], numbers[:, 0], numbers[:, 1])  # type: ignore[arg-type]
+        return ExampleMeasures(self.kinds[metric], numbers[:, 0], numbers[:, 1])
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """Every metric's figure, with its standard error where it can be resampled."""
-        found = {metric: Estimate(value, None) for metric, value in self.figures.items()}
-        for metric in self.kinds:
-            measure = self.measure(metric)
-            assert measure is not None
-            found[metric] = estimate(measure)
-        return found
+        alone = {metric: Estimate(value, None) for metric, value in self.figures.items()}
+        return alone | {metric: estimate(self.measure(metric)) for metric in self.kinds}
 
     @property
     def question(self) -> Fingerprint:
@@ -68,76 +73,78 @@ class TaskResult:
     def summary(self) -> dict[str, Any]:
         """The figures as plain data, for JSON."""
         metrics = {
-            metric: {
-                "value": found.value,
-                "standard_error": found.standard_error,
-                "higher_is_better": self.higher_is_better.get(metric, metric != "ece"),
-            }
-            for metric, found in self.estimates.items()
+            metric: {**vars(figure), "higher_is_better": self.higher_is_better.get(metric, metric != "ece")}
+            for metric, figure in self.estimates.items()
         }
         return {"examples": len(self.examples), "metrics": metrics, **self.details, "seconds": self.seconds}
 
-    def write(self, folder: Path) -> None:
-        """Keep the result below ``folder``, in a folder of its own; the summary comes last.
 
-        Raises:
-            RunError: the disk refused.
-        """
-        own = folder_of(folder, self.name, self.fingerprint)
-        text = "".join(json.dumps(example, ensure_ascii=False, allow_nan=False) + "\n" for example in self.examples)
-        write_whole(own / _EXAMPLES, text)
-        content = {
-            "format": FORMAT,
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "examples_sha256": _sha256(text),
-            "kinds": dict(self.kinds),
-            "figures": dict(self.figures),
-            "higher_is_better": dict(self.higher_is_better),
-            "details": dict(self.details),
-            **self.summary(),
-        }
-        write_whole(own / _SUMMARY, json.dumps(content, indent=2, allow_nan=False) + "\n")
+def find_or_measure(
+    folder: Path | None, name: str, fingerprint: Fingerprint, measure: Callable[[], Measured], reuse: bool = True
+) -> TaskResult:
+    """The result that ``folder`` keeps under exactly this fingerprint; else what ``measure`` gives, kept there.
 
+    A kept result that is not whole is measured again. Each has a folder of its own, named by task and fingerprint.
 
-def stored(folder: Path, name: str, fingerprint: Fingerprint) -> TaskResult | None:
-    """The kept result of exactly this fingerprint; None if there is none, or if it is not whole.
+    Args:
+        folder: None: nothing is kept.
+        reuse: False: measure even if there is a kept result.
 
     Raises:
-        InputError: it is of another format.
+        InputError: the kept result is of another format.
+        RunError: the disk refused.
     """
-    own = folder_of(folder, name, fingerprint)
-    content = _read(own / _SUMMARY)
-    if content is None:
+    own = None if folder is None else folder / f"{name.replace('/', '-')}-{digest(fingerprint)[:8]}"
+    if own is not None and reuse and (kept := _read(own, name, fingerprint)) is not None:
+        return kept
+    started = time.perf_counter()
+    measured = measure()
+    seconds = round(time.perf_counter() - started, 3)
+    result = TaskResult(**vars(measured), name=name, fingerprint=fingerprint, seconds=seconds)
+    if own is not None:
+        _write(own, result)
+    return result
+
+
+def _write(folder: Path, result: TaskResult) -> None:
+    """The summary comes last: where it is, the examples are whole."""
+    text = "".join(json.dumps(example, ensure_ascii=False, allow_nan=False) + "\n" for example in result.examples)
+    write_whole(folder / _EXAMPLES, text)
+    content = {
+        "format": FORMAT,
+        "name": result.name,
+        "fingerprint": result.fingerprint,
+        "examples_sha256": _sha256(text),
+        "kinds": result.kinds,
+        "figures": dict(result.figures),
+        "higher_is_better": dict(result.higher_is_better),
+        "details": dict(result.details),
+        **result.summary(),
+    }
+    write_whole(folder / _SUMMARY, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _read(folder: Path, name: str, fingerprint: Fingerprint) -> TaskResult | None:
+    """The result that the folder keeps; None if there is none of this fingerprint, or if it is not whole."""
+    try:
+        content = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        form = content.get("format")
+    except (OSError, ValueError, AttributeError):
         return None
-    if (found := content.get("format")) != FORMAT:
+    if form != FORMAT:
         raise InputError(
-            f"{own / _SUMMARY}: expected the format {FORMAT!r}, got {found!r}: another version of selkd kept it. Move "
-            "its folder away to measure again, or give another --out; nothing was changed."
+            f"{folder / _SUMMARY}: expected the format {FORMAT!r}, got {form!r}: another version of selkd kept it. "
+            "Move its folder away to measure again, or give another --out; nothing was changed."
         )
     try:
-        text = (own / _EXAMPLES).read_text(encoding="utf-8")
+        text = (folder / _EXAMPLES).read_text(encoding="utf-8")
         if content["fingerprint"] != fingerprint or content["examples_sha256"] != _sha256(text):
             return None
-        examples = [json.loads(line) for line in text.split("\n") if line]
         parts = {key: content[key] for key in ("kinds", "figures", "higher_is_better", "details", "seconds")}
-    except (OSError, ValueError, KeyError, TypeError):
+        examples = [json.loads(line) for line in text.split("\n") if line]
+    except (OSError, ValueError, KeyError):
         return None
-    return TaskResult(name, fingerprint, examples, **parts)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A summary as it was written; None if it is not there or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def folder_of(folder: Path, name: str, fingerprint: Fingerprint) -> Path:
-    """Where the result of this fingerprint is kept: other rows, shots or models have other folders."""
-    return folder / f"{name.replace('/', '-')}-{digest(fingerprint)[:8]}"
+    return TaskResult(examples=examples, name=name, fingerprint=fingerprint, **parts)
 
 
 def digest(content: Any) -> str:

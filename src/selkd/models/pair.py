@@ -36,8 +36,8 @@ class ModelPair:
         vocab_size: int,
         dtype: torch.dtype,
     ) -> None:
-        self._student = _Slot(student)
-        self._teacher = None if teacher is None else _Slot(teacher)
+        self._student = ModelSlot(student)
+        self._teacher = None if teacher is None else ModelSlot(teacher)
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.dtype = dtype
@@ -91,8 +91,8 @@ class ModelPair:
             self._teacher.release()
 
 
-class _Slot:
-    """A model, once it was asked for, and the function that loads it."""
+class ModelSlot:
+    """A model that is loaded when it is first asked for, and whose memory can be freed."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -105,6 +105,7 @@ class _Slot:
         return self._model
 
     def release(self) -> None:
+        """Free the model's memory; it is loaded anew when it is asked for."""
         self._model = None
         gc.collect()  # a student holds itself through its bound loss
         if torch.cuda.is_available():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ _INCIDENTAL_CONFIG = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Weights only as safetensors: a .bin is a pickle. Mistral's repositories carry the weights twice, the second time as
 # consolidated*.safetensors, which Transformers does not read.
-_WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model"]
+WITHOUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model")
+_HUB_FILES = ("*.safetensors", *WITHOUT_WEIGHTS)
 _NOT_HUB_FILES = ["*/*", "consolidated*"]
 
 
@@ -56,11 +58,8 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "selkd"
 
 
-def locate(model: str, cache_dir: Path, *, weights: bool = True) -> ModelSource:
+def locate(model: str, cache_dir: Path) -> ModelSource:
     """The files of ``model``: "demo", else a folder or .gguf file here, else a hub id (downloaded to the hub's cache).
-
-    Args:
-        weights: False leaves a hub model's weights on the hub; its fingerprint is then empty.
 
     Raises:
         InputError: no such model, a folder that is not a model with safetensors weights, or a hub that can't be
@@ -79,18 +78,23 @@ def locate(model: str, cache_dir: Path, *, weights: bool = True) -> ModelSource:
         name, path = model, converted_gguf(Path(model).expanduser(), model, cache_dir)
     elif Path(model).expanduser().is_dir():
         name, path = model, Path(model).expanduser()
-    elif weights:
-        name, path = model, _downloaded(model, ["*.safetensors", *_WITHOUT_WEIGHTS])
     else:
-        return ModelSource(model, _downloaded(model, _WITHOUT_WEIGHTS), "")
+        name, path = model, downloaded(model)
     return ModelSource(name, path, _fingerprint(model, path, cache_dir))
 
 
-def _downloaded(model: str, files: list[str]) -> Path:
+def downloaded(model: str, files: Sequence[str] = _HUB_FILES) -> Path:
+    """The folder in the hub's cache with those of the model's ``files`` (patterns) that are not in subfolders.
+
+    Raises:
+        InputError: no such model, or the hub can't be reached.
+    """
     if not _HUB_ID.fullmatch(model):
         raise InputError(f"model {model!r}: there is no such folder, and it is not a hub id (owner/name) either.")
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=files, ignore_patterns=_NOT_HUB_FILES))
+        return Path(
+            huggingface_hub.snapshot_download(model, allow_patterns=list(files), ignore_patterns=_NOT_HUB_FILES)
+        )
     except hub_errors.RepositoryNotFoundError as error:
         raise InputError(
             f"model {model!r}: no such folder here, and the hub has no such model or does not show it to you. "

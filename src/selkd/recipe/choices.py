@@ -5,7 +5,8 @@ fraction). Any goes with any, but for what ``selkd.recipe.recipe`` refuses with 
 meaningless (a fraction beside ``policy: all``) is null once read.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -91,6 +92,8 @@ def _steps_or_share(given: Any) -> Any:
 
 class PositionOptions(Part):
     """Which positions of a sample are supervised, and how strongly."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"probed_share": "calibration_fraction"}
 
     metric: MetricName | None = Field(
         "student_entropy", description=f"{', '.join(POSITION_METRICS)}, or your own as module:function"
@@ -218,6 +221,8 @@ class ClassOptions(Part):
 
 class SampleOptions(Part):
     """Which samples are trained on: the highest share by the frozen initial student's score."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"probed_share": "calibration_fraction"}
 
     metric: SampleMetric = Field("student_entropy", description="what a sample's score is the mean of; all: no filter")
     fraction: Fraction = Field(0.20, description="l: the share of the samples that is kept")

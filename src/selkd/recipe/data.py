@@ -9,45 +9,49 @@ from selkd.recipe.part import Part
 CHAT = "chat"
 
 
-class DataOptions(Part):
-    """The text. ``path``: ``demo``, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id.
+class SourceOptions(Part):
+    """Where the text is."""
+
+    path: str = Field(
+        description="The text: demo, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id."
+    )
+    name: str | None = Field(None, description="The configuration of a hub data set.")
+    split: str = Field("train", description="The split of a hub data set.")
+
+
+class RowOptions(Part):
+    """What a row holds, and how rows become samples.
 
     A row is a text (``text_field``), a prompt with its completion (``prompt_field``, ``completion_field``) or a
     conversation (``messages_field``).
     """
 
-    path: str = Field(description="demo, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id")
-    name: str | None = Field(None, description="configuration of a hub data set")
-    split: str = Field("train", description="split of a hub data set")
     text_field: str | None = Field(
-        None, description="the field or column that holds the text; text, if no other field is given"
+        None, description="The field or column that holds a text; text, if no other field is given."
     )
-    prompt_field: str | None = Field(None, description="in its place: the field of a prompt")
+    prompt_field: str | None = Field(None, description="The field that holds a prompt, in place of text_field.")
     completion_field: str | None = Field(
-        None, description="beside prompt_field: the field of its completion; null: prompts alone, for on_policy"
+        None, description="The field that holds the prompt's completion; null: prompts alone, for on_policy."
     )
     messages_field: str | None = Field(
-        None, description="in its place: the field of a conversation, a list of messages with role and content"
+        None,
+        description="The field that holds a conversation (messages with role and content), in place of text_field.",
     )
     template: str | None = Field(
         None,
-        description="prompts: chat (the tokenizer's chat template), or a text with {prompt} and, last, {completion}; "
-        "null: the completion follows the prompt as they stand; messages: always chat",
+        description="How a prompt and its completion become one text: chat (the tokenizer's chat template), or a text "
+        "with {prompt} and, last, {completion}; null: the completion follows the prompt. Conversations take chat.",
     )
     loss_on: Literal["completions", "all"] | None = Field(
         None,
-        description="completions (default): the completion, or the assistant's turns; all: the prompt, too. Null of a "
-        "text",
+        description="What is learned of prompts and conversations. completions, the default: the completion, or the "
+        "assistant's turns; all: the prompt, too.",
     )
-    tokens: int | None = Field(None, ge=2, description="how many tokens to train on at most; null: all there are")
-    max_length: int = Field(512, ge=2, description="tokens of a sample at most")
-    packing: bool = Field(True, description="fill samples with several documents, isolated from each other")
-    held_out_fraction: float = Field(0.02, ge=0, lt=1, description="share of the documents kept from training")
-    held_out_tokens: int = Field(16384, ge=2, description="tokens of the held-out split at most")
-    streaming: bool | None = Field(None, description="stream a hub data set; null: when `tokens` is given")
+    max_length: int = Field(512, ge=2, description="How many tokens a sample has at most.")
+    packing: bool = Field(True, description="Fill each sample with several documents, isolated from each other.")
 
     @model_validator(mode="after")
-    def _one_shape(self) -> "DataOptions":
+    def _one_shape(self) -> "RowOptions":
         shapes = [name for name in ("text_field", "prompt_field", "messages_field") if getattr(self, name) is not None]
         if len(shapes) > 1:
             raise ValueError(f"data.{shapes[1]}: a row has one shape, and data.{shapes[0]} is given too; leave one out")
@@ -90,3 +94,14 @@ class DataOptions(Part):
     @property
     def is_prompt_only(self) -> bool:
         return self.prompt_field is not None and self.completion_field is None
+
+
+class DataOptions(RowOptions, SourceOptions):
+    """The text: where it is, how its rows become samples, and how much of it is trained on."""
+
+    tokens: int | None = Field(None, ge=2, description="How many tokens are trained on at most; null: all there are.")
+    held_out_fraction: float = Field(
+        0.02, ge=0, lt=1, description="The share of the documents that is kept from training."
+    )
+    held_out_tokens: int = Field(16384, ge=2, description="How many tokens the held-out split has at most.")
+    streaming: bool | None = Field(None, description="Stream a hub data set; null: where `tokens` is given.")

@@ -75,8 +75,8 @@ def _unknown(name: str, allowed: list[str], also: str, tasks: Iterable[str] = ()
 KeepBest = Literal["perplexity", "kl_nats", "top1_agreement", "validation"]
 
 
-def _as_list(given: Any) -> Any:
-    return [given] if isinstance(given, str) else given
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class EvaluationOptions(Part):
@@ -105,7 +105,7 @@ class EvaluationOptions(Part):
     def _something_to_measure(self) -> "EvaluationOptions":
         if self.every_steps is not None and not self.suite:
             raise ValueError("evaluation.every_steps measures evaluation.suite, which is empty; give [fidelity]")
-        if not benchmarks_of([name for name in self.suite if name != "fidelity"]):
+        if not benchmarks_of(self.suite):
             for key in ("data", "limit", "shots", "chat_template"):
                 if getattr(self, key):
                     raise ValueError(

@@ -24,21 +24,25 @@ def check_device(name: str) -> str:
 class TeacherOptions(Part):
     """The large model. ``model``: ``demo``, a local folder, a .gguf file or a hub id."""
 
-    model: str = Field(description="demo, a local folder, a .gguf file (read dequantised) or a hub id")
-    dtype: Dtype = Field("auto", description="of its weights; auto: bfloat16 where the device computes in it")
+    model: str = Field(
+        description="The large model: demo, a local folder, a .gguf file (read dequantised) or a hub id."
+    )
+    dtype: Dtype = Field(
+        "auto", description="The dtype of its weights; auto: bfloat16 where the device computes in it."
+    )
     quantization: Literal["torchao_int8", "bitsandbytes_8bit", "bitsandbytes_4bit"] | None = Field(
         None,
-        description="quantise its layers when it is loaded, on the CPU or CUDA; 4bit is NF4; the head stays as it is",
+        description="Quantise its layers when it is loaded, on the CPU or CUDA; 4bit is NF4. The head stays as it is.",
     )
     device: Annotated[str, AfterValidator(check_device)] | None = Field(
-        None, description="cpu, cuda or cuda:1; null: the student's device"
+        None, description="Where it is put: cpu, cuda or cuda:1; null: the student's device."
     )
 
 
 class PruneOptions(Part):
     """A student cut from the teacher: ``layers`` is how many are kept; those with the least block influence go."""
 
-    layers: int = Field(ge=1, description="how many of the teacher's layers are kept")
+    layers: int = Field(ge=1, description="How many of the teacher's layers are kept.")
 
 
 def _as_list(given: Any) -> Any:
@@ -46,13 +50,16 @@ def _as_list(given: Any) -> Any:
 
 
 class LoraOptions(Part):
-    """Low-rank adapters (PEFT) are trained in place of the student's weights."""
+    """The low-rank adapters (PEFT) that are trained in place of the student's weights."""
 
-    rank: int = Field(16, ge=1, description="of an adapter")
-    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="an adapter's output is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of an adapter's input, in training")
+    rank: int = Field(16, ge=1, description="LoRA rank.")
+    alpha: float = Field(
+        32.0, gt=0, allow_inf_nan=False, description="LoRA scale: an adapter's output is multiplied by alpha / rank."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of an adapter's input, in training.")
     target_modules: Annotated[list[str] | Literal["all-linear"], BeforeValidator(_as_list)] = Field(
-        "all-linear", description="names of the layers that get an adapter; all-linear: every linear one but the head"
+        "all-linear",
+        description="The names of the layers that get an adapter; all-linear: every linear one but the head.",
     )
 
     @model_validator(mode="after")
@@ -74,10 +81,12 @@ class LoraOptions(Part):
 class StudentOptions(Part):
     """The small model: one to load, or one to cut from the teacher's own layers."""
 
-    model: str | None = Field(None, description="demo, a local folder or a hub id")
-    prune_from_teacher: PruneOptions | None = Field(None, description="in its place: cut one from the teacher")
+    model: str | None = Field(None, description="The small model: demo, a local folder or a hub id.")
+    prune_from_teacher: PruneOptions | None = Field(
+        None, description="Cut the student from the teacher, in place of model."
+    )
     lora: LoraOptions | None = Field(
-        None, description="train adapters alone: kept in adapter/, and merged into student/; null: every weight"
+        None, description="Train adapters alone, kept in adapter/ and merged into student/; null: train every weight."
     )
 
     @model_validator(mode="after")

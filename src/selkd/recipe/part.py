@@ -1,13 +1,16 @@
 """What every part of a recipe is: keys that are checked, values that never change after reading."""
 
-from typing import Annotated, Any, TypeVar
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from selkd.errors import InputError
 from selkd.recipe.errors import explain
 
 P = TypeVar("P", bound=BaseModel)
+_logger = logging.getLogger(__name__)
 
 
 def _no_boolean(given: Any) -> Any:
@@ -23,6 +26,19 @@ class Part(BaseModel):
     """A part of a recipe: unknown keys are errors, values never change after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    renamed: ClassVar[Mapping[str, str]] = {}  # a key's former name, under which it is still read -> its name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_names(cls, given: Any) -> Any:
+        for former, name in cls.renamed.items():
+            if isinstance(given, dict) and former in given:
+                if name in given:
+                    raise ValueError(f"{former} is the former name of {name}, which is given too; leave {former} out")
+                given = {name if key == former else key: value for key, value in given.items()}
+                if given[name] is not None:
+                    _logger.warning("%s is now called %s; the former name is still read.", former, name)
+        return given
 
     def _settle(self, **values: Any) -> None:
         """Set what a choice decides, while the part is still being read."""

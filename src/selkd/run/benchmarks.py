@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from selkd.errors import RunError
 from selkd.models.adapters import merged
 from selkd.models.head import evaluating
+from selkd.models.loading import window_of
+from selkd.models.pair import ModelSlot
 from selkd.recipe.evaluation import EvaluationOptions, benchmarks_of
 from selkd.run.workspace import Workspace
 
@@ -32,7 +34,7 @@ def has_benchmarks(options: EvaluationOptions) -> bool:
 def require_benchmarks(options: EvaluationOptions) -> None:
     """Raises InputError if local benchmark files that the suite needs are not there; nothing is loaded."""
     if has_benchmarks(options):
-        _options(options).names()
+        _benchmark_options(options).left_out()
 
 
 def measure(
@@ -46,43 +48,42 @@ def measure(
     Returns:
         None on the other processes.
     """
-    found = None
+    summary = None
     if work.state.is_main_process:
         from selkd.evaluation.benchmark_tasks import load_benchmarks, measure_benchmarks
-        from selkd.evaluation.evaluated_model import Subject
+        from selkd.evaluation.evaluated_model import EvaluatedModel
         from selkd.evaluation.summary import summarise
 
-        options = _options(work.recipe.evaluation)
-        subject = Subject(
+        options = _benchmark_options(work.recipe.evaluation)
+        model = EvaluatedModel(
             name="student",
-            model_name="student",
+            source="student",
             fingerprint=fingerprint,
             dtype=work.dtype,
-            positions=getattr(student.config.get_text_config(decoder=True), "max_position_embeddings", None),
-            load=lambda: student,
-            load_tokenizer=lambda: work.tokenizer,
+            positions=window_of(student),
+            weights=ModelSlot(lambda: student),
+            tokenizer=work.tokenizer,
             generation=str(student.generation_config),
         )
+        folder = work.run_path / "benchmarks" / when
         with evaluating(student), _random_states_kept():
-            results = measure_benchmarks(
-                subject, load_benchmarks(options), options, work.run_path / "benchmarks" / when, reuse
-            )
-        found = summarise(results, options.suite, options.names()[1])
+            results = measure_benchmarks(model, load_benchmarks(options), options, folder, reuse)
+        summary = summarise(results, options.suite, options.left_out())
     work.state.wait_for_everyone()
-    return found
+    return summary
 
 
 def figures(summary: dict[str, Any]) -> dict[str, float]:
     """What a summary says in a few numbers, for the metrics' file: each task's counted metric, the suites' means."""
-    found: dict[str, float | None] = {}
-    for task, content in summary["tasks"].items():
-        metric = content["counts"] or next(iter(content["metrics"]))
-        found[f"{LOGGED}{task}"] = content["metrics"][metric]["value"]
+    estimates = {
+        task: result["metrics"][result["counts"] or next(iter(result["metrics"]))]
+        for task, result in summary["tasks"].items()
+    }
     if "paper" in summary:
-        found[f"{LOGGED}paper_acc"] = summary["paper"]["acc"]["value"]
+        estimates["paper_acc"] = summary["paper"]["acc"]
     if "validation" in summary:
-        found[f"{LOGGED}validation"] = summary["validation"]["value"]
-    return {name: value for name, value in found.items() if value is not None}
+        estimates["validation"] = summary["validation"]
+    return {f"{LOGGED}{name}": one["value"] for name, one in estimates.items() if one["value"] is not None}
 
 
 def keep_if_best(work: Workspace, student: PreTrainedModel, step: int, measured: dict[str, float]) -> None:
@@ -132,11 +133,10 @@ def _save(work: Workspace, student: PreTrainedModel, best: dict[str, Any]) -> No
         raise RunError(f"{folder}: can't be written ({error}). Free space, then run again.") from error
 
 
-def _options(options: EvaluationOptions) -> Any:
-    from selkd.evaluation.benchmark_tasks import BenchmarkOptions
+def _benchmark_options(options: EvaluationOptions) -> Any:
+    from selkd.evaluation.benchmark_tasks import BenchmarkOptions  # imports the harness, which few recipes need
 
-    suite = [name for name in options.suite if name != "fidelity"]
-    return BenchmarkOptions(suite, options.data, options.limit, options.shots, options.chat_template)
+    return BenchmarkOptions(options.suite, options.data, options.limit, options.shots, options.chat_template)
 
 
 @contextmanager

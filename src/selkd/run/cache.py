@@ -37,6 +37,7 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
         if path is not None:
             note_shared(run, "cache", cost)
     run.record["teacher_cache"] = opened.stats()
+    run.save()
     return opened
 
 

@@ -16,15 +16,17 @@ class RunDirectory:
     Attributes:
         path: the folder.
         record: the content of ``record.json``.
+        is_writer: whether this process writes it; of several one does.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, record: dict[str, Any]) -> None:
+    def __init__(self, path: Path, recipe: Recipe, record: dict[str, Any], is_writer: bool) -> None:
         self.path = path
         self.recipe = recipe
         self.record = record
+        self.is_writer = is_writer
 
     @classmethod
-    def claim(cls, path: Path, recipe: Recipe) -> "RunDirectory":
+    def claim(cls, path: Path, recipe: Recipe, *, is_writer: bool) -> "RunDirectory":
         """The folder for this recipe: new, or continued where the same resolved recipe began it.
 
         Nothing is written before ``save``: a recipe whose models or text are not found leaves no trace.
@@ -40,14 +42,16 @@ class RunDirectory:
         elif path.exists() and any(not is_temporary(entry.name) for entry in path.iterdir()):
             raise InputError(f"{path}: not a run (no {RECIPE}) and not empty. Give another --out; nothing was changed.")
         record = path / RECORD
-        return cls(path, recipe, _read(record) if record.exists() else {})
+        return cls(path, recipe, _read(record) if record.exists() else {}, is_writer)
 
     def save(self) -> None:
-        """Write the record, and before the first one the recipe, each whole or not at all.
+        """Write the record, and before the first one the recipe, each whole or not at all; the writer does.
 
         Raises:
             RunError: the disk refused.
         """
+        if not self.is_writer:
+            return
         if not (self.path / RECIPE).exists():
             write_whole(self.path / RECIPE, to_yaml(self.recipe))
         write_whole(self.path / RECORD, json.dumps(self.record, indent=2, allow_nan=False) + "\n")

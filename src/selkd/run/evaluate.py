@@ -41,6 +41,7 @@ def evaluate(work: Workspace, run: RunDirectory, student: PreTrainedModel, when:
             fingerprint = stored["initial_fingerprint"] if when == "before" else stored["fingerprint"]
             measured = benchmarks.measure(work, student, when, fingerprint)
             benchmarks_record(run)[when] = measured
+    run.save()
 
 
 def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, RunError
 from selkd.files import write_whole
 from selkd.models.loading import load_model
@@ -25,7 +23,7 @@ from selkd.reporting.publish import push_student, require_login
 from selkd.run.benchmarks import require_benchmarks
 from selkd.run.cache import cache
 from selkd.run.directory import RunDirectory
-from selkd.run.evaluate import evaluate, forget_after, is_measured
+from selkd.run.evaluate import evaluate, is_measured
 from selkd.run.prepare import prepare
 from selkd.run.score import score
 from selkd.run.train import is_trained, train
@@ -66,17 +64,11 @@ def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | N
     """
     checked, path = as_recipe(recipe), None if out is None else Path(out)
     work, run = start(checked, path, pushes=checked.hub is not None)
-    with _recorded(run, work):
-        samples = score(work, run)
+    samples = score(work, run)
     if not is_trained(work, run):
         if not is_measured(work, run, "before"):
-            with _recorded(run, work):
-                evaluate(work, run, work.models.student, "before")
-        with _recorded(run, work):
-            teacher = cache(work, run, samples)
-        with _recorded(run, work):
-            train(work, run, samples, teacher)
-            forget_after(run)
+            evaluate(work, run, work.models.student, "before")
+        train(work, run, samples, cache(work, run, samples))
     _finish(work, run)
     return Run(run.path, run.record)
 
@@ -84,18 +76,14 @@ def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | N
 def score_only(recipe: Recipe, out: Path | None = None) -> Run:
     """The scoring stage by itself; ``distill`` into the same folder goes on from it."""
     work, run = start(recipe, out)
-    with _recorded(run, work):
-        score(work, run)
+    score(work, run)
     return Run(run.path, run.record)
 
 
 def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
     """Scoring and caching by themselves; ``distill`` into the same folder goes on from them."""
     work, run = start(recipe, out)
-    with _recorded(run, work):
-        samples: SampleDataset = score(work, run)
-    with _recorded(run, work):
-        cache(work, run, samples)
+    cache(work, run, score(work, run))
     return Run(run.path, run.record)
 
 
@@ -110,15 +98,13 @@ def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> tuple[Wo
     """Claim the run's folder and find its inputs. ``pushes``: a student will go to the hub at the end."""
     path = out or Path("runs") / (recipe.name or "recipe")
     work = Workspace(recipe, path)
-    work.arguments  # noqa: B018  refused, if at all, before anything is loaded or written
-    work.teacher_device  # noqa: B018  likewise
+    work.check()
     require_benchmarks(recipe.evaluation)
-    run = RunDirectory.claim(path, recipe)
+    run = RunDirectory.claim(path, recipe, is_writer=work.state.is_main_process)
     if pushes and not run.record.get("hub"):
         require_login()
     work.state.wait_for_everyone()  # all have looked before the main process writes
-    with _recorded(run, work):
-        prepare(work, run)
+    prepare(work, run)
     return work, run
 
 
@@ -130,8 +116,7 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
         work.models.release_student()  # the trained one; what is measured is what was saved
         student = load_model(locate(str(run.path / "student"), work.cache_dir), torch.float32, work.device)
         if unmeasured:
-            with _recorded(run, work):
-                evaluate(work, run, student, "after")
+            evaluate(work, run, student, "after")
         if work.state.is_main_process:
             shown = work.splits.held_out if len(work.splits.held_out) else work.splits.train
             recipe = work.recipe
@@ -162,16 +147,8 @@ def _push(work: Workspace, run: RunDirectory) -> None:
     fingerprint = run.record["student"]["fingerprint"]
     if options is None or (run.record.get("hub") or {}).get("student") == fingerprint:
         return
-    with _recorded(run, work):
-        run.record["hub"] = {**push_student(run.path / "student", options), "student": fingerprint}
-
-
-@contextmanager
-def _recorded(run: RunDirectory, work: Workspace) -> Iterator[None]:
-    """Save the record once the stage inside is done."""
-    yield
-    if work.state.is_main_process:
-        run.save()
+    run.record["hub"] = {**push_student(run.path / "student", options), "student": fingerprint}
+    run.save()
 
 
 def full_kd_on_same_samples(run: Run) -> Run:

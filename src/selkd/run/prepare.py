@@ -51,3 +51,4 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         teacher = {"model": work.teacher_source.name, "fingerprint": work.teacher_source.fingerprint}
         run.record["teacher"] = {**(run.record.get("teacher") or {}), **teacher}
         count_teacher_tokens(work, run)
+    run.save()

@@ -1,4 +1,4 @@
-"""What a run's record tells of its stages: seconds, peaks of memory, teacher tokens, the cost of shared parts."""
+"""What the stages of a run write into its record: seconds, peak memory, teacher tokens, the cost of shared parts."""
 
 import json
 import platform
@@ -21,22 +21,40 @@ from selkd.run.directory import RunDirectory
 from selkd.run.workspace import Workspace
 
 PLACES = ("process", "accelerator")
+COUNTS = ("samples", "samples_kept", "positions_valid", "positions_selected", "teacher_tokens")
 _PROC = Path("/proc/self")
 
 
-def restart_peaks() -> bool:
-    """Begin anew to look for the peaks; False where this system can't, so that what follows is the whole process's."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        (_PROC / "clear_refs").write_text("5")  # proc(5): resets the peak of the resident set
-    except OSError:
-        return False
-    return True
+class PeakMemory:
+    """The largest memory of a run in its record, of the whole run and of each stage, in bytes.
+
+    Made when a stage begins: the peak of what went before is noted, and the system begins a new one if it can.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._note(run)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            (_PROC / "clear_refs").write_text("5")  # proc(5): resets the peak of the resident set
+            self._is_new = True
+        except OSError:  # the stage's can't be told from the whole run's
+            self._is_new = False
+
+    def note(self, run: RunDirectory, stage: str) -> None:
+        """Note the peak of the stage that ends."""
+        by_stage = self._note(run).setdefault("by_stage", {}).setdefault(stage, dict.fromkeys(PLACES))
+        if self._is_new:
+            _raise_to(by_stage, _peaks())
+
+    @staticmethod
+    def _note(run: RunDirectory) -> dict[str, Any]:
+        whole: dict[str, Any] = run.record.setdefault("peak_memory_bytes", dict.fromkeys(PLACES))
+        return _raise_to(whole, _peaks())
 
 
-def peaks() -> dict[str, int | None]:
-    """Bytes since ``restart_peaks``: the process's largest resident set, and what tensors held on the accelerator."""
+def _peaks() -> dict[str, int | None]:
+    """The process's largest resident set since the last reset, and what tensors held on the accelerator."""
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
@@ -44,48 +62,31 @@ def peaks() -> dict[str, int | None]:
     }
 
 
+def _raise_to(noted: dict[str, Any], peaks: dict[str, int | None]) -> dict[str, Any]:
+    for place, value in peaks.items():
+        if value is not None:
+            noted[place] = max(noted[place] or 0, value)
+    return noted
+
+
 @contextmanager
 def timed(run: RunDirectory, stage: str) -> Iterator[None]:
-    """Add a stage's seconds to the record; the peak of memory, too."""
-    is_alone, started = begin_peaks(run), time.perf_counter()
+    """Record the seconds and the peak of memory of the stage inside."""
+    peaks, started = PeakMemory(run), time.perf_counter()
     yield
-    add_seconds(run, stage, time.perf_counter() - started, is_alone)
+    add_seconds(run, stage, time.perf_counter() - started, peaks)
 
 
-def add_seconds(run: RunDirectory, stage: str, seconds: float, is_alone: bool) -> None:
-    """Add to a stage's time in the record, and keep total and peak memory up to date.
-
-    ``is_alone``: the peaks were begun anew for this stage, so they are its own.
-    """
+def add_seconds(run: RunDirectory, stage: str, seconds: float, peaks: PeakMemory) -> None:
+    """Add to a stage's time in the record, and keep the total and the peaks of memory up to date."""
     times = run.record.setdefault("seconds", dict.fromkeys(("prepare", "score", "cache", "train", "evaluate", "total")))
     times[stage] = round((times[stage] or 0.0) + seconds, 3)
     times["total"] = round(sum(value or 0.0 for name, value in times.items() if name != "total"), 3)
-    by_stage = note_peaks(run).setdefault("by_stage", {}).setdefault(stage, dict.fromkeys(PLACES))
-    for place, value in peaks().items():
-        if value is not None and is_alone:
-            by_stage[place] = max(by_stage[place] or 0, value)
-
-
-def begin_peaks(run: RunDirectory) -> bool:
-    """Begin anew to look for a stage's peak of memory; False where the system can't tell it from the whole run's."""
-    note_peaks(run)
-    return restart_peaks()
-
-
-def note_peaks(run: RunDirectory) -> dict[str, Any]:
-    """The record's peaks of the whole run, with what the present one adds."""
-    whole: dict[str, Any] = run.record.setdefault("peak_memory_bytes", dict.fromkeys(PLACES))
-    for place, value in peaks().items():
-        if value is not None:
-            whole[place] = max(whole[place] or 0, value)
-    return whole
-
-
-COUNTS = ("samples", "samples_kept", "positions_valid", "positions_selected", "teacher_tokens")
+    peaks.note(run, stage)
 
 
 def count_teacher_tokens(work: Workspace, run: RunDirectory, **tokens: int) -> None:
-    """Write down what the teacher ran on, by stage; a stage that ran again replaces its count."""
+    """Record the tokens that the teacher ran on, by stage; a stage that ran again replaces its count."""
     by_stage = run.record.setdefault("teacher_tokens", {})
     by_stage.update(work.teacher_tokens | tokens)
     run.record["counts"]["teacher_tokens"] = sum(by_stage.values())
@@ -100,11 +101,12 @@ def cost_of(seconds: float, teacher_tokens: int) -> Cost:
 
 
 def note_shared(run: RunDirectory, stage: str, cost: Cost | None) -> None:
-    """Write down what a part that other runs may use took whoever made it; None: nobody knows."""
+    """Record the cost of building a part that other runs may share; None if unknown."""
     run.record.setdefault("shared", {})[stage] = cost
 
 
 def read_cost(path: Path) -> Cost | None:
+    """The cost in a file; None where there is no such file, or it is damaged."""
     try:
         cost: Cost = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -113,19 +115,19 @@ def read_cost(path: Path) -> Cost | None:
 
 
 def add_cost(path: Path, cost: Cost) -> None:
-    """A cache may be built in several goes."""
+    """Add to the cost in a file, for a cache that is built in several goes."""
     earlier = read_cost(path) or {}
     write_whole(path, json.dumps({key: round(earlier.get(key, 0) + more, 3) for key, more in cost.items()}) + "\n")
 
 
 def size(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters and layers, for the record."""
+    """How many parameters and layers a model has, for the record."""
     config = model.config.get_text_config(decoder=True)
     return {"parameters": n_parameters(model), "layers": int(config.num_hidden_layers)}
 
 
 def environment(workspace: Workspace) -> dict[str, Any]:
-    """Versions and machine, for the record."""
+    """The versions and the machine, for the record."""
     names = ("selkd", "torch", "transformers", "accelerate", "datasets", "numpy")
     return {
         **{name: version(name) for name in names},

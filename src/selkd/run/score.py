@@ -23,6 +23,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
     train, options = work.splits.train, work.recipe.samples
     if options is None:
         run.record["counts"]["samples_kept"] = len(train)
+        run.save()
         return train
     with timed(run, "score"):
         path = Path(options.path).expanduser() if options.path else run.path / "selection" / "samples.parquet"
@@ -63,6 +64,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
                 found.write(own, kept)
         work.state.wait_for_everyone()
     run.record["counts"]["samples_kept"] = len(kept)
+    run.save()
     return train.select(kept)
 
 

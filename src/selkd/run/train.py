@@ -1,7 +1,6 @@
 """The stage that trains the student, from its last checkpoint if there is one, and saves it."""
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback
 
@@ -12,54 +11,70 @@ from selkd.models.adapters import merged
 from selkd.models.sources import locate
 from selkd.run import benchmarks
 from selkd.run.directory import RunDirectory
-from selkd.run.evaluate import benchmarks_record, measure_fidelity
-from selkd.run.record import add_seconds, begin_peaks, count_teacher_tokens, size
+from selkd.run.evaluate import benchmarks_record, forget_after, measure_fidelity
+from selkd.run.record import PeakMemory, add_seconds, count_teacher_tokens, size
 from selkd.run.workspace import Workspace
-from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress, read_metrics
+from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress
 from selkd.training.checkpoints import last_whole_checkpoint
 from selkd.training.trainer import DistillTrainer
 
 
-def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: TeacherCache | None) -> None:
-    """Train the student, from its last checkpoint if there is one, and save it."""
-    student_path = run.path / "student"
-    is_alone = begin_peaks(run)
-    if teacher is not None:
+def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: TeacherCache | None) -> None:
+    """Train the student, from its last checkpoint if there is one, save it, and record what it learned from."""
+    peaks = PeakMemory(run)
+    if cache is not None:
         work.models.release_teacher()
     trainer = DistillTrainer(
         model=work.models.student,
-        teacher=work.models.teacher if teacher is None else teacher,
+        teacher=work.models.teacher if cache is None else cache,
         args=work.arguments,
         train_dataset=samples,
         processing_class=work.tokenizer,
         callbacks=[MetricsFile("../metrics.jsonl"), TrainingProgress()],
     )
-    for theirs in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the answer
-        trainer.remove_callback(theirs)
+    for callback in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the answer
+        trainer.remove_callback(callback)
     if (every := work.recipe.evaluation.every_steps) is not None:
         also_last = work.recipe.evaluation.keep_best is not None
         trainer.add_callback(
-            EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=teacher is not None), also_last)
+            EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=cache is not None), also_last)
         )
     last = last_whole_checkpoint(Path(work.arguments.output_dir))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    if trainer.is_fsdp_enabled:  # a sharded state is no student that Transformers loads
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    saved = run.path / "adapter" if work.recipe.student.lora is not None else student_path
-    trainer.save_model(str(saved))
-    if work.state.is_main_process:
-        (saved / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
-        if saved != student_path:
-            merged(work.models.student).save_pretrained(student_path)
-            work.tokenizer.save_pretrained(student_path)
+    student = _save(work, run, trainer)
     trained = sum(parameter.numel() for parameter in work.models.student.parameters() if parameter.requires_grad)
     run.record["student"] |= size(work.models.student) | {"trained_parameters": trained}
     if work.recipe.student.lora is not None:  # the adapters are none of the saved student's own
         run.record["student"]["parameters"] -= trained
+    _record_training(run, trainer, peaks)
+    count_teacher_tokens(work, run, train=trainer.totals.teacher_tokens)
+    work.state.wait_for_everyone()
+    run.record["student"]["fingerprint"] = locate(str(student), work.cache_dir).fingerprint
+    forget_after(run)
+    run.save()
+
+
+def _save(work: Workspace, run: RunDirectory, trainer: DistillTrainer) -> Path:
+    """Save the student, its adapters merged into it; its folder."""
+    student = run.path / "student"
+    if trainer.is_fsdp_enabled:  # a sharded state is no student that Transformers loads
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    saved = run.path / "adapter" if work.recipe.student.lora is not None else student
+    trainer.save_model(str(saved))
+    if work.state.is_main_process:
+        (saved / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
+        if saved != student:
+            merged(work.models.student).save_pretrained(student)
+            work.tokenizer.save_pretrained(student)
+    return student
+
+
+def _record_training(run: RunDirectory, trainer: DistillTrainer, peaks: PeakMemory) -> None:
+    """Record steps, losses, counts, time, and what was measured on the way."""
     # Looked up now: resuming has replaced the callback by the checkpoint's.
-    metrics = next(found for found in trainer.callback_handler.callbacks if isinstance(found, MetricsFile))
-    add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0), is_alone)
-    lines = read_metrics(metrics.path)
+    metrics = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, MetricsFile))
+    add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0), peaks)
+    lines = metrics.lines.read()
     losses = [line["loss"] for line in lines if "loss" in line]
     run.record["train"] = {
         "steps": trainer.state.global_step,
@@ -67,14 +82,18 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, teacher: T
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
     }
-    if work.recipe.on_policy is not None:
+    if trainer.answers is not None:
         run.record["on_policy"] = trainer.rollouts.figures()
-    _record_on_the_way(run, lines)
     totals = trainer.totals
     run.record["counts"].update(positions_valid=totals.positions_valid, positions_selected=totals.positions_selected)
-    count_teacher_tokens(work, run, train=totals.teacher_tokens)
-    work.state.wait_for_everyone()
-    run.record["student"]["fingerprint"] = locate(str(student_path), work.cache_dir).fingerprint
+    steps = []
+    for line in lines:
+        figures = {name: value for name, value in line.items() if name.startswith(benchmarks.LOGGED)}
+        if figures:
+            steps.append({"step": line["step"], **figures})
+    best = benchmarks.read_best(run.path)
+    if steps or best:
+        benchmarks_record(run).update(steps=steps, best=best)
 
 
 def is_trained(work: Workspace, run: RunDirectory) -> bool:
@@ -84,27 +103,15 @@ def is_trained(work: Workspace, run: RunDirectory) -> bool:
     if stored is None or run.record.get("train") is None or not (student / "config.json").is_file():
         return False
     try:
-        found = locate(str(student), work.cache_dir).fingerprint
+        fingerprint = locate(str(student), work.cache_dir).fingerprint
     except InputError:  # weights are gone: train again, from the last checkpoint
         return False
-    if found != stored:
+    if fingerprint != stored:
         raise InputError(
             f"{student}: changed since it was saved. Move it away and run again to restore it from the last "
             "checkpoint; nothing was changed."
         )
     return True
-
-
-def _record_on_the_way(run: RunDirectory, lines: list[dict[str, Any]]) -> None:
-    """What was measured during training, and which student was best, into ``record.benchmarks``."""
-    steps = []
-    for line in lines:
-        found = {name: value for name, value in line.items() if name.startswith(benchmarks.LOGGED)}
-        if found:
-            steps.append({"step": line["step"], **found})
-    best = benchmarks.read_best(run.path)
-    if steps or best:
-        benchmarks_record(run).update(steps=steps, best=best)
 
 
 def _log_held_out(work: Workspace, trainer: DistillTrainer, is_cached: bool) -> None:

@@ -182,7 +182,4 @@ def _kept(directory: Path, recipe: Recipe, run_path: Path | None) -> tuple[Works
         raise InputError(
             f"this recipe keeps its cache in {own}, not in {directory}: give --recipe with --set cache.path={directory}"
         )
-    samples = score(work, run)
-    if work.state.is_main_process:
-        run.save()
-    return work, samples
+    return work, score(work, run)

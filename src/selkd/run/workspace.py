@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -19,7 +19,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from selkd import plugins
 from selkd.data.collate import collate
-from selkd.data.samples import Sample
+from selkd.data.samples import Sample, SampleDataset
 from selkd.data.splits import Splits, load_splits
 from selkd.errors import InputError
 from selkd.models.adapters import with_adapters
@@ -39,23 +39,35 @@ from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
 from selkd.recipe.recipe import Recipe
 from selkd.training.arguments import DistillArguments
-from selkd.training.on_policy import longest_prompt
+from selkd.training.on_policy import require_answers_fit
 
+T = TypeVar("T")
 CALIBRATION_SAMPLES = 16
 STUDENT_FORMAT = 1
 
 
 class Workspace:
-    """The inputs of one recipe, found and checked. Nothing is loaded before it is needed.
+    """The inputs of one recipe. Each is found, checked and loaded when it is first asked for.
 
     Args:
         recipe: what to do.
         run_path: the run's folder.
+        splits, teacher_source, student_source: taken in place of what the recipe names: a few samples for a probe, or
+            models' files without weights for an estimate.
     """
 
-    def __init__(self, recipe: Recipe, run_path: Path) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_path: Path,
+        *,
+        splits: Splits | None = None,
+        teacher_source: ModelSource | None = None,
+        student_source: ModelSource | None = None,
+    ) -> None:
         self.recipe = recipe
         self.run_path = run_path
+        self._splits, self._teacher_source, self._student_source = splits, teacher_source, student_source
         # MPS has no float64, which the class draws need: a Mac computes on its CPU.
         self._on_cpu = bool(recipe.training.get("use_cpu")) or torch.backends.mps.is_available()
         # Processes wait for the one that tokenises, prunes or converts, which may take longer than the default allows.
@@ -69,62 +81,64 @@ class Workspace:
         self.cache_dir = default_cache_dir()
         self.teacher_tokens: dict[str, int] = {}
 
-    @cached_property
-    def planned_arguments(self) -> DistillArguments:
-        """The trainer's arguments, whether or not they can train here: this many processes, these packages.
+    def check(self) -> None:
+        """Refuse what this machine and these processes can't do, before anything is loaded or written.
 
-        Unless the recipe says, precision is bfloat16 where the device computes in it, and a process of the data loader
-        reads a teacher cache ahead where an accelerator trains.
+        Raises:
+            InputError: an optimiser or a logging package that is not here, sharding in one process or of what can't be
+                sharded, a device for the teacher that is not here, or one that can't run it quantised.
         """
-        recipe = self.recipe
-        given: dict[str, Any] = {
-            "report_to": "none",
-            "logging_steps": 10,
-            "logging_first_step": True,
-            **recipe.training,
-        }
-        device = self.device
-        if device.type == "cpu":
-            given["use_cpu"] = True  # Transformers takes bfloat16 on a CPU only where the CPU was asked for
-        elif recipe.cache is not None:  # a CPU's own cores are busy with the steps
-            given.setdefault("dataloader_num_workers", 1)
-        if "bf16" not in given:
-            given["bf16"] = native_dtype(device) == torch.bfloat16
         with _refusals_told():
-            arguments = DistillArguments(
-                output_dir=str(self.run_path / "checkpoints"),
-                seed=recipe.seed,
-                criterion=recipe.criterion.model_dump(),
-                positions=recipe.positions.model_dump(),
-                classes=recipe.classes.model_dump(),
-                on_policy=None if recipe.on_policy is None else recipe.on_policy.model_dump(),
-                teacher_device=recipe.teacher.device,
-                rollouts_file=str(self.run_path / "rollouts.jsonl"),
-                max_length=recipe.data.max_length,
-                packing=recipe.data.packing,
-                **given,
-            )
-        if recipe.training.get("bf16") is False and arguments.compute_dtype == torch.bfloat16:
-            raise InputError(
-                "training.bf16: false, but the run was launched with mixed precision bf16. Set both alike."
-            )
-        return arguments
-
-    @cached_property
-    def arguments(self) -> DistillArguments:
-        """The trainer's arguments, checked against this machine."""
-        arguments = self.planned_arguments
-        with _refusals_told():
-            Trainer.get_optimizer_cls_and_kwargs(arguments)
-            for callback in get_reporting_integration_callbacks(arguments.report_to):
+            Trainer.get_optimizer_cls_and_kwargs(self.arguments)
+            for callback in get_reporting_integration_callbacks(self.arguments.report_to):
                 callback()
-        if arguments.is_sharded:
+        if self.arguments.is_sharded:
             if self.state.num_processes == 1:
                 raise InputError("training.fsdp: shards over several processes, and this is one. Start with torchrun.")
             try:
                 self.recipe.check_sharded()
             except ValueError as error:
                 raise InputError(f"{error}.") from None
+        require_device("teacher.device", self.teacher_device)
+        if self.recipe.teacher.quantization is not None:
+            require_quantization(self.recipe.teacher.quantization, self.teacher_device)
+
+    @cached_property
+    def arguments(self) -> DistillArguments:
+        """The trainer's arguments; ``check`` tells whether they can train here.
+
+        Unless the recipe says, precision is bfloat16 where the device computes in it, and a process of the data loader
+        reads a teacher cache ahead where an accelerator trains.
+        """
+        recipe = self.recipe
+        options: dict[str, Any] = {
+            "report_to": "none",
+            "logging_steps": 10,
+            "logging_first_step": True,
+            **recipe.training,
+        }
+        if self.device.type == "cpu":
+            options["use_cpu"] = True  # Transformers takes bfloat16 on a CPU only where the CPU was asked for
+        elif recipe.cache is not None:  # a CPU's own cores are busy with the steps
+            options.setdefault("dataloader_num_workers", 1)
+        options.setdefault("bf16", native_dtype(self.device) == torch.bfloat16)
+        with _refusals_told():
+            arguments = DistillArguments(
+                output_dir=str(self.run_path / "checkpoints"),
+                seed=recipe.seed,
+                criterion=recipe.criterion,
+                positions=recipe.positions,
+                classes=recipe.classes,
+                on_policy=recipe.on_policy,
+                data=recipe.data,
+                teacher_device=recipe.teacher.device,
+                rollouts_file=str(self.run_path / "rollouts.jsonl"),
+                **options,
+            )
+        if recipe.training.get("bf16") is False and arguments.compute_dtype == torch.bfloat16:
+            raise InputError(
+                "training.bf16: false, but the run was launched with mixed precision bf16. Set both alike."
+            )
         return arguments
 
     @property
@@ -146,21 +160,16 @@ class Workspace:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the student's products."""
-        return self.planned_arguments.compute_dtype
+        return self.arguments.compute_dtype
 
     @cached_property
     def teacher_source(self) -> ModelSource:
-        return self._first(lambda: locate(self.recipe.teacher.model, self.cache_dir))
+        return self._teacher_source or self._first(lambda: locate(self.recipe.teacher.model, self.cache_dir))
 
-    @cached_property
+    @property
     def teacher_device(self) -> torch.device:
-        """Where the teacher is. Raises InputError: no such device, or one that can't run it quantised."""
-        options = self.recipe.teacher
-        device = self.device if options.device is None else torch.device(options.device)
-        require_device("teacher.device", device)
-        if options.quantization is not None:
-            require_quantization(options.quantization, device)
-        return device
+        device = self.recipe.teacher.device
+        return self.device if device is None else torch.device(device)
 
     @property
     def teacher_dtype(self) -> torch.dtype:
@@ -180,27 +189,23 @@ class Workspace:
 
     @cached_property
     def splits(self) -> Splits:
+        if self._splits is not None:
+            return self._splits
         fingerprint = tokenizer_fingerprint(self.tokenizer)
         return self._first(lambda: load_splits(self.recipe.data, self.tokenizer, fingerprint, self.cache_dir))
 
     def require_positions(self) -> None:
         """Raises InputError if a sample, or a prompt with its answer, may be longer than a model has positions for."""
         sources = [self.teacher_source] + ([self.student_source] if self.recipe.student.model is not None else [])
-        for source in sources:
-            limit = n_positions(source)
-            if limit is not None and self.recipe.data.max_length > limit:
+        windows = {source.name: n_positions(source) for source in sources}
+        length = self.recipe.data.max_length
+        for name, window in windows.items():
+            if window is not None and length > window:
                 raise InputError(
-                    f"data.max_length: {self.recipe.data.max_length} tokens, but {source.name} has positions for "
-                    f"{limit}. Lower data.max_length."
+                    f"data.max_length: {length} tokens, but {name} has positions for {window}. Lower data.max_length."
                 )
-            if limit is not None and self.recipe.on_policy is not None:
-                answer = self.recipe.on_policy.max_new_tokens
-                longest = longest_prompt(self.splits.train, limit - answer)
-                if longest + answer > limit:
-                    raise InputError(
-                        f"on_policy.max_new_tokens: {answer} after a prompt of up to {longest} tokens, but "
-                        f"{source.name} has positions for {limit}. Lower max_new_tokens, or data.max_length."
-                    )
+        if self.recipe.on_policy is not None:
+            require_answers_fit(self.splits.train, self.recipe.on_policy, windows)
 
     @cached_property
     def models(self) -> ModelPair:
@@ -225,11 +230,13 @@ class Workspace:
     @cached_property
     def student_source(self) -> ModelSource:
         """The initial student's files; one that is cut from the teacher is made once and kept in the cache folder."""
-        if self.recipe.student.model is not None:
-            model = self.recipe.student.model
+        if self._student_source is not None:
+            return self._student_source
+        model = self.recipe.student.model
+        if model is not None:
             return self._first(lambda: locate(model, self.cache_dir))
-        self.splits  # noqa: B018  found before the main process goes ahead to prune
-        return self._first(self._pruned)
+        samples = self.splits.train  # every process reads the text before the main one goes ahead to prune
+        return self._first(lambda: self._pruned(samples))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -239,7 +246,7 @@ class Workspace:
             sizes["student"] = n_rows(self.student_source)
         return shared_classes(sizes, self.tokenizer)
 
-    def _first(self, make: Any) -> Any:
+    def _first(self, make: Callable[[], T]) -> T:
         """``make()`` on the main process first, so that the others find what it left on disk."""
         with self.state.main_process_first():
             return make()
@@ -252,10 +259,10 @@ class Workspace:
         content: dict[str, Any] = json.loads((self.student_source.path / "pruning.json").read_text(encoding="utf-8"))
         return content
 
-    def _pruned(self) -> ModelSource:
+    def _pruned(self, train: SampleDataset) -> ModelSource:
         options = self.recipe.student.prune_from_teacher
         assert options is not None, "a student has exactly one source"
-        samples = [self.splits.train[i] for i in range(min(CALIBRATION_SAMPLES, len(self.splits.train)))]
+        samples = [train[i] for i in range(min(CALIBRATION_SAMPLES, len(train)))]
         if self.recipe.data.is_prompt_only:  # influence is measured on the prompts themselves
             samples = [Sample(sample.token_ids, sample.document_starts) for sample in samples]
         key = (STUDENT_FORMAT, self.teacher_source.fingerprint, self.teacher_precision, options.layers)

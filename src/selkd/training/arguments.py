@@ -1,7 +1,6 @@
 """``DistillArguments``: ``transformers.TrainingArguments`` and what a recipe says about the loss."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ from transformers import TrainingArguments
 
 from selkd.errors import InputError
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions
-from selkd.recipe.data import DataOptions
+from selkd.recipe.combinations import check_combination, check_sharded, on_policy_criterion
+from selkd.recipe.data import RowOptions
 from selkd.recipe.models import check_device
-from selkd.recipe.part import parse_part
-from selkd.recipe.recipe import check_parts, on_policy_criterion
+from selkd.recipe.part import Part, parse_part
 from selkd.recipe.training import check_accelerator, check_supported
 from selkd.training.objective import Objective
 
@@ -27,7 +26,14 @@ _LAUNCHERS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: it splits the head, which the loss reads whole; use FSDP",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism: samples are spread over data-parallel ranks",
 }
-_DATA_KEY = re.compile(rf"(?<![\w./'-])data\.(?=(?:{'|'.join(DataOptions.model_fields)})\b)")
+# The parts of a recipe that a training takes, by the names that both give them.
+PARTS: dict[str, type[Part]] = {
+    "criterion": CriterionOptions,
+    "positions": PositionOptions,
+    "classes": ClassOptions,
+    "on_policy": OnPolicyOptions,
+    "data": RowOptions,
+}
 
 
 @dataclass
@@ -38,35 +44,42 @@ class DistillArguments(TrainingArguments):
     comes as an argument or from ``accelerate launch``.
 
     Attributes:
-        criterion, positions, classes: the recipe's parts of those names, as mappings; checked here.
-        on_policy: the recipe's part of that name; None: the student doesn't answer. It needs prompts, and
-            ``packing=False``.
-        rollouts_file: where some of its answers are written; None: ``rollouts.jsonl`` in ``output_dir``.
+        criterion, positions, classes: how teacher and student are compared, and where. These and the two parts below
+            are given as the recipe's parts of those names or as mappings of their keys, and are checked parts once the
+            arguments are made.
+        on_policy: how the student answers prompts itself; None: it learns the data's completions.
+        data: what the rows of a data set hold, and how they become samples (``RowOptions``).
+        rollouts_file: where some of the student's answers are written; None: ``rollouts.jsonl`` in ``output_dir``.
         teacher_device: where a live teacher is put; None: the student's device.
-        max_length, packing, text_field, prompt_field, completion_field, messages_field, template, loss_on: how the rows
-            of a data set become samples, as the recipe's ``data`` says; none of the fields: ``text_field`` is ``text``.
 
     Raises:
         InputError: a part that a recipe would refuse, or an argument that selkd can't honour.
     """
 
     # A loss that is not finite stops the training, and callbacks hold what a resumed one needs.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "always False"})
-    restore_callback_states_from_checkpoint: bool = field(default=True, metadata={"help": "always True"})
-    criterion: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's criterion"})
-    positions: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's positions"})
-    classes: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's classes"})
-    on_policy: dict[str, Any] | None = field(default=None, metadata={"help": "the recipe's on_policy"})
-    teacher_device: str | None = field(default=None, metadata={"help": "where a live teacher is put"})
-    rollouts_file: str | None = field(default=None, metadata={"help": "where some answers are written"})
-    max_length: int = field(default=512, metadata={"help": "tokens of a sample at most"})
-    packing: bool = field(default=True, metadata={"help": "fill samples with several documents"})
-    text_field: str | None = field(default=None, metadata={"help": "the rows' field of a text"})
-    prompt_field: str | None = field(default=None, metadata={"help": "the rows' field of a prompt"})
-    completion_field: str | None = field(default=None, metadata={"help": "the rows' field of its completion"})
-    messages_field: str | None = field(default=None, metadata={"help": "the rows' field of a conversation"})
-    template: str | None = field(default=None, metadata={"help": "chat, or a text with {prompt} and {completion}"})
-    loss_on: str | None = field(default=None, metadata={"help": "completions, or all"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Always False."})
+    restore_callback_states_from_checkpoint: bool = field(default=True, metadata={"help": "Always True."})
+    criterion: CriterionOptions = field(
+        default_factory=CriterionOptions, metadata={"help": "How teacher and student are compared."}
+    )
+    positions: PositionOptions = field(
+        default_factory=PositionOptions, metadata={"help": "Which positions of a sample count, and how much."}
+    )
+    classes: ClassOptions = field(
+        default_factory=lambda: ClassOptions.model_validate({}),
+        metadata={"help": "Which vocabulary classes are compared."},
+    )
+    on_policy: OnPolicyOptions | None = field(
+        default=None, metadata={"help": "How the student answers prompts itself; None: it does not."}
+    )
+    data: RowOptions = field(
+        default_factory=lambda: RowOptions.model_validate({}),
+        metadata={"help": "What rows hold, and how they become samples."},
+    )
+    teacher_device: str | None = field(
+        default=None, metadata={"help": "Where a live teacher is put; None: the student's device."}
+    )
+    rollouts_file: str | None = field(default=None, metadata={"help": "Where some of the student's answers go."})
 
     def __post_init__(self) -> None:
         for name, reason in _LAUNCHERS.items():
@@ -101,41 +114,27 @@ class DistillArguments(TrainingArguments):
                 check_device(self.teacher_device)
             except ValueError as error:
                 raise InputError(f"teacher_device: {error}.") from None
-        criterion = parse_part(CriterionOptions, self.criterion or {}, "criterion")
-        positions = parse_part(PositionOptions, self.positions or {}, "positions")
-        classes = parse_part(ClassOptions, self.classes or {}, "classes")
+        for name, part in PARTS.items():
+            options = getattr(self, name)
+            if options is not None or name != "on_policy":
+                setattr(self, name, parse_part(part, {} if options is None else options, name))
         if self.on_policy is not None:
-            self.on_policy = parse_part(OnPolicyOptions, self.on_policy, "on_policy").model_dump()
+            self.criterion = on_policy_criterion(self.criterion)
+        try:
+            check_combination(self.criterion, self.positions, self.classes, self.on_policy, self.data)
             if self.is_sharded:
-                raise InputError("on_policy: a student sharded by FSDP does not generate; use one GPU, or DDP.")
-        try:
-            criterion = criterion if self.on_policy is None else on_policy_criterion(criterion)
-            check_parts(criterion, positions, classes)
+                check_sharded(self.on_policy, has_adapters=False)  # the model is not there yet to tell
         except ValueError as error:
-            raise InputError(str(error)) from None
-        self._check_rows()
-        self.criterion, self.positions = criterion.model_dump(), positions.model_dump()
-        self.classes = classes.model_dump()
+            raise InputError(f"{error}.") from None
 
-    def _check_rows(self) -> None:
-        """Raises InputError for fields that don't go together, in the words of a recipe less its ``data.``."""
-        try:
-            options = self.data_options("train_dataset")
-        except InputError as error:
-            raise of_arguments(error) from None
-        if self.on_policy is None and options.is_prompt_only:
-            raise InputError(
-                "completion_field: without completions there is nothing to learn from; give it, or let the student "
-                "answer (on_policy={})."
-            )
-        if self.on_policy is not None and self.loss_on == "all":
-            raise InputError("loss_on: all learns prompts, and on_policy what the student answers; leave it out.")
+    def to_dict(self) -> dict[str, Any]:
+        """As ``TrainingArguments.to_dict``, the parts as plain data, for whoever logs or stores them."""
+        return super().to_dict() | self.plain_parts()
 
-    def data_options(self, name: str) -> DataOptions:
-        """How the rows of ``name`` (train_dataset, eval_dataset) become samples. Raises InputError as a recipe."""
-        names = ("text_field", "prompt_field", "completion_field", "messages_field", "template", "loss_on")
-        given = {key: getattr(self, key) for key in (*names, "max_length", "packing")}
-        return parse_part(DataOptions, {"path": name, **given}, "data")
+    def plain_parts(self) -> dict[str, dict[str, Any] | None]:
+        """Each part as plain data; None for one that is not there."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        return {name: None if part is None else part.model_dump() for name, part in parts.items()}
 
     @property
     def n_gpu(self) -> int:
@@ -154,19 +153,7 @@ class DistillArguments(TrainingArguments):
 
     @property
     def objective(self) -> Objective:
-        return Objective(
-            CriterionOptions.model_validate(self.criterion),
-            PositionOptions.model_validate(self.positions),
-            self.seed,
-        )
-
-    @property
-    def on_policy_options(self) -> OnPolicyOptions | None:
-        return None if self.on_policy is None else OnPolicyOptions.model_validate(self.on_policy)
-
-    @property
-    def class_options(self) -> ClassOptions:
-        return ClassOptions.model_validate(self.classes)
+        return Objective(self.criterion, self.positions, self.seed)
 
 
 @contextmanager
@@ -176,12 +163,6 @@ def _told() -> Iterator[None]:
         yield
     except ValueError as error:
         raise InputError(f"DistillArguments: {error}") from None
-
-
-def of_arguments(error: InputError) -> InputError:
-    """A recipe's refusal of its ``data`` in the names of these arguments, which don't stand below ``data``."""
-    said, listed, columns = str(error).partition("; it has ")  # a row's own fields keep their names
-    return InputError(_DATA_KEY.sub("", said) + listed + columns)
 
 
 def require_realised(state: AcceleratorState, args: DistillArguments, is_sharded: bool, has_adapters: bool) -> None:
@@ -212,7 +193,8 @@ def require_realised(state: AcceleratorState, args: DistillArguments, is_sharded
             "fsdp: Accelerate shards a student over several processes on accelerators, and here it would shard "
             "nothing. Start several processes on accelerators, or leave fsdp out."
         )
-    if is_sharded and has_adapters:
-        raise InputError("fsdp: adapters are trained on one GPU or with DDP.")
-    if is_sharded and args.on_policy is not None:
-        raise InputError("on_policy: a student sharded by FSDP does not generate; use one GPU, or DDP.")
+    if is_sharded:
+        try:
+            check_sharded(args.on_policy, has_adapters)
+        except ValueError as error:
+            raise InputError(f"{error}.") from None

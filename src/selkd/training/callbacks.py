@@ -12,19 +12,44 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
+from selkd.files import write_whole
 from selkd.training.on_policy import RolloutSums
 
 _KEPT = ("loss", "held_out_", "benchmark_")  # how the names of what is worth a line begin
 
 
+class StepLines:
+    """A file of JSON lines, each with its optimiser ``step``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, up_to_step: int | None = None) -> list[dict[str, Any]]:
+        """The lines of the steps up to one; a last line that was cut off while it was written is left out."""
+        lines: list[dict[str, Any]] = []
+        if self.path.exists():
+            for text in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if text.endswith("\n") and text.strip():
+                    lines.append(json.loads(text))
+        return [line for line in lines if up_to_step is None or line["step"] <= up_to_step]
+
+    def cut(self, step: int) -> None:
+        """Drop the lines after a step, from which a resumed training goes on: it runs the steps after it again."""
+        write_whole(self.path, "".join(_line(line) for line in self.read(step)))
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(_line(line) for line in lines))
+
+
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
 class MetricsFile(TrainerCallback, ExportableState):
-    """Appends one line to ``metrics.jsonl`` for each logged step, and keeps the training time.
+    """Appends one line to ``metrics.jsonl`` for each logged step, and keeps the training time, in every checkpoint."""
 
-    The time is part of every checkpoint. On resuming, lines after the checkpoint's step are dropped: those steps run
-    again.
-    """
-
-    path: Path  # found as training begins: a run that was moved goes on where it is now
+    lines: StepLines  # located as training begins: a run that was moved goes on where it is now
 
     def __init__(self, place: str) -> None:
         """``place``: the file's, from the trainer's ``output_dir``."""
@@ -40,52 +65,25 @@ class MetricsFile(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {"place": self.place}, "attributes": {"earlier_seconds": self.seconds}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.path = Path(os.path.normpath(Path(args.output_dir) / self.place))
-        lines = read_metrics(self.path, up_to_step=state.global_step)
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        self.lines = StepLines(Path(os.path.normpath(Path(args.output_dir) / self.place)))
         self._started = time.perf_counter()
         if state.is_world_process_zero:
-            temporary = self.path.with_name(f".{self.path.name}.partial")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            temporary.replace(self.path)
+            self.lines.cut(state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **__: Any) -> None:
         if state.is_world_process_zero and logs and any(name.startswith(_KEPT) for name in logs):
-            line = {"step": state.global_step, **logs, "seconds": round(self.seconds, 3)}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.lines.append([{"step": state.global_step, **logs, "seconds": round(self.seconds, 3)}])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last step's loss is always told
 
 
-def read_metrics(path: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut off while written is left out."""
-    lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if text.endswith("\n") and text.strip():
-                lines.append(json.loads(text))
-    return [line for line in lines if up_to_step is None or line["step"] <= up_to_step]
-
-
 class RolloutLog(TrainerCallback, ExportableState):
-    """Sums over the student's answers so far, and a file with some of them, one a line. Part of every checkpoint.
+    """Sums over the student's answers so far, in every checkpoint, and a file with some of them, one a line."""
 
-    On resuming, lines after the checkpoint's step are dropped: those steps run again.
-    """
-
-    path: Path  # the arguments' as training begins: a run that was moved goes on where it is now
+    lines: StepLines  # located as training begins, as ``MetricsFile.lines``
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = dict(vars(RolloutSums()))
@@ -99,24 +97,14 @@ class RolloutLog(TrainerCallback, ExportableState):
         self.sums = dict(vars(total))
 
     def figures(self) -> dict[str, float | int | None]:
-        """Of the whole run."""
+        """Means and shares over all answers of the run."""
         return RolloutSums(**self.sums).figures()  # type: ignore[arg-type]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        given = getattr(args, "rollouts_file", None)
-        self.path = Path(given or Path(args.output_dir) / "rollouts.jsonl")
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        file = getattr(args, "rollouts_file", None)
+        self.lines = StepLines(Path(file or Path(args.output_dir) / "rollouts.jsonl"))
         if state.is_world_process_zero:
-            lines = read_metrics(self.path, up_to_step=state.global_step)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f".{self.path.name}.partial")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            temporary.replace(self.path)
-
-    def write(self, lines: list[dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            self.lines.cut(state.global_step)
 
 
 class EverySteps(TrainerCallback):
@@ -132,7 +120,7 @@ class EverySteps(TrainerCallback):
         self.measure_and_log = measure_and_log
         self.also_last = also_last
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         is_last = self.also_last and state.global_step >= state.max_steps
         if is_last or state.global_step % self.every_steps == 0:
             self.measure_and_log()
@@ -144,32 +132,21 @@ class TrainingProgress(TrainerCallback):
     def __init__(self) -> None:
         self._bar: tqdm | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         is_off = args.disable_tqdm or not state.is_world_process_zero
         self._bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", disable=is_off
         )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
         if self._bar is not None and logs and "loss" in logs:
             self._bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._bar is not None:
             self._bar.close()
 

@@ -13,26 +13,28 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import check_head, head_of
 from selkd.models.loading import require_device, window_of
-from selkd.recipe.choices import needs_teacher
+from selkd.recipe.combinations import check_cached
 from selkd.teacher.targets import CachedTeacher, LiveTeacher, Teacher
-from selkd.training.arguments import DistillArguments, of_arguments
+from selkd.training.arguments import DistillArguments
 from selkd.training.sampling import FilledDataset
 
 
-def require_given(
-    args: DistillArguments, teacher: Any, tokenizer: Any, data_collator: Any, compute_loss_func: Any
-) -> None:
-    """Raises InputError for what a trainer lacks, or takes from nobody, or can't find on this machine."""
+def require_given(args: DistillArguments, teacher: Any, tokenizer: Any, others: Mapping[str, Any]) -> None:
+    """Raises InputError for what a trainer lacks, or takes from nobody, or can't find on this machine.
+
+    Args:
+        others: what else it was given, by the Trainer's names.
+    """
     if teacher is None:
         raise InputError("teacher: expected a model or a TeacherCache, got None.")
     if tokenizer is None:
         raise InputError("processing_class: expected the tokenizer that both models share, got None.")
-    if data_collator is not None:
+    if others.get("data_collator") is not None:
         raise InputError(
             "data_collator: batches carry masks, documents' borders and sample ids, and are made by selkd. Give "
             "rows or a SampleDataset, and leave it out."
         )
-    if compute_loss_func is not None:
+    if others.get("compute_loss_func") is not None:
         raise InputError(
             "compute_loss_func: the loss is the distillation's. Give a criterion of your own by its name "
             "(criterion={'name': 'module:function'}), and leave it out."
@@ -87,13 +89,7 @@ def as_samples(
         return dataset
     if isinstance(dataset, FilledDataset):
         return dataset.samples
-    options = args.data_options(name)
-    if args.on_policy is not None and options.packing:
-        raise InputError(f"packing: on_policy answers one prompt a sample; {name} needs packing=False.")
-    try:
-        return samples_of_rows(dataset, options, tokenizer)
-    except InputError as error:
-        raise of_arguments(error) from None
+    return samples_of_rows(dataset, name, args.data, tokenizer)
 
 
 def require_completions(samples: SampleDataset, name: str) -> None:
@@ -115,7 +111,7 @@ def as_evaluated(given: Any, name: str, tokenizer: PreTrainedTokenizerBase, args
 
 def require_window(samples: SampleDataset, name: str, models: list[Any], args: DistillArguments) -> None:
     """Raises InputError where a sample is longer than a model has positions for."""
-    on_policy = args.on_policy_options
+    on_policy = args.on_policy
     if on_policy is not None and on_policy.fraction == 1 and name == "train_dataset":
         return  # no completion of the data is learned: `Answers` looks at prompts and answers
     longest = int(samples.lengths.max(initial=0))
@@ -123,8 +119,8 @@ def require_window(samples: SampleDataset, name: str, models: list[Any], args: D
         limit = window_of(model)
         if limit is not None and longest > limit:
             raise InputError(
-                f"max_length: {name} has a sample of {longest} tokens, but {type(model).__name__} has positions for "
-                f"{limit}. Make the samples shorter."
+                f"data.max_length: {name} has a sample of {longest} tokens, but {type(model).__name__} has positions "
+                f"for {limit}. Make the samples shorter."
             )
 
 
@@ -139,7 +135,7 @@ def as_teacher(
         InputError: the cache is of other classes or another sampler; the metric needs a live teacher; the model's head
             can't be read; both a ``device_map`` and ``teacher_device`` say where the model is.
     """
-    temperature = args.objective.criterion.temperature
+    temperature = args.criterion.temperature
     if isinstance(teacher, TeacherCache):
         stored = int(teacher.fingerprint["vocabulary"])
         if stored > vocab_size:
@@ -147,17 +143,11 @@ def as_teacher(
                 f"{teacher.directory}: its draws are from {stored} classes, but the student has {vocab_size}: some may "
                 "be classes that it lacks. Build another cache over the classes that both models share."
             )
-        metric = args.objective.positions.metric
-        if needs_teacher(metric):
-            raise InputError(
-                f"positions.metric: {metric} needs the teacher's full distribution, and a TeacherCache holds drawn "
-                "classes alone. Take a metric of the student (student_entropy, student_ce), or give a live teacher."
-            )
-        expected = {
-            "sampler": args.class_options.sampler,
-            "draws": args.class_options.draws,
-            "temperature": temperature,
-        }
+        try:
+            check_cached(args.positions)
+        except ValueError as error:
+            raise InputError(f"{error}.") from None
+        expected = {"sampler": args.classes.sampler, "draws": args.classes.draws, "temperature": temperature}
         for field, value in expected.items():
             if teacher.fingerprint.get(field) != value:
                 raise InputError(
@@ -168,7 +158,7 @@ def as_teacher(
     teacher.eval().requires_grad_(False)
     teacher = _placed(teacher, args)
     check_head(teacher)
-    return LiveTeacher(teacher, args.class_options, temperature, args.seed, vocab_size)
+    return LiveTeacher(teacher, args.classes, temperature, args.seed, vocab_size)
 
 
 def _placed(teacher: PreTrainedModel, args: DistillArguments) -> PreTrainedModel:

@@ -10,7 +10,7 @@ AVX-512 and 57 with AVX2; of 40 answers of up to 64 tokens from the demo's teach
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from selkd.data.collate import collate
 from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
 from selkd.errors import InputError
 from selkd.models.generation import generate, stop_ids
-from selkd.models.loading import window_of
 from selkd.recipe.choices import OnPolicyOptions
 from selkd.selection.randomness import sample_generator
 from selkd.teacher.targets import Batch, Teacher
@@ -151,10 +150,24 @@ def prompt_length(sample: Sample) -> int:
     return int(targets[gaps[-1] + 1] if len(gaps) else targets[0])
 
 
-def longest_prompt(samples: SampleDataset, beyond: int) -> int:
-    """The tokens of the longest prompt among the samples of more than ``beyond`` tokens; 0 where there are none."""
-    long = np.flatnonzero(samples.lengths > beyond).tolist()
-    return max((prompt_length(samples[index]) for index in long), default=0)
+def require_answers_fit(samples: SampleDataset, options: OnPolicyOptions, windows: Mapping[str, int | None]) -> None:
+    """Raises InputError if a prompt with its answer may be longer than a model has positions for.
+
+    Args:
+        windows: a model's name -> how many positions it has; None: no limit.
+    """
+    answer = options.max_new_tokens
+    for name, window in windows.items():
+        if window is None:
+            continue
+        # The answer takes the completion's place, so only long samples are read for where their prompt ends.
+        long = np.flatnonzero(samples.lengths > window - answer).tolist()
+        longest = max((prompt_length(samples[index]) for index in long), default=0)
+        if longest + answer > window:
+            raise InputError(
+                f"on_policy.max_new_tokens: {answer} after a prompt of up to {longest} tokens, but {name} has "
+                f"positions for {window}. Lower max_new_tokens, or data.max_length."
+            )
 
 
 def _samples_of(batch: Batch) -> Iterator[Sample]:
@@ -220,7 +233,7 @@ class Answers:
     def __init__(
         self, args: DistillArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int
     ) -> None:
-        options = args.on_policy_options
+        options = args.on_policy
         assert options is not None, "made for on-policy runs alone"
         pad_token_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         self.answering = Answering(options, args.seed, stop_ids(model, tokenizer), pad_token_id, vocab_size)
@@ -249,21 +262,6 @@ class Answers:
                 "on_policy.fraction: below 1 the other samples keep their completion, and some samples have none. Give "
                 "completions, or 1.0."
             )
-
-    def require_positions(self, dataset: SampleDataset | None, models: Sequence[Any]) -> None:
-        """Raises InputError if a prompt with its answer may be longer than a model has positions for."""
-        answer = self.answering.options.max_new_tokens
-        for model in models:
-            limit = window_of(model)
-            if dataset is None or limit is None:
-                continue
-            # The answer takes the completion's place, so only long samples are read for where their prompt ends.
-            longest = longest_prompt(dataset, limit - answer)
-            if longest + answer > limit:
-                raise InputError(
-                    f"on_policy.max_new_tokens: {answer} after a prompt of up to {longest} tokens, but "
-                    f"{type(model).__name__} has positions for {limit}. Lower max_new_tokens, or max_length."
-                )
 
     def __call__(self, model: PreTrainedModel, batches: Sequence[Batch], step: int) -> tuple[list[Batch], RolloutSums]:
         """The micro-batches of a step with the student's answers, and what was answered, over all ranks."""

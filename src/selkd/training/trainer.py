@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from selkd.data.collate import collate
 from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.models.adapters import has_adapters
+from selkd.models.loading import window_of
 from selkd.models.tokenizers import shared_classes
 from selkd.selection.positions import StepContext, step_context
 from selkd.selection.queue import ScoreQueue
@@ -31,7 +32,7 @@ from selkd.selection.two_stage import by_frequency
 from selkd.teacher.targets import Batch, CachedCollator, CachedTeacher
 from selkd.training.arguments import DistillArguments, require_realised
 from selkd.training.callbacks import CheckpointAfterStep, RolloutLog
-from selkd.training.checkpoints import last_whole_checkpoint
+from selkd.training.checkpoints import Queue, Schedule, ScheduleKept, Totals, last_whole_checkpoint
 from selkd.training.evaluation import EvaluatingTrainer
 from selkd.training.inputs import (
     as_evaluated,
@@ -43,11 +44,12 @@ from selkd.training.inputs import (
     without_autocast,
 )
 from selkd.training.objective import Budget
-from selkd.training.on_policy import Answers, PromptCollator
+from selkd.training.on_policy import Answers, PromptCollator, require_answers_fit
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.selection_log import SelectionLog
-from selkd.training.state import Queue, Schedule, ScheduleKept, Totals
 from selkd.training.student import bind_distillation
+
+C = TypeVar("C", bound=TrainerCallback)
 
 
 class DistillTrainer(EvaluatingTrainer):
@@ -63,9 +65,9 @@ class DistillTrainer(EvaluatingTrainer):
             or without completions, conversations), or a ``SampleDataset``.
         eval_dataset: the same, or several of them by name.
         processing_class: the tokenizer, shared by both models.
-        model_init: makes the student, in place of ``model``; called anew when a training begins.
-        data_collator, compute_loss_func: refused; samples are put together, and compared, by selkd.
-        **kwargs: what else ``transformers.Trainer`` takes.
+        **kwargs: what else ``transformers.Trainer`` takes. ``model_init`` makes the student, in place of ``model``,
+            anew when a training begins. ``data_collator`` and ``compute_loss_func`` are refused: selkd puts samples
+            together and compares them.
 
     Raises:
         InputError: what can't be honoured, by its name: an argument, a launcher's setting, a student in low precision
@@ -84,18 +86,14 @@ class DistillTrainer(EvaluatingTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        *,
-        model_init: Callable[..., PreTrainedModel] | None = None,
-        data_collator: None = None,
-        compute_loss_func: None = None,
         **kwargs: Any,
     ) -> None:
         args = DistillArguments(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, DistillArguments):
             raise InputError(f"args: expected a DistillArguments, got a {type(args).__name__}.")
-        if (model is None) == (model_init is None):
+        if (model is None) == (kwargs.get("model_init") is None):
             raise InputError("model: give the student, or model_init, which makes it: exactly one of them.")
-        require_given(args, teacher, processing_class, data_collator, compute_loss_func)
+        require_given(args, teacher, processing_class, kwargs)
         assert teacher is not None, "refused just now"
         assert processing_class is not None, "likewise"
         self._given_teacher, self._tokenizer = teacher, processing_class
@@ -103,12 +101,6 @@ class DistillTrainer(EvaluatingTrainer):
         if model is not None:
             self._adopt(model)
         train_samples = as_samples(train_dataset, "train_dataset", processing_class, args)
-        skipped = args.objective.positions.skip_first or 0
-        if train_samples is not None and skipped >= args.max_length - 1:
-            raise InputError(
-                f"positions.skip_first: {skipped} leaves no position of samples of max_length = {args.max_length} "
-                "tokens. Lower it."
-            )
         evaluated = as_evaluated(eval_dataset, "eval_dataset", processing_class, args)
         self._samples = {} if train_samples is None else {"train_dataset": train_samples}  # as errors call them
         if isinstance(evaluated, dict):
@@ -120,12 +112,10 @@ class DistillTrainer(EvaluatingTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator if args.on_policy is None else PromptCollator(pad_token_id),
             train_dataset=None if train_samples is None else FilledDataset(train_samples),
             eval_dataset=evaluated,
             processing_class=processing_class,
-            model_init=model_init,
-            **kwargs,
+            **kwargs | {"data_collator": collator if args.on_policy is None else PromptCollator(pad_token_id)},
         )
         require_realised(self.accelerator.state, args, self.is_fsdp_enabled, has_adapters(self.model))
         asked = self.pop_callback(JITCheckpointCallback)
@@ -154,7 +144,7 @@ class DistillTrainer(EvaluatingTrainer):
 
     def _set_up(self) -> None:
         """What the arguments say of loss, teacher and answers; anew where a trial of a search has changed them."""
-        args, models = self.args, [self.model, self._given_teacher]
+        args = self.args
         self.teacher = as_teacher(self._given_teacher, args, self._vocab_size)
         self._keeps_apart = False
         for name, samples in self._samples.items():
@@ -172,7 +162,9 @@ class DistillTrainer(EvaluatingTrainer):
         if args.on_policy is not None:
             self.answers = Answers(args, self.model, self._tokenizer, self._vocab_size)
             self.answers.require_prompts(train_samples, self.teacher)
-            self.answers.require_positions(train_samples, models)
+            if train_samples is not None:
+                windows = {type(model).__name__: window_of(model) for model in (self.model, self._given_teacher)}
+                require_answers_fit(train_samples, args.on_policy, windows)
         if isinstance(self.teacher, CachedTeacher) and not isinstance(self.data_collator, CachedCollator):
             self.data_collator = CachedCollator(self.data_collator, self.teacher)  # read by the loader's workers, ahead
         self._begin()
@@ -180,7 +172,7 @@ class DistillTrainer(EvaluatingTrainer):
     def _begin(self) -> None:
         """Nothing is counted yet: before a training, and before an attempt of ``auto_find_batch_size`` at it."""
         self._epoch = 0
-        self._place = StepContext(0, None, 0.0, None)
+        self._context = StepContext(0, None, 0.0, None)
         self._log = SelectionLog()
         self._micro_batches = 0  # of this step, still to come
         self._selected: list[Tensor] = []  # of this step, a count a micro-batch
@@ -201,7 +193,7 @@ class DistillTrainer(EvaluatingTrainer):
 
     def _schedule(self) -> Schedule:
         """Which samples an optimiser step sees, with the batch size, accumulation and processes that there are."""
-        args, sampler = self.args, self._get_train_sampler()
+        args, parts, sampler = self.args, self.args.plain_parts(), self._get_train_sampler()
         if len(sampler) == 0:
             raise InputError(
                 f"train_dataset: {len(self.train_dataset)} samples don't fill a micro-batch of "
@@ -213,11 +205,8 @@ class DistillTrainer(EvaluatingTrainer):
             samples_per_epoch=min(len(sampler), len(self.train_dataset)),
             order_seed=sampler.seed,
             seed=args.seed,
-            criterion=args.criterion,
-            positions=args.positions,
-            classes=args.classes,
-            on_policy=args.on_policy,
             processes=args.world_size,
+            **{name: parts[name] for name in ("criterion", "positions", "classes", "on_policy")},
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -241,9 +230,9 @@ class DistillTrainer(EvaluatingTrainer):
         return super().set_initial_training_values(args, dataloader)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        found: tuple[int, int] = super()._init_training_state(*args)
+        epochs_and_steps: tuple[int, int] = super()._init_training_state(*args)
         self._renew(ScheduleKept.of(self._schedule()))  # a checkpoint's may tell of another number of processes
-        return found
+        return epochs_and_steps
 
     def _run_epoch(self, model: nn.Module, epoch: int, **given: Any) -> None:
         self._epoch = epoch  # the sampler's: the state's own is written after steps alone
@@ -277,33 +266,41 @@ class DistillTrainer(EvaluatingTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
-        rows_become = self.args.data_options("train_dataset")
+        if trial is None:
+            super()._hp_search_setup(trial)
+            return
+        rows_become, parts = self.args.data, self.args.plain_parts()
+        for name, part in parts.items():
+            setattr(self.args, name, part)  # the Trainer makes a trial's value of the type that stands there
         super()._hp_search_setup(trial)
-        if trial is not None:
-            self.args.check()
-            if self.args.data_options("train_dataset") != rows_become:
-                raise InputError("hp_space: how rows become samples is no part of a search; they were made before it.")
-            sharded, adapted = self.is_fsdp_enabled, has_adapters(self.model)
-            require_realised(self.accelerator.state, self.args, sharded, adapted)  # of a new accelerator
-            self._set_up()
+        is_changed, self.args.data = self.args.data != parts["data"], rows_become
+        if is_changed:
+            raise InputError("hp_space: how rows become samples is no part of a search; they were made before it.")
+        self.args.check()
+        sharded, adapted = self.is_fsdp_enabled, has_adapters(self.model)
+        require_realised(self.accelerator.state, self.args, sharded, adapted)  # of a new accelerator
+        self._set_up()
 
     @property
     def totals(self) -> Totals:
-        """Sums so far; looked up each time, as resuming replaces the callback by the checkpoint's."""
-        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Totals))
+        """Sums over the steps so far."""
+        return self._kept(Totals)
 
     @property
     def queue(self) -> ScoreQueue | None:
         """The recent scores of global-level selection; None for other policies."""
-        found = (callback.scores for callback in self.callback_handler.callbacks if isinstance(callback, Queue))
-        return next(found, None)
+        return None if self.distillation_loss.positions.queue_size is None else self._kept(Queue).scores
 
     @property
     def rollouts(self) -> RolloutLog:
-        """The student's answers so far, in sums; looked up each time, as ``totals``."""
-        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, RolloutLog))
+        """The student's answers so far, in sums."""
+        return self._kept(RolloutLog)
 
-    def _find_place(self) -> StepContext:
+    def _kept(self, kind: type[C]) -> C:
+        """The callback of a kind; looked up each time, as resuming replaces it by the checkpoint's."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
+
+    def _step_context(self) -> StepContext:
         """Where the run is: the same for all micro-batches and ranks of the optimiser step that begins."""
         return step_context(self.distillation_loss.positions, self.state.global_step, self.state.max_steps, self.queue)
 
@@ -323,8 +320,8 @@ class DistillTrainer(EvaluatingTrainer):
         distillation = partial(
             self.distillation_loss,
             batch=inputs,
-            teacher=self.teacher.targets(inputs, self._place.step),
-            context=self._place,
+            teacher=self.teacher.targets(inputs, self._context.step),
+            context=self._context,
             normaliser=num_items_in_batch,
         )
         outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], distillation=distillation)
@@ -363,10 +360,10 @@ class DistillTrainer(EvaluatingTrainer):
             if batch is None:
                 break
             batches.append(batch)
-        self._place = self._find_place()
+        self._context = self._step_context()
         self._micro_batches = len(batches)
         if self.answers is not None:
-            batches, sums = self.answers(self.model, batches, self._place.step)
+            batches, sums = self.answers(self.model, batches, self._context.step)
             self.rollouts.add(sums)
         budget, tokens = self._step_budget(batches, device)
         self.totals.positions_valid += budget.valid
@@ -377,7 +374,7 @@ class DistillTrainer(EvaluatingTrainer):
 
     def _step_budget(self, batches: list[Batch], device: torch.device) -> tuple[Budget, int]:
         """The budget of some micro-batches over all ranks, and their tokens."""
-        budgets = [self.distillation_loss.budget(batch, self._place) for batch in batches]
+        budgets = [self.distillation_loss.budget(batch, self._context) for batch in batches]
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         counts = torch.tensor([*map(sum, zip(*budgets, strict=True)), tokens], device=device)
         *budget, tokens = self._over_processes(counts).tolist()
@@ -397,9 +394,9 @@ class DistillTrainer(EvaluatingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was selected since the last logged step: means in nats, the selected share."""
         if "loss" in logs and self._log.sums:
-            logs.update(self._log.take(self._over_processes, self.distillation_loss.positions, self._place))
+            logs.update(self._log.take(self._over_processes, self.distillation_loss.positions, self._context))
             if self.answers is not None:
                 logs.update(self.answers.logs())
                 if self.is_world_process_zero():
-                    self.rollouts.write(self.answers.shown(self.state.global_step))
+                    self.rollouts.lines.append(self.answers.shown(self.state.global_step))
         super().log(logs, start_time)

@@ -1,0 +1,91 @@
+"""What the choices of one training ask of each other: the one check, for a recipe and for ``DistillArguments``."""
+
+from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions, needs_teacher
+from selkd.recipe.data import RowOptions
+
+
+def check_combination(
+    criterion: CriterionOptions,
+    positions: PositionOptions,
+    classes: ClassOptions,
+    on_policy: OnPolicyOptions | None,
+    data: RowOptions,
+) -> None:
+    """Refuse parts that can't work together.
+
+    Raises:
+        ValueError: two parts exclude each other; the key, the reason and the way out are named.
+    """
+    check_loss(criterion, classes)
+    if (positions.skip_first or 0) >= data.max_length - 1:
+        raise ValueError(
+            f"positions.skip_first: {positions.skip_first} leaves no position of samples of data.max_length = "
+            f"{data.max_length} tokens; lower it"
+        )
+    if on_policy is not None:
+        _check_on_policy(on_policy, criterion, data)
+    elif data.is_prompt_only:
+        raise ValueError(
+            "data.completion_field: without completions there is nothing to learn from; give it, or let the student "
+            "answer (on_policy: {})"
+        )
+
+
+def check_loss(criterion: CriterionOptions, classes: ClassOptions) -> None:
+    """Refuse drawn classes with a criterion whose gradient they would bias. Raises ValueError."""
+    if classes.sampler != "all" and criterion.name != "forward_kl":
+        raise ValueError(
+            f"criterion.name: {criterion.name} of drawn classes would be a biased estimate: drawn classes give forward "
+            "KL's gradient alone without bias (E[c/U] = p enters it linearly); take criterion.name: forward_kl, or "
+            "classes.sampler: all with a live teacher (cache: null)"
+        )
+
+
+def check_cached(positions: PositionOptions) -> None:
+    """Refuse a metric that a cache of drawn classes can't give. Raises ValueError."""
+    if needs_teacher(positions.metric):
+        raise ValueError(
+            f"positions.metric: {positions.metric} needs the teacher's full distribution at every position, and a "
+            "cache holds drawn classes alone; take a metric of the student (student_entropy, student_ce), or "
+            "set cache: null for a live teacher"
+        )
+
+
+def check_sharded(on_policy: OnPolicyOptions | None, has_adapters: bool) -> None:
+    """Refuse what a student that FSDP shards can't do. Raises ValueError."""
+    if has_adapters:
+        raise ValueError("training.fsdp: adapters (student.lora) are trained on one GPU or with DDP")
+    if on_policy is not None:
+        raise ValueError("on_policy: a student sharded by FSDP does not generate; use one GPU, or DDP")
+
+
+def on_policy_criterion(criterion: CriterionOptions) -> CriterionOptions:
+    """The criterion of an on-policy training: reverse KL where none is named."""
+    if "name" in criterion.model_fields_set:
+        return criterion
+    return CriterionOptions.model_validate({**criterion.model_dump(exclude_unset=True), "name": "reverse_kl"})
+
+
+def _check_on_policy(options: OnPolicyOptions, criterion: CriterionOptions, data: RowOptions) -> None:
+    if criterion.kd_weight < 1:
+        raise ValueError(
+            f"criterion.kd_weight: expected 1.0 beside on_policy, got {criterion.kd_weight}. Cross-entropy would teach "
+            "the student the very tokens that it drew; set it to 1.0, and keep some of the data's completions with "
+            "on_policy.fraction"
+        )
+    if not data.has_prompts:
+        raise ValueError(
+            "on_policy: the student answers prompts, and data.text_field has none; give data.prompt_field or "
+            "data.messages_field"
+        )
+    if data.loss_on == "all":
+        raise ValueError("data.loss_on: all learns prompts, and on_policy what the student answers; leave it out")
+    if data.packing:
+        raise ValueError("data.packing: on_policy answers one prompt a sample; set data.packing: false")
+    if data.is_prompt_only and options.fraction < 1:
+        raise ValueError(
+            "on_policy.fraction: below 1 the other samples keep their completion, and there is none; give "
+            "data.completion_field, or 1.0"
+        )
+    if options.temperature == 0 and options.top_p < 1:
+        raise ValueError("on_policy.top_p: without effect at temperature 0, which takes the most likely; leave it")

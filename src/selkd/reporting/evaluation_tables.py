@@ -1,0 +1,118 @@
+"""The answer of ``selkd eval`` for people: figures with their standard errors, comparisons, and how to read them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from selkd.reporting.formats import DASH, dig
+
+_SHARES = ("acc", "exact_match", "ece", "agreement", "prompt_level", "inst_level", "f1")
+_TITLES = {
+    "acc": "Acc (mean of HellaSwag, PIQA, ARC-Easy, GSM8K, LAMBADA)",
+    "ifeval": "IFEval, prompts, strict",
+    "perplexity": "LAMBADA perplexity",
+    "ece_choices": "ECE, choices (mean of HellaSwag, PIQA, ARC-Easy)",
+    "ece_last_word": "ECE, LAMBADA’s last word",
+}
+
+
+def print_evaluation(console: Console, answer: Mapping[str, Any]) -> None:
+    """Print what ``selkd.evaluation.command.evaluate_models`` answered."""
+    console.print(_figures_table(answer["models"]))
+    suites = _suites_table(answer["models"])
+    if suites.row_count:
+        console.print("", suites)
+    for line in (*_comparison_lines(answer["comparisons"]), *_notes(answer)):
+        console.print(line, highlight=False, markup=False)
+
+
+def _figures_table(models: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a metric, one column a model: value ± standard error. Shares are in per cent."""
+    table = _table(("task", "metric", "shots", "examples"), models)
+    for task in dict.fromkeys(name for model in models for name in model["tasks"]):
+        results = [model["tasks"].get(task, {}) for model in models]
+        first = next(result for result in results if result)
+        lead = (task, str(first.get("shots", DASH)), f"{first['examples']:,}")
+        for metric in dict.fromkeys(name for result in results for name in result.get("metrics", {})):
+            counts = first.get("counts") == metric
+            label = Text(("* " if counts else "") + metric, style="bold" if counts else "")
+            figures = [_figure(metric, dig(result, "metrics", metric)) for result in results]
+            table.add_row(Text(lead[0]), label, lead[1], lead[2], *figures)
+            lead = ("", "", "")
+    return table
+
+
+def _suites_table(models: Sequence[Mapping[str, Any]]) -> Table:
+    """The suites' own figures, one row each; no row where no suite has any."""
+    table = _table(("suite",), models)
+    if all("paper" in model for model in models):
+        for key, title in _TITLES.items():
+            table.add_row(title, *(_figure(key, model["paper"][key]) for model in models))
+    if all("validation" in model for model in models):
+        table.add_row("validation accuracy (mean)", *(_figure("acc", model["validation"]) for model in models))
+    return table
+
+
+def _table(titles: Sequence[str], models: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="right" if title in ("shots", "examples") else "left", no_wrap=True)
+    for model in models:
+        table.add_column(Text(model["name"]), justify="right")  # Text, not str: a name is no markup
+    return table
+
+
+def _notes(answer: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader must know to read the tables right."""
+    yield f"± is one standard error, by {answer['resamples']:,} resamples of the examples. * counts as the accuracy."
+    first = answer["models"][0]
+    for task, result in first["tasks"].items():
+        if result.get("described"):
+            rows = f"{result['examples']:,} of {result['rows']:,} rows"
+            yield f"{task}: {rows}, {result['shots']}-shot; {result['described']}."
+    if any("ece" in result["metrics"] for result in first["tasks"].values()):
+        yield (
+            "ece: 15 bins of equal width; over multiple choices, confidence is the chosen answer’s share of the "
+            "choices’ probability; on lambada, the probability of the model’s own greedy last word."
+        )
+    for name, reason in first.get("left_out", {}).items():
+        yield f"{name} was left out: {reason}."
+    for model in answer["models"]:
+        for task, sentence in model.get("cut", {}).items():
+            yield f"{model['name']}, {task}: {sentence}."
+
+
+def _comparison_lines(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """``SE-KD against Full KD, acc: +0.4 ± 0.3`` for each comparison and each figure."""
+    for comparison in comparisons:
+        who = f"{comparison['model']} against {comparison['against']}"
+        for key, title in (("acc", "Acc"), ("validation", "validation accuracy")):
+            if key in comparison:
+                yield f"{who}, {title}: {_signed('acc', comparison[key])}"
+        for task, metrics in comparison["tasks"].items():
+            for metric, difference in metrics.items():
+                yield f"{who}, {task} {metric}: {_signed(metric, difference)}"
+        for task in comparison.get("not_comparable", []):
+            yield f"{who}, {task}: not comparable, they were asked different things"
+
+
+def _figure(metric: str, estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None or estimate["value"] is None:
+        return DASH
+    error = estimate["standard_error"]
+    return _number(metric, estimate["value"]) + ("" if error is None else f" ± {_number(metric, error)}")
+
+
+def _signed(metric: str, difference: Mapping[str, Any]) -> str:
+    plain = _figure(metric, difference)
+    return plain if plain.startswith(("-", DASH)) else f"+{plain}"
+
+
+def _number(metric: str, value: float) -> str:
+    """Shares in per cent with one decimal, everything else to three or four digits."""
+    if metric == "ifeval" or any(part in metric for part in _SHARES):
+        return f"{100 * value:.1f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
