@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from selkd.bench.subject import BenchSubject
-from selkd.data.collate import group_by_tokens
+from selkd.data.collate import TOKENS_AT_ONCE, group_by_tokens
 from selkd.data.samples import SampleDataset
-from selkd.evaluation.sample_scores import TOKENS_AT_ONCE, score_samples
+from selkd.evaluation.sample_scores import score_samples
 from selkd.models.head import hidden_states
 from selkd.recipe.choices import CriterionOptions, PositionOptions, SampleOptions
 from selkd.recipe.files import load_recipe
@@ -44,15 +44,11 @@ SETTINGS = ((4096, 1024, 0.10), (4096, 1024, 0.15), (8192, 2048, 0.10), (8192, 2
 
 def scores_of(subject: BenchSubject, samples: SampleDataset, probed: float | None) -> np.ndarray:
     """Exact, or estimated from classes that the share ``probed`` of each sample tells (0: the text)."""
-    work, estimate = subject.work, None
+    estimate = None
     if probed is not None:
         options = SampleOptions.model_validate({"scoring": "approximate", "calibration_fraction": probed})
         estimate = estimator(options, subject.classes_by_frequency, subject.recipe.seed)
-    student = subject.student
-    return score_samples(
-        "student_entropy", samples, lambda: student, lambda: work.models.teacher, work.dtype,
-        work.models.pad_token_id, work.vocab_size, subject.recipe.seed, estimate,
-    )[0]  # fmt: skip
+    return score_samples("student_entropy", samples, subject.work.models, subject.recipe.seed, estimate)[0]
 
 
 @torch.inference_mode()

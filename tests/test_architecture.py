@@ -1,5 +1,6 @@
 """Imports run one way, as ``.importlinter`` says."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -24,3 +25,30 @@ def test_the_import_contracts_hold() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.name)
 def test_modules_stay_small(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 500
+
+
+# Signatures that others dictate: what a command's options are, the specification's public contract, autograd's own.
+WIDE = {"cli/main.py", "cli/cache.py", "reference.py"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.name)
+def test_no_function_takes_seven_parameters(path: Path) -> None:
+    """What belongs together travels as one object: a ``ModelPair``, a part of the recipe."""
+    if path.relative_to(ROOT / "src" / "selkd").as_posix() in WIDE:
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            names = [each.arg for each in arguments if each.arg not in ("self", "cls")]
+            assert len(names) < 7 or names[0] == "ctx", f"{node.name} takes {names}"
+
+
+def test_nothing_loose_stands_at_the_root() -> None:
+    at_root = {path.stem for path in (ROOT / "src" / "selkd").glob("*.py")}
+    assert at_root == {"__init__", "__main__", "errors", "files", "plugins", "reference"}
+
+
+def test_a_command_is_told_of_itself_without_torch() -> None:
+    """Reading the package, a command's help and the recipe's models need no torch; it takes a second to import."""
+    code = "import sys, selkd, selkd.cli.main, selkd.recipe.recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

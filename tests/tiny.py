@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selkd.data.samples import Sample, SampleDataset
+from selkd.models.pair import ModelPair
 from selkd.recipe.data import RowOptions
 from selkd.training.arguments import DistillArguments
 
@@ -29,6 +30,11 @@ def make_model(seed: int, layers: int = 2, **config: object) -> LlamaForCausalLM
         "initializer_range": 0.3,
     }
     return LlamaForCausalLM(LlamaConfig(**(options | config))).eval()
+
+
+def make_pair(student: int = 1, teacher: int = 0) -> ModelPair:
+    """A student of that seed and a larger teacher, made when they are asked for."""
+    return ModelPair(lambda: make_model(student), lambda: make_model(teacher, 3), make_tokenizer(), V, torch.float32)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

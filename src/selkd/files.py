@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under a temporary name, synced, renamed."""
+"""Files and folders that are either whole or not there: written under a temporary name, synced, renamed."""
 
 import errno
 import fcntl
@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import BinaryIO
 
 from selkd.errors import InputError, RunError
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
                 temporary.replace(path)
-                _sync_folder(path.parent)
+                _sync(path.parent)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
@@ -48,6 +48,40 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise RunError(
             f"{path.name} in {path.parent} could not be finished: {error}. Nothing finished before it was touched; "
             "remove the cause and run again to continue"
+        ) from error
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """An empty folder to fill, which takes the name ``path`` once the block ends: whole, or not at all if it raises.
+
+    Args:
+        replace: the folder that has the name goes once the new one is whole. Else it stays and the new one goes:
+            another process was first, with the same content.
+
+    Raises:
+        RunError: the operating system refused (disk full, no permission, …).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True) as temporary:
+            new = Path(temporary, "new")  # readable for others as far as the umask says, which its parent is not
+            new.mkdir()
+            yield new
+            for written in new.rglob("*"):
+                _sync(written)
+            if replace and path.exists():
+                path.rename(new.with_name("old"))
+            try:
+                new.rename(path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+            _sync(path.parent)
+    except OSError as error:
+        raise RunError(
+            f"{path} can't be written ({error}). Free space there, or choose another folder (SELKD_CACHE, --out); then "
+            "run again."
         ) from error
 
 
@@ -115,9 +149,9 @@ def _remove_unless_written(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder last, where the file system can; else a power cut may bring the old name back."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file's content, or a rename in a folder, outlast a power cut, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selkd.data.corpus import documents, open_corpus
+from selkd.data.corpus import open_corpus
 from selkd.data.demo_text import demo_documents
 from selkd.errors import InputError, RunError
 from selkd.recipe.recipe import DataOptions
@@ -20,7 +20,7 @@ def options(path: Path | str, **changes: object) -> DataOptions:
 
 
 def read(path: Path | str, **changes: object) -> list[str]:
-    return list(documents(options(path, **changes)))
+    return list(open_corpus(options(path, **changes)).documents())
 
 
 def jsonl(path: Path, rows: list[object]) -> Path:

@@ -70,12 +70,6 @@ def test_packing_reads_no_more_documents_than_it_needs() -> None:
     assert read == [0, 1]
 
 
-@pytest.mark.parametrize("cut", [pack, split])
-def test_a_sample_needs_two_tokens(cut: object) -> None:
-    with pytest.raises(InputError, match=r"data.max_length: expected at least 2 .*, got 1"):
-        list(cut([[1, 2]], 1))
-
-
 @given(DOCUMENTS, LENGTHS, SIDES, st.integers(0, 3))
 def test_a_batch_is_its_samples_shifted_within_documents(
     documents: list[list[int]], length: int, side: Literal["left", "right"], extra: int

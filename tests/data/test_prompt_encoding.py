@@ -20,7 +20,7 @@ from selkd.data.chat_encoding import encode_conversation
 from selkd.data.collate import collate
 from selkd.data.documents import Conversation, Exchange
 from selkd.data.encoding import Encoder
-from selkd.data.packing import Fitting
+from selkd.data.packing import Fitting, Misfits
 from selkd.data.prompt_encoding import PartEncoder
 from selkd.errors import InputError
 from selkd.recipe.choices import PositionOptions
@@ -166,7 +166,7 @@ def test_only_what_the_assistant_says_is_ever_valid_or_selected(
         messages = messages_of(turns, system, template)
         documents += encode_conversation(encode, messages)
         said += [SAYS[template].format(m["content"]) for m in messages if m["role"] == "assistant"]
-    samples = list(Fitting(400, packing)(documents))
+    samples = list(Fitting(options(messages_field="m", max_length=400, packing=packing))(documents))
     width = max(len(sample.token_ids) for sample in samples) + extra
     given = {"policy": policy} | ({} if policy == "weighted" else {"fraction": fraction})
     chosen = PositionOptions.model_validate(given | ({"curriculum_steps": 9} if policy == "curriculum" else {}))
@@ -262,26 +262,26 @@ UNENDED = [*CHAT, {"role": "user", "content": "oh, the parts"}]
 def test_loss_on_all_learns_every_message_to_the_last(kind: str, template: str) -> None:
     """As one document, its tokens those of the whole rendering, also where the template rewrites earlier turns."""
     tokenizer = tokenizer_of(kind, template)
-    encode = Encoder(options(messages_field="m", loss_on="all"), tokenizer)
-    (document,) = encode(Conversation(tuple(UNENDED)))
+    chosen = {"messages_field": "m", "loss_on": "all", "packing": False}
+    (document,) = Encoder(options(**chosen), tokenizer)(Conversation(tuple(UNENDED)))
     shown = tokenizer.apply_chat_template(UNENDED, tokenize=False).rstrip()
     assert document.token_ids == tokenizer(shown, add_special_tokens=False)["input_ids"]
     first = document.is_target.index(True)
     prompt = plain_spaces(prompt_of(tokenizer, UNENDED[:2], template), kind)
     assert prompt.startswith(plain_spaces(text_of(tokenizer, document.token_ids[:first]), kind))
     assert not prompt.startswith(plain_spaces(text_of(tokenizer, document.token_ids[: first + 1]), kind))
-    (sample,) = Fitting(400, packing=False, learns_all=True)([document])
+    (sample,) = Fitting(options(**chosen, max_length=400))([document])
     assert sample.n_valid == len(sample.token_ids) - 1
-    fitting = Fitting(first, packing=False, learns_all=True)
+    fitting = Fitting(options(**chosen, max_length=first))
     assert list(fitting([document])) == []
-    assert fitting.too_long == 1
+    assert fitting.misfits == Misfits(too_long=1)
 
 
 def test_a_conversation_without_an_answer_is_none_to_learn_from() -> None:
-    encode = Encoder(options(messages_field="m", loss_on="all"), chat_tokenizer())
-    fitting = Fitting(400, packing=False, learns_all=True)
+    chosen = options(messages_field="m", loss_on="all")
+    encode, fitting = Encoder(chosen, chat_tokenizer()), Fitting(chosen)
     assert list(fitting(encode(Conversation(tuple(UNENDED[:2]))))) == []
-    assert fitting.unanswered == 1
+    assert fitting.misfits == Misfits(unanswered=1)
 
 
 def test_a_space_that_the_template_puts_before_an_answer_is_the_answers() -> None:

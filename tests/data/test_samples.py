@@ -83,7 +83,7 @@ def test_a_dataset_gives_back_its_samples() -> None:
     assert [one.document_starts.tolist() for one in dataset] == [[0, 2], [0], [0, 2]]
     assert dataset.ids == [one.id for one in THREE]
     assert dataset.n_valid.tolist() == [2, 1, 2]
-    assert dataset.tokens == 10
+    assert dataset.lengths.tolist() == [4, 2, 4]
     with pytest.raises(IndexError):
         dataset[3]
 
@@ -92,12 +92,12 @@ def test_select_takes_rows_in_the_given_order() -> None:
     chosen = SampleDataset.from_samples(THREE).select(np.array([1, 0]))
     assert [one.token_ids.tolist() for one in chosen] == [[9, 9], [5, 6, 7, 8]]
     assert chosen.ids == [THREE[1].id, THREE[0].id]
-    assert (chosen.n_valid.tolist(), chosen.tokens) == ([1, 2], 6)
+    assert (chosen.n_valid.tolist(), chosen.lengths.tolist()) == ([1, 2], [2, 4])
 
 
 def test_a_dataset_may_be_empty() -> None:
     dataset = SampleDataset.from_samples([])
-    assert (len(dataset), dataset.ids, dataset.tokens, dataset.n_valid.tolist()) == (0, [], 0, [])
+    assert (len(dataset), dataset.ids, dataset.lengths.tolist(), dataset.n_valid.tolist()) == (0, [], [], [])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from selkd.data.chat_encoding import encode_conversation
 from selkd.data.collate import collate
-from selkd.data.documents import Conversation, Exchange, Fields
+from selkd.data.documents import Conversation, Exchange, document_of
 from selkd.data.encoding import Encoder
-from selkd.data.packing import Fitting
+from selkd.data.packing import Fitting, Misfits
 from selkd.data.prompt_encoding import Marked, PartEncoder
 from selkd.data.samples import Sample, SampleDataset
 from selkd.data.splits import Splits, load_splits
@@ -109,8 +109,9 @@ def test_loss_on_all_learns_the_prompt_too() -> None:
     tokenizer = chat_tokenizer(PLAIN)
     for fields in ({"messages_field": "m"}, {"prompt_field": "p", "completion_field": "c"}):
         document = Conversation(tuple(CHAT)) if "messages_field" in fields else Exchange("a?", "b")
-        documents = Encoder(options(**fields, loss_on="all"), tokenizer)(document)
-        (sample,) = Fitting(200, packing=False, learns_all=True)(documents)
+        chosen = options(**fields, loss_on="all", packing=False)
+        documents = Encoder(chosen, tokenizer)(document)
+        (sample,) = Fitting(chosen)(documents)
         assert sample.n_valid == len(sample.token_ids) - 1
 
 
@@ -120,10 +121,10 @@ def test_loss_on_all_counts_no_turn_twice_and_cuts_no_prompt_to_nothing() -> Non
     documents = Encoder(options(messages_field="m", loss_on="all"), tokenizer)(Conversation(tuple(CHAT)))
     assert len(documents) == 1
     assert all(message["content"] in tokenizer.decode(documents[0].token_ids) for message in CHAT[:-1])
-    fitting = Fitting(12, packing=False, learns_all=True)
+    fitting = Fitting(options(messages_field="m", loss_on="all", packing=False, max_length=12))
     long_prompt = Marked(list(range(40)), [False] * 30 + [True] * 10)
     assert list(fitting([long_prompt])) == []
-    assert (fitting.too_long, fitting.cut) == (1, 0)
+    assert fitting.misfits == Misfits(too_long=1)
 
 
 def test_a_template_of_ones_own_puts_white_space_to_the_completion() -> None:
@@ -195,7 +196,7 @@ def test_prompts_to_samples_and_back_from_disk(packing: bool, tmp_path: Path) ->
     tokenizer = chat_tokenizer()
     path = write(tmp_path / "rows.jsonl", ROWS)
     splits = load(path, tokenizer, prompt_field="question", completion_field="answer", packing=packing, max_length=96)
-    assert (splits.cut, splits.too_long, splits.unanswered) == (0, 0, 0)
+    assert splits.misfits == Misfits()
     found = []
     for sample in [*splits.train, *splits.held_out]:
         assert len(sample.token_ids) <= 96
@@ -236,7 +237,7 @@ def test_what_does_not_fit_is_counted_and_said(tmp_path: Path, caplog: pytest.Lo
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             splits = load(path, tokenizer, prompt_field="question", completion_field="answer", held_out_fraction=0)
-        assert (splits.cut, splits.too_long) == (2, 1)
+        assert splits.misfits == Misfits(cut=2, too_long=1)
         assert "1 of 63 prompts are longer than data.max_length = 48 and were left out" in caplog.text
         assert "2 of 63 documents were cut at data.max_length = 48" in caplog.text
     lost = tokenizer("lost")["input_ids"]
@@ -270,8 +271,8 @@ def test_packing_keeps_documents_whole_and_apart() -> None:
     for number in range(200):
         size = int(generator.integers(2, 40))
         documents.append(Marked([number] * size, [index >= size // 2 for index in range(size)]))
-    fitting = Fitting(48, packing=True)
-    samples = list(fitting(documents))
+    chosen = options(messages_field="m", max_length=48)
+    samples = list(Fitting(chosen)(documents))
     pieces = [
         (int(piece[0]), len(piece), int(wanted.sum()))
         for sample in samples
@@ -283,7 +284,7 @@ def test_packing_keeps_documents_whole_and_apart() -> None:
     ]
     assert sorted(pieces) == [(n, len(d.token_ids), sum(d.is_target)) for n, d in enumerate(documents)]
     assert sum(len(d.token_ids) for d in documents) / (48 * len(samples)) > 0.9
-    assert [s.id for s in Fitting(48, packing=True)(documents)] == [s.id for s in samples]
+    assert [s.id for s in Fitting(chosen)(documents)] == [s.id for s in samples]
 
 
 def test_the_targets_are_part_of_a_samples_id_and_all_of_them_are_none() -> None:
@@ -304,13 +305,13 @@ def test_a_message_with_more_than_its_content_is_refused() -> None:
     """The template would show it, and it would not be learned."""
     said = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}], "id": 7}
     with pytest.raises(InputError, match="a message with tool_calls, which selkd does not give to the chat template"):
-        Fields(messages="messages").take({"messages": [said]}, "row 1")
+        document_of({"messages": [said]}, options(messages_field="messages"), "row 1")
     harmless = {"role": "assistant", "content": "4", "tool_calls": None, "id": 7}
-    assert Fields(messages="messages").take({"messages": [harmless]}, "row 1") is not None
+    assert document_of({"messages": [harmless]}, options(messages_field="messages"), "row 1") is not None
 
 
 def test_a_null_completion_is_a_prompt_alone() -> None:
     """So it is counted as unanswered, and not passed over."""
-    fields = Fields(prompt="q", completion="a")
-    assert fields.take({"q": "2 + 2?", "a": None}, "row 1") == Exchange("2 + 2?", None)
-    assert fields.take({"q": None, "a": "4"}, "row 1") is None
+    chosen = options(prompt_field="q", completion_field="a")
+    assert document_of({"q": "2 + 2?", "a": None}, chosen, "row 1") == Exchange("2 + 2?", None)
+    assert document_of({"q": None, "a": "4"}, chosen, "row 1") is None

@@ -13,13 +13,15 @@ import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from selkd.data import encoding
 from selkd.data import splits as tokenised
 from selkd.data.collate import collate
 from selkd.data.encoding import encode
 from selkd.data.samples import SampleDataset
 from selkd.data.splits import Splits, is_held_out, load_splits
 from selkd.errors import InputError, RunError
-from selkd.recipe.recipe import DataOptions
+from selkd.recipe.data import DataOptions
+from selkd.recipe.part import parse_part
 
 WORDS = "the teacher shows each student where a careful answer begins and how it".split()  # noqa: SIM905
 
@@ -57,7 +59,9 @@ def write(path: Path, texts: list[str]) -> Path:
 
 def load(path: Path, tokenizer: PreTrainedTokenizerFast, **changes: object) -> Splits:
     fields = {"max_length": 32, "held_out_fraction": 0.2, "held_out_tokens": 320} | changes
-    return load_splits(DataOptions(path=str(path), **fields), tokenizer, "tokenizer-1", path.parent / "cache")
+    return load_splits(
+        parse_part(DataOptions, {"path": str(path), **fields}), tokenizer, "tokenizer-1", path.parent / "cache"
+    )
 
 
 def documents_of(dataset: SampleDataset) -> list[list[int]]:
@@ -82,7 +86,7 @@ def test_the_splits_are_packed_documents_decided_by_content(tokenizer: PreTraine
     for dataset, tokens in ((splits.train, truth[False]), (splits.held_out, truth[True])):
         assert len(dataset) > 5
         assert flat(dataset) == tokens[: len(tokens) // 32 * 32]
-    assert splits.train_tokens == splits.train.tokens == 32 * len(splits.train)
+    assert splits.train_tokens == splits.train.lengths.sum() == 32 * len(splits.train)
     assert splits.documents == 200
     assert len(splits.fingerprint) == 32
 
@@ -159,8 +163,8 @@ def test_a_budget_is_whole_samples_when_packing(
 
 def test_a_budget_holds_without_packing(tokenizer: PreTrainedTokenizerFast, texts: Path) -> None:
     splits = load(texts, tokenizer, tokens=500, packing=False)
-    assert 500 - 32 < splits.train.tokens <= 500
-    assert splits.held_out.tokens <= 320
+    assert 500 - 32 < splits.train.lengths.sum() <= 500
+    assert splits.held_out.lengths.sum() <= 320
 
 
 def test_a_budget_stops_the_reading(
@@ -172,7 +176,7 @@ def test_a_budget_stops_the_reading(
         encoded.extend(batch)
         return encode(tokenizer, batch)
 
-    monkeypatch.setattr(tokenised, "encode", counting)
+    monkeypatch.setattr(encoding, "encode", counting)
     splits = load(texts, tokenizer, tokens=640)
     assert len(encoded) == 64  # one batch of documents is enough
     assert splits.documents < 64
@@ -180,7 +184,7 @@ def test_a_budget_stops_the_reading(
 
 @pytest.mark.parametrize("budget", [32, 100, 320])
 def test_the_held_out_split_keeps_to_its_budget(tokenizer: PreTrainedTokenizerFast, texts: Path, budget: int) -> None:
-    assert load(texts, tokenizer, held_out_tokens=budget).held_out.tokens == budget // 32 * 32
+    assert load(texts, tokenizer, held_out_tokens=budget).held_out.lengths.sum() == budget // 32 * 32
 
 
 def test_no_held_out_split_on_request(tokenizer: PreTrainedTokenizerFast, texts: Path) -> None:
@@ -199,7 +203,7 @@ def test_text_is_tokenised_once(
     tokenizer: PreTrainedTokenizerFast, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load(texts, tokenizer)
-    monkeypatch.setattr(tokenised, "encode", None)  # a second pass would fail
+    monkeypatch.setattr(encoding, "encode", None)  # a second pass would fail
     second = load(texts, tokenizer)
     assert second.train.ids == first.train.ids
     assert second.held_out.ids == first.held_out.ids
@@ -312,7 +316,7 @@ def test_damaged_samples_are_refused_and_left_in_place(
 
 def test_a_disk_that_cannot_be_written_is_a_run_error(tokenizer: PreTrainedTokenizerFast, texts: Path) -> None:
     (texts.parent / "cache").write_text("a file where the folder should be")
-    with pytest.raises(RunError, match=r"Can't write tokenised text to .*cache/tokenised.*Free space there"):
+    with pytest.raises(RunError, match=r"cache/tokenised/\w+ can't be written .*Free space there"):
         load(texts, tokenizer)
 
 

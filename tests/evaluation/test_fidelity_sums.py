@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import V, make_model, make_samples, make_tokenizer
+from tiny import make_model, make_pair, make_samples, make_tokenizer
 from tiny_run import make_text
 
 from selkd.data.collate import collate
@@ -18,15 +18,14 @@ from selkd.models.pair import ModelSlot
 
 
 def test_sums_and_buckets_are_those_of_the_full_logits() -> None:
-    student, teacher = make_model(1), make_model(2, layers=3)
-    samples = make_samples(count=9)
-    found = fidelity(student, teacher, samples, torch.float32, 1, V)
+    models, samples = make_pair(1, 2), make_samples(count=9)
+    found = fidelity(models, samples)
     rows = []  # sample, teacher's entropy, student's and teacher's cross-entropy, KL, agreement
     for number, sample in enumerate(samples):
         batch = collate([sample], 1)
         with torch.no_grad():
             arguments = {"position_ids": batch["position_ids"], "use_cache": False}
-            q, p = (m(batch["input_ids"], **arguments).logits.double() for m in (student, teacher))
+            q, p = (m(batch["input_ids"], **arguments).logits.double() for m in (models.student, models.teacher))
         targets, valid = batch["targets"], batch["valid_mask"][0]
         log_q, log_p = torch.log_softmax(q[0], dim=-1), torch.log_softmax(p[0], dim=-1)
         entropy, kl = -(log_p.exp() * log_p).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import V, make_model, make_samples
+from tiny import make_pair, make_samples
 
 from selkd import reference
 from selkd.data.collate import collate
@@ -15,15 +15,15 @@ from selkd.maths.importance import METRICS
 
 
 def test_overlaps_are_those_of_the_specifications_selections() -> None:
-    student, teacher = make_model(1), make_model(2, layers=3)
+    models = make_pair(1, 2)
     samples = SampleDataset.from_samples([*make_samples(count=11), EMPTY_SAMPLE])
-    measured = fidelity(student, teacher, samples, torch.float32, 1, V)
+    measured = fidelity(models, samples)
     found = overlaps(measured.statistics, measured.sample_of, 0.3, 0.4)
 
     batch = collate(list(samples), 1)
     with torch.no_grad():
         arguments = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-        q, p = student(**arguments).logits, teacher(**arguments).logits
+        q, p = models.student(**arguments).logits, models.teacher(**arguments).logits
     mask = batch["valid_mask"]
     chosen = {
         name: reference.select("top_k", reference.importance(name, q, p, batch["targets"], mask), mask, 0.3) > 0
@@ -36,12 +36,12 @@ def test_overlaps_are_those_of_the_specifications_selections() -> None:
 
     kept = {}
     for name in found["samples"]["metrics"]:
-        scores, _ = score_samples(name, samples, lambda: student, lambda: teacher, torch.float32, 1, V, 0)
+        scores, _ = score_samples(name, samples, models, 0)
         kept[name] = set(np.argsort(-scores[:11], kind="stable")[:5].tolist())  # ceil(0.4 * 11)
     for row, first in zip(found["samples"]["overlap"], kept.values(), strict=True):
         assert row == pytest.approx([len(first & second) / 5 for second in kept.values()], abs=1e-4)
 
 
 def test_a_handful_of_samples_has_no_overlap_of_filters() -> None:
-    measured = fidelity(make_model(1), make_model(2), make_samples(4), torch.float32, 1, V)
+    measured = fidelity(make_pair(1, 2), make_samples(4))
     assert overlaps(measured.statistics, measured.sample_of, 0.3, 0.4)["samples"] is None

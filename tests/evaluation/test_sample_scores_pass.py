@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import V, make_model, make_samples
+from tiny import V, make_model, make_pair, make_samples, make_tokenizer
 from tiny_run import make_recipe
 
 from selkd import reference
@@ -17,6 +17,7 @@ from selkd.errors import InputError
 from selkd.evaluation.sample_scores import NEEDS_TEACHER, score_samples
 from selkd.maths.estimate import estimated_entropy
 from selkd.models.head import head_of, hidden_states
+from selkd.models.pair import ModelPair
 from selkd.recipe.choices import SampleMetric, SampleOptions
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
@@ -25,21 +26,9 @@ from selkd.selection.samples import SampleScores
 from selkd.selection.two_stage import Estimator, by_frequency, class_subset
 
 
-def scored(metric: str, samples: SampleDataset, **changes: Any) -> tuple[np.ndarray, int]:
-    options = {
-        "student": lambda: make_model(1),
-        "teacher": lambda: make_model(0, layers=3),
-        "dtype": torch.float32,
-        "pad_token_id": 1,
-        "vocab_size": V,
-        "seed": 5,
-    } | changes
-    return score_samples(metric, samples, **options)
-
-
 @pytest.mark.parametrize("metric", ["student_entropy", "kl", "ce_ratio"])
 def test_scores_are_the_specifications(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selkd.evaluation.sample_scores.TOKENS_AT_ONCE", 50)  # several batches, of other widths
+    monkeypatch.setattr("selkd.evaluation.statistics_pass.TOKENS_AT_ONCE", 50)  # several batches, of other widths
     samples = SampleDataset.from_samples([*make_samples(9), *[EMPTY_SAMPLE] * 60])  # one batch has nothing but these
     batch = collate(list(samples), 1)
     with torch.no_grad():
@@ -54,7 +43,7 @@ def test_scores_are_the_specifications(metric: str, monkeypatch: pytest.MonkeyPa
         return values.sum(-1) / mask.sum(-1).clamp(min=1)
 
     expected = mean("student_ce") / (mean("teacher_ce") + 1e-6) if metric == "ce_ratio" else mean(metric)
-    scores, tokens = scored(metric, samples)
+    scores, tokens = score_samples(metric, samples, make_pair(), 5)
     np.testing.assert_allclose(scores, expected.numpy(), rtol=2e-5)
     assert scores[-1] == 0
     assert (tokens > 0) == (metric in NEEDS_TEACHER)
@@ -64,13 +53,14 @@ def test_models_are_loaded_only_for_what_needs_them() -> None:
     def refuse() -> Any:
         raise AssertionError("not needed")
 
-    samples = make_samples(4)
-    scored("student_entropy", samples, teacher=refuse)
-    scores, tokens = scored("random", samples, teacher=refuse, student=refuse)
+    samples, shared = make_samples(4), (make_tokenizer(), V, torch.float32)
+    score_samples("student_entropy", samples, ModelPair(lambda: make_model(1), refuse, *shared), 5)
+    neither = ModelPair(refuse, refuse, *shared)
+    scores, tokens = score_samples("random", samples, neither, 5)
     assert tokens == 0
     assert len(set(scores)) == len(samples)
-    assert np.array_equal(scores, scored("random", samples, student=refuse)[0])
-    assert not np.array_equal(scores, scored("random", samples, student=refuse, seed=6)[0])
+    assert np.array_equal(scores, score_samples("random", samples, neither, 5)[0])
+    assert not np.array_equal(scores, score_samples("random", samples, neither, 6)[0])
 
 
 def test_the_recipe_knows_the_metrics_that_there_are() -> None:
@@ -78,17 +68,18 @@ def test_the_recipe_knows_the_metrics_that_there_are() -> None:
 
 
 def test_approximate_scores_are_the_means_of_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selkd.evaluation.sample_scores.TOKENS_AT_ONCE", 50)
+    monkeypatch.setattr("selkd.evaluation.statistics_pass.TOKENS_AT_ONCE", 50)
     samples = SampleDataset.from_samples([*make_samples(9), EMPTY_SAMPLE])
     ordered = by_frequency(samples.token_counts(V))
-    exact, _ = scored("student_entropy", samples)
-    whole, _ = scored("student_entropy", samples, estimator=Estimator(ordered, V, 1, 0.0, 0))
+    exact, _ = score_samples("student_entropy", samples, make_pair(), 5)
+    whole, _ = score_samples("student_entropy", samples, make_pair(), 5, Estimator(ordered, V, 1, 0.0, 0))
     np.testing.assert_allclose(whole, exact, rtol=2e-5)
 
     student = make_model(1)
     head = head_of(student)
     for probed in (0.0, 0.3):
-        scores, tokens = scored("student_entropy", samples, estimator=Estimator(ordered, 30, 12, probed, 0))
+        estimate = Estimator(ordered, 30, 12, probed, 0)
+        scores, tokens = score_samples("student_entropy", samples, make_pair(), 5, estimate)
         assert tokens == 0
         assert scores[-1] == 0
         assert not np.allclose(scores, exact, rtol=1e-3)

@@ -15,22 +15,6 @@ from selkd.selection.position_scores import score_positions
 B, T, D, V = 3, 7, 12, 41
 
 
-class Logits:
-    """Teacher's logits [B * T, V] with the interface of a live teacher's targets; counts how often it is asked."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.flat, self.asked = logits, 0
-
-    def at(self, index: Tensor) -> "Logits":
-        picked = Logits(self.flat[index])
-        picked.counter = self  # type: ignore[attr-defined]
-        return picked
-
-    def logits(self, rows: slice) -> Tensor:
-        self.counter.asked += 1  # type: ignore[attr-defined]
-        return self.flat[rows].clone()
-
-
 def make() -> tuple[Tensor, Head, dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
@@ -51,12 +35,15 @@ def make() -> tuple[Tensor, Head, dict[str, Tensor], Tensor]:
 def test_scores_are_the_specifications(metric: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("selkd.maths.chunked").maths.chunked.CHUNK_BYTES, "cpu", chunk_bytes)
     hidden, head, batch, teacher = make()
-    live = Logits(teacher.flatten(0, 1))
-    found = score_positions(metric, hidden, head, batch, live, seed=0, step=0)
+    of_valid = teacher[batch["valid_mask"]]
+    teacher_logits = (lambda rows: of_valid[rows].clone()) if needs_teacher(metric) else None
+    found = score_positions(metric, hidden, head, batch, teacher_logits)
     expected = reference.importance(metric, head.logits(hidden), teacher, batch["targets"], batch["valid_mask"])
     torch.testing.assert_close(found.values[batch["valid_mask"]], expected[batch["valid_mask"]], rtol=1e-9, atol=1e-10)
+    if needs_teacher(metric):
+        with pytest.raises(AssertionError, match="need the teacher's logits"):
+            score_positions(metric, hidden, head, batch, None)
     assert set(found.statistics) == set(METRICS[metric].statistics), "those that are needed, and only those"
-    assert (live.asked > 0) == needs_teacher(metric), "the teacher's head runs only for metrics that need it"
 
 
 def test_the_recipe_knows_the_metrics_that_there_are() -> None:
@@ -84,8 +71,8 @@ def test_soft_or_with_a_maximum_of_zero_leaves_its_factor_at_one() -> None:
 
 def test_random_is_noise_of_seed_and_step() -> None:
     hidden, head, batch, _ = make()
-    first = score_positions("random", hidden, head, batch, None, seed=0, step=0).values
+    first = score_positions("random", hidden, head, batch, None, (0, 0)).values
     assert ((first >= 0) & (first < 1)).all()
     assert (first[batch["valid_mask"]] > 0).all()
-    assert not torch.equal(first, score_positions("random", hidden, head, batch, None, seed=0, step=1).values)
+    assert not torch.equal(first, score_positions("random", hidden, head, batch, None, (0, 1)).values)
     assert PositionOptions.model_validate({"policy": "random"}).metric == "random"

@@ -1,6 +1,7 @@
 """Answers: Transformers' own greedy ones where nothing is drawn, exact draws that belong to a prompt where it is."""
 
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from chatty import PLAIN, chat_tokenizer
 from tiny import V, make_model, make_tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
-from selkd.models.generation import generate, stop_ids
+from selkd.models.generation import Decoding, generate, stop_ids
 
 PROMPTS = [np.arange(2, 2 + n) for n in (1, 7, 3)]
 STOP = [5, 1]
@@ -18,8 +19,8 @@ STOP = [5, 1]
 def answers(
     model: PreTrainedModel, prompts: list[np.ndarray], uniforms: np.ndarray, **changes: float
 ) -> list[list[int]]:
-    options = {"temperature": 1.0, "top_p": 1.0} | changes
-    return generate(model, prompts, uniforms, stop=STOP, pad_token_id=1, vocab_size=V, **options)  # type: ignore[arg-type]
+    decoding = Decoding(temperature=1.0, top_p=1.0, stop=STOP, pad_token_id=1, vocab_size=V)
+    return generate(model, prompts, uniforms, replace(decoding, **changes))
 
 
 def test_without_temperature_an_answer_is_transformers_greedy_one() -> None:
@@ -64,9 +65,8 @@ def test_the_draws_are_the_models_distribution() -> None:
 
 def test_classes_that_the_teacher_lacks_are_never_drawn() -> None:
     uniforms = np.random.default_rng(0).random((3, 30))
-    found = generate(
-        make_model(3), PROMPTS, uniforms, temperature=3.0, top_p=1.0, stop=[], pad_token_id=1, vocab_size=20
-    )
+    decoding = Decoding(temperature=3.0, top_p=1.0, stop=[], pad_token_id=1, vocab_size=20)
+    found = generate(make_model(3), PROMPTS, uniforms, decoding)
     assert max(max(answer) for answer in found) < 20
     assert [len(answer) for answer in found] == [30] * 3
 

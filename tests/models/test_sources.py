@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tiny_families import tiny_model
 
 from selkd.errors import InputError, RunError
-from selkd.models import demo
 from selkd.models.sources import default_cache_dir, locate
 
 
@@ -210,17 +209,6 @@ def test_a_failed_conversion_leaves_nothing_behind(
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM", Loads)
     monkeypatch.setattr("transformers.AutoTokenizer", Loads)
-    with pytest.raises(RunError, match=r"could not be converted.*No space left on device.*SELKD_CACHE"):
+    with pytest.raises(RunError, match=r"models/Tiny-\w+ can't be written .*No space left on device.*SELKD_CACHE"):
         locate("demo", cache)
     assert list((cache / "models").iterdir()) == []
-
-
-def test_a_conversion_that_another_process_finished_first_is_used(tmp_path: Path) -> None:
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    ours.mkdir()
-    theirs.mkdir()
-    (theirs / "config.json").write_text("{}")
-    demo._rename(ours, theirs)
-    assert (theirs / "config.json").read_text() == "{}"
-    with pytest.raises(OSError, match="missing"):
-        demo._rename(ours, tmp_path / "missing" / "folder")

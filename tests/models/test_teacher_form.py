@@ -11,7 +11,7 @@ from selkd import DistillTrainer, distill
 from selkd.data.collate import collate
 from selkd.errors import InputError
 from selkd.models import quantisation
-from selkd.models.demo import _gguf_file
+from selkd.models.demo import demo_gguf
 from selkd.models.quantisation import require_quantization
 from selkd.models.sources import default_cache_dir, locate
 from selkd.recipe.choices import ClassOptions
@@ -97,6 +97,6 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.real_teacher
 def test_a_gguf_file_is_the_model_in_it() -> None:
-    demo, file = (locate(name, default_cache_dir()) for name in ("demo", str(_gguf_file())))
+    demo, file = (locate(name, default_cache_dir()) for name in ("demo", str(demo_gguf())))
     assert file.fingerprint == demo.fingerprint
     assert file.path == demo.path

@@ -500,7 +500,7 @@ def test_a_search_over_positions_trains_by_each_of_them(tmp_path: Path) -> None:
     trainer = searched(tmp_path / "a", positions={"fraction": 0.5}, learning_rate=0.05)
 
     def objective(metrics: dict[str, float]) -> float:
-        found[trainer.args.positions["fraction"]] = (metrics["eval_loss"], trainer.totals.positions_selected)
+        found[trainer.args.positions.fraction] = (metrics["eval_loss"], trainer.totals.positions_selected)
         return metrics["eval_loss"]
 
     # By position, as the Trainer takes it.
@@ -526,7 +526,7 @@ def test_a_search_over_positions_trains_by_each_of_them(tmp_path: Path) -> None:
     [
         ({"positions": {"fraction": 3.0}}, "positions.fraction"),
         ({"criterion": {"name": "jsd"}, "classes": {"sampler": "rs_kd"}}, "criterion.name: jsd of drawn classes"),
-        ({"max_length": 8}, "hp_space: how rows become samples"),
+        ({"data": {"max_length": 8}}, "hp_space: how rows become samples"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ],
     ids=["out of range", "parts that don't fit", "made before", "not honoured"],

@@ -334,7 +334,7 @@ def test_rows_without_anything_to_learn_are_said(tmp_path: Path, caplog: pytest.
     args = make_arguments(tmp_path, prompt_field="q", completion_field="a", packing=False)
     with caplog.at_level(logging.WARNING):
         DistillTrainer(make_model(1), make_model(0), args, rows, processing_class=make_tokenizer())
-    assert "train_dataset: of 3 rows 2 hold nothing to learn and were left out" in caplog.text
+    assert "train_dataset: 2 of 3 documents hold nothing to learn and were left out" in caplog.text
 
 
 def test_an_evaluation_on_prompts_alone_and_answers_past_the_window_are_refused(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_an_evaluation_on_prompts_alone_and_answers_past_the_window_are_refused(
     # Where some samples keep their completion, it has to fit, too.
     long = SampleDataset.from_samples([Sample(np.arange(window + 1) % V, np.array([0]), np.arange(window + 1) >= 10)])
     for on_policy, refused in (({"fraction": 0.5, "max_new_tokens": 4}, True), ({"max_new_tokens": 4}, False)):
-        args = make_arguments(tmp_path, on_policy=on_policy, **options)
+        args = make_arguments(tmp_path, on_policy=on_policy, completion_field="a", **options)
         with (
             pytest.raises(InputError, match=f"train_dataset has a sample of {window + 1}") if refused else nullcontext()
         ):

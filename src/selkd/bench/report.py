@@ -95,7 +95,7 @@ def _agreement(name: str, subject: BenchSubject) -> tuple[float, float] | None:
         hidden = subject.student_hidden(batch)
         counts = objective.agreement(hidden, head, batch, context)
         agreeing, compared = agreeing + int(counts["agreeing_positions"]), compared + int(counts["compared_positions"])
-        exact = score_positions("student_entropy", hidden.float(), head, batch, None, seed=0, step=context.step)
+        exact = score_positions("student_entropy", hidden.float(), head, batch, None)
         with torch.no_grad():
             scored = objective.score(hidden, head.to(subject.dtype), batch, None, context)
         chosen, best = (

@@ -338,7 +338,7 @@ def tokens(
     """What a policy picks of a text, coloured by a metric: in the terminal and as a page."""
     from selkd.tokens.page import check_page_path, write_tokens_page
     from selkd.tokens.policy import check_metric, parse_policy
-    from selkd.tokens.views import compare
+    from selkd.tokens.views import describe
 
     check_metric(metric)
     choices = [parse_policy(given, metric, fraction) for given in policies or ["top_k"]]
@@ -354,20 +354,20 @@ def tokens(
     if shown is None:
         typer.echo("no TEXT: a passage of the demo text", err=True)
         shown = demo_passage()
-    found = look(model, shown, metric, choices, teacher=teacher, max_length=max_length, seed=seed)
-    if teacher is not None and found["teacher"] is None:
+    looked_at = look((model, teacher), shown, metric, choices, max_length, seed)
+    if teacher is not None and looked_at["teacher"] is None:
         typer.echo("--teacher: no metric that was asked for looks at it, so it was not loaded", err=True)
     if html is not None:
-        write_tokens_page(html, compare(found))
+        write_tokens_page(html, describe(looked_at))
         typer.echo(f"page {html}", err=True)
     if json_output:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(looked_at, indent=2))
         return
     from rich.console import Console
 
-    from selkd.tokens.terminal import print_comparison
+    from selkd.tokens.terminal import print_policies
 
-    print_comparison(Console(), compare(found))
+    print_policies(Console(), describe(looked_at))
 
 
 @app.command("prune-student")

@@ -1,7 +1,7 @@
 """Conversations through a tokenizer's chat template: token ids, and which of them the assistant says.
 
-A template with ``{% generation %}`` marks tells by itself. Of one without, the assistant's turn is what a rendering
-with it adds to the rendering of the messages before it, generation prompt included.
+A template with ``{% generation %}`` marks shows it. With one that has none, the assistant's turn is what its rendering
+adds to the rendering of the messages before it, generation prompt included.
 """
 
 import re
@@ -41,8 +41,8 @@ def encode_conversation(encode: PartEncoder, messages: Sequence[Message], *, lea
     turn is a prompt alone, and ends with the generation prompt.
 
     Args:
-        learns_all: all messages are learned: they are one document, those after the assistant's last turn, too. Its
-            targets are what follows the first prompt, so that it can be told where that alone fills a sample.
+        learns_all: the loss is on all messages: all are one document, also those after the assistant's last turn. Its
+            targets are what follows the first prompt, so that ``Fitting`` sees where that prompt alone fills a sample.
 
     Raises:
         InputError: the template refuses the messages, or it doesn't show where a turn begins.
@@ -54,12 +54,12 @@ def encode_conversation(encode: PartEncoder, messages: Sequence[Message], *, lea
     if learns_all:
         whole = _text(tokenizer, messages).rstrip()
         return [encode.from_on(whole, _first_answer(tokenizer, messages, turns[0], whole))]
-    told = messages[: turns[-1] + 1]
+    learned = messages[: turns[-1] + 1]
     if _is_marked(tokenizer):
-        whole, marks = _marked_text(tokenizer, told)
+        whole, marks = _marked_text(tokenizer, learned)
         return [encode(_cut(whole, marks), special=False)]
-    whole = _text(tokenizer, told)
-    spans = [_turn(tokenizer, told, turn) for turn in turns]
+    whole = _text(tokenizer, learned)
+    spans = [_turn(tokenizer, learned, turn) for turn in turns]
     if all(whole.startswith(text) for text, _ in spans):
         return [encode(_cut(whole, [(begin, len(text)) for text, begin in spans]), special=False)]
     return [encode(_cut(text, [(begin, len(text))]), special=False) for text, begin in spans]
@@ -104,10 +104,10 @@ def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn:
     if asked != plain and text.startswith(asked):
         return text, len(asked)
     # No generation prompt, or none that the turn goes on from: what stands before the content is the template's.
-    header, found, _ = _text(tokenizer, [*before, {**messages[turn], "content": _NO_TEXT}]).partition(_NO_TEXT)
-    if found and header.rstrip() == text:
+    header, separator, _ = _text(tokenizer, [*before, {**messages[turn], "content": _NO_TEXT}]).partition(_NO_TEXT)
+    if separator and header.rstrip() == text:
         return text, len(text)  # an empty turn, of which the template shows no end
-    if not found or not text.startswith(header):
+    if not separator or not text.startswith(header):
         raise InputError(
             "data: the chat template does not show where an assistant's turn begins: the text with the turn does not "
             "continue the text before it. Take a template with {% generation %} marks."

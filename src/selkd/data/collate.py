@@ -1,4 +1,4 @@
-"""Samples to batches, and which samples share one: a function of their lengths alone where nothing is trained.
+"""Batches of samples, and which samples share a batch where nothing is trained: their lengths alone decide.
 
 Legend: B batch, T positions.
 """
@@ -11,6 +11,9 @@ import torch
 
 from selkd.data.samples import ID_BYTES, Sample
 from selkd.errors import InputError
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of one batch, padding included, where nothing is trained: of scoring, measuring and caching."""
 
 
 def collate(
@@ -48,15 +51,12 @@ def collate(
     position_ids = np.zeros(shape, dtype=np.int64)
     valid_mask = np.zeros(shape, dtype=bool)
     for row, sample in enumerate(samples):
-        length = len(sample.token_ids)
-        if padding_side == "left":
-            padding, real = slice(0, width - length), slice(width - length, width)
-        else:
-            real, padding = slice(0, length), slice(length, width)
-        valid = sample.valid_mask
+        length, valid = len(sample.token_ids), sample.valid_mask
+        begin = width - length if padding_side == "left" else 0
+        real = slice(begin, begin + length)
         input_ids[row, real] = sample.token_ids
+        position_ids[row] = np.arange(width) if padding_side == "left" else np.arange(-length, width - length)
         position_ids[row, real] = sample.position_ids
-        position_ids[row, padding] = np.arange(width - length)
         valid_mask[row, real] = valid
         targets[row, real] = np.where(valid, np.roll(sample.token_ids, -1), pad_token_id)
     ids = np.frombuffer(b"".join(sample.id for sample in samples), dtype=np.uint8).reshape(-1, ID_BYTES)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selkd.data.demo_text import demo_digest, demo_documents
-from selkd.data.documents import Document, Fields, texts_of
+from selkd.data.documents import Document, columns_of, has_text
 from selkd.data.hub_datasets import HubDataset
 from selkd.data.text_files import SUFFIXES, content_digest, file_documents
 from selkd.errors import InputError
@@ -33,7 +33,7 @@ class Corpus:
         """The documents, less those without a visible character; InputError at the end if none was left."""
         empty = True
         for document in self.read():
-            if any(text.strip() for text in texts_of(document)):
+            if has_text(document):
                 empty = False
                 yield document
         if empty:
@@ -64,43 +64,24 @@ def open_corpus(options: DataOptions) -> Corpus:
         files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in SUFFIXES)
         if files and not _has_dataset_card(path):
             return _files_corpus(options, files)
-        return _hub_corpus(options, str(path))
-    if path.suffix in SUFFIXES or not _HUB_ID.fullmatch(options.path):
+    elif path.suffix in SUFFIXES or not _HUB_ID.fullmatch(options.path):
         raise InputError(
             f"data.path: there is no file or folder {options.path!r}. Expected 'demo', a .txt, .jsonl or .parquet "
             f"file, a folder of them, or a hub dataset's id."
         )
-    return _hub_corpus(options, options.path)
-
-
-def documents(options: DataOptions) -> Iterator[Document]:
-    """The documents of ``data.path``, one after another; those without a visible character are left out.
-
-    Raises:
-        InputError: as ``open_corpus``; malformed data; no such field; or no text at all.
-        RunError: the connection broke off while reading.
-    """
-    return open_corpus(options).documents()
+    dataset = HubDataset(str(path), options)
+    return Corpus(options.path, dataset.fingerprint, dataset.documents)
 
 
 def _files_corpus(options: DataOptions, files: list[Path]) -> Corpus:
-    has_fields = any(file.suffix != ".txt" for file in files)
-    _refuse_what_has_no_effect(options, options.path, has_fields)
-
-    fields = Fields.of(options)
+    _refuse_what_has_no_effect(options, options.path, has_fields=any(file.suffix != ".txt" for file in files))
+    digest = content_digest((file.suffix.encode(), file) for file in files)  # the names play no part, the order does
 
     def read() -> Iterator[Document]:
         for file in files:
-            yield from file_documents(file, fields)
+            yield from file_documents(file, options)
 
-    digest = content_digest((file.suffix.encode(), file) for file in files)  # the names play no part, the order does
     return Corpus(options.path, f"files {digest}", read)
-
-
-def _hub_corpus(options: DataOptions, path: str) -> Corpus:
-    streaming = options.tokens is not None if options.streaming is None else options.streaming
-    dataset = HubDataset(path, options.name, options.split, Fields.of(options), streaming)
-    return Corpus(options.path, dataset.fingerprint, dataset.documents)
 
 
 def _has_dataset_card(folder: Path) -> bool:
@@ -118,6 +99,6 @@ def _refuse_what_has_no_effect(options: DataOptions, what: str, has_fields: bool
         raise InputError(f"data.split: {what} has no splits, got {options.split!r}; leave it out.")
     if options.streaming is not None:
         raise InputError(f"data.streaming: only hub data sets are streamed, and this is {what}; leave it out.")
-    for key, column in Fields.of(options).columns.items():
+    for key, column in columns_of(options).items():
         if column != "text" and not has_fields:
             raise InputError(f"{key}: {what} has no fields, got {column!r}; leave it out.")

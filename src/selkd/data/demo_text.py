@@ -13,6 +13,7 @@ import xxhash
 from selkd.data.text_files import sections
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def demo_documents() -> Iterator[str]:
@@ -28,8 +29,7 @@ def demo_documents() -> Iterator[str]:
         if not any(_body(text) in other for other in texts if other is not text):
             yield from sections(text.splitlines(keepends=True))
     for module, path in _stdlib_modules():
-        text = _docstrings(module, path.read_bytes())
-        if text:
+        if text := _docstrings(module, path.read_bytes()):
             yield text
 
 
@@ -67,12 +67,8 @@ def _docstrings(module: str, source: bytes) -> str:
 
 
 def _named_docstrings(name: str, node: ast.AST) -> Iterator[tuple[str, str]]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        docstring = ast.get_docstring(node)
-        if docstring:
-            yield name, docstring
+    if isinstance(node, ast.Module | _Definition) and (docstring := ast.get_docstring(node)):
+        yield name, docstring
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _named_docstrings(f"{name}.{child.name}", child)
-        else:
-            yield from _named_docstrings(name, child)
+        inner = f"{name}.{child.name}" if isinstance(child, _Definition) else name
+        yield from _named_docstrings(inner, child)

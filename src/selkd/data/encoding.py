@@ -1,6 +1,8 @@
 """Documents to tokens: texts, prompts with completions, conversations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -8,6 +10,8 @@ from selkd.data.chat_encoding import encode_conversation, require_chat_template
 from selkd.data.documents import Conversation, Document, Exchange
 from selkd.data.prompt_encoding import Marked, PartEncoder
 from selkd.recipe.data import CHAT, RowOptions
+
+_DOCUMENTS_AT_ONCE = 64
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -26,26 +30,42 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 class Encoder:
-    """The tokens of documents that ask for an answer.
+    """The tokens of documents, and which of them are learned.
 
     Args:
-        options: their template, and what the loss is on.
+        options: what the documents are, their template, and what the loss is on.
         tokenizer: the one that both models share.
 
     Raises:
-        InputError: the tokenizer has no chat template where one is needed, or no fast form.
+        InputError: the tokenizer has no chat template where one is needed; when documents that ask for an answer are
+            encoded, also: it has no fast form.
     """
 
     def __init__(self, options: RowOptions, tokenizer: PreTrainedTokenizerBase) -> None:
         self.options, self.tokenizer = options, tokenizer
-        self._encode_parts = PartEncoder(tokenizer)
         self.chat_template = require_chat_template(tokenizer) if options.template == CHAT else None
 
+    @cached_property
+    def _encode_parts(self) -> PartEncoder:
+        return PartEncoder(self.tokenizer)
+
+    def encoded(self, documents: Iterable[Document]) -> Iterator[tuple[Document, list[Marked]]]:
+        """Each document with its token sequences. Some are read at a time: together, texts are encoded faster."""
+        documents = iter(documents)
+        while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+            if self.options.has_prompts:
+                yield from ((document, self(document)) for document in batch)
+            else:
+                texts = [str(text) for text in batch]
+                for text, token_ids in zip(texts, encode(self.tokenizer, texts), strict=True):
+                    yield text, [Marked(token_ids, [True] * len(token_ids))]
+
     def __call__(self, document: Document) -> list[Marked]:
-        """The document's tokens; a conversation may become several documents (see ``encode_conversation``).
+        """The tokens of a document that asks for an answer; a conversation may become several documents (see
+        ``encode_conversation``).
 
         A completion ends with the end-of-sequence token, which is learned; a chat's turn ends as its template says.
-        Where ``loss_on: all`` learns the prompt, too, it is not marked here: ``Fitting`` looks for more than it before.
+        Where ``loss_on`` is ``all``, the prompt isn't marked yet: ``Fitting`` marks it once more than the prompt fits.
         """
         assert not isinstance(document, str), "texts are encoded by `encode`"
         if isinstance(document, Exchange) and self.options.template == CHAT:
@@ -66,12 +86,12 @@ class Encoder:
         if exchange.completion is None:
             return self._encode_parts([(prompt, False)], ended=False)
         answer = f"{middle[len(asked) :]}{exchange.completion}{closing}"
-        found, eos = self._encode_parts([(prompt, False), (answer, True)]), self.tokenizer.eos_token_id
+        marked, eos = self._encode_parts([(prompt, False), (answer, True)]), self.tokenizer.eos_token_id
         if eos is None:
-            return found
-        if found.token_ids[-1:] == [eos]:  # put there by the tokenizer: it ends the completion
-            return Marked(found.token_ids, [*found.is_target[:-1], True])
-        return Marked([*found.token_ids, eos], [*found.is_target, True])
+            return marked
+        if marked.token_ids[-1:] == [eos]:  # put there by the tokenizer: it ends the completion
+            return Marked(marked.token_ids, [*marked.is_target[:-1], True])
+        return Marked([*marked.token_ids, eos], [*marked.is_target, True])
 
 
 def _conversation(exchange: Exchange) -> Conversation:

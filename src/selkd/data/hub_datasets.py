@@ -10,37 +10,31 @@ import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError
 
-from selkd.data.documents import Document, Fields
+from selkd.data.documents import Document, columns_of, document_of
 from selkd.data.text_files import content_digest
 from selkd.errors import InputError, RunError
+from selkd.recipe.data import DataOptions
 
 
 class HubDataset:
-    """One split of one configuration, found but not yet read. ``datasets`` runs no code of the dataset's.
+    """The split and configuration that ``options`` name, not yet read. ``datasets`` runs no code of a dataset's.
 
     Args:
         path: hub id or local folder.
-        name: configuration, None for the only or default one.
-        split: for example ``train`` or ``train[:1%]``.
-        fields: the columns that hold the documents.
-        streaming: read rows as they come instead of downloading the split first.
+        options: ``streaming`` null reads rows as they come where ``tokens`` is given; else the split is downloaded
+            before it is read.
 
     Raises:
         InputError: no such dataset, configuration, split or column, or the hub can't be reached.
         RunError: reading broke off.
     """
 
-    def __init__(self, path: str, name: str | None, split: str, fields: Fields, streaming: bool) -> None:
-        self.path, self.name, self.split, self.fields, self.streaming = path, name, split, fields, streaming
+    def __init__(self, path: str, options: DataOptions) -> None:
+        self.path, self.options = path, options
+        self._shown = f"{path!r}" + (f" ({options.name})" if options.name else "")
         try:
-            self._builder = datasets.load_dataset_builder(path, name)
-        except (
-            DatasetsError,
-            HTTPError,
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # RuntimeError: it is a loading script
+            self._builder = datasets.load_dataset_builder(path, options.name)
+        except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loading script
             raise InputError(
                 f"data.path: can't load the dataset {self._shown} ({error}). Expected 'demo', a .txt, .jsonl or "
                 f".parquet file, a folder of them, or a hub dataset's id; data.name is its configuration."
@@ -54,7 +48,7 @@ class HubDataset:
         """
         folder = Path(self.path)
         revision = _folder_digest(folder) if folder.is_dir() else f"{self.path}@{self._builder.hash}"
-        return f"dataset {revision} {self.name} {self.split}"
+        return f"dataset {revision} {self.options.name} {self.options.split}"
 
     def documents(self) -> Iterator[Document]:
         """The documents, in the dataset's order. A null text is no document."""
@@ -62,7 +56,7 @@ class HubDataset:
         read = 0
         try:
             for row in rows:
-                document = self.fields.take(row, f"the dataset {self._shown}")
+                document = document_of(row, self.options, f"the dataset {self._shown}")
                 read += 1
                 if document is not None:
                     yield document
@@ -70,22 +64,19 @@ class HubDataset:
             raise RunError(f"Reading the dataset {self._shown} broke off after {read} rows ({error}).") from error
 
     def _rows(self) -> Iterable[dict[str, Any]]:
+        options, split = self.options, self.options.split
         try:
-            if self.streaming:
-                rows = self._builder.as_streaming_dataset(split=self.split)
+            if options.tokens is not None if options.streaming is None else options.streaming:
+                rows = self._builder.as_streaming_dataset(split=split)
             else:
                 self._builder.download_and_prepare()
-                rows = self._builder.as_dataset(split=self.split)
+                rows = self._builder.as_dataset(split=split)
         except (DatasetsError, HTTPError, OSError, ValueError) as error:
             reason = error.__cause__ or error  # a generation error names no file, its cause does
-            raise InputError(f"data.split: can't load {self.split!r} of {self._shown} ({reason}).") from error
+            raise InputError(f"data.split: can't load {split!r} of {self._shown} ({reason}).") from error
         # Other columns may hold images or audio that would be decoded; a stream need not know its columns beforehand.
-        columns = list(self.fields.columns.values())
+        columns = list(columns_of(options).values())
         return rows.select_columns(columns) if set(columns) <= set(rows.column_names or ()) else rows
-
-    @property
-    def _shown(self) -> str:
-        return f"{self.path!r}" + (f" ({self.name})" if self.name else "")
 
 
 def _folder_digest(folder: Path) -> str:

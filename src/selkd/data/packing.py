@@ -1,5 +1,6 @@
 """Documents to samples: packed together, or split one by one."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,9 @@ import numpy as np
 
 from selkd.data.prompt_encoding import Marked
 from selkd.data.samples import Sample
-from selkd.errors import InputError
+from selkd.recipe.data import RowOptions
+
+_logger = logging.getLogger(__name__)
 
 
 def pack(token_streams: Iterable[Sequence[int]], max_length: int) -> Iterator[Sample]:
@@ -18,12 +21,8 @@ def pack(token_streams: Iterable[Sequence[int]], max_length: int) -> Iterator[Sa
 
     Args:
         token_streams: the token ids of each document.
-        max_length: tokens of a sample, at least 2.
-
-    Raises:
-        InputError: ``max_length`` is below 2.
+        max_length: tokens of a sample, at least 2: a token and its target.
     """
-    _check_max_length(max_length)
     tokens: list[int] = []
     starts: list[int] = []
     for document in token_streams:
@@ -41,9 +40,8 @@ def pack(token_streams: Iterable[Sequence[int]], max_length: int) -> Iterator[Sa
 def split(token_streams: Iterable[Sequence[int]], max_length: int) -> Iterator[Sample]:
     """Cut each document by itself into consecutive samples of at most ``max_length`` tokens.
 
-    Nothing is lost but pieces of a single token, which predict nothing. Arguments and errors as for ``pack``.
+    Nothing is lost but pieces of a single token, which predict nothing. Arguments as for ``pack``.
     """
-    _check_max_length(max_length)
     for document in token_streams:
         for begin in range(0, len(document), max_length):
             piece = document[begin : begin + max_length]
@@ -55,68 +53,78 @@ OPEN_WINDOWS = 64
 
 
 @dataclass
-class Fitting:
-    """Whole documents to samples of at most ``max_length`` tokens; counts what didn't fit.
+class Misfits:
+    """How many documents with prompts are not whole in the samples.
 
     Attributes:
-        max_length: tokens of a sample.
-        packing: several documents in a sample; else one.
-        keeps_prompts: a document without a target is kept: the student is to answer it.
-        learns_all: once a document fits, all its tokens are targets, the prompt's too.
-        cut: documents whose end was cut off.
-        too_long: those left out since their prompt alone fills a sample: it is never cut.
-        unanswered: those left out since they hold nothing to learn.
+        cut: their end was cut off.
+        too_long: left out, since the prompt alone fills a sample; a prompt is never cut.
+        unanswered: left out, since they hold nothing to learn.
     """
 
-    max_length: int
-    packing: bool
-    keeps_prompts: bool = False
-    learns_all: bool = False
     cut: int = 0
     too_long: int = 0
     unanswered: int = 0
 
-    def __call__(self, documents: Iterable[Marked]) -> Iterator[Sample]:
-        """The samples. A document is never continued in another sample, which would miss its prompt.
+    def tell(self, name: str, documents: int, max_length: int) -> None:
+        """Log a warning for each kind of misfit among the ``documents`` of ``name``."""
+        for count, what in (
+            (self.too_long, f"prompts are longer than data.max_length = {max_length} and were left out"),
+            (self.cut, f"documents were cut at data.max_length = {max_length}"),
+            (self.unanswered, "documents hold nothing to learn and were left out"),
+        ):
+            if count:
+                _logger.warning("%s: %d of %d %s.", name, count, documents, what)
 
-        With packing each document goes where it leaves the least room, among the 64 windows that are open (equal: the
-        older one); a window that would be the 65th closes the fullest one.
-        """
-        _check_max_length(self.max_length)
+
+class Fitting:
+    """Documents to samples of at most ``max_length`` tokens; counts the misfits.
+
+    Texts are continued from sample to sample. What asks for an answer stays whole, as far as it fits: continued in
+    another sample it would miss its prompt.
+    """
+
+    def __init__(self, options: RowOptions) -> None:
+        self.options = options
+        self.misfits = Misfits()
+
+    def __call__(self, documents: Iterable[Marked]) -> Iterator[Sample]:
+        """The samples. Which tokens of a text are targets is not asked: all are."""
+        options = self.options
+        if not options.has_prompts:
+            cut = pack if options.packing else split
+            return cut((document.token_ids for document in documents), options.max_length)
+        fitted = (fitted for document in documents if (fitted := self._fitted(document)) is not None)
+        return map(_window_sample, self._windows(fitted) if options.packing else ([document] for document in fitted))
+
+    def _windows(self, documents: Iterable[Marked]) -> Iterator[list[Marked]]:
+        """Each document goes where it leaves the least room, among the 64 windows that are open (equal: the older one);
+        a window that would be the 65th closes the fullest one."""
         windows: list[list[Marked]] = []
-        for document in (fitted for each in documents if (fitted := self._fitted(each)) is not None):
-            if not self.packing:
-                yield _window_sample([document])
-                continue
-            size = len(document.token_ids)
-            fitting = [window for window in windows if _length(window) + size <= self.max_length]
-            if fitting:
+        for document in documents:
+            room = self.options.max_length - len(document.token_ids)
+            if fitting := [window for window in windows if _length(window) <= room]:
                 max(fitting, key=_length).append(document)
-            else:
-                if len(windows) == OPEN_WINDOWS:
-                    fullest = max(range(len(windows)), key=lambda index: _length(windows[index]))
-                    yield _window_sample(windows.pop(fullest))
-                windows.append([document])
-        yield from map(_window_sample, windows)
+                continue
+            if len(windows) == OPEN_WINDOWS:
+                yield windows.pop(max(range(len(windows)), key=lambda index: _length(windows[index])))
+            windows.append([document])
+        yield from windows
 
     def _fitted(self, document: Marked) -> Marked | None:
-        fitted = self._cut(document)
-        if fitted is None or not self.learns_all:
-            return fitted
-        return Marked(fitted.token_ids, [True] * len(fitted.token_ids))
-
-    def _cut(self, document: Marked) -> Marked | None:
-        if not document.has_target and not (self.keeps_prompts and document.token_ids):
-            self.unanswered += 1
+        """The part of a document that a sample holds; None, and counted, where that is nothing to learn from."""
+        options, is_cut = self.options, len(document.token_ids) > self.options.max_length
+        is_kept_prompt = options.is_prompt_only and document.token_ids
+        if not document.has_target and not is_kept_prompt:
+            self.misfits.unanswered += 1
             return None
-        if len(document.token_ids) <= self.max_length:
-            return document
-        cut = Marked(document.token_ids[: self.max_length], document.is_target[: self.max_length])
-        if not cut.has_target:
-            self.too_long += 1
+        fitted = Marked(document.token_ids[: options.max_length], document.is_target[: options.max_length])
+        if is_cut and not fitted.has_target:
+            self.misfits.too_long += 1
             return None
-        self.cut += 1
-        return cut
+        self.misfits.cut += is_cut
+        # Once a document is known to hold more than its prompt, its prompt may be learned, too.
+        return Marked(fitted.token_ids, [True] * len(fitted.token_ids)) if options.loss_on == "all" else fitted
 
 
 def _length(window: list[Marked]) -> int:
@@ -130,8 +138,3 @@ def _window_sample(window: list[Marked]) -> Sample:
         np.cumsum([0, *lengths[:-1]]),
         np.concatenate([np.array(document.is_target, dtype=bool) for document in window]),
     )
-
-
-def _check_max_length(max_length: int) -> None:
-    if max_length < 2:
-        raise InputError(f"data.max_length: expected at least 2 (a token and its target), got {max_length}.")

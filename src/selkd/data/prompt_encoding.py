@@ -28,11 +28,11 @@ _BEFORE = "x"  # any letter: what a part is decoded after
 
 @dataclass(frozen=True)
 class Marked:
-    """One document.
+    """A document's tokens, marked: which of them are to be learned.
 
     Attributes:
         token_ids: its tokens.
-        is_target: for each, whether it is to be learned; the others are a prompt's or a template's.
+        is_target: for each token, whether it is to be learned; the others are a prompt's or a template's.
     """
 
     token_ids: list[int]
@@ -82,29 +82,29 @@ class PartEncoder:
             InputError: the tokenizer can't go on with a part without changing its text.
         """
         text = "".join(part for part, _ in parts)
-        whole = _Reading(self._exact, text, special)
+        whole = _TokenSpans(self._exact, text, special)
         ids, is_target, begin = [*whole.before], [False] * len(whole.before), 0
         for part, wanted in parts:
-            found = self._part(whole, begin, begin + len(part), wanted)
-            ids += found
-            is_target += [wanted] * len(found)
+            part_ids = self._part(whole, begin, begin + len(part), wanted)
+            ids += part_ids
+            is_target += [wanted] * len(part_ids)
             begin += len(part)
         after = whole.after if ended else []
         return Marked([*ids, *after], [*is_target, *[bool(parts) and parts[-1][1]] * len(after)])
 
     def from_on(self, text: str, begin: int) -> Marked:
         """The tokens of a text as a whole; targets are those that end after ``begin``."""
-        whole = _Reading(self._exact, text, special=False)
+        whole = _TokenSpans(self._exact, text, special=False)
         return Marked(whole.ids, [end > begin for end in whole.ends])
 
-    def _part(self, whole: "_Reading", begin: int, end: int, wanted: bool) -> list[int]:
+    def _part(self, whole: "_TokenSpans", begin: int, end: int, wanted: bool) -> list[int]:
         goes_on = wanted and begin > 0
         if goes_on and self._continuing is not self._exact:
             return self._continued(whole.text[begin:end])
-        found = whole.between(begin, end)
-        if found is None and not goes_on:
-            found = _Reading(self._exact, whole.text[:end]).between(begin, end)
-        return self._continued(whole.text[begin:end]) if found is None else found
+        ids = whole.between(begin, end)
+        if ids is None and not goes_on:
+            ids = _TokenSpans(self._exact, whole.text[:end]).between(begin, end)
+        return self._continued(whole.text[begin:end]) if ids is None else ids
 
     def _continued(self, part: str) -> list[int]:
         """The tokens of a part that follows others."""
@@ -130,7 +130,7 @@ class PartEncoder:
         return list(backend.encode(text, add_special_tokens=False).ids)
 
 
-class _Reading:
+class _TokenSpans:
     """A text's tokens, where each begins and ends, and the special ones put before and after them."""
 
     def __init__(self, backend: Tokenizer, text: str, special: bool = False) -> None:
@@ -178,8 +178,8 @@ def _loaded(state: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokeni
 def _changed(component: Any, changes: _Changes) -> Any:
     """A component, or a sequence of them, with the changes of its types."""
     if isinstance(component, list):
-        return [_changed(each, changes) for each in component]
+        return [_changed(part, changes) for part in component]
     if not isinstance(component, dict):
         return component
-    found = {key: _changed(value, changes) for key, value in component.items()}
-    return found | changes.get(found.get("type", ""), {})
+    changed = {key: _changed(value, changes) for key, value in component.items()}
+    return changed | changes.get(component.get("type", ""), {})

@@ -106,9 +106,7 @@ class Sample:
     @property
     def n_valid(self) -> int:
         """How many positions are valid: without a prompt, every token but the last of each document."""
-        if self.is_target is not None:
-            return int(self.is_target.sum())
-        return len(self.token_ids) - len(self.document_starts)
+        return int(self.valid_mask.sum())
 
 
 def _int32(name: str, values: np.ndarray) -> np.ndarray:
@@ -128,13 +126,7 @@ EMPTY_SAMPLE = Sample(np.zeros(1, np.int32), np.zeros(1, np.int32))
 
 def record_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
     """The samples as Arrow rows of ``FEATURES``."""
-    columns = {
-        "id": [sample.id for sample in samples],
-        "token_ids": [sample.token_ids for sample in samples],
-        "document_starts": [sample.document_starts for sample in samples],
-        "is_target": [sample.is_target for sample in samples],
-        "n_valid": [sample.n_valid for sample in samples],
-    }
+    columns = {name: [getattr(sample, name) for sample in samples] for name in FEATURES}
     return pa.RecordBatch.from_pydict(columns, schema=FEATURES.arrow_schema)
 
 
@@ -186,20 +178,17 @@ class SampleDataset(TorchDataset[Sample]):
     @cached_property
     def digest(self) -> str:
         """32 hexadecimal digits that tell the samples and their order."""
-        digest = xxhash.xxh3_128()
-        for table in self._tables("id"):
-            digest.update(b"".join(table["id"].to_pylist()))
-        return digest.hexdigest()
+        return xxhash.xxh3_128_hexdigest(b"".join(self.ids))
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [N]: tokens of each sample."""
-        return self._lengths("token_ids")
+        return self._numbers("token_ids")
 
     @cached_property
     def n_documents(self) -> np.ndarray:
         """int64 [N]: documents in each sample."""
-        return self._lengths("document_starts")
+        return self._numbers("document_starts")
 
     @cached_property
     def is_packed(self) -> bool:
@@ -209,13 +198,7 @@ class SampleDataset(TorchDataset[Sample]):
     @cached_property
     def n_valid(self) -> np.ndarray:
         """int64 [N]: valid positions of each sample."""
-        parts = [table["n_valid"].to_numpy() for table in self._tables("n_valid")]
-        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all samples together."""
-        return int(self.lengths.sum())
+        return self._numbers("n_valid")
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """int64 [vocab_size]: how often each class occurs in the samples; ids beyond are left out."""
@@ -226,8 +209,11 @@ class SampleDataset(TorchDataset[Sample]):
                 counts += np.bincount(ids[ids < vocab_size], minlength=vocab_size)
         return counts
 
-    def _lengths(self, column: str) -> np.ndarray:
-        parts = [pc.list_value_length(table[column]).to_numpy() for table in self._tables(column)]
+    def _numbers(self, column: str) -> np.ndarray:
+        """int64 [N]: the numbers in a column, or the lengths of its lists."""
+        is_list = isinstance(FEATURES[column], List)
+        columns = (table[column] for table in self._tables(column))
+        parts = [(pc.list_value_length(values) if is_list else values).to_numpy() for values in columns]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def _tables(self, column: str) -> Iterator[pa.Table]:

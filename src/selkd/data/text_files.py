@@ -1,5 +1,6 @@
 """Documents from local .txt, .jsonl and .parquet files."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,29 +9,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from selkd.data.documents import Document, Fields, missing_field, texts_of
+from selkd.data.documents import Document, columns_of, document_of, require_columns, texts_of
 from selkd.errors import InputError
+from selkd.recipe.data import RowOptions
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SECTION_CHARACTERS = 10_000
 
 
-def file_documents(path: Path, fields: Fields) -> Iterator[Document]:
+def file_documents(path: Path, options: RowOptions) -> Iterator[Document]:
     """The documents of one file that ends in one of ``SUFFIXES``, read as they are asked for.
 
-    ``.txt``: sections of about 10,000 characters, cut at blank lines. ``.jsonl``: ``fields`` of each line's object.
-    ``.parquet``: the columns of ``fields``. A null text is no document.
+    ``.txt``: sections of about 10,000 characters, cut at blank lines. ``.jsonl``: the named fields of each line's
+    object. ``.parquet``: the columns of these names. A null text is no document.
 
     Raises:
-        InputError: not UTF-8, a malformed file, no such field or one that is not text. The message
-            names the file, for JSONL also the line.
+        InputError: not UTF-8, a malformed file, no such field or one that is not text. The message names the file, for
+            JSONL also the line.
     """
     if path.suffix == ".txt":
         return sections(_lines(path))
     if path.suffix == ".jsonl":
-        return _jsonl(path, fields)
+        return _jsonl(path, options)
     assert path.suffix == ".parquet", path
-    return _parquet(path, fields)
+    return _parquet(path, options)
 
 
 def content_digest(files: Iterable[tuple[bytes, Path]]) -> str:
@@ -44,8 +46,7 @@ def content_digest(files: Iterable[tuple[bytes, Path]]) -> str:
         try:
             digest.update(label + b"\0%d\n" % path.stat().st_size)
             with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+                hashlib.file_digest(file, lambda: digest)
         except OSError as error:
             raise InputError(f"data.path: can't read {path} ({error.strerror}).") from error
     return digest.hexdigest()
@@ -57,6 +58,8 @@ def _lines(path: Path) -> Iterator[str]:
             yield from file
     except UnicodeDecodeError as error:
         raise InputError(f"data.path: {path} is not UTF-8 text ({error}); convert it.") from error
+    except OSError as error:
+        raise InputError(f"data.path: can't read {path} ({error.strerror}).") from error
 
 
 def sections(text_lines: Iterable[str]) -> Iterator[str]:
@@ -73,7 +76,7 @@ def sections(text_lines: Iterable[str]) -> Iterator[str]:
     yield "".join(lines)
 
 
-def _jsonl(path: Path, fields: Fields) -> Iterator[Document]:
+def _jsonl(path: Path, options: RowOptions) -> Iterator[Document]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -82,7 +85,7 @@ def _jsonl(path: Path, fields: Fields) -> Iterator[Document]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # RecursionError: nested too deep to be a row of data
             raise InputError(f"data.path: {where} is not valid JSON ({error}).") from error
-        document = fields.take(row, where)
+        document = document_of(row, options, where)
         if document is None:
             continue
         try:
@@ -92,17 +95,13 @@ def _jsonl(path: Path, fields: Fields) -> Iterator[Document]:
         yield document
 
 
-def _parquet(path: Path, fields: Fields) -> Iterator[Document]:
+def _parquet(path: Path, options: RowOptions) -> Iterator[Document]:
+    columns = columns_of(options)
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            for key, column in fields.columns.items():
-                if column not in names:
-                    raise InputError(missing_field(key, column, names, str(path)))
-            for batch in file.iter_batches(batch_size=1024, columns=list(fields.columns.values())):
-                for row in batch.to_pylist():
-                    document = fields.take(row, str(path))
-                    if document is not None:
-                        yield document
+            require_columns(columns, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=1024, columns=list(columns.values())):
+                documents = (document_of(row, options, str(path)) for row in batch.to_pylist())
+                yield from (document for document in documents if document is not None)
     except (pa.ArrowException, OSError) as error:  # a damaged page is either
         raise InputError(f"data.path: {path} can't be read as Parquet ({error}).") from error

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from selkd.errors import InputError
 from selkd.models.demo import DEMO
 from selkd.models.loading import n_parameters, read_config
-from selkd.models.pruning import cut_config
+from selkd.models.pruning import cut_config, require_fewer_layers
 from selkd.models.sources import WITHOUT_WEIGHTS, ModelSource, downloaded, locate
 from selkd.recipe.recipe import Recipe
 
@@ -63,12 +63,8 @@ def teacher_and_student(
     if student_source is not None:
         return describe(teacher), describe(read_config(student_source))
     assert recipe.student.prune_from_teacher is not None, "a student has exactly one source"
-    keep, there = recipe.student.prune_from_teacher.layers, teacher.get_text_config(decoder=True).num_hidden_layers
-    if not keep < there:
-        raise InputError(
-            f"student.prune_from_teacher.layers is {keep}: the teacher has {there} layers, so 1 to {there - 1} can be "
-            "kept."
-        )
+    keep = recipe.student.prune_from_teacher.layers
+    require_fewer_layers(keep, teacher.get_text_config(decoder=True).num_hidden_layers)
     return describe(teacher), describe(cut_config(teacher, list(range(keep))))
 
 

@@ -81,7 +81,7 @@ def why_rough(architecture: Architecture) -> str | None:
     """Why memory may be farther from the count than 10%; None for a dense decoder that keeps no probabilities."""
     if not architecture.blocks:
         return "its blocks were not found"
-    if _has_experts(architecture.blocks[-1]):
+    if any(map(_has_experts, architecture.blocks)):
         return "it is a mixture of experts"
     if _Attention(architecture).keeps_probabilities:
         return "its attention keeps the probabilities of all pairs of positions"

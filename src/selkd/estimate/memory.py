@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from selkd.data.collate import TOKENS_AT_ONCE
 from selkd.estimate.architecture import Architecture
 from selkd.estimate.body import inference_peak, training_memory, why_rough
 from selkd.estimate.optimiser import optimiser_bytes
 from selkd.estimate.plan import Plan
 from selkd.maths.chunked import CHUNK_BYTES
-from selkd.teacher.build_cache import TOKENS_AT_ONCE
 from selkd.training.arguments import DistillArguments
 
 # Tensors of one chunk of logits that are alive together: the student's, its gradient, what the criterion makes of both,

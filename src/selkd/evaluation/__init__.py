@@ -1,0 +1,1 @@
+"""How good a student is: fidelity to its teacher, benchmarks, and comparisons with intervals."""

@@ -3,26 +3,24 @@
 Without a teacher there is perplexity alone, and the buckets are of the model's own entropy.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from selkd.data.corpus import open_corpus
-from selkd.data.encoding import Encoder, encode
-from selkd.data.packing import Fitting, pack
+from selkd.data.encoding import Encoder
+from selkd.data.packing import Fitting
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.evaluated_model import EvaluatedModel
 from selkd.evaluation.fidelity import Fidelity, fidelity
 from selkd.evaluation.results import Measured, TaskResult, digest, find_or_measure
 from selkd.models.head import check_head, check_packing, head_of
+from selkd.models.pair import ModelPair
 from selkd.models.tokenizers import require_same_tokenizer, shared_classes
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import DataOptions
-
-Bucket = dict[str, float | int | None]
 
 WINDOW_TOKENS = 512
 WINDOWS = 32
@@ -32,6 +30,7 @@ _COLUMNS = (
     ("kl_nats", "ratio", 3, False),
     ("top1_agreement", "ratio", 4, True),
 )
+_OF_MODEL = ("from_nats", "to_nats", "positions", "cross_entropy_nats")  # what a bucket says without a teacher
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,13 @@ def measure_fidelity(
 def _measured(subject: EvaluatedModel, teacher: EvaluatedModel | None, samples: SampleDataset) -> Measured:
     measured = _fidelity(subject, teacher or subject, samples)
     columns = _COLUMNS if teacher is not None else _COLUMNS[:1]
-    per_sample = measured.sums.sum(dim=1).tolist()
+    buckets = measured.by_entropy()
+    if teacher is None:
+        buckets = [{key: bucket[key] for key in _OF_MODEL} for bucket in buckets]
     return Measured(
         examples=[
             {"row": row, "measures": {name: [sums[column], sums[0]] for name, _, column, _ in columns}}
-            for row, sums in enumerate(per_sample)
+            for row, sums in enumerate(measured.sums.sum(dim=1).tolist())
         ],
         kinds={name: kind for name, kind, _, _ in columns},
         figures={name: getattr(measured, name) for name, _, _, _ in columns},
@@ -90,7 +91,7 @@ def _measured(subject: EvaluatedModel, teacher: EvaluatedModel | None, samples: 
             "positions": measured.positions,
             "teacher": None if teacher is None else teacher.source,
             "teacher_perplexity": None if teacher is None else measured.teacher_perplexity,
-            "by_entropy": _by_entropy(measured.by_entropy(), teacher is not None),
+            "by_entropy": buckets,
         },
     )
 
@@ -101,13 +102,9 @@ def _fidelity(subject: EvaluatedModel, teacher: EvaluatedModel, samples: SampleD
         check_head(model)
         check_packing(model)
         sizes[role] = head_of(model).vocab_size
-    classes, pad = shared_classes(sizes, subject.tokenizer), int(subject.tokenizer.pad_token_id)
-    return fidelity(subject.model, teacher.model, samples, subject.dtype, pad, classes, "fidelity")
-
-
-def _by_entropy(buckets: Sequence[Bucket], has_teacher: bool) -> list[Bucket]:
-    comparing = ("teacher_cross_entropy_nats", "kl_nats", "top1_agreement")
-    return [{key: value for key, value in bucket.items() if has_teacher or key not in comparing} for bucket in buckets]
+    vocab_size = shared_classes(sizes, subject.tokenizer)
+    models = ModelPair(lambda: subject.model, lambda: teacher.model, subject.tokenizer, vocab_size, subject.dtype)
+    return fidelity(models, samples, "measuring fidelity")
 
 
 def text_windows(subject: EvaluatedModel, teacher: EvaluatedModel | None, options: FidelityOptions) -> SampleDataset:
@@ -123,17 +120,13 @@ def text_windows(subject: EvaluatedModel, teacher: EvaluatedModel | None, option
         require_same_tokenizer(teacher.tokenizer, subject.tokenizer)
     limits = [model.positions for model in (subject, teacher) if model is not None]
     length = min([WINDOW_TOKENS, *(limit for limit in limits if limit is not None)])
-    given = {name: value for name, value in vars(options).items() if name not in ("text", "windows")}
-    data = parse_part(DataOptions, {"path": options.text, **given}, "data")
+    fields = {name: value for name, value in vars(options).items() if name not in ("text", "windows")}
+    data = parse_part(DataOptions, {"path": options.text, "max_length": length, **fields}, "data")
     if data.is_prompt_only:
         raise InputError("prompt_field: fidelity is measured on completions; give completion_field.")
-    corpus = open_corpus(data)
-    tokens = (encode(subject.tokenizer, [str(document)])[0] for document in corpus.documents())
-    found = pack(tokens, length)
-    if data.has_prompts:
-        encoder = Encoder(data, subject.tokenizer)
-        found = Fitting(length, packing=True)(each for document in corpus.documents() for each in encoder(document))
-    samples = list(islice(found, options.windows or WINDOWS))
+    encoded = Encoder(data, subject.tokenizer).encoded(open_corpus(data).documents())
+    windows = Fitting(data)(marked for _, sequences in encoded for marked in sequences)
+    samples = list(islice(windows, options.windows or WINDOWS))
     if not samples:
         raise InputError(f"text: {options.text} is shorter than one window of {length} tokens. Give more text.")
     return SampleDataset.from_samples(samples)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from selkd.maths.importance import METRICS, ce_ratio
+from selkd.evaluation.sample_scores import SAMPLE_METRICS
+from selkd.maths.importance import METRICS
 from selkd.recipe.choices import PositionOptions
 from selkd.selection.positions import StepContext, select
 from selkd.selection.samples import highest
@@ -29,41 +31,29 @@ def overlaps(
         statistics: name -> values [N], as ``Fidelity.statistics``.
         sample_of: int64 [N].
     """
-    placed, valid_mask = _placed(statistics, sample_of)
+    order = sample_of.argsort(stable=True)
+    sizes = sample_of[order].unique_consecutive(return_counts=True)[1]  # a sample without a position is left out
+
+    def of_samples(values: Tensor) -> Tensor:  # [S, T], 0 where a sample has ended
+        return pad_sequence(list(values[order].split(sizes.tolist())), batch_first=True)
+
+    placed = {name: of_samples(values) for name, values in statistics.items()}
+    valid_mask = of_samples(torch.ones_like(order, dtype=torch.bool))
     context = StepContext(0, position_fraction, 0.0, None)
     options = PositionOptions.model_validate({"policy": "top_k", "fraction": position_fraction})
     chosen = {
         name: (select(options, metric.combine(placed, valid_mask), valid_mask, context) > 0).flatten()
         for name, metric in METRICS.items()
     }
-    of_samples = None
-    if len(valid_mask) >= FEWEST_SAMPLES:
-        means = {name: (values * valid_mask).sum(-1) / valid_mask.sum(-1) for name, values in placed.items()}
-        scores = {
-            "student_entropy": means["student_entropy"],
-            "kl": means["kl"],
-            "ce_ratio": ce_ratio(means["student_ce"], means["teacher_ce"]),
-        }
-        kept = {name: torch.zeros(len(valid_mask), dtype=torch.bool) for name in scores}
-        for name, values in scores.items():
-            kept[name][torch.from_numpy(highest(values.numpy(), sample_fraction))] = True
-        of_samples = _matrix(kept) | {"fraction": sample_fraction}
-    return {"positions": _matrix(chosen) | {"fraction": position_fraction}, "samples": of_samples}
-
-
-def _placed(statistics: Mapping[str, Tensor], sample_of: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The statistics as [S, T], and where there are any; samples without a position are left out."""
-    order = sample_of.argsort(stable=True)
-    _, row, sizes = sample_of[order].unique_consecutive(return_inverse=True, return_counts=True)
-    column = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[row]
-    shape = len(sizes), int(sizes.max())
-    valid_mask = torch.zeros(shape, dtype=torch.bool)
-    valid_mask[row, column] = True
-    placed = {}
-    for name, values in statistics.items():
-        placed[name] = torch.zeros(shape)
-        placed[name][row, column] = values[order]
-    return placed, valid_mask
+    of_filters = None
+    if len(sizes) >= FEWEST_SAMPLES:
+        means = {name: values.sum(-1) / sizes for name, values in placed.items()}
+        kept = {name: torch.zeros(len(sizes), dtype=torch.bool) for name in SAMPLE_METRICS}
+        for name, is_kept in kept.items():
+            scores = METRICS[name].combine(means, valid_mask)
+            is_kept[torch.from_numpy(highest(scores.numpy(), sample_fraction))] = True
+        of_filters = _matrix(kept) | {"fraction": sample_fraction}
+    return {"positions": _matrix(chosen) | {"fraction": position_fraction}, "samples": of_filters}
 
 
 def _matrix(chosen: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Values and gradients of single positions, in torch alone: no models, no files."""

@@ -72,6 +72,10 @@ def metric_of(name: str) -> Metric:
 
 Own = Mapping[str, Callable[[Tensor, Tensor | None, Tensor], Tensor]]
 
+OF_STUDENT = frozenset({"student_entropy", "student_ce"})
+OF_TEACHER = frozenset({"teacher_entropy", "teacher_ce"})
+"""Statistics that one model alone decides; all others compare the two."""
+
 
 def statistics(
     names: Sequence[str],
@@ -83,50 +87,52 @@ def statistics(
     """Statistics ``names`` of n positions, [n, len(names)], without gradient. The logits are consumed.
 
     ``student_entropy`` H(q), ``teacher_entropy`` H(p), ``student_ce`` -log q(y), ``teacher_ce`` -log p(y), ``kl``
-    KL(p || q), ``reverse_kl`` KL(q || p), or one of ``own``.
+    KL(p || q), ``reverse_kl`` KL(q || p), ``top1_agreement`` (1 where both rank the same class first, else 0), or one
+    of ``own``.
 
     Args:
         student_logits, teacher_logits: [n, V]; the teacher's are None if no name needs them.
         targets: int64 [n].
         own: a user's functions of (student_logits, teacher_logits, targets).
     """
-    found = {}
+    values = {}
     for name, function in (own or {}).items():
         of_teacher = None if teacher_logits is None else teacher_logits.clone()
-        found[name] = function(student_logits.clone(), of_teacher, targets).to(student_logits.dtype)
-    names_here = [name for name in names if name not in found]
-    if names_here == ["student_entropy"]:
-        found["student_entropy"] = entropy(student_logits)
-    elif names_here:
-        of_both = bool({"kl", "reverse_kl"} & set(names_here))
-        log_q = log_softmax_(student_logits) if of_both or _any_of("student", names_here) else None
-        log_p = None
-        if of_both or _any_of("teacher", names_here):
-            assert teacher_logits is not None, f"{names_here} need the teacher's logits"
-            log_p = log_softmax_(teacher_logits)
-        found |= _of_log_probabilities(names_here, log_q, log_p, targets.unsqueeze(-1))
-    return torch.stack([found[name] for name in names], dim=-1)
+        values[name] = function(student_logits.clone(), of_teacher, targets).to(student_logits.dtype)
+    built_in = set(names) - values.keys()
+    if built_in == {"student_entropy"}:
+        values["student_entropy"] = entropy(student_logits)
+    elif built_in:
+        assert teacher_logits is not None or built_in <= OF_STUDENT, f"{names} need the teacher's logits"
+        if "top1_agreement" in built_in and teacher_logits is not None:  # before the logits are overwritten
+            same = student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)
+            values["top1_agreement"] = same.to(student_logits.dtype)
+        log_q = None if built_in <= OF_TEACHER else log_softmax_(student_logits)
+        log_p = None if teacher_logits is None or built_in <= OF_STUDENT else log_softmax_(teacher_logits)
+        index = targets.unsqueeze(-1)
+        values |= _of_one_model(built_in, "student", "reverse_kl", log_q, log_p, index)
+        values |= _of_one_model(built_in, "teacher", "kl", log_p, log_q, index)
+    return torch.stack([values[name] for name in names], dim=-1)
 
 
-def _any_of(model: str, names: Sequence[str]) -> bool:
-    return any(name in (f"{model}_entropy", f"{model}_ce") for name in names)
-
-
-def _of_log_probabilities(
-    names: Sequence[str], log_q: Tensor | None, log_p: Tensor | None, index: Tensor
+def _of_one_model(
+    names: set[str], model: str, divergence: str, log: Tensor | None, other: Tensor | None, index: Tensor
 ) -> dict[str, Tensor]:
-    found = {}
-    for model, log, other in (("student", log_q, log_p), ("teacher", log_p, log_q)):
-        if log is None:
-            continue
-        divergence = "reverse_kl" if model == "student" else "kl"
-        if f"{model}_ce" in names:
-            found[f"{model}_ce"] = -log.gather(-1, index).squeeze(-1)
-        if f"{model}_entropy" in names or divergence in names:
-            probabilities = log.exp()
-            negative_entropy = torch.linalg.vecdot(probabilities, log)
-            if f"{model}_entropy" in names:
-                found[f"{model}_entropy"] = negative_entropy.neg().clamp_(min=0)
-            if divergence in names and other is not None:
-                found[divergence] = torch.linalg.vecdot(probabilities, log - other)
-    return found
+    """What is an expectation under one model's distribution, or its logarithm at the targets ``index`` [n, 1].
+
+    Args:
+        divergence: the name of the KL from this model's distribution to the other's.
+        log, other: log-probabilities [n, V] of this model and of the other; None where ``names`` need none.
+    """
+    values: dict[str, Tensor] = {}
+    if log is None:
+        return values
+    if f"{model}_ce" in names:
+        values[f"{model}_ce"] = -log.gather(-1, index).squeeze(-1)
+    if {f"{model}_entropy", divergence} & names:
+        probabilities = log.exp()
+        if f"{model}_entropy" in names:
+            values[f"{model}_entropy"] = torch.linalg.vecdot(probabilities, log).neg().clamp_(min=0)
+        if divergence in names and other is not None:
+            values[divergence] = torch.linalg.vecdot(probabilities, log - other)
+    return values

@@ -29,7 +29,7 @@ def with_adapters(model: PreTrainedModel, options: "LoraOptions", seed: int) -> 
         target_modules=options.target_modules,
         task_type="CAUSAL_LM",
     )
-    device = model.device  # of where it is before it moves; on the CPU, draws are the same on every machine
+    device = model.device  # where it goes back to: on the CPU, draws are the same on every machine
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -38,7 +38,7 @@ def with_adapters(model: PreTrainedModel, options: "LoraOptions", seed: int) -> 
         raise InputError(f"student.lora.target_modules: {options.target_modules}: {error}") from error
     targets = options.target_modules if isinstance(options.target_modules, list) else []
     adapted = [name.removesuffix(".lora_A") for name, _ in wrapped.named_modules() if name.endswith(".lora_A")]
-    if without := [name for name in targets if not any(f".{each}".endswith(f".{name}") for each in adapted)]:
+    if without := [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in adapted)]:
         raise InputError(f"student.lora.target_modules: no layer is called {without[0]!r}.")
     base = wrapped.get_base_model()
     if base.get_output_embeddings() is not head or base.get_input_embeddings() is not embeddings:

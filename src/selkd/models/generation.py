@@ -5,6 +5,7 @@ Shapes: B prompts, T tokens of an answer at most, V classes.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -65,27 +66,27 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
-class _Shared(LogitsProcessor):
-    """No class beyond those that teacher and student share."""
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn.
 
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p: tokens are drawn from the most likely ones that hold this share of the probability; 1: from all.
+        stop: tokens that end an answer.
+        pad_token_id: fills up shorter prompts.
+        vocab_size: no class from here on is drawn; those below are shared by teacher and student.
+    """
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        scores[:, self.vocab_size :] = -torch.inf
-        return scores
+    temperature: float
+    top_p: float
+    stop: Sequence[int]
+    pad_token_id: int
+    vocab_size: int
 
 
 def generate(
-    model: PreTrainedModel,
-    prompts: Sequence[np.ndarray],
-    uniforms: np.ndarray,
-    *,
-    temperature: float,
-    top_p: float,
-    stop: Sequence[int],
-    pad_token_id: int,
-    vocab_size: int,
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], uniforms: np.ndarray, decoding: Decoding
 ) -> list[list[int]]:
     """An answer to each of B prompts, its stop token included if it came to one.
 
@@ -94,35 +95,34 @@ def generate(
     Args:
         prompts: token ids, at least one each.
         uniforms: [B, T], in [0, 1): what the answers are drawn by; T is how long they may be.
-        temperature: 0 takes the most likely token.
-        vocab_size: of the vocabulary, those before it can be drawn.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter's wrapper
     device, width, limit = base.device, max(map(len, prompts)), uniforms.shape[1]
-    input_ids = torch.full((len(prompts), width), pad_token_id)
+    input_ids = torch.full((len(prompts), width), decoding.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
         attention_mask[row, width - len(prompt) :] = 1
-    processors = LogitsProcessorList([_Shared(vocab_size)])
-    if temperature > 0:
-        if temperature != 1:
-            processors.append(TemperatureLogitsWarper(temperature))
-        if top_p < 1:
-            processors.append(TopPLogitsWarper(top_p))
+    processors = LogitsProcessorList()
+    if decoding.temperature > 0:
+        if decoding.temperature != 1:
+            processors.append(TemperatureLogitsWarper(decoding.temperature))
+        if decoding.top_p < 1:
+            processors.append(TopPLogitsWarper(decoding.top_p))
         processors.append(_Draw(torch.from_numpy(uniforms).to(device), width))
     config = GenerationConfig(
         do_sample=False,  # what is drawn, the last processor draws
         max_new_tokens=limit,
-        eos_token_id=list(stop) or None,
-        pad_token_id=pad_token_id,
+        eos_token_id=list(decoding.stop) or None,
+        pad_token_id=decoding.pad_token_id,
+        suppress_tokens=list(range(decoding.vocab_size, base.get_output_embeddings().weight.shape[0])) or None,
         use_cache=True,
     )
     with evaluating(model), _generation_config(base, config):
-        found = base.generate(
+        tokens = base.generate(
             input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), logits_processor=processors
         )
-    return [_until(stop, answer) for answer in found[:, width:].tolist()]
+    return [_until(decoding.stop, answer) for answer in tokens[:, width:].tolist()]
 
 
 def _until(stop: Sequence[int], answer: list[int]) -> list[int]:

@@ -120,11 +120,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def probe_ids(model: PreTrainedModel) -> torch.Tensor:
-    """A few token ids spread over the vocabulary, [1, 16], on the model's device."""
+def probe(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few token ids spread over the vocabulary and their position ids, both [1, 16], on the model's device."""
     rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(_PROBE_TOKENS) * max(rows // _PROBE_TOKENS, 1) % rows
-    return ids[None].to(input_device(model))
+    positions = torch.arange(_PROBE_TOKENS, device=input_device(model))[None]
+    return positions * max(rows // _PROBE_TOKENS, 1) % rows, positions
 
 
 def disagreement(actual: torch.Tensor, expected: torch.Tensor, precision: torch.dtype | None = None) -> str | None:
@@ -145,8 +145,7 @@ def check_head(model: PreTrainedModel) -> None:
     Called once when a model is loaded: a scale, a softcap or an adapter that the halves don't know would otherwise
     train the student on wrong numbers.
     """
-    ids = probe_ids(model)
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    ids, positions = probe(model)
     with evaluating(model):
         expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         actual = head_of(model).logits(hidden_states(model, ids, positions))
@@ -183,11 +182,11 @@ def check_packing(model: PreTrainedModel) -> None:
 def packed_probe(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Token and position ids [2, 16] of two samples with one second document after different first ones: what differs
     there is not layout."""
-    ids = probe_ids(model)
+    ids, positions = probe(model)
     half = ids.shape[1] // 2
     firsts = torch.cat([ids[:, :half], ids[:, half:]])
     packed = torch.cat([firsts, ids[:, half:].flip(1).expand(2, -1)], dim=1)
-    return packed, torch.arange(half, device=ids.device).repeat(2).expand(2, -1)
+    return packed, (positions % half).expand(2, -1)
 
 
 def require_apart(name: str, hidden: torch.Tensor) -> None:

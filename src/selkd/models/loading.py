@@ -25,6 +25,7 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
     On x86 ``ATEN_CPU_CAPABILITY=avx2`` makes of a processor with AVX-512 or AMX one without, here as in PyTorch.
     """
+    native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
@@ -33,8 +34,6 @@ def native_dtype(device: torch.device) -> torch.dtype:
         native = any(capabilities.get(name) for name in _ARM_BF16)
         if torch.backends.cpu.get_cpu_capability() not in _BELOW_AVX512:
             native = native or any(capabilities.get(name) for name in _X86_BF16)
-    else:
-        native = False
     return torch.bfloat16 if native else torch.float32
 
 
@@ -104,40 +103,32 @@ def n_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def n_rows(source: ModelSource) -> int:
-    """How many classes the model's head has, from its configuration: no weights are read.
-
-    Raises:
-        InputError: a configuration that this Transformers doesn't know.
-    """
-    return int(_text_config(source).vocab_size)
-
-
-def n_positions(source: ModelSource) -> int | None:
-    """How many positions the model was made for, None if its configuration names no limit. Raises as ``n_rows``."""
-    return _limit(_text_config(source))
-
-
-def window_of(model: Any) -> int | None:
-    """The same of a model in memory, with adapters or without; None of what is no model, such as a cache."""
-    config: Any = getattr(model, "config", None)
-    return None if config is None else _limit(config.get_text_config(decoder=True))
-
-
-def _limit(config: Any) -> int | None:
-    limit = getattr(config, "max_position_embeddings", None)
-    return None if limit is None else int(limit)
-
-
-def _text_config(source: ModelSource) -> Any:
-    return read_config(source).get_text_config(decoder=True)
-
-
 def read_config(source: ModelSource) -> Any:
-    """The Transformers configuration of ``source``. Raises InputError if this Transformers does not know it."""
+    """The model's configuration; no weights are read. Raises InputError if this Transformers doesn't know it."""
     try:
         return AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model {source.name!r}: its configuration can't be read from {source.path}: {error}"
         ) from error
+
+
+def n_rows(source: ModelSource) -> int:
+    """How many classes the model's head has. Raises as ``read_config``."""
+    return int(read_config(source).get_text_config(decoder=True).vocab_size)
+
+
+def n_positions(source: ModelSource) -> int | None:
+    """How many positions the model was made for; None if its configuration names no limit. Raises as ``n_rows``."""
+    return _limit(read_config(source))
+
+
+def window_of(model: Any) -> int | None:
+    """``n_positions`` of a model in memory, with adapters or without; None of what is no model, such as a cache."""
+    config = getattr(model, "config", None)
+    return None if config is None else _limit(config)
+
+
+def _limit(config: Any) -> int | None:
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return None if limit is None else int(limit)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selkd.maths.chunked import ChunkedLogits
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 
@@ -74,6 +75,12 @@ class ModelPair:
     def teacher_hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The teacher's hidden states [B, T, D] of the same batch, on its own device and in its own dtype."""
         return hidden_states(self.teacher, batch["input_ids"], batch["position_ids"])
+
+    def teacher_logits(self, batch: Mapping[str, Tensor]) -> ChunkedLogits:
+        """The teacher's logits at the valid positions of the same batch, in the order of its mask: its body runs now,
+        its head when they are asked for."""
+        hidden = self.teacher_hidden(batch)
+        return ChunkedLogits(hidden[batch["valid_mask"].to(hidden.device)], self.teacher_head)
 
     def with_student(self, student: Load) -> "ModelPair":
         """Another student beside the same teacher, which is loaded once for both pairs."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from selkd.errors import InputError
-from selkd.models.head import body_of, disagreement, evaluating, hidden_states, probe_ids
+from selkd.models.head import body_of, disagreement, evaluating, hidden_states, probe
 
 
 def prune(
@@ -31,15 +31,20 @@ def prune(
         InputError: ``n_keep`` out of 1 … n - 1, no valid position in ``batches``, or a model that can't be cut.
     """
     n_layers = len(_layers(model)[1])
-    if not 1 <= n_keep < n_layers:
-        raise InputError(
-            f"student.prune_from_teacher.layers is {n_keep}: the teacher has {n_layers} layers, "
-            f"so 1 to {n_layers - 1} can be kept."
-        )
+    require_fewer_layers(n_keep, n_layers)
     influence = block_influence(model, batches)
     strongest = sorted(range(n_layers), key=lambda layer: (-influence[layer], layer))
     kept = sorted(strongest[:n_keep])
     return keep_layers(model, kept), kept, influence
+
+
+def require_fewer_layers(n_keep: int, n_layers: int) -> None:
+    """Raises InputError unless ``n_keep`` of a teacher's ``n_layers`` layers make a smaller model."""
+    if not 1 <= n_keep < n_layers:
+        raise InputError(
+            f"student.prune_from_teacher.layers is {n_keep}: the teacher has {n_layers} layers, so 1 to "
+            f"{n_layers - 1} can be kept."
+        )
 
 
 def block_influence(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[float]:
@@ -59,10 +64,9 @@ def block_influence(model: PreTrainedModel, batches: Iterable[Mapping[str, torch
             mask = batch["valid_mask"].to(model.device)
             with ExitStack() as hooks:
                 for index, layer in enumerate(layers):
-                    hooks.enter_context(
-                        layer.register_forward_hook(_cosine_hook(cosines, index, mask), with_kwargs=True)
-                    )
-                hidden_states(model, batch["input_ids"].to(model.device), batch["position_ids"].to(model.device))
+                    hook = _cosine_hook(cosines, index, mask)
+                    hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
+                hidden_states(model, batch["input_ids"], batch["position_ids"])
             positions += int(mask.sum())
     if positions == 0:
         raise InputError("the text for measuring block influence has no valid position; give longer text.")
@@ -109,26 +113,28 @@ def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The body's list of layers and its name in the model: the one list as long as the configuration says."""
     body = body_of(model)
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in body.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)  # a layer's experts may be as many
+        inside = any(name.startswith(f"{outer}.") for outer in lists)  # a layer's experts may be as many
         if isinstance(module, nn.ModuleList) and len(module) == n_layers and not inside:
-            found[name] = module
-    if len(found) != 1:
+            lists[name] = module
+    if len(lists) != 1:
         raise InputError(
-            f"{type(model).__name__}: expected one list of {n_layers} layers, found {sorted(found) or 'none'}. "
+            f"{type(model).__name__}: expected one list of {n_layers} layers, found {sorted(lists) or 'none'}. "
             "This family can't be pruned."
         )
-    (layers,) = found.values()
+    (layers,) = lists.values()
     return next(name for name, module in model.named_modules() if module is layers), layers
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> Any:
     """The configuration of the shorter model: the number of layers, and whatever it lists or counts by layer."""
-    cut = copy.deepcopy(config)
-    text = cut.get_text_config(decoder=True)
+    content, text = config.to_dict(), config.get_text_config(decoder=True)
+    cut = content
+    if text is not config:
+        cut = next(content[name] for name in config.sub_configs if getattr(config, name) is text)
     n_layers = text.num_hidden_layers
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
     for name, value in text.to_dict().items():
         if name == "mlp_only_layers" and value is not None:  # numbers of the dense layers (Qwen's mixtures of experts)
             changes[name] = [new for new, old in enumerate(kept) if old in value]
@@ -136,18 +142,9 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
             changes[name] = sum(old < value for old in kept)
         elif isinstance(value, list) and len(value) == n_layers and not name.endswith(("token_id", "token_ids")):
             changes[name] = [value[old] for old in kept]
+    cut.update({text.attribute_map.get(name, name): value for name, value in changes.items()})
     # Read back as a saved model's would be, so that the model in memory is the model on disk.
-    return type(config).from_dict(_with_text_changes(cut, text, changes | {"num_hidden_layers": len(kept)}))
-
-
-def _with_text_changes(config: Any, text: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    content = config.to_dict()
-    target = content
-    if text is not config:
-        target = next(content[name] for name in config.sub_configs if getattr(config, name) is text)
-    for name, value in changes.items():
-        target[text.attribute_map.get(name, name)] = value
-    return content
+    return type(config).from_dict(content)
 
 
 def _cut_state(state: Mapping[str, torch.Tensor], prefix: str, kept: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -165,8 +162,7 @@ def _cut_state(state: Mapping[str, torch.Tensor], prefix: str, kept: Sequence[in
 
 
 def _difference_from_skipping(model: PreTrainedModel, pruned: PreTrainedModel, kept: Sequence[int]) -> str | None:
-    ids = probe_ids(model)
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    ids, positions = probe(model)
     _, layers = _layers(model)
     with evaluating(model), ExitStack() as hooks:
         for index in set(range(len(layers))) - set(kept):
@@ -181,9 +177,9 @@ def _layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def _skip_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Makes a layer return what it was given."""
-    given = _layer_input(args, kwargs)
-    return (given, *output[1:]) if isinstance(output, tuple) else given
+    """Makes a layer return its input."""
+    before = _layer_input(args, kwargs)
+    return (before, *output[1:]) if isinstance(output, tuple) else before
 
 
 def _cosine_hook(cosines: torch.Tensor, index: int, mask: torch.Tensor) -> Any:

@@ -14,8 +14,6 @@ _PACKAGES = {
     "bitsandbytes_8bit": ("bitsandbytes", "bitsandbytes"),
     "bitsandbytes_4bit": ("bitsandbytes", "bitsandbytes"),
 }
-
-
 # What beside the name decides a quantised teacher's numbers: part of its precision's name, so of every fingerprint.
 _FORMS = {"bitsandbytes_8bit": "no outliers apart", "bitsandbytes_4bit": "nf4"}
 

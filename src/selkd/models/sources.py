@@ -1,5 +1,6 @@
 """Where a model's files are: the embedded default, a local folder or a hub id; and what identifies it."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,31 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import huggingface_hub
 import xxhash
 from huggingface_hub import errors as hub_errors
 
 from selkd.errors import InputError
-from selkd.models.demo import DEMO, DEMO_NAME, converted_demo, converted_gguf
+from selkd.files import write_whole
+from selkd.models.demo import DEMO, DEMO_NAME, converted_gguf, demo_gguf
 
 _FORMAT = "selkd-model-1"
-# Said by whoever saved the folder, without influence on what the model computes once its dtype has been chosen.
-_INCIDENTAL_CONFIG = {
-    "_name_or_path",
-    "_model_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-}
+# Keys of config.json without influence on what the model computes once its dtype has been chosen.
+_INCIDENTAL = {"_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Weights only as safetensors: a .bin is a pickle. Mistral's repositories carry the weights twice, the second time as
 # consolidated*.safetensors, which Transformers does not read.
 WITHOUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model")
 _HUB_FILES = ("*.safetensors", *WITHOUT_WEIGHTS)
-_NOT_HUB_FILES = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ def locate(model: str, cache_dir: Path) -> ModelSource:
     Raises:
         InputError: no such model, a folder that is not a model with safetensors weights, or a hub that can't be
             reached; an unwritable ``cache_dir``.
-        RunError: the demo model could not be converted (for example a full disk).
+        RunError: a converted model or the fingerprint's memo can't be written (for example a full disk).
     """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -72,14 +65,13 @@ def locate(model: str, cache_dir: Path) -> ModelSource:
         raise InputError(
             f"cache folder {cache_dir} can't be made: {error}. Set SELKD_CACHE to a folder that can be written."
         ) from error
+    name, path = model, Path(model).expanduser()
     if model == DEMO:
-        name, path = DEMO_NAME, converted_demo(cache_dir)
-    elif model.endswith(".gguf") and Path(model).expanduser().is_file():
-        name, path = model, converted_gguf(Path(model).expanduser(), model, cache_dir)
-    elif Path(model).expanduser().is_dir():
-        name, path = model, Path(model).expanduser()
-    else:
-        name, path = model, downloaded(model)
+        name, path = DEMO_NAME, converted_gguf(demo_gguf(), DEMO, cache_dir)
+    elif model.endswith(".gguf") and path.is_file():
+        path = converted_gguf(path, model, cache_dir)
+    elif not path.is_dir():
+        path = downloaded(model)
     return ModelSource(name, path, _fingerprint(model, path, cache_dir))
 
 
@@ -92,9 +84,10 @@ def downloaded(model: str, files: Sequence[str] = _HUB_FILES) -> Path:
     if not _HUB_ID.fullmatch(model):
         raise InputError(f"model {model!r}: there is no such folder, and it is not a hub id (owner/name) either.")
     try:
-        return Path(
-            huggingface_hub.snapshot_download(model, allow_patterns=list(files), ignore_patterns=_NOT_HUB_FILES)
+        folder = huggingface_hub.snapshot_download(
+            model, allow_patterns=list(files), ignore_patterns=["*/*", "consolidated*"]
         )
+        return Path(folder)
     except hub_errors.RepositoryNotFoundError as error:
         raise InputError(
             f"model {model!r}: no such folder here, and the hub has no such model or does not show it to you. "
@@ -110,26 +103,30 @@ def downloaded(model: str, files: Sequence[str] = _HUB_FILES) -> Path:
 
 def _fingerprint(model: str, path: Path, cache_dir: Path) -> str:
     """Digest of config.json and every weight file; read once, then remembered by path, size and modification time."""
-    files = _model_files(model, path)
+    config, *weights = _model_files(model, path)
     # Links are followed: in the hub's cache a snapshot is made of links to blobs.
-    stats = [(file.name, file.stat()) for file in files]
-    state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in (config, *weights)]
     memo = cache_dir / "fingerprints" / f"{xxhash.xxh3_64_hexdigest(os.fsencode(path.resolve()))}.json"
-    remembered = _read_memo(memo)
-    if remembered.get("format") == _FORMAT and remembered.get("files") == state:
-        return str(remembered["fingerprint"])
-
+    if remembered := _remembered(memo, state):
+        return remembered
     digest = xxhash.xxh3_128()
-    digest.update(json.dumps([_FORMAT, _architecture(model, path)], sort_keys=True).encode())
-    for file in files[1:]:
-        # The name and size part one file from the next.
-        digest.update(json.dumps([file.name, file.stat().st_size]).encode())
+    digest.update(json.dumps([_FORMAT, _architecture(model, config)], sort_keys=True).encode())
+    for file in weights:
+        digest.update(json.dumps([file.name, file.stat().st_size]).encode())  # parts one file from the next
         with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
+            hashlib.file_digest(stream, lambda: digest)
     fingerprint = digest.hexdigest()
-    _write_memo(memo, {"format": _FORMAT, "files": state, "fingerprint": fingerprint})
+    write_whole(memo, json.dumps({"format": _FORMAT, "files": state, "fingerprint": fingerprint}))
     return fingerprint
+
+
+def _remembered(memo: Path, state: list[Any]) -> str | None:
+    """The fingerprint in a memo of these files; None if there is none or it is damaged: it is computed again."""
+    try:
+        content = json.loads(memo.read_text(encoding="utf-8"))
+        return str(content["fingerprint"]) if (content["format"], content["files"]) == (_FORMAT, state) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _model_files(model: str, path: Path) -> list[Path]:
@@ -146,27 +143,11 @@ def _model_files(model: str, path: Path) -> list[Path]:
     return [config, *weights]
 
 
-def _architecture(model: str, path: Path) -> dict[str, Any]:
+def _architecture(model: str, file: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"model {model!r}: {path / 'config.json'} is not JSON: {error}.") from error
+        raise InputError(f"model {model!r}: {file} is not JSON: {error}.") from error
     if not isinstance(config, dict):
-        raise InputError(f"model {model!r}: {path / 'config.json'} holds a {type(config).__name__}, not an object.")
-    return {key: value for key, value in config.items() if key not in _INCIDENTAL_CONFIG}
-
-
-def _read_memo(memo: Path) -> dict[str, Any]:
-    """What was remembered; nothing if the file is absent or damaged, for it can always be computed again."""
-    try:
-        content = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write_memo(memo: Path, content: dict[str, Any]) -> None:
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    temporary = memo.with_name(f".{memo.name}.{uuid4().hex}")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.replace(memo)
+        raise InputError(f"model {model!r}: {file} holds a {type(config).__name__}, not an object.")
+    return {key: value for key, value in config.items() if key not in _INCIDENTAL}

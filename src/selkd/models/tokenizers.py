@@ -22,14 +22,14 @@ PROBES = (
     MARKUP,
 )
 _CHARACTER_BYTES = 4  # of one character in UTF-8 at most, so in that many tokens at most
-# The padding token is left out: no class is told by it, and load_tokenizer may have chosen it.
+# Not the padding token, which decides no id of a text and which load_tokenizer may have chosen.
 _SPECIAL = ("bos_token", "eos_token", "unk_token")
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer of ``source``. If it has no padding token, an existing token pads: nothing is added or resized.
 
-    Padding is never told by its id (that is what valid masks are for), so the unknown or end token can serve.
+    Nothing recognises padding by its id (that is what valid masks are for), so the unknown or end token can serve.
 
     Raises:
         InputError: no tokenizer there, or no token that could pad.
@@ -106,7 +106,8 @@ def shared_classes(sizes: dict[str, int], tokenizer: PreTrainedTokenizerBase) ->
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """32 hex digits over everything that decides which ids a text becomes; padding and truncation settings don't."""
-    identity = [_FORMAT, _rules(tokenizer), tokenizer.get_vocab(), _special_ids(tokenizer), _encodings(tokenizer)]
+    special_ids = {name: getattr(tokenizer, f"{name}_id") for name in _SPECIAL}
+    identity = [_FORMAT, _rules(tokenizer), tokenizer.get_vocab(), special_ids, _encodings(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
@@ -116,10 +117,6 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
         return None
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return {part: rules[part] for part in ("normalizer", "pre_tokenizer", "model", "post_processor")}
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    return {name: getattr(tokenizer, f"{name}_id") for name in _SPECIAL}
 
 
 def _encodings(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -132,7 +129,9 @@ def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrained
 
     Which of the shared tokens ends a text may differ, as between a base model and its chat version: a class stays what
     it is, and the text is prepared with the teacher's tokenizer alone."""
-    if differences := _differences(teacher, student):
+    differences = _vocabulary_differences(teacher.get_vocab(), student.get_vocab())
+    differences = differences or _encoding_differences(teacher, student)
+    if differences:
         raise InputError(
             "teacher and student have different tokenizers, so their classes can't be compared: "
             + "; ".join(differences)
@@ -140,11 +139,8 @@ def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrained
         )
 
 
-def _differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
-    return _vocabulary_differences(teacher.get_vocab(), student.get_vocab()) or _encoding_differences(teacher, student)
-
-
 def _vocabulary_differences(teacher: dict[str, int], student: dict[str, int], shown: int = 3) -> list[str]:
+    """How many tokens there are and how many differ, and the first of these; nothing if all are equal."""
     tokens = [token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token)]
     if not tokens:
         return []
@@ -158,10 +154,9 @@ def _id(vocabulary: dict[str, int], token: str) -> str:
 
 
 def _encoding_differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
+    """The first probe that the two encode differently, and where; nothing if there is none."""
     for probe, ours, theirs in zip(PROBES, _encodings(teacher), _encodings(student), strict=True):
-        if probe == MARKUP:  # which shared tokens are special may differ
-            continue
-        if ours != theirs:
+        if ours != theirs and probe != MARKUP:  # which shared tokens are special may differ
             longer = max(len(ours), len(theirs))
             at = next(i for i in range(longer) if ours[i : i + 1] != theirs[i : i + 1])
             return [f"{probe!r:.80} becomes ids {ours[at : at + 5]} and {theirs[at : at + 5]} from token {at} on"]

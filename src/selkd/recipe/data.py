@@ -105,3 +105,14 @@ class DataOptions(RowOptions, SourceOptions):
     )
     held_out_tokens: int = Field(16384, ge=2, description="How many tokens the held-out split has at most.")
     streaming: bool | None = Field(None, description="Stream a hub data set; null: where `tokens` is given.")
+
+    @model_validator(mode="after")
+    def _room_for_a_sample(self) -> "DataOptions":
+        held_out_tokens = self.held_out_tokens if self.held_out_fraction > 0 else None
+        for key, budget in (("data.tokens", self.tokens), ("data.held_out_tokens", held_out_tokens)):
+            if budget is not None and budget < self.max_length:
+                raise ValueError(
+                    f"{key}: {budget} tokens are fewer than one sample of data.max_length = {self.max_length}; raise "
+                    f"{key} or lower data.max_length."
+                )
+        return self

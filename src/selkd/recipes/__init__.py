@@ -1,0 +1,1 @@
+"""The named recipes, a YAML file each."""

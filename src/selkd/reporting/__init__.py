@@ -1,0 +1,1 @@
+"""What people read of a run: the page, the plots, the tables and the model card."""

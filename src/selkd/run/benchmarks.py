@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from selkd.errors import RunError
+from selkd.files import new_folder
 from selkd.models.adapters import merged
 from selkd.models.head import evaluating
 from selkd.models.loading import window_of
@@ -116,21 +114,10 @@ def read_best(run_path: Path) -> dict[str, Any] | None:
 
 def _save(work: Workspace, student: PreTrainedModel, best: dict[str, Any]) -> None:
     """Replace the best student by this one; the old one goes only when the new one is whole."""
-    folder = work.run_path / BEST
-    try:
-        work.run_path.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{BEST}-", dir=work.run_path))
+    with new_folder(work.run_path / BEST, replace=True) as new:
         merged(student).save_pretrained(new)
         work.tokenizer.save_pretrained(new)
         (new / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
-        new.chmod(0o755)
-        old = new.with_name(f"{new.name}-old")
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise RunError(f"{folder}: can't be written ({error}). Free space, then run again.") from error
 
 
 def _benchmark_options(options: EvaluationOptions) -> Any:

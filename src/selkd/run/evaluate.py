@@ -83,12 +83,4 @@ def benchmarks_record(run: RunDirectory) -> dict[str, Any]:
 
 
 def measure_fidelity(work: Workspace, student: PreTrainedModel, description: str) -> Fidelity:
-    return fidelity(
-        student,
-        work.models.teacher,
-        work.splits.held_out,
-        work.dtype,
-        work.models.pad_token_id,
-        work.vocab_size,
-        description,
-    )
+    return fidelity(work.models.with_student(lambda: student), work.splits.held_out, description)

@@ -12,8 +12,8 @@ import torch
 from selkd.errors import InputError, RunError
 from selkd.files import write_whole
 from selkd.models.loading import load_model
+from selkd.models.pair import ModelPair
 from selkd.models.sources import locate
-from selkd.recipe.choices import needs_teacher
 from selkd.recipe.files import load_recipe
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
@@ -119,19 +119,15 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
             evaluate(work, run, student, "after")
         if work.state.is_main_process:
             shown = work.splits.held_out if len(work.splits.held_out) else work.splits.train
-            recipe = work.recipe
-            found = examine(
-                student,
-                work.models.teacher if needs_teacher(recipe.positions.metric) else None,
-                work.tokenizer,
+            positions, steps = work.recipe.positions, run.record["train"]["steps"]
+            looked_at = examine(
+                ModelPair(lambda: student, lambda: work.models.teacher, work.tokenizer, work.vocab_size, torch.float32),
                 [shown[index] for index in range(min(EXAMPLES, len(shown)))],
-                recipe.positions.metric if recipe.positions.metric not in (None, "random") else "student_entropy",
-                [recipe.positions],
-                work.vocab_size,
-                recipe.seed,
-                contexts=[step_context(recipe.positions, run.record["train"]["steps"], run.record["train"]["steps"])],
+                positions.metric if positions.metric not in (None, "random") else "student_entropy",
+                [(positions, step_context(positions, steps, steps))],
+                work.recipe.seed,
             )
-            write_whole(examples, json.dumps(found) + "\n")
+            write_whole(examples, json.dumps(looked_at) + "\n")
     card = run.path / "student" / "README.md"
     if work.state.is_main_process:
         if unmeasured or not card.exists():  # a finished student's card may have been edited

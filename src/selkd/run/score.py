@@ -71,17 +71,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
 def _score(work: Workspace, samples: SampleDataset, estimator: Estimator | None) -> tuple[np.ndarray, int]:
     """Scores of some of the training samples, and the tokens that the teacher ran on."""
     assert work.recipe.samples is not None
-    return score_samples(
-        work.recipe.samples.metric,
-        samples,
-        lambda: work.models.student,
-        lambda: work.models.teacher,
-        work.dtype,
-        work.models.pad_token_id,
-        work.vocab_size,
-        work.recipe.seed,
-        estimator,
-    )
+    return score_samples(work.recipe.samples.metric, samples, work.models, work.recipe.seed, estimator)
 
 
 def _approximation(work: Workspace) -> str:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +20,7 @@ from selkd.data.collate import collate
 from selkd.data.samples import Sample, SampleDataset
 from selkd.data.splits import Splits, load_splits
 from selkd.errors import InputError
+from selkd.files import new_folder
 from selkd.models.adapters import with_adapters
 from selkd.models.head import check_head, check_packing
 from selkd.models.loading import (
@@ -291,18 +290,7 @@ def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, pruning: dict[str, Any]
 ) -> None:
     """Save model, tokenizer and ``pruning.json`` as a new folder, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "pruning.json").write_text(json.dumps(pruning, indent=1) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp's folders are private, but the cache may be shared
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
-                raise
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+    with new_folder(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        (new / "pruning.json").write_text(json.dumps(pruning, indent=1) + "\n", encoding="utf-8")

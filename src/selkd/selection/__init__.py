@@ -1,0 +1,1 @@
+"""Scores in, selections out: positions, classes and samples."""

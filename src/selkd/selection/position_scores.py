@@ -1,10 +1,10 @@
-"""Scores of positions: a metric at every valid position of a batch, from hidden states, without gradient.
+"""Statistics of positions, and a metric at every valid position of a batch, from hidden states, without gradient.
 
-Shapes: B batch, T positions, n of a chunk, V classes, D hidden.
+Shapes: B batch, T positions, N positions, n of a chunk, V classes, D hidden.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,20 +12,13 @@ from torch import Tensor
 from selkd import plugins
 from selkd.maths.chunked import chunked_statistics, wide
 from selkd.maths.head import Head
-from selkd.maths.importance import METRICS, metric_of, statistics
-from selkd.recipe.choices import SAMPLED_POLICIES, PositionOptions, needs_teacher
+from selkd.maths.importance import METRICS, Own, metric_of, statistics
+from selkd.recipe.choices import SAMPLED_POLICIES, PositionOptions
 from selkd.selection.positions import POLICIES, StepContext, counts_of, eligible, select
 from selkd.selection.randomness import draw_uniforms, position_uniforms
 
-
-class Logits(Protocol):
-    def logits(self, rows: slice) -> Tensor:
-        """Logits [n, V] of some positions."""
-
-
-class LogitsAt(Protocol):
-    def at(self, index: Tensor) -> Logits:
-        """The logits at flat positions ``index`` into [B * T]."""
+LogitsOf = Callable[[slice], Tensor]
+"""Gives the logits [n, V] of some of N positions."""
 
 
 @dataclass(frozen=True)
@@ -36,50 +29,69 @@ class PositionScores:
     statistics: dict[str, Tensor]
 
 
+def position_statistics(
+    names: Sequence[str],
+    hidden_states: Tensor,
+    head: Head,
+    targets: Tensor,
+    teacher_logits: LogitsOf | None,
+    own: Own | None = None,
+) -> dict[str, Tensor]:
+    """Statistics ``names`` of N positions in one pass over the chunks of their logits: name -> [N].
+
+    Args:
+        names: as ``selkd.maths.importance.statistics`` has them.
+        hidden_states: the student's, [N, D].
+        head: its head, in the dtype of the products.
+        targets: int64 [N].
+        teacher_logits: of the same positions, on any device; None if no name needs them.
+        own: a user's functions, as ``statistics`` takes them.
+    """
+
+    def compute(student_logits: Tensor, rows: slice) -> Tensor:
+        of_teacher = None if teacher_logits is None else teacher_logits(rows).to(student_logits.device)
+        return statistics(names, student_logits, of_teacher, targets[rows], own)
+
+    columns = chunked_statistics(hidden_states, head, compute, n_statistics=len(names))
+    return dict(zip(names, columns.unbind(dim=-1), strict=True))
+
+
 @torch.no_grad()
 def score_positions(
     metric: str | None,
     hidden_states: Tensor,
     head: Head,
     batch: dict[str, Tensor],
-    teacher: LogitsAt | None,
-    *,
-    seed: int,
-    step: int,
+    teacher_logits: LogitsOf | None,
+    random_stream: tuple[int, int] | None = None,
 ) -> PositionScores:
-    """The metric at the valid positions of a batch, one pass over the chunks for all the statistics that it needs.
+    """The metric at the valid positions of a batch.
 
     Args:
-        metric: a metric's name; ``random`` is uniform noise of (seed, sample id, step); None scores nothing (zeros).
+        metric: a metric's name; ``random`` is uniform noise; None scores nothing (zeros).
         hidden_states: the student's, [B, T, D].
         head: its head, in the dtype of the products.
         batch: of ``selkd.data.collate.collate``.
-        teacher: needed by some metrics.
+        teacher_logits: of the valid positions, in their order; None if the metric does not need them.
+        random_stream: the run's seed and the optimiser step; with the samples' ids they make the noise of ``random``.
     """
-    valid_mask, device = batch["valid_mask"], hidden_states.device
+    valid_mask = batch["valid_mask"]
     if metric is None:
         return PositionScores(wide(hidden_states.new_zeros(valid_mask.shape)), {})
     if metric == "random":
+        assert random_stream is not None, "noise is a function of seed and step"
+        seed, step = random_stream
         ids, mask = batch["sample_ids"].cpu().numpy(), valid_mask.cpu().numpy()
         noise = torch.from_numpy(position_uniforms(seed, ids, mask, "positions", step))
-        return PositionScores(noise.to(device), {})
-    valid = valid_mask.flatten().nonzero().flatten()
-    names = metric_of(metric).statistics
+        return PositionScores(noise.to(hidden_states.device), {})
     own = {} if metric in METRICS else {metric: plugins.metric_function(metric)}
-    targets = batch["targets"].flatten()[valid]
-    teachers = None
-    if needs_teacher(metric):
-        assert teacher is not None, f"{metric} needs the teacher"
-        teachers = teacher.at(valid)
-
-    def compute(student_logits: Tensor, rows: slice) -> Tensor:
-        teacher_logits = None if teachers is None else teachers.logits(rows)
-        return statistics(names, student_logits, teacher_logits, targets[rows], own)
-
-    columns = chunked_statistics(hidden_states.flatten(0, 1)[valid], head, compute, n_statistics=len(names))
-    placed = columns.new_zeros(valid_mask.numel(), len(names)).index_copy_(0, valid, columns)
-    found = {name: placed[:, i].view(valid_mask.shape) for i, name in enumerate(names)}
-    return PositionScores(metric_of(metric).combine(found, valid_mask), found)
+    names, targets = metric_of(metric).statistics, batch["targets"][valid_mask]
+    of_valid = position_statistics(names, hidden_states[valid_mask], head, targets, teacher_logits, own)
+    placed = {
+        name: values.new_zeros(valid_mask.shape).masked_scatter_(valid_mask, values)
+        for name, values in of_valid.items()
+    }
+    return PositionScores(metric_of(metric).combine(placed, valid_mask), placed)
 
 
 def choose_positions(

@@ -107,13 +107,11 @@ def estimator(options: PositionOptions | SampleOptions, ordered: np.ndarray | Te
 @torch.no_grad()
 def score_in_two_stages(
     options: PositionOptions,
-    ordered: np.ndarray,
+    estimate: Estimator,
     hidden_states: Tensor,
     head: Head,
     batch: dict[str, Tensor],
     context: StepContext,
-    *,
-    seed: int,
 ) -> PositionScores:
     """The student's entropy at the valid positions of a batch: exact at the best, estimated at the others.
 
@@ -122,7 +120,7 @@ def score_in_two_stages(
 
     Args:
         options: with ``scoring: two_stage``.
-        ordered: class ids, the most frequent of the training text first, [V].
+        estimate: as ``estimator`` makes it of the same options.
         hidden_states: the student's, [B, T, D].
         head: its head, in the dtype of the products.
         batch: of ``selkd.data.collate.collate``.
@@ -130,7 +128,6 @@ def score_in_two_stages(
     share = options.rescored_share
     assert share and context.fraction is not None, "top_k has a fraction, two_stage a share"  # noqa: PT018
     valid_mask = batch["valid_mask"]
-    estimate = estimator(options, torch.as_tensor(ordered, device=hidden_states.device), seed)
     scores = wide(hidden_states.new_zeros(valid_mask.shape))
     for row, mask in enumerate(valid_mask):
         scores[row, mask] = estimate(hidden_states[row, mask], head, context.step)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from selkd.cache.manifest import Fingerprint
 from selkd.cache.writer import CacheWriter, SampleRows
-from selkd.data.collate import collate, group_by_tokens
+from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
 from selkd.maths.chunked import chunk_size, chunks
 from selkd.maths.finite import require_finite
@@ -31,7 +31,6 @@ from selkd.teacher.targets import head_logits
 
 # A shard stores how often each class is drawn: some 30 kB at 50,000 classes, which a small shard would not repay.
 SHARD_TOKENS = 2**17
-TOKENS_AT_ONCE = 4096
 
 # Probabilities [n, V], the class ids and counts [n, C] drawn from them, and where the n positions are in the batch.
 Observe = Callable[[Tensor, tuple[Tensor, Tensor], slice], None]

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selkd.cache.rows import Rows
-from selkd.data.collate import group_by_tokens
+from selkd.data.collate import TOKENS_AT_ONCE, group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError
 from selkd.recipe.choices import ClassOptions
-from selkd.teacher.build_cache import TOKENS_AT_ONCE, Drawing, plan_shards
+from selkd.teacher.build_cache import Drawing, plan_shards
 
 
 @dataclass(frozen=True)

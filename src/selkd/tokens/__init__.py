@@ -1,0 +1,1 @@
+"""``selkd tokens``: a text coloured by a metric, with what policies pick of it."""

@@ -7,28 +7,28 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from selkd.data.collate import TOKENS_AT_ONCE
 from selkd.data.demo_text import demo_documents
 from selkd.data.encoding import encode
 from selkd.data.packing import split
-from selkd.data.samples import Sample
 from selkd.errors import InputError, RunError
 from selkd.models.head import check_head
 from selkd.models.loading import load_model, n_positions, n_rows, native_dtype
+from selkd.models.pair import ModelPair
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes
 from selkd.tokens.examine import examine
 from selkd.tokens.policy import PolicyChoice, require_teacher
 
 DEFAULT_MAX_LENGTH = 512
-_TOKENS_AT_ONCE = 4096
 
 
 def text_given(text: str | None, file: Path | None) -> str | None:
@@ -74,19 +74,18 @@ def _piped() -> str | None:
 
 
 def look(
-    model: str,
+    models: tuple[str, str | None],
     text: str,
     metric: str,
     policies: Sequence[PolicyChoice],
-    *,
-    teacher: str | None = None,
     max_length: int | None = None,
     seed: int = 1337,
 ) -> dict[str, Any]:
     """``examine`` of a text, tokenised as for training and cut into samples of at most ``max_length`` tokens.
 
-    The model computes in float32, the teacher in the device's native dtype; a teacher at which nothing looks is not
-    loaded.
+    Args:
+        models: names of the model, which computes in float32, and of a teacher, which computes in the device's native
+            dtype and is not loaded where no metric looks at it.
 
     Returns:
         What ``examine`` returns, and ``model``, ``teacher`` (names, the teacher's None if it was not asked), ``seed``
@@ -96,61 +95,48 @@ def look(
         InputError: no such model, one that can't be used, another tokenizer, too long samples, too short a text.
         RunError: a score that is not finite.
     """
-    teacher = teacher if require_teacher(metric, policies, teacher) else None
-    source, teacher_source, tokenizer = _found(model, teacher)
-    sources = {"model": source} | ({} if teacher_source is None else {"teacher": teacher_source})
-    vocab_size = shared_classes({name: n_rows(each) for name, each in sources.items()}, tokenizer)
-    samples = list(split(encode(tokenizer, [text]), _length(max_length, sources.values())))
+    wanted = {"model": models[0]}
+    if require_teacher(metric, policies, models[1]):
+        wanted["teacher"] = str(models[1])
+    cache_dir = default_cache_dir()
+    sources = {role: locate(name, cache_dir) for role, name in wanted.items()}
+    tokenizers = [load_tokenizer(source) for source in sources.values()]
+    tokenizer = tokenizers[-1]  # the teacher's, which prepares the text of a training
+    require_same_tokenizer(tokenizer, tokenizers[0])
+    vocab_size = shared_classes({role: n_rows(source) for role, source in sources.items()}, tokenizer)
+    samples = list(split(encode(tokenizer, [text]), _length(max_length, sources)))
     if not samples:
         raise InputError("the text is one token long, which predicts nothing; give a longer one.")
 
     # MPS has no float64, which the draws need: a Mac computes on its CPU.
     device = PartialState(cpu=torch.backends.mps.is_available()).device
-    student = _loaded(source, torch.float32, device)
-    supervisor = None
-    if teacher_source is not None:
-        same = teacher_source.fingerprint == source.fingerprint
-        supervisor = student if same else _loaded(teacher_source, native_dtype(device), device)
+
+    def teacher() -> PreTrainedModel:
+        if sources["teacher"].fingerprint == sources["model"].fingerprint:
+            return pair.student
+        return _loaded(sources["teacher"], native_dtype(device), device)
+
+    pair = ModelPair(
+        lambda: _loaded(sources["model"], torch.float32, device), teacher, tokenizer, vocab_size, torch.float32
+    )
+    places = [(choice.options, choice.context) for choice in policies]
+    size = max(1, TOKENS_AT_ONCE // len(samples[0].token_ids))  # samples at once: the first is as long as any
     parts = [
-        examine(
-            student,
-            supervisor,
-            tokenizer,
-            batch,
-            metric,
-            [choice.options for choice in policies],
-            vocab_size,
-            seed,
-            contexts=[choice.context for choice in policies],
-        )
-        for batch in _batches(samples)
+        examine(pair, samples[start : start + size], metric, places, seed) for start in range(0, len(samples), size)
     ]
-    found = parts[0] | {"samples": [sample for part in parts for sample in part["samples"]]}
-    _require_finite(metric, found["samples"])
+    examined = parts[0] | {"samples": [sample for part in parts for sample in part["samples"]]}
+    _require_finite(metric, examined["samples"])
     return {
-        "model": source.name,
-        "teacher": None if teacher_source is None else teacher_source.name,
+        "model": sources["model"].name,
+        "teacher": sources["teacher"].name if "teacher" in sources else None,
         "seed": seed,
         "options": [choice.described() for choice in policies],
-        **found,
+        **examined,
     }
 
 
-def _found(model: str, teacher: str | None) -> tuple[ModelSource, ModelSource | None, PreTrainedTokenizerBase]:
-    """Both models' files and the tokenizer that they share: the teacher's, which prepares the text of a training."""
-    cache_dir = default_cache_dir()
-    source = locate(model, cache_dir)
-    tokenizer = load_tokenizer(source)
-    if teacher is None:
-        return source, None, tokenizer
-    teacher_source = locate(teacher, cache_dir)
-    teachers = load_tokenizer(teacher_source)
-    require_same_tokenizer(teachers, tokenizer)
-    return source, teacher_source, teachers
-
-
-def _length(asked: int | None, sources: Iterable[ModelSource]) -> int:
-    limits = {source.name: limit for source in sources if (limit := n_positions(source)) is not None}
+def _length(asked: int | None, sources: dict[str, ModelSource]) -> int:
+    limits = {source.name: limit for source in sources.values() if (limit := n_positions(source)) is not None}
     if asked is None:
         return min([DEFAULT_MAX_LENGTH, *limits.values()])
     for name, limit in limits.items():
@@ -163,12 +149,6 @@ def _loaded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Pr
     model = load_model(source, dtype, device)
     check_head(model)
     return model
-
-
-def _batches(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
-    """Consecutive samples, some thousands of tokens together; the first is as long as any."""
-    size = max(1, _TOKENS_AT_ONCE // len(samples[0].token_ids))
-    return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def _require_finite(metric: str, samples: Sequence[dict[str, Any]]) -> None:

@@ -1,79 +1,77 @@
-"""Real text with what a metric and some policies make of it: for the report's page and for ``selkd tokens``."""
+"""Real text with what a metric and some policies make of it: for the report's page and for ``selkd tokens``.
+
+Shapes: B samples, T positions.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
 
 from selkd.data.collate import collate
 from selkd.data.samples import Sample
-from selkd.models.head import evaluating, head_of, hidden_states
+from selkd.models.head import evaluating
+from selkd.models.pair import ModelPair
 from selkd.models.tokenizers import token_texts
-from selkd.recipe.choices import ClassOptions, PositionOptions
+from selkd.recipe.choices import PositionOptions, needs_teacher
 from selkd.selection.position_scores import choose_positions, score_positions
-from selkd.selection.positions import StepContext, step_context
-from selkd.teacher.targets import LiveTeacher
+from selkd.selection.positions import StepContext
 
 
 def examine(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
+    models: ModelPair,
     samples: Sequence[Sample],
     metric: str,
-    policies: Sequence[PositionOptions],
-    vocab_size: int,
+    policies: Sequence[tuple[PositionOptions, StepContext]],
     seed: int,
-    *,
-    contexts: Sequence[StepContext] | None = None,
 ) -> dict[str, Any]:
     """The samples' tokens, the metric at each position, and what each policy makes of it.
 
-    Index t of scores and coefficients is about token t+1. Scores are exact, in the models' own dtypes. A policy ranks
-    by its own metric, where that is another.
+    Index t of scores and coefficients is about token t+1. A policy ranks by its own metric, where that is another.
 
     Args:
-        teacher: needed if a metric needs it.
-        contexts: where in a run each policy is, all at the same step; by default at the first. gls has no queue here,
-            so its start is shown: the top scores of each sample.
+        models: scores are exact in the student's dtype where the pair's is the same. The teacher is loaded only if a
+            metric needs it.
+        policies: each with its place in a run, all at the same step. gls has no queue here, so its start is shown: the
+            top scores of each sample.
 
     Returns:
         ``metric``; ``policies``, their names; ``samples``, a list of ``sample_id``, ``tokens``, ``scores`` (None where
         not valid), ``valid``, ``coefficients`` (one list a policy) and ``selected`` (by the first policy).
     """
-    batch = {name: tensor.to(student.device) for name, tensor in collate(samples, int(tokenizer.pad_token_id)).items()}
-    valid_mask, head = batch["valid_mask"], head_of(student).slice_vocab(vocab_size)
-    with evaluating(student):
-        hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])
-    targets = None
-    if teacher is not None:
-        targets = LiveTeacher(teacher, ClassOptions.model_validate({}), 1.0, seed, vocab_size).targets(batch, 0)
-    names = {metric, *(options.metric for options in policies)}
-    contexts = contexts or [step_context(options, 0, 1) for options in policies]
-    step = contexts[0].step if contexts else 0
-    scores = {name: score_positions(name, hidden, head, batch, targets, seed=seed, step=step).values for name in names}
+    padded = collate(samples, models.pad_token_id)
+    batch = {name: tensor.to(models.student.device) for name, tensor in padded.items()}
+    valid_mask, step = batch["valid_mask"], policies[0][1].step
+    metrics = {metric, *(options.metric for options, _ in policies)}
+    with evaluating(models.student):
+        hidden = models.student_hidden(batch)
+        teacher_logits = models.teacher_logits(batch) if any(map(needs_teacher, metrics)) else None
+    scores = {
+        name: score_positions(
+            name, hidden, models.student_head, batch, teacher_logits if needs_teacher(name) else None, (seed, step)
+        ).values
+        for name in metrics
+    }
     coefficients = [
-        choose_positions(options, scores[options.metric], batch, context, seed=seed)
-        for options, context in zip(policies, contexts, strict=True)
+        choose_positions(options, scores[options.metric], batch, context, seed=seed) for options, context in policies
     ]
 
-    def row_of(tensor: torch.Tensor, row: int) -> list[Any]:
+    def row_of(tensor: Tensor, row: int) -> list[Any]:
         return tensor[row].tolist()[: len(samples[row].token_ids)]
 
     return {
         "metric": metric,
-        "policies": [options.policy for options in policies],
+        "policies": [options.policy for options, _ in policies],
         "samples": [
             {
                 "sample_id": sample.id.hex(),
-                "tokens": token_texts(tokenizer, sample.token_ids.tolist()),
+                "tokens": token_texts(models.tokenizer, sample.token_ids.tolist()),
                 "scores": [
                     round(value, 4) if valid else None
                     for value, valid in zip(row_of(scores[metric], row), row_of(valid_mask, row), strict=True)
                 ],
                 "valid": row_of(valid_mask, row),
-                "coefficients": [row_of(each, row) for each in coefficients],
+                "coefficients": [row_of(weights, row) for weights in coefficients],
                 "selected": row_of(coefficients[0] > 0, row),
             }
             for row, sample in enumerate(samples)

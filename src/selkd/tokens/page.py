@@ -1,13 +1,11 @@
 """What policies pick of a text as one HTML file that needs nothing else, neither a script nor the network."""
 
-import os
 from pathlib import Path
 
-import jinja2
-
-from selkd.errors import InputError, RunError
+from selkd.errors import InputError
+from selkd.files import write_whole
 from selkd.reporting.coloured_text import HEAT_LEVELS, HEAVY, LIGHT, WEIGHTS, marked_part
-from selkd.tokens.views import Comparison
+from selkd.tokens.views import TextView
 
 
 def check_page_path(page: Path) -> None:
@@ -18,35 +16,19 @@ def check_page_path(page: Path) -> None:
         raise InputError(f"--html {page}: there is no folder {page.parent}; make it, or give another file.")
 
 
-def write_tokens_page(page: Path, compared: Comparison) -> None:
-    """Write the page, whole or not at all; a file of that name is replaced.
+def write_tokens_page(page: Path, view: TextView) -> None:
+    """Write the page, every value escaped; a file of that name is replaced.
 
-    Raises RunError where it can't be written.
+    Raises:
+        RunError: it can't be written.
     """
-    text = render(compared)
-    unfinished = page.with_name(f".{page.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(text.encode("utf-8", errors="replace"))
-        unfinished.replace(page)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise RunError(
-            f"could not write {page}: {error.strerror}. Allow writing there, or give another file."
-        ) from error
+    from selkd.reporting.page import template  # late: it brings matplotlib, and without a page nothing is drawn
 
-
-def render(compared: Comparison) -> str:
-    """The page's HTML; every value is escaped."""
-    # Not select_autoescape: it goes by the ending, and .j2 would switch escaping off.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("selkd.reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    html = template("tokens.html.j2").render(
+        compared=view,
+        text={"levels": HEAT_LEVELS},  # what report.css reads
+        classes={HEAVY: "heavy", LIGHT: "light"},
+        words=WEIGHTS,
+        marked_part=marked_part,
     )
-    environment.filters["marked_part"] = marked_part
-    # ``text`` is what report.css reads.
-    return environment.get_template("tokens.html.j2").render(
-        compared=compared, text={"levels": HEAT_LEVELS}, classes={HEAVY: "heavy", LIGHT: "light"}, words=WEIGHTS
-    )
+    write_whole(page, html)

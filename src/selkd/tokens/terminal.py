@@ -8,22 +8,22 @@ from rich.console import Console
 from rich.text import Text
 
 from selkd.reporting.coloured_text import HEAVY, LIGHT, PLAIN, WEIGHTS, TokenView, marked_part
-from selkd.tokens.views import Comparison
+from selkd.tokens.views import TextView
 
 # From cold to hot at one brightness, so that each is readable on a dark and on a light ground.
 HEAT = ("#7d7d7d", "#6a7d9b", "#5578bd", "#6b6bd6", "#9160d2", "#b353b3", "#cf4a80", "#dd4444")
 _MARKS = {LIGHT: "underline", PLAIN: "reverse", HEAVY: "bold reverse underline"}
 
 
-def print_comparison(console: Console, compared: Comparison) -> None:
+def print_policies(console: Console, view: TextView) -> None:
     """The title, the legend, and a block for each policy."""
     coloured = has_colour(console)
-    title = Text.assemble((compared.model, "bold"), f", {compared.size}, coloured by {compared.metric}")
-    if compared.teacher is not None:
-        title.append(f" (teacher: {compared.teacher})")
+    title = Text.assemble((view.model, "bold"), f", {view.size}, coloured by {view.metric}")
+    if view.teacher is not None:
+        title.append(f" (teacher: {view.teacher})")
     _print(console, title)
-    _print(console, _legend(compared, coloured, console.encoding))
-    for policy in compared.policies:
+    _print(console, _legend(view, coloured, console.encoding))
+    for policy in view.policies:
         _print(console, Text())
         _print(console, Text.assemble((policy.label, "bold"), f"  {policy.count}: {policy.rule}"))
         for note in policy.notes:
@@ -46,21 +46,21 @@ def _print(console: Console, text: Text) -> None:
     console.print(text, soft_wrap=not console.is_terminal, highlight=False)
 
 
-def _legend(compared: Comparison, coloured: bool, encoding: str) -> Text:
+def _legend(view: TextView, coloured: bool, encoding: str) -> Text:
     """The scale and the marks that occur; without colour a low weight looks like any other."""
-    legend = Text(f"{compared.low} ")
+    legend = Text(f"{view.low} ")
     if coloured:
         for colour in HEAT:
             legend.append("██", style=colour)
     else:
         legend.append("to")
-    legend.append(f" {compared.high} and above    ")
-    for number, weight in enumerate(weight for weight in WEIGHTS if weight in compared.weights | {PLAIN}):
-        told = ", " if number else ""
+    legend.append(f" {view.high} and above    ")
+    for number, weight in enumerate(weight for weight in WEIGHTS if weight in view.weights | {PLAIN}):
+        comma = ", " if number else ""
         if coloured:
-            legend.append(told).append(WEIGHTS[weight], style=f"{HEAT[-1]} {_MARKS[weight]}")
+            legend.append(comma).append(WEIGHTS[weight], style=f"{HEAT[-1]} {_MARKS[weight]}")
         elif weight != LIGHT:
-            legend.append(told + _bracketed(WEIGHTS[weight], weight, encoding))
+            legend.append(comma + _bracketed(WEIGHTS[weight], weight, encoding))
     return legend
 
 

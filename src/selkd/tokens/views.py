@@ -1,8 +1,6 @@
-"""What several policies pick of one text, told for people: what the terminal and the page of ``selkd tokens`` share."""
+"""What several policies pick of one text, in words: what the terminal and the page of ``selkd tokens`` share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from selkd.reporting import formats, words
@@ -25,7 +23,7 @@ class PolicyView:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TextView:
     """Policies side by side on one text, and the scale of the colours: ``low`` to ``high`` of ``metric``."""
 
     model: str
@@ -42,51 +40,43 @@ class Comparison:
         return {token.weight for policy in self.policies for sample in policy.samples for token in sample}
 
 
-def compare(found: dict[str, Any]) -> Comparison:
-    """The views of what ``selkd tokens --json`` prints."""
-    samples, unit = found["samples"], words.metric_unit(found["metric"])
-    scale = heat_scale(samples)
-    tokens = sum(len(sample["tokens"]) for sample in samples)
-    return Comparison(
-        model=visible(words.model(found["model"])),
-        teacher=None if found["teacher"] is None else visible(words.model(found["teacher"])),
-        metric=visible(words.metric(found["metric"])),
-        low=formats.nats(scale[0]) if scale[0] else "0",
-        high=f"{formats.nats(scale[1])} {unit}".strip(),
-        size=f"{formats.count(tokens)} tokens" + (f" in {len(samples)} samples" if len(samples) > 1 else ""),
-        policies=[
-            _policy_view(index, options, samples, partial(token_views, scale=scale, unit=unit), found["seed"])
-            for index, options in enumerate(found["options"])
-        ],
+def describe(looked_at: dict[str, Any]) -> TextView:
+    """The view of what ``selkd tokens --json`` prints."""
+    samples, unit = looked_at["samples"], words.metric_unit(looked_at["metric"])
+    low, high = scale = heat_scale(samples)
+    n_valid = [sum(sample["valid"]) for sample in samples]
+    policies = []
+    for index, options in enumerate(looked_at["options"]):
+        weights = [sample["coefficients"][index] for sample in samples]
+        selected = [[weight > 0 for weight in row] for row in weights]
+        n_selected = list(map(sum, selected))
+        policies.append(
+            PolicyView(
+                label=visible(options["label"]),
+                rule=visible(words.positions({"positions": options})),
+                notes=_notes(options, looked_at["seed"]),
+                count=_count(sum(n_selected), sum(n_valid)),
+                counts=list(map(_count, n_selected, n_valid)),
+                samples=[
+                    token_views(sample | {"selected": is_selected, "weights": row}, scale, unit)
+                    for sample, is_selected, row in zip(samples, selected, weights, strict=True)
+                ],
+            )
+        )
+    n_tokens = sum(len(sample["tokens"]) for sample in samples)
+    return TextView(
+        model=visible(words.model(looked_at["model"])),
+        teacher=None if looked_at["teacher"] is None else visible(words.model(looked_at["teacher"])),
+        metric=visible(words.metric(looked_at["metric"])),
+        low=formats.nats(low) if low else "0",
+        high=f"{formats.nats(high)} {unit}".strip(),
+        size=f"{formats.count(n_tokens)} tokens" + (f" in {len(samples)} samples" if len(samples) > 1 else ""),
+        policies=policies,
     )
 
 
-def _policy_view(
-    index: int,
-    options: dict[str, Any],
-    samples: list[dict[str, Any]],
-    view: Callable[[dict[str, Any]], list[TokenView]],
-    seed: int,
-) -> PolicyView:
-    weights = [sample["coefficients"][index] for sample in samples]
-    selected = [[weight > 0 for weight in row] for row in weights]
-    picked = [sum(row) for row in selected]
-    valid = [sum(sample["valid"]) for sample in samples]
-    return PolicyView(
-        label=visible(options["label"]),
-        rule=visible(words.positions({"positions": options})),
-        notes=_notes(options, seed),
-        count=_count(sum(picked), sum(valid)),
-        counts=[_count(*each) for each in zip(picked, valid, strict=True)],
-        samples=[
-            view(sample | {"selected": chosen, "weights": weight})
-            for sample, chosen, weight in zip(samples, selected, weights, strict=True)
-        ],
-    )
-
-
-def _count(picked: int, valid: int) -> str:
-    return f"{formats.count(picked)} of {formats.count(valid)} positions"
+def _count(selected: int, valid: int) -> str:
+    return f"{formats.count(selected)} of {formats.count(valid)} positions"
 
 
 def _notes(options: dict[str, Any], seed: int) -> list[str]:

@@ -20,10 +20,11 @@ from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.maths.chunked import chunked_statistics, compute_dtype
-from selkd.maths.divergence import forward_kl, log_softmax_
+from selkd.maths.divergence import log_softmax_
 from selkd.maths.finite import require_finite
 from selkd.maths.head import Head
 from selkd.models.head import check_packing
+from selkd.selection.position_scores import position_statistics
 from selkd.teacher.targets import Batch, DrawnClasses, LiveTeacher, Teacher, TeacherTargets
 from selkd.training.arguments import DistillArguments
 from selkd.training.inputs import as_evaluated, require_stored, require_window
@@ -54,19 +55,21 @@ def divergence_sums(
         RunError: a value is not finite; the sample and position are named.
     """
     valid = batch["valid_mask"].flatten().nonzero().flatten()
-    picked, targets = teacher.at(valid), batch["targets"].flatten()[valid]
+    picked, hidden = teacher.at(valid), hidden_states.flatten(0, 1)[valid]
+    compute_head = head.to(compute_dtype(hidden_states))
 
-    def compare(student_logits: Tensor, rows: slice) -> Tensor:
-        if is_live:
-            return forward_kl(student_logits, picked.logits(rows), targets[rows])[0].unsqueeze(-1)
+    def cross_entropy_to_draws(student_logits: Tensor, rows: slice) -> Tensor:
         drawn = picked.chunk(rows)
         assert isinstance(drawn, DrawnClasses), "a cache holds drawn classes"
         log_q = log_softmax_(student_logits.div_(temperature)).gather(-1, drawn.class_ids)
         weights = drawn.counts / drawn.counts.sum(dim=-1, keepdim=True)
         return -(weights * log_q).sum(dim=-1, keepdim=True)
 
-    compute_head = head.to(compute_dtype(hidden_states))
-    values = chunked_statistics(hidden_states.flatten(0, 1)[valid], compute_head, compare).squeeze(-1)
+    if is_live:
+        targets = batch["targets"].flatten()[valid]
+        values = position_statistics(("kl",), hidden, compute_head, targets, picked.logits)["kl"]
+    else:
+        values = chunked_statistics(hidden, compute_head, cross_entropy_to_draws).squeeze(-1)
     require_finite(values, valid, batch, "the student's or the teacher's logits, in an evaluation")
     return {"total_nats": values.double().sum(), "positions": valid.new_tensor(len(valid), dtype=torch.float64)}
 

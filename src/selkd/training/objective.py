@@ -17,10 +17,10 @@ from torch import Tensor
 from selkd.maths.chunked import chunked_loss, compute_dtype, wide
 from selkd.maths.finite import require_finite
 from selkd.maths.head import Head
-from selkd.recipe.choices import CriterionOptions, PositionOptions
+from selkd.recipe.choices import CriterionOptions, PositionOptions, needs_teacher
 from selkd.selection.position_scores import PositionScores, choose_positions, score_positions
 from selkd.selection.positions import StepContext, counts_of, eligible
-from selkd.selection.two_stage import score_in_two_stages
+from selkd.selection.two_stage import estimator, score_in_two_stages
 from selkd.teacher.targets import Batch, TeacherTargets
 from selkd.training.criterion import Comparison
 
@@ -135,8 +135,12 @@ class Objective:
         if options.scoring == "two_stage":
             ordered = self.classes_by_frequency
             assert ordered is not None, "two-stage scoring is given the classes in the order of their frequency"
-            return score_in_two_stages(options, ordered, hidden_states, head, batch, context, seed=self.seed)
-        return score_positions(options.metric, hidden_states, head, batch, teacher, seed=self.seed, step=context.step)
+            estimate = estimator(options, torch.as_tensor(ordered, device=hidden_states.device), self.seed)
+            return score_in_two_stages(options, estimate, hidden_states, head, batch, context)
+        logits = None
+        if teacher is not None and needs_teacher(options.metric):
+            logits = teacher.at(batch["valid_mask"].flatten().nonzero().flatten()).logits
+        return score_positions(options.metric, hidden_states, head, batch, logits, (self.seed, context.step))
 
     @torch.no_grad()
     def agreement(self, hidden_states: Tensor, head: Head, batch: Batch, context: StepContext) -> dict[str, Tensor]:
@@ -146,9 +150,7 @@ class Objective:
         """
         hidden = wide(hidden_states)
         exact_head = head.to(hidden.dtype)
-        of_all = score_positions(
-            self.positions.metric, hidden, exact_head, batch, None, seed=self.seed, step=context.step
-        )
+        of_all = score_positions(self.positions.metric, hidden, exact_head, batch, None)
         found, exact = (
             choose_positions(self.positions, scored.values, batch, context, seed=self.seed) > 0
             for scored in (self.score(hidden, exact_head, batch, None, context), of_all)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selkd.data.collate import collate
 from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
 from selkd.errors import InputError
-from selkd.models.generation import generate, stop_ids
+from selkd.models.generation import Decoding, generate, stop_ids
 from selkd.recipe.choices import OnPolicyOptions
 from selkd.selection.randomness import sample_generator
 from selkd.teacher.targets import Batch, Teacher
@@ -124,16 +124,8 @@ class Answering:
                 sample_generator(self.seed, samples[row].id, "rollout", step).random(options.max_new_tokens)
                 for row in rows
             ]
-            found = generate(
-                model,
-                [prompts[row] for row in rows],
-                np.stack(uniforms),
-                temperature=options.temperature,
-                top_p=options.top_p,
-                stop=self.stop,
-                pad_token_id=self.pad_token_id,
-                vocab_size=self.vocab_size,
-            )
+            decoding = Decoding(options.temperature, options.top_p, self.stop, self.pad_token_id, self.vocab_size)
+            found = generate(model, [prompts[row] for row in rows], np.stack(uniforms), decoding)
             answers.update(zip(rows, found, strict=True))
         for row, prompt in enumerate(prompts):
             yield Rollout(prompt, answers[row], answers[row][-1] in self.stop)

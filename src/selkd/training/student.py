@@ -16,7 +16,7 @@ from selkd.models.head import (
     head_of,
     hidden_states,
     packed_probe,
-    probe_ids,
+    probe,
     require_apart,
     require_same_logits,
 )
@@ -77,8 +77,7 @@ def check_student(model: nn.Module, student: PreTrainedModel, precision: torch.d
     Raises:
         InputError: its halves don't give its logits, or packed documents see each other.
     """
-    name, ids = type(student).__name__, probe_ids(student)
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    name, (ids, positions) = type(student).__name__, probe(student)
     with evaluating(model), torch.autocast(ids.device.type, dtype=precision, enabled=precision != torch.float32):
         actual = model(input_ids=ids, position_ids=positions, distillation=_whole)["logits"]
         expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits[..., : actual.shape[-1]]

@@ -1,0 +1,80 @@
+"""One pass of a student, and of its teacher where needed, over samples: statistics of every valid position.
+
+Shapes: B samples of a batch, T positions, N valid positions of the batch.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
+from selkd.data.samples import SampleDataset
+from selkd.maths.finite import require_finite
+from selkd.maths.importance import OF_STUDENT
+from selkd.models.head import evaluating
+from selkd.models.pair import ModelPair
+from selkd.selection.position_scores import position_statistics
+from selkd.selection.two_stage import Estimator
+
+R = TypeVar("R")
+Reduce = Callable[[list[int], Tensor, dict[str, Tensor]], R]
+"""Makes plain data, or tensors on the CPU, of one batch: the indices of its B samples, their valid mask [B, T], and
+the statistics by name, [N] each, in the order of the mask."""
+
+
+def over_samples(
+    names: Sequence[str],
+    samples: SampleDataset,
+    models: ModelPair,
+    reduce: Reduce[R],
+    description: str,
+    estimator: Estimator | None = None,
+) -> tuple[list[R], int]:
+    """What ``reduce`` makes of each batch, and the tokens that the teacher ran on, padding included.
+
+    Samples of about the same length share a batch of ``TOKENS_AT_ONCE`` tokens. Several processes share the batches;
+    each returns what all of them made.
+
+    Args:
+        names: of ``selkd.maths.importance.statistics``. The teacher is loaded only if one of them needs it.
+        description: what the pass is for, of the progress bar and of errors: "scoring".
+        estimator: estimates ``student_entropy``, the only name then; None: exact.
+
+    Raises:
+        RunError: a statistic is not finite; the sample and position are named.
+    """
+    state = PartialState()
+    mine = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
+    student, head, with_teacher = models.student, models.student_head, not OF_STUDENT.issuperset(names)
+    reduced: list[R] = []
+    tokens = 0
+    progress = tqdm(total=sum(map(len, mine)), desc=description, unit=" samples", disable=not state.is_main_process)
+    with evaluating(student), evaluating(models.teacher) if with_teacher else nullcontext(), progress:
+        for group in mine:
+            padded = collate([samples[index] for index in group], models.pad_token_id)
+            batch = {name: tensor.to(student.device) for name, tensor in padded.items()}
+            valid_mask, hidden = batch["valid_mask"], models.student_hidden(batch)
+            if estimator is None:
+                targets, teacher_logits = batch["targets"][valid_mask], None
+                if with_teacher:
+                    teacher_logits = models.teacher_logits(batch)
+                    tokens += valid_mask.numel()
+                statistics = position_statistics(names, hidden[valid_mask], head, targets, teacher_logits)
+            else:
+                of_samples = [
+                    estimator(row[mask], head, "samples") for row, mask in zip(hidden, valid_mask, strict=True)
+                ]
+                statistics = {"student_entropy": torch.cat(of_samples)}
+            index, totals = valid_mask.flatten().nonzero().flatten(), torch.stack(list(statistics.values())).sum(dim=0)
+            require_finite(totals, index, batch, f"the student's or the teacher's logits, while {description}")
+            reduced.append(reduce(group, valid_mask, statistics))
+            progress.update(len(group))
+    if state.num_processes > 1:
+        return gather_object(reduced), sum(gather_object([tokens]))
+    return reduced, tokens
