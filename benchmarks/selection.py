@@ -13,7 +13,8 @@ import time
 
 import torch
 
-from selkd.recipe.choices import POLICIES, PositionOptions
+from selkd.plugins import Policy
+from selkd.recipe.choices import PositionOptions
 from selkd.selection.position_scores import choose_positions
 from selkd.selection.positions import step_context
 from selkd.selection.queue import ScoreQueue
@@ -38,7 +39,7 @@ def main() -> None:
     queue = ScoreQueue(30_000)
     queue.push(scores.flatten().numpy())
     milliseconds = {}
-    for policy in POLICIES:
+    for policy in Policy.builtin():
         options = PositionOptions.model_validate({"policy": policy, "fraction": 0.2})
         times = []
         for step in range(given.repeats + 1):

@@ -1,8 +1,8 @@
 """Fills what pages show of the code and of the measurements: ``python docs/generate.py``.
 
 A page has marks, ``<!-- generated: NAME -->`` and ``<!-- end -->``. What stands between them is written here: from the
-recipe's models, the named recipes, the command line, the modules' docstrings, and ``docs/results/figures.yaml``. All
-else in a page is written by hand. A test fails where a page is stale.
+recipe's models, the entries of its choices, the named recipes, the command line, the modules' docstrings, and
+``docs/results/figures.yaml``. All else in a page is written by hand. A test fails where a page is stale.
 """
 
 import ast
@@ -10,18 +10,20 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 import yaml
 from pydantic import BaseModel
 
 from selkd.cli.main import app
+from selkd.plugins import Criterion, Entry, Metric, Policy, Sampler
 from selkd.recipe.errors import _models_in
 from selkd.recipe.files import named_recipes
 from selkd.recipe.recipe import Recipe
 from selkd.recipe.training import OWNED, RECIPE_RANGES, REFUSED
 
+E = TypeVar("E", bound=Entry)
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 SOURCE = ROOT / "src" / "selkd"
@@ -45,7 +47,7 @@ def filled(page: Path) -> str:
 
 def generated(name: str) -> str:
     """What stands between the marks of ``name``: a block's name, or ``keys`` and a part of the recipe."""
-    block, _, part = name.partition(" ")
+    block, _, part = name.partition(" ") if name.startswith("keys ") else (name, "", "")
     blocks: dict[str, Callable[[], str]] = {
         "ranges": lambda: table(
             "key | allowed", [[f"`{key}`", allowed] for key, (_, allowed) in RECIPE_RANGES.items()]
@@ -56,6 +58,19 @@ def generated(name: str) -> str:
         ),
         "recipes": lambda: table("name | what it is", [[f"`{n}`", first_line(t)] for n, t in named_recipes().items()]),
         "commands": commands_text,
+        "criteria": lambda: table(
+            "`name` | D(p, q) | options", [[*cells(c), options_of(c)] for c in entries(Criterion)]
+        ),
+        "metrics": lambda: table(
+            "`metric` | score u, at temperature 1 | needs the teacher",
+            [[*cells(m), yes(m.needs_teacher)] for m in entries(Metric)],
+        ),
+        "policies": lambda: table("`policy` | coefficients a", [cells(policy) for policy in entries(Policy)]),
+        "samplers": lambda: table("`sampler` | what is compared", [cells(sampler) for sampler in entries(Sampler)]),
+        "sample metrics": lambda: table(
+            "`metric` | score of a sample | needs the teacher",
+            [[f"`{m.name}`", escape(m.of_sample or ""), yes(m.needs_teacher)] for m in Metric.of_samples().values()],
+        ),
         "keys": lambda: table("key | type | default | meaning", keys_of(part)),
         "tree": tree,
         "demo-printed": demo_printed,
@@ -84,11 +99,31 @@ def rows_of(model: type[BaseModel], prefix: str, nested: bool = True) -> list[li
         key = field.alias or name
         if not field.description:
             raise ValueError(f"{model.__name__}.{name} has no description")
-        default = "required" if field.is_required() else default_of(schema[key].get("default"))
+        default = "see below" if field.default_factory else default_of(schema[key].get("default"))
+        default = "required" if field.is_required() else default
         rows.append([f"`{prefix}{key}`", type_of(schema[key]), default, escape(field.description)])
         for inner in _models_in(field.annotation) if nested else ():
             rows += rows_of(inner, f"{prefix}{key}.")
     return rows
+
+
+def entries(kind: type[E]) -> list[E]:
+    """The built-in metrics, policies, criteria or samplers."""
+    return list(kind.builtin().values())
+
+
+def cells(entry: Entry) -> list[str]:
+    return [f"`{entry.name}`", escape(entry.description)]
+
+
+def options_of(criterion: Criterion) -> str:
+    """A criterion's options with their defaults, and between what they must lie."""
+    options = [f"`{key}` {value:g}" for key, value in criterion.options.items()]
+    return ", ".join(options + ["between 0 and 1"] * criterion.mixes)
+
+
+def yes(answer: bool) -> str:
+    return "yes" if answer else "no"
 
 
 def type_of(schema: dict[str, Any]) -> str:

@@ -1,8 +1,12 @@
-"""A user's own parts: the worked example as it is shipped, and what is refused."""
+"""The registry: what a built-in entry decides, a user's own parts as they are shipped, and what is refused."""
 
+import importlib
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +17,22 @@ from tiny_run import make_recipe
 from selkd import distill, plugins
 from selkd.data.collate import collate
 from selkd.errors import InputError, RunError
-from selkd.recipe.choices import ClassOptions, PositionOptions
+from selkd.plugins import Criterion, Entry, Metric, Policy, Sampler
+from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
-from selkd.selection.classes import class_sampler
+from selkd.reporting import words
+from selkd.selection.classes import class_sampler, top_k
 from selkd.selection.position_scores import choose_positions
-from selkd.selection.positions import StepContext
+from selkd.selection.positions import StepContext, select
+from selkd.tokens.policy import check_metric, require_teacher
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_parts"
+
+
+def know(monkeypatch: pytest.MonkeyPatch, kind: type[Entry], name: str, function: Callable[..., Any]) -> None:
+    """Registers a user's function for one test."""
+    monkeypatch.setitem(kind.known(), name, kind.of_function(name, function))
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "sampler.yaml"])
@@ -82,7 +94,7 @@ BAD_ANSWERS = {
 @pytest.mark.parametrize("name", BAD_ANSWERS)
 def test_a_samplers_answer_is_checked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answer, message = BAD_ANSWERS[name]
-    monkeypatch.setitem(plugins._registered["sampler"], "bad", lambda: answer)
+    know(monkeypatch, Sampler, "bad", lambda: answer)
     draw = class_sampler(ClassOptions.model_validate({"sampler": "bad", "draws": 4}))
     with pytest.raises(RunError, match=f"classes.sampler: bad returned .*{message}"):
         draw(torch.full((2, 5), 0.2), torch.zeros(2, 4, dtype=torch.float64))
@@ -92,20 +104,19 @@ def test_faults_are_told_by_key_and_name(monkeypatch: pytest.MonkeyPatch) -> Non
     def boom(student_logits: torch.Tensor) -> torch.Tensor:
         return student_logits.no_such_thing
 
-    for kind in ("metric", "criterion"):
-        monkeypatch.setitem(plugins._registered[kind], "boom", boom)
-        monkeypatch.setitem(plugins._registered[kind], "number", lambda: 5)
-        monkeypatch.setitem(plugins._registered[kind], "flat", lambda targets: targets.sum())
+    for kind in (Metric, Criterion):
+        know(monkeypatch, kind, "boom", boom)
+        know(monkeypatch, kind, "number", lambda: 5)
+        know(monkeypatch, kind, "flat", lambda targets: targets.sum())
     logits, targets = torch.zeros(3, 4), torch.zeros(3).long()
-    for kind, function_of in (("metric", plugins.metric_function), ("criterion", plugins.criterion_function)):
-        key = plugins.KEYS[kind]
+    for kind, key in ((Metric, "positions.metric"), (Criterion, "criterion.name")):
         for name, message in (
             ("boom", "raised AttributeError: .*no_such_thing"),
             ("number", "returned int, expected a tensor"),
             ("flat", r"returned shape \(\), expected \(3,\)"),
         ):
             with pytest.raises(RunError, match=f"{key}: {name} {message}"):
-                function_of(name)(logits, logits, targets)
+                kind.find(name).values(logits, logits, targets)
 
 
 def test_a_policys_own_randomness_is_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +125,7 @@ def test_a_policys_own_randomness_is_the_samples(monkeypatch: pytest.MonkeyPatch
         valid_mask |= True  # its own copy
         return picked / picked.sum(-1, keepdim=True).clamp(min=1)
 
-    monkeypatch.setitem(plugins._registered["policy"], "half", half)
+    know(monkeypatch, Policy, "half", half)
     options = PositionOptions.model_validate({"policy": "half"})
     batch = collate(list(make_samples(4)), 1)
     mask = batch["valid_mask"].clone()
@@ -127,7 +138,7 @@ def test_a_policys_own_randomness_is_the_samples(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_decorated_function_has_a_name_in_recipes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(plugins._registered, "metric", {})
+    monkeypatch.setattr(Metric, "_entries", dict(Metric.known()))
 
     @plugins.metric("gap")
     def gap(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
@@ -153,8 +164,96 @@ def test_a_module_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     (tmp_path / "leaves_at_import.py").write_text("import sys\nsys.exit(0)")
     with pytest.raises(ValueError, match=r"fails_at_import can't be imported \(RuntimeError: no luck\)"):
-        plugins.resolve("metric", "fails_at_import:f")
+        Metric.find("fails_at_import:f")
     with pytest.raises(ValueError, match=r"leaves_at_import can't be imported \(SystemExit: 0\)"):
-        plugins.resolve("metric", "leaves_at_import:f")
+        Metric.find("leaves_at_import:f")
     with pytest.raises(ValueError, match="collections has no function 'OrderedDict'"):
-        plugins.resolve("metric", "collections:OrderedDict")
+        Metric.find("collections:OrderedDict")
+
+
+def added(monkeypatch: pytest.MonkeyPatch, kind: type[Entry], name: str, function: Any, **facts: Any) -> None:
+    """Adds a built-in entry for one test, by the call that stands beside the function of each."""
+    monkeypatch.setattr(kind, "_entries", dict(kind.known()))
+    kind.add(name, function, **facts)
+
+
+def pages(monkeypatch: pytest.MonkeyPatch, block: str) -> str:
+    """A block of the documentation, as it is written for what is registered now."""
+    monkeypatch.syspath_prepend(str(EXAMPLE.parents[1] / "docs"))
+    text: str = importlib.import_module("generate").generated(block)
+    return text
+
+
+def test_a_built_in_metric_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that recipe, errors, documentation, selection and reports know of it is read from there."""
+    added(
+        monkeypatch,
+        Metric,
+        "entropy_gap",
+        lambda of, _: (of["teacher_entropy"] - of["student_entropy"]).abs(),
+        statistics=("teacher_entropy", "student_entropy"),
+        needs_teacher=True,
+        label="the gap between both entropies",
+        unit="nats",
+        description="|H(p) - H(q)|",
+        of_sample="the gap between its mean entropies",
+    )
+    live: dict[str, Any] = {"cache": None, "classes": {"sampler": "all"}}
+    by_gap: dict[str, Any] = {"positions": {"metric": "entropy_gap"}, "samples": {"metric": "entropy_gap"}}
+    recipe = make_recipe(tmp_path, **live, **by_gap)
+    assert parse_part(Recipe, recipe).positions.needs_teacher
+    with pytest.raises(InputError, match="entropy_gap needs the teacher's full distribution"):
+        parse_part(Recipe, make_recipe(tmp_path, **by_gap))
+    for part in ("positions", "samples"):
+        with pytest.raises(InputError, match=r"Allowed: .*entropy_gap.* Did you mean 'entropy_gap'\?"):
+            parse_part(Recipe, recipe | {part: {"metric": "entropy_gabs"}})
+    with pytest.raises(InputError, match="entropy_gap looks at the teacher's distribution"):
+        require_teacher(check_metric("entropy_gap"), [], None)
+
+    run = distill(recipe, tmp_path / "run")
+    assert run.record["teacher_tokens"]["score"] > 0
+    shown = json.loads((run.path / "selection" / "examples.json").read_text())
+    assert shown["metric"] == "entropy_gap"
+    overlap = json.loads((run.path / "selection" / "overlap.json").read_text())
+    assert all("entropy_gap" in overlap[of]["metrics"] for of in ("positions", "samples"))
+    assert "positions where the gap between both entropies is highest" in (run.path / "report.html").read_text()
+    assert words.metric_unit("entropy_gap") == "nats"
+
+    assert r"| `entropy_gap` | \|H(p) - H(q)\| | yes |" in pages(monkeypatch, "metrics")
+    assert "| `entropy_gap` | the gap between its mean entropies | yes |" in pages(monkeypatch, "sample metrics")
+
+
+def test_a_built_in_policy_criterion_or_sampler_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    added(
+        monkeypatch, Policy, "late", lambda given: given.valid_mask / given.valid_mask.sum(-1, keepdim=True),
+        fraction="none", options={"smoothing": 3.0}, label="late positions by {metric}", description="1/n, late",
+    )  # fmt: skip
+    added(monkeypatch, Criterion, "mixture", None, options={"beta": 0.25}, mixes=True, label="mixed KL")
+    added(monkeypatch, Sampler, "first", top_k, n_uniforms=lambda _: 3, label="the {draws} first classes")
+
+    options = parse_part(PositionOptions, {"policy": "late"}, "positions")
+    assert (options.fraction, options.smoothing, options.reduction) == (None, 3.0, "per_sample")
+    with pytest.raises(InputError, match="smoothing: an option of pos_rs and pos_rs_corrected and late, without"):
+        parse_part(PositionOptions, {"policy": "top_k", "smoothing": 2}, "positions")
+    mask = torch.tensor([[True, True, False]])
+    weights = select(options, torch.zeros(1, 3), mask, StepContext(0, None, 0.0, None))
+    assert weights.tolist() == [[0.5, 0.5, 0.0]]
+    assert parse_part(CriterionOptions, {"name": "mixture"}, "criterion").beta == 0.25
+    with pytest.raises(InputError, match="mixture mixes two distributions"):
+        parse_part(CriterionOptions, {"name": "mixture", "beta": 1}, "criterion")
+    assert class_sampler(parse_part(ClassOptions, {"sampler": "first", "draws": 2}, "classes")).n_uniforms == 3
+
+    recipe = {"positions": {"policy": "late", "metric": "kl"}, "criterion": {"name": "mixture"}}
+    summary = words.summary({"recipe": recipe | {"classes": {"sampler": "first", "draws": 2}}})
+    for phrase in ("by mixed KL", "late positions by the divergence KL(teacher ‖ student)", "the 2 first classes"):
+        assert phrase in summary
+    assert "| `late` | 1/n, late |" in pages(monkeypatch, "policies")
+    assert "| `mixture` |  | `beta` 0.25, between 0 and 1 |" in pages(monkeypatch, "criteria")
+    assert "| `first` |" in pages(monkeypatch, "samplers")
+
+
+def test_reading_a_recipes_parts_needs_no_torch_until_a_name_is_looked_up() -> None:
+    code = "import sys, selkd, selkd.plugins, selkd.recipe.recipe as r; first = 'torch' in sys.modules\n"
+    code += "r.PositionOptions(); print(first, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

@@ -123,7 +123,7 @@ def test_losses_and_gradients_are_the_oracles(case: dict[str, Any]) -> None:
 def test_the_oracle_checks_every_criterion_and_metric(case: dict[str, Any]) -> None:
     checked = {CRITERIA[name]["name"] for name in case["criteria"]} | set(case["criteria_all_valid_picked"])
     assert checked == set(reference.CRITERIA)
-    assert set(case["importance"]) | {"soft_or", "random"} == set(reference.POSITION_METRICS)
+    assert set(case["importance"]) | {"soft_or"} == set(reference.METRICS)
 
 
 def test_kl_is_its_decoupled_parts(case: dict[str, Any]) -> None:

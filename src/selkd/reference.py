@@ -15,20 +15,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selkd.recipe.choices import (
-    CRITERIA,
-    POLICIES,
-    POSITION_METRICS,
-    ClassOptions,
-    CriterionOptions,
-    FractionSchedule,
-    PositionOptions,
-    needs_teacher,
-)
+from selkd.recipe.choices import ClassOptions, CriterionOptions, FractionSchedule, PositionOptions
 from selkd.recipe.combinations import check_loss
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.selection.randomness import draw_uniforms, position_uniforms
+
+# What is specified here, each criterion with the defaults of its options.
+METRICS = (
+    "student_entropy",
+    "teacher_entropy",
+    "student_ce",
+    "teacher_ce",
+    "kl",
+    "reverse_kl",
+    "kl_plus_student_entropy",
+    "ce_ratio",
+    "ce_ratio_plus_student_entropy",
+    "soft_or",
+)
+POLICIES = ("all", "top_k", "random", "gls", "curriculum", "pos_rs", "pos_rs_corrected", "weighted")
+CRITERIA: dict[str, dict[str, float]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jsd": {"beta": 0.5},
+    "skew_kl": {"alpha": 0.1},
+    "skew_reverse_kl": {"alpha": 0.1},
+    "total_variation": {},
+    "dkd": {"alpha": 1.0, "beta": 8.0},
+    "at_kd": {},
+}
 
 
 def importance(
@@ -43,14 +59,13 @@ def importance(
     ``soft_or`` alone looks at ``valid_mask`` (all positions, if not given) and is 0 where not valid. ``random`` is
     noise of a run's seed and has no value here. ``teacher_logits`` may be None where the metric needs no teacher.
     """
-    if metric not in POSITION_METRICS or metric == "random":
-        allowed = ", ".join(name for name in POSITION_METRICS if name != "random")
-        raise ValueError(f"metric {metric!r} is not known. Allowed: {allowed}")
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r} is not known. Allowed: {', '.join(METRICS)}")
     log_q = torch.log_softmax(student_logits, dim=-1)
     index = targets.unsqueeze(-1)
     student_entropy = -(log_q.exp() * log_q).sum(dim=-1)
     student_ce = -log_q.gather(-1, index).squeeze(-1)
-    if not needs_teacher(metric):
+    if metric in ("student_entropy", "student_ce"):
         return student_entropy if metric == "student_entropy" else student_ce
 
     if teacher_logits is None:
@@ -221,7 +236,7 @@ def divergence(
 ) -> Tensor:
     """D(p, q) [B, T], of both models' logits over ``temperature``; not multiplied by its square.
 
-    ``alpha`` and ``beta`` are the criterion's own (defaults: ``selkd.recipe.choices.CRITERIA``). ``picked_mask``
+    ``alpha`` and ``beta`` are the criterion's own (defaults: ``CRITERIA``). ``picked_mask``
     [B, T] is what ``at_kd`` ranks within each sample (all positions, if not given); it is 0 elsewhere.
     """
     if criterion not in CRITERIA:

@@ -9,6 +9,7 @@ import yaml
 from tiny_run import make_recipe
 
 from selkd.cli.main import main
+from selkd.plugins import Criterion, Metric, Policy, Sampler
 from selkd.recipe.files import named_recipes
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -32,6 +33,21 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_recipe_is_the_named_one() -> None:
     (shown,) = blocks("yaml")
     assert yaml.safe_load(shown) == yaml.safe_load(named_recipes()["se_kd_3x"])
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("criterion.name", [*Criterion.builtin()]),
+        ("positions.metric", [*Metric.builtin()]),
+        ("positions.policy", [*Policy.builtin()]),
+        ("classes.sampler", [*Sampler.builtin()]),
+        ("samples.metric", [*Metric.of_samples(), "all"]),
+    ],
+)
+def test_the_table_of_choices_names_each(key: str, names: list[str]) -> None:
+    (row,) = re.findall(rf"^\| `{key}` \|(.*)\|$", README, re.MULTILINE)
+    assert set(names) <= set(re.findall(r"`(\w+)`", row))
 
 
 def test_every_command_that_is_named_exists(

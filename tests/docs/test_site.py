@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import selkd
-from selkd.recipe.choices import CLASS_SAMPLERS, CRITERIA, POLICIES, POSITION_METRICS, SampleMetric, needs_teacher
+from selkd.plugins import Criterion, Metric, Policy, Sampler
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -81,23 +81,23 @@ def test_the_tables_of_names_are_those_of_the_code() -> None:
 
     def rows(section: str, head: str) -> dict[str, list[str]]:
         (part,) = re.findall(rf"^## {section}\n(.*?)(?=^## )", page, re.DOTALL | re.MULTILINE)
-        (body,) = re.findall(rf"^\| `{head}` \|.*?\n\|[-|]+\n((?:\|.*\n)+)", part, re.MULTILINE)
+        (body,) = re.findall(rf"^\| `{head}` \|.*?\n\|[-| ]+\n((?:\|.*\n)+)", part, re.MULTILINE)
         cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in body.splitlines()]
         return {name.strip("`"): rest for name, *rest in cells}
 
     metrics = rows("positions", "metric")
-    assert list(metrics) == list(POSITION_METRICS)
-    assert {name for name, (_, teacher) in metrics.items() if teacher == "yes"} == set(
-        filter(needs_teacher, POSITION_METRICS)
-    )
-    assert list(rows("positions", "policy")) == list(POLICIES)
-    assert list(rows("criterion", "name")) == list(CRITERIA)
-    assert list(rows("classes", "sampler")) == list(CLASS_SAMPLERS)
-    assert set(rows("samples", "metric")) | {"all"} == set(SampleMetric.__args__) | {"all"}
-    for name, options in CRITERIA.items():
+    assert list(metrics) == list(Metric.builtin())
+    assert {name: teacher == "yes" for name, (_, teacher) in metrics.items()} == {
+        name: metric.needs_teacher for name, metric in Metric.builtin().items()
+    }
+    assert list(rows("positions", "policy")) == list(Policy.builtin())
+    assert list(rows("criterion", "name")) == list(Criterion.builtin())
+    assert list(rows("classes", "sampler")) == list(Sampler.builtin())
+    assert list(rows("samples", "metric")) == list(Metric.of_samples())
+    for name, criterion in Criterion.builtin().items():
         told = rows("criterion", "name")[name][1]
-        assert dict.fromkeys(re.findall("`(alpha|beta)`", told)).keys() == options.keys(), name
-        assert all(f"`{key}` {value:g}" in told for key, value in options.items()), name
+        assert dict.fromkeys(re.findall("`(alpha|beta)`", told)).keys() == criterion.options.keys(), name
+        assert all(f"`{key}` {value:g}" in told for key, value in criterion.options.items()), name
 
 
 def test_each_result_says_how_it_was_made() -> None:

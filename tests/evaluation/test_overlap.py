@@ -11,7 +11,6 @@ from selkd.data.samples import EMPTY_SAMPLE, SampleDataset
 from selkd.evaluation.fidelity import fidelity
 from selkd.evaluation.overlap import overlaps
 from selkd.evaluation.sample_scores import score_samples
-from selkd.maths.importance import METRICS
 
 
 def test_overlaps_are_those_of_the_specifications_selections() -> None:
@@ -27,9 +26,9 @@ def test_overlaps_are_those_of_the_specifications_selections() -> None:
     mask = batch["valid_mask"]
     chosen = {
         name: reference.select("top_k", reference.importance(name, q, p, batch["targets"], mask), mask, 0.3) > 0
-        for name in METRICS
+        for name in reference.METRICS
     }
-    assert found["positions"]["metrics"] == list(METRICS)
+    assert found["positions"]["metrics"] == list(reference.METRICS)
     for row, first in zip(found["positions"]["overlap"], chosen.values(), strict=True):
         expected = [float((first & second).sum() / first.sum()) for second in chosen.values()]
         assert row == pytest.approx(expected, abs=1e-4)

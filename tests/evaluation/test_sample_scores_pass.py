@@ -14,11 +14,12 @@ from selkd import reference
 from selkd.data.collate import collate
 from selkd.data.samples import EMPTY_SAMPLE, SampleDataset
 from selkd.errors import InputError
-from selkd.evaluation.sample_scores import NEEDS_TEACHER, score_samples
+from selkd.evaluation.sample_scores import score_samples
 from selkd.maths.estimate import estimated_entropy
 from selkd.models.head import head_of, hidden_states
 from selkd.models.pair import ModelPair
-from selkd.recipe.choices import SampleMetric, SampleOptions
+from selkd.plugins import Metric
+from selkd.recipe.choices import SampleOptions
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.pipeline import score_only
@@ -46,7 +47,7 @@ def test_scores_are_the_specifications(metric: str, monkeypatch: pytest.MonkeyPa
     scores, tokens = score_samples(metric, samples, make_pair(), 5)
     np.testing.assert_allclose(scores, expected.numpy(), rtol=2e-5)
     assert scores[-1] == 0
-    assert (tokens > 0) == (metric in NEEDS_TEACHER)
+    assert (tokens > 0) == Metric.find(metric).needs_teacher
 
 
 def test_models_are_loaded_only_for_what_needs_them() -> None:
@@ -63,8 +64,8 @@ def test_models_are_loaded_only_for_what_needs_them() -> None:
     assert not np.array_equal(scores, score_samples("random", samples, neither, 6)[0])
 
 
-def test_the_recipe_knows_the_metrics_that_there_are() -> None:
-    assert set(SampleMetric.__args__) == {"student_entropy", "kl", "ce_ratio", "random", "all"}
+def test_these_metrics_score_samples() -> None:
+    assert list(Metric.of_samples()) == ["student_entropy", "kl", "ce_ratio", "random"]
 
 
 def test_approximate_scores_are_the_means_of_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:

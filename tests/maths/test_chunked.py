@@ -9,10 +9,11 @@ from torch import Tensor
 from selkd import reference
 from selkd.maths import chunked
 from selkd.maths.chunked import ChunkedLogits, chunked_entropy, chunked_loss, chunked_statistics
-from selkd.maths.divergence import CRITERIA, ValueAndGradient
+from selkd.maths.divergence import ValueAndGradient
 from selkd.maths.divergence import forward_kl as criterion
 from selkd.maths.head import Head
-from selkd.maths.importance import METRICS, statistics
+from selkd.maths.importance import statistics
+from selkd.plugins import Criterion, Metric
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> ValueAndGradient:
@@ -95,7 +96,7 @@ def test_bf16_is_no_worse_than_the_plain_bf16_path(name: str) -> None:
     plain = torch.autograd.grad(plain_loss, low)
 
     def compare(logits: Tensor, rows: slice) -> ValueAndGradient:
-        return CRITERIA[name](logits, teacher[rows].float(), targets[rows], **options)
+        return Criterion.find(name).function(logits, teacher[rows].float(), targets[rows], **options)
 
     loss, _ = chunked_loss(low[0], Head(low[1]), coefficients.float(), compare, chunk=10)
     chunked = torch.autograd.grad(loss, low)
@@ -104,16 +105,16 @@ def test_bf16_is_no_worse_than_the_plain_bf16_path(name: str) -> None:
         assert (actual.double() - exact).norm() <= (other.double() - exact).norm() * 1.1
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", reference.METRICS)
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_statistics_in_float32_are_no_worse_than_the_plain_path(metric: str, offset: float) -> None:
     """A confident teacher, whose cross-entropy is a small difference of large logits."""
     generator, targets = torch.Generator().manual_seed(0), torch.arange(200) % 97
     student, teacher = (torch.randn(200, 97, generator=generator) * 2 + offset for _ in range(2))
     teacher[torch.arange(200), targets] += 14
-    mask, names = torch.ones(200, dtype=torch.bool), METRICS[metric].statistics
+    mask, names = torch.ones(200, dtype=torch.bool), Metric.find(metric).statistics
     columns = statistics(names, student.clone(), teacher.clone(), targets)
-    found = METRICS[metric].combine(dict(zip(names, columns.T, strict=True)), mask).double()
+    found = Metric.find(metric).combine(dict(zip(names, columns.T, strict=True)), mask).double()
 
     def of(dtype: torch.dtype) -> Tensor:
         return reference.importance(metric, student.to(dtype), teacher.to(dtype), targets, mask).double()
@@ -123,10 +124,10 @@ def test_statistics_in_float32_are_no_worse_than_the_plain_path(metric: str, off
     assert (found - truth).norm() <= 2 * (plain - truth).norm() + 1e-6 * truth.norm()
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", reference.METRICS)
 def test_statistics_in_bf16_are_no_worse_than_the_plain_bf16_path(metric: str) -> None:
     hidden, head, teacher, _ = make(torch.float64)
-    targets, names = torch.arange(N) % V, METRICS[metric].statistics
+    targets, names = torch.arange(N) % V, Metric.find(metric).statistics
 
     def of(logits: Tensor) -> Tensor:
         return reference.importance(metric, logits[None], teacher[None].to(logits.dtype), targets[None])[0].double()
@@ -135,7 +136,9 @@ def test_statistics_in_bf16_are_no_worse_than_the_plain_bf16_path(metric: str) -
     columns = chunked_statistics(
         low_hidden, low_head, lambda z, rows: statistics(names, z, teacher[rows].float(), targets[rows]), chunk=10
     )
-    found = METRICS[metric].combine(dict(zip(names, columns.T, strict=True)), torch.ones(N, dtype=torch.bool)).double()
+    found = (
+        Metric.find(metric).combine(dict(zip(names, columns.T, strict=True)), torch.ones(N, dtype=torch.bool)).double()
+    )
     truth, plain = of(head.logits(hidden)), of(low_head.logits(low_hidden).float())
     assert (found - truth).norm() <= (plain - truth).norm() * 1.05 + 1e-5
 

@@ -7,14 +7,8 @@ import torch
 from torch import Tensor
 
 from selkd import reference
-from selkd.maths.divergence import (
-    CRITERIA,
-    POSITION_WEIGHTS,
-    adaptive_weights,
-    cross_entropy,
-    differentiated,
-    sampled_forward_kl,
-)
+from selkd.maths.divergence import adaptive_weights, cross_entropy, differentiated, sampled_forward_kl
+from selkd.plugins import Criterion
 
 N, V = 37, 29
 OPTIONS: list[tuple[str, dict[str, float]]] = [
@@ -40,10 +34,11 @@ def make(dtype: torch.dtype = torch.float64, spread: float = 1.5) -> tuple[Tenso
 
 
 def compared(name: str, options: dict[str, Any], student: Tensor, teacher: Tensor, targets: Tensor) -> Any:
-    if name in POSITION_WEIGHTS:
+    criterion = Criterion.find(name)
+    if criterion.position_weights is not None:
         log_p_target = torch.log_softmax(teacher, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        options = POSITION_WEIGHTS[name](log_p_target, torch.zeros_like(targets))
-    return CRITERIA[name](student.detach().clone(), teacher.clone(), targets, **options)
+        options = criterion.position_weights(log_p_target, torch.zeros_like(targets))
+    return criterion.function(student.detach().clone(), teacher.clone(), targets, **options)
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
@@ -56,7 +51,8 @@ def test_values_and_gradients_are_the_specifications(name: str, options: dict[st
 
 
 def test_every_criterion_is_checked() -> None:
-    assert {name for name, _ in OPTIONS} == set(CRITERIA) == set(reference.CRITERIA)
+    assert {name for name, _ in OPTIONS} == set(reference.CRITERIA)
+    assert {name: criterion.options for name, criterion in Criterion.builtin().items()} == reference.CRITERIA
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from selkd import reference
 from selkd.errors import InputError
-from selkd.recipe.choices import POSITION_METRICS, PositionOptions
+from selkd.recipe.choices import PositionOptions
 from selkd.recipe.files import load_recipe, named_recipes, to_yaml
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
@@ -34,7 +35,7 @@ def test_the_named_recipes_are_there() -> None:
         " full_kd_on_policy random_pos_on_policy se_kd_on_policy pos_rs_on_policy pos_rs_corrected_on_policy "
         "top_samples_on_policy se_kd_top_samples_on_policy gsm8k_off_policy gsm8k_on_policy"
     )
-    by_metric = {name for name in POSITION_METRICS if name not in ("student_entropy", "random")}  # se_kd, random_pos
+    by_metric = set(reference.METRICS) - {"student_entropy"}  # se_kd
     assert {*wanted.split(), *by_metric} <= named_recipes().keys()
 
 

@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
-from selkd import plugins, reference
+from selkd import reference
 from selkd.errors import RunError
-from selkd.recipe import choices as recipe_choices
-from selkd.recipe.choices import POLICIES as NAMES
+from selkd.plugins import Policy
 from selkd.recipe.choices import FractionSchedule, PositionOptions
 from selkd.selection.position_scores import choose_positions
-from selkd.selection.positions import POLICIES, StepContext, counts_of, fraction_at, select, step_context
+from selkd.selection.positions import StepContext, counts_of, fraction_at, select, step_context
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.randomness import draw_uniforms, position_uniforms
 
@@ -244,7 +243,7 @@ def test_a_users_policy_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         "nan": lambda valid_mask: valid_mask / torch.zeros(()),
     }
     for name, function in answers.items():
-        monkeypatch.setitem(plugins._registered["policy"], name, function)
+        monkeypatch.setitem(Policy.known(), name, Policy.of_function(name, function))
     scores, context = torch.tensor([[1.0, 3.0, 9.0]]), StepContext(0, 0.5, 0.0, None)
     assert select(options_of("good"), scores, mask, context).tolist() == [[1.0, 3.0, 0.0]]
     assert options_of("nan", metric="kl").metric is None, "it asks for no scores"
@@ -253,5 +252,5 @@ def test_a_users_policy_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
             select(options_of(name), scores, mask, context)
 
 
-def test_the_recipe_knows_the_policies_that_there_are() -> None:
-    assert set(recipe_choices.POLICIES) == set(POLICIES) == set(NAMES)
+def test_every_policy_is_specified() -> None:
+    assert tuple(Policy.builtin()) == reference.POLICIES

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from selkd import reference
 from selkd.data.collate import collate
 from selkd.data.packing import split
-from selkd.data.splits import encode
+from selkd.data.encoding import encode
 from selkd.models.tokenizers import token_texts
 
 TEXT = " ".join(f"w{2 + 7 * i % 80}" for i in range(60))

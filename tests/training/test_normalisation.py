@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from selkd import reference
 from selkd.data.collate import collate
 from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
-from selkd.maths.importance import METRICS
 
 END = 1  # the tokenizer's end token, which also pads
 PER_POSITION: dict[str, Any] = {"positions": {"policy": "all", "reduction": "per_position"}}
@@ -126,7 +125,7 @@ def test_a_sample_of_which_no_position_is_eligible_counts_nowhere(
     assert_gradients(gradients_of(student), expected)
 
 
-@pytest.mark.parametrize("metric", sorted(METRICS))
+@pytest.mark.parametrize("metric", sorted(reference.METRICS))
 def test_fillers_alone_are_a_micro_batch_as_good_as_any(
     metric: str, models: tuple[PreTrainedModel, PreTrainedModel]
 ) -> None:

@@ -18,7 +18,7 @@ from selkd.data.collate import collate
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, RunError
 from selkd.models.head import head_of, hidden_states
-from selkd.recipe.choices import CRITERIA, POSITION_METRICS, ClassOptions
+from selkd.recipe.choices import ClassOptions
 from selkd.selection.positions import step_context
 from selkd.teacher.build_cache import build_cache
 from selkd.teacher.targets import LiveTeacher
@@ -36,8 +36,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 COMBINATIONS: dict[str, dict[str, Any]] = {
     **RECIPES,
     "unsquared": {"criterion": {"temperature": 2.0, "temperature_squared": False}, "positions": {"fraction": 0.5}},
-    **{f"by {m}": {"positions": {"metric": m, "fraction": 0.3}} for m in POSITION_METRICS if m != "student_entropy"},
-    **{f"criterion {c}": {"criterion": {"name": c}, "positions": {"fraction": 0.5}} for c in CRITERIA},
+    **{
+        f"by {m}": {"positions": {"metric": m, "fraction": 0.3}}
+        for m in (*reference.METRICS, "random")
+        if m != "student_entropy"
+    },
+    **{f"criterion {c}": {"criterion": {"name": c}, "positions": {"fraction": 0.5}} for c in reference.CRITERIA},
     "at-kd, temperature, text": {
         "criterion": {"name": "at_kd", "temperature": 1.5, "kd_weight": 0.7},
         "positions": {"metric": "kl", "fraction": 0.6, "reduction": "per_position"},

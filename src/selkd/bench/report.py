@@ -34,8 +34,8 @@ def bench(
 
     Seconds are medians of ``repeats`` turns in one process, the variants interleaved after a warm-up; ratios are to
     the floor of the same run, and on a CPU also of the processor's own seconds, which other work on the machine hardly
-    changes. Memory is that of a process of its own for each variant on a CPU, of this one's GPU
-    allocations on a GPU. ``selection_agreement``: the share of the exact top positions, in float32, that the
+    changes. On a CPU each variant's memory is measured in a process of its own, on a GPU it is this process's
+    allocations. ``selection_agreement``: the share of the exact top positions, in float32, that the
     variant's scoring picks in float32; ``selection_agreement_as_run``: that it picks in the step's own dtype.
 
     Args:

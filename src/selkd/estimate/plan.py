@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selkd.errors import InputError
-from selkd.evaluation.sample_scores import NEEDS_TEACHER
 from selkd.recipe.choices import FractionSchedule
 from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import CALIBRATION_SAMPLES, Workspace
@@ -64,7 +63,7 @@ class Plan:
 
     @property
     def scores_by_teacher(self) -> bool:
-        return self.recipe.samples is not None and self.recipe.samples.metric in NEEDS_TEACHER
+        return self.recipe.samples is not None and self.recipe.samples.needs_teacher
 
     @property
     def selected_shares(self) -> tuple[float, float]:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from selkd.evaluation.sample_scores import SAMPLE_METRICS
-from selkd.maths.importance import METRICS
+from selkd.plugins import Metric
 from selkd.recipe.choices import PositionOptions
 from selkd.selection.positions import StepContext, select
 from selkd.selection.samples import highest
@@ -43,15 +42,18 @@ def overlaps(
     options = PositionOptions.model_validate({"policy": "top_k", "fraction": position_fraction})
     chosen = {
         name: (select(options, metric.combine(placed, valid_mask), valid_mask, context) > 0).flatten()
-        for name, metric in METRICS.items()
+        for name, metric in Metric.builtin().items()
+        if not metric.is_noise
     }
     of_filters = None
     if len(sizes) >= FEWEST_SAMPLES:
         means = {name: values.sum(-1) / sizes for name, values in placed.items()}
-        kept = {name: torch.zeros(len(sizes), dtype=torch.bool) for name in SAMPLE_METRICS}
-        for name, is_kept in kept.items():
-            scores = METRICS[name].combine(means, valid_mask)
-            is_kept[torch.from_numpy(highest(scores.numpy(), sample_fraction))] = True
+        kept = {}
+        for name, metric in Metric.of_samples().items():
+            if not metric.is_noise:
+                scores = metric.combine(means, valid_mask.any(dim=-1))
+                kept[name] = torch.zeros(len(sizes), dtype=torch.bool)
+                kept[name][torch.from_numpy(highest(scores.numpy(), sample_fraction))] = True
         of_filters = _matrix(kept) | {"fraction": sample_fraction}
     return {"positions": _matrix(chosen) | {"fraction": position_fraction}, "samples": of_filters}
 

@@ -5,15 +5,10 @@ from torch import Tensor
 
 from selkd.data.samples import SampleDataset
 from selkd.evaluation.statistics_pass import over_samples
-from selkd.maths.importance import METRICS
 from selkd.models.pair import ModelPair
-from selkd.recipe.choices import needs_teacher
+from selkd.plugins import Metric
 from selkd.selection.randomness import sample_generator
 from selkd.selection.two_stage import Estimator
-
-SAMPLE_METRICS = ("student_entropy", "kl", "ce_ratio")
-"""Position metrics that score a sample, too: of the means of their statistics over its valid positions."""
-NEEDS_TEACHER = tuple(filter(needs_teacher, SAMPLE_METRICS))
 
 
 def score_samples(
@@ -32,7 +27,8 @@ def score_samples(
     Raises:
         RunError: a statistic is not finite; the sample and position are named.
     """
-    if metric == "random":
+    entry = Metric.find(metric)
+    if entry.is_noise:
         return np.array([sample_generator(seed, sample_id, "samples").random() for sample_id in samples.ids]), 0
     assert estimator is None or metric == "student_entropy", "an estimate is of the student's entropy"
 
@@ -42,9 +38,9 @@ def score_samples(
             name: values.new_zeros(len(group)).index_add_(0, row_of, values) / counts
             for name, values in statistics.items()
         }
-        return dict(zip(group, METRICS[metric].combine(means, valid_mask).tolist(), strict=True))
+        return dict(zip(group, entry.combine(means, valid_mask.any(dim=-1)).tolist(), strict=True))
 
-    parts, tokens = over_samples(METRICS[metric].statistics, samples, models, of_batch, "scoring", estimator)
+    parts, tokens = over_samples(entry.statistics, samples, models, of_batch, "scoring", estimator)
     scores = np.zeros(len(samples))
     for part in parts:
         scores[list(part)] = list(part.values())

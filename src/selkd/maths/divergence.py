@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from selkd.plugins import Criterion
+
 ValueAndGradient = tuple[Tensor, Tensor]
 Weight = float | Tensor  # one for all positions, or [n]
 
@@ -30,6 +32,9 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) 
     return values, log_q.exp_().sub_(p)
 
 
+Criterion.add("forward_kl", forward_kl, label="forward KL divergence", description="KL(p ‖ q) = sum p log(p/q)")
+
+
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:  # noqa: ARG001
     """KL(q || p). Dense expression: ``(q * (log q - log p)).sum(-1)``."""
     log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
@@ -37,6 +42,9 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) 
     difference = log_q.sub_(log_p)
     values = torch.linalg.vecdot(q, difference)
     return values, q.mul_(difference.sub_(values.unsqueeze(-1)))
+
+
+Criterion.add("reverse_kl", reverse_kl, label="reverse KL divergence", description="KL(q ‖ p)")
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, beta: float) -> ValueAndGradient:  # noqa: ARG001
@@ -48,6 +56,16 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, beta: f
     return values, _through_softmax_(q, of_q.mul_(1 - beta))
 
 
+Criterion.add(
+    "jsd",
+    jsd,
+    options={"beta": 0.5},
+    mixes=True,
+    label="Jensen–Shannon divergence",
+    description="beta · KL(p ‖ m) + (1-beta) · KL(q ‖ m), m = beta · p + (1-beta) · q",
+)
+
+
 def skew_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: float) -> ValueAndGradient:  # noqa: ARG001
     """KL(p || m), m = alpha * p + (1 - alpha) * q."""
     log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
@@ -55,6 +73,16 @@ def skew_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alp
     log_ratio = log_p - log_m
     values = torch.linalg.vecdot(log_p.exp_(), log_ratio)
     return values, _through_softmax_(log_q.exp_(), log_ratio.expm1_().mul_(alpha - 1))
+
+
+Criterion.add(
+    "skew_kl",
+    skew_kl,
+    options={"alpha": 0.1},
+    mixes=True,
+    label="skewed KL divergence",
+    description="KL(p ‖ alpha · p + (1-alpha) · q)",
+)
 
 
 def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: float) -> ValueAndGradient:  # noqa: ARG001
@@ -66,12 +94,25 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Ten
     return values, _through_softmax_(q, log_ratio - alpha * log_ratio.expm1())
 
 
+Criterion.add(
+    "skew_reverse_kl",
+    skew_reverse_kl,
+    options={"alpha": 0.1},
+    mixes=True,
+    label="skewed reverse KL divergence",
+    description="KL(q ‖ alpha · q + (1-alpha) · p)",
+)
+
+
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:  # noqa: ARG001
     """0.5 * sum |p - q|; where p = q the subgradient 0 is taken."""
     q = log_softmax_(student_logits).exp_()
     difference = q - log_softmax_(teacher_logits).exp_()
     values = 0.5 * difference.abs().sum(dim=-1)
     return values, _through_softmax_(q, difference.sign_().mul_(0.5))
+
+
+Criterion.add("total_variation", total_variation, label="total variation distance", description="½ sum |p - q|")
 
 
 def decoupled(
@@ -100,6 +141,16 @@ def decoupled(
     return alpha * tckd + beta * nckd, gradient
 
 
+Criterion.add(
+    "dkd",
+    decoupled,
+    options={"alpha": 1.0, "beta": 8.0},
+    label="decoupled KL divergence (DKD)",
+    description="alpha · TCKD + beta · NCKD. TCKD: KL between (p(y), 1-p(y)) and (q(y), 1-q(y)); NCKD: KL between "
+    "p and q renormalised without y",
+)
+
+
 def adaptive_weights(log_p_target: Tensor, sample: Tensor) -> dict[str, Tensor]:
     """AT-KD's weights of TCKD (``alpha``) and NCKD (``beta``) at N picked positions.
 
@@ -125,6 +176,16 @@ def adaptive_weights(log_p_target: Tensor, sample: Tensor) -> dict[str, Tensor]:
     return {"alpha": weight * is_hard, "beta": weight}
 
 
+Criterion.add(
+    "at_kd",
+    decoupled,
+    position_weights=adaptive_weights,
+    label="adaptive-teaching divergence (AT-KD)",
+    description="of the m picked positions of a sample, the ceil(m/2) with the highest 1 - p(y) are hard: "
+    "0.8 · m/m_hard · (TCKD + NCKD); the others easy: 0.2 · m/m_easy · NCKD",
+)
+
+
 def differentiated(function: Callable[[Tensor, Tensor, Tensor], Tensor], name: str) -> Callable[..., ValueAndGradient]:
     """A criterion from values alone, its gradient by autograd on the chunk.
 
@@ -145,21 +206,6 @@ def differentiated(function: Callable[[Tensor, Tensor, Tensor], Tensor], name: s
         return values.detach(), gradient
 
     return compare
-
-
-CRITERIA: dict[str, Callable[..., ValueAndGradient]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "skew_kl": skew_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-    "dkd": decoupled,
-    "at_kd": decoupled,
-}
-
-# Criteria whose options are a position's own, given by the picked positions of its sample.
-POSITION_WEIGHTS: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {"at_kd": adaptive_weights}
 
 
 def sampled_forward_kl(student_logits: Tensor, class_ids: Tensor, counts: Tensor) -> ValueAndGradient:

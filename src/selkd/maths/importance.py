@@ -7,27 +7,97 @@ Shapes: B batch, T positions, n positions of a chunk, V classes. Statistics are 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from selkd.maths.divergence import entropy, log_softmax_
+from selkd.plugins import Metric
 
 RATIO_EPSILON = 1e-6  # nats, added to the denominator of ``ce_ratio``
 
 
-@dataclass(frozen=True)
-class Metric:
-    """The statistics that a metric needs, and u(t) [B, T] from them and the valid mask."""
-
-    statistics: tuple[str, ...]
-    combine: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+Metric.add(
+    "student_entropy",
+    statistics=("student_entropy",),
+    label="the student’s entropy",
+    unit="nats",
+    description="H(q) = -sum q log q",
+    of_sample="mean H(q) over its valid positions",
+)
+Metric.add(
+    "teacher_entropy",
+    statistics=("teacher_entropy",),
+    needs_teacher=True,
+    label="the teacher’s entropy",
+    unit="nats",
+    description="H(p)",
+)
+Metric.add(
+    "student_ce",
+    statistics=("student_ce",),
+    label="the student’s cross-entropy",
+    unit="nats",
+    description="-log q(y)",
+)
+Metric.add(
+    "teacher_ce",
+    statistics=("teacher_ce",),
+    needs_teacher=True,
+    label="the teacher’s cross-entropy",
+    unit="nats",
+    description="-log p(y)",
+)
+Metric.add(
+    "kl",
+    statistics=("kl",),
+    needs_teacher=True,
+    label="the divergence KL(teacher ‖ student)",
+    unit="nats",
+    description="KL(p ‖ q)",
+    of_sample="mean KL(p ‖ q)",
+)
+Metric.add(
+    "reverse_kl",
+    statistics=("reverse_kl",),
+    needs_teacher=True,
+    label="the divergence KL(student ‖ teacher)",
+    unit="nats",
+    description="KL(q ‖ p)",
+)
+Metric.add(
+    "kl_plus_student_entropy",
+    lambda of, _: of["kl"] + of["student_entropy"],
+    statistics=("kl", "student_entropy"),
+    needs_teacher=True,
+    label="the divergence plus the student’s entropy",
+    unit="nats",
+    description="KL(p ‖ q) + H(q)",
+)
 
 
 def ce_ratio(student_ce: Tensor, teacher_ce: Tensor) -> Tensor:
     """CE(y, q) / (CE(y, p) + 1e-6): how much worse the student does than the teacher."""
     return student_ce / (teacher_ce + RATIO_EPSILON)
+
+
+Metric.add(
+    "ce_ratio",
+    lambda of, _: ce_ratio(of["student_ce"], of["teacher_ce"]),
+    statistics=("student_ce", "teacher_ce"),
+    needs_teacher=True,
+    label="the ratio of the student’s to the teacher’s cross-entropy",
+    description="-log q(y) / (-log p(y) + 1e-6)",
+    of_sample="the student's mean cross-entropy over the teacher's",
+)
+Metric.add(
+    "ce_ratio_plus_student_entropy",
+    lambda of, _: ce_ratio(of["student_ce"], of["teacher_ce"]) + of["student_entropy"],
+    statistics=("student_ce", "teacher_ce", "student_entropy"),
+    needs_teacher=True,
+    label="the cross-entropy ratio plus the student’s entropy",
+    description="ce_ratio + H(q), not rescaled",
+)
 
 
 def soft_or(student_entropy: Tensor, kl: Tensor, valid_mask: Tensor) -> Tensor:
@@ -44,30 +114,20 @@ def soft_or(student_entropy: Tensor, kl: Tensor, valid_mask: Tensor) -> Tensor:
     return (1 - doubt(student_entropy) * doubt(kl)).masked_fill(~valid_mask, 0)
 
 
-def _itself(name: str) -> Metric:
-    return Metric((name,), lambda of, _: of[name])
-
-
-METRICS: dict[str, Metric] = {
-    **{
-        name: _itself(name)
-        for name in ("student_entropy", "teacher_entropy", "student_ce", "teacher_ce", "kl", "reverse_kl")
-    },
-    "kl_plus_student_entropy": Metric(("kl", "student_entropy"), lambda of, _: of["kl"] + of["student_entropy"]),
-    "ce_ratio": Metric(("student_ce", "teacher_ce"), lambda of, _: ce_ratio(of["student_ce"], of["teacher_ce"])),
-    "ce_ratio_plus_student_entropy": Metric(
-        ("student_ce", "teacher_ce", "student_entropy"),
-        lambda of, _: ce_ratio(of["student_ce"], of["teacher_ce"]) + of["student_entropy"],
-    ),
-    "soft_or": Metric(
-        ("student_entropy", "kl"), lambda of, valid_mask: soft_or(of["student_entropy"], of["kl"], valid_mask)
-    ),
-}
-
-
-def metric_of(name: str) -> Metric:
-    """The metric of that name; a user's own is one statistic."""
-    return METRICS.get(name) or _itself(name)
+Metric.add(
+    "soft_or",
+    lambda of, valid_mask: soft_or(of["student_entropy"], of["kl"], valid_mask),
+    statistics=("student_entropy", "kl"),
+    needs_teacher=True,
+    label="the soft-or of the student’s entropy and the divergence",
+    description="1 - (1 - H(q)/max H(q)) · (1 - KL(p ‖ q)/max KL(p ‖ q)), maxima over the sample's valid positions",
+)
+Metric.add(
+    "random",
+    label="chance",
+    description="uniform noise of (seed, sample, step)",
+    of_sample="uniform noise of (seed, sample)",
+)
 
 
 Own = Mapping[str, Callable[[Tensor, Tensor | None, Tensor], Tensor]]

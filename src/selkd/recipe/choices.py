@@ -10,31 +10,30 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from selkd import plugins
-from selkd.builtin import (
-    CLASS_SAMPLERS,
-    CRITERIA,
-    HARD_POLICIES,
-    METRICS_OF_THE_STUDENT,
-    POLICIES,
-    POSITION_METRICS,
-    SAMPLED_POLICIES,
-)
+from selkd.plugins import Criterion, Metric, Policy, Sampler, unknown
 from selkd.recipe.part import Fraction, Part
 
-CriterionName = Annotated[str, AfterValidator(lambda name: plugins.check_name("criterion", name, CRITERIA))]
-MetricName = Annotated[str, AfterValidator(lambda name: plugins.check_name("metric", name, POSITION_METRICS))]
-PolicyName = Annotated[str, AfterValidator(lambda name: plugins.check_name("policy", name, POLICIES))]
-SamplerName = Annotated[str, AfterValidator(lambda name: plugins.check_name("sampler", name, CLASS_SAMPLERS))]
-SampleMetric = Literal["student_entropy", "kl", "ce_ratio", "random", "all"]
-# An estimate of the student's entropy looks at so many classes, in place of the whole vocabulary.
-ESTIMATE_CLASSES = {"frequent_classes": 4096, "tail_classes": 1024}
+
+def _of_samples(name: str) -> str:
+    allowed = [*Metric.of_samples(), "all"]
+    if name not in allowed:
+        raise ValueError(unknown(name, allowed))
+    return name
+
+
+CriterionName = Annotated[str, AfterValidator(Criterion.check)]
+MetricName = Annotated[str, AfterValidator(Metric.check)]
+PolicyName = Annotated[str, AfterValidator(Policy.check)]
+SamplerName = Annotated[str, AfterValidator(Sampler.check)]
+SampleMetric = Annotated[str, AfterValidator(_of_samples)]
 
 
 class CriterionOptions(Part):
     """How teacher and student are compared. ``kd_weight`` is lambda: the rest is cross-entropy with the text."""
 
-    name: CriterionName = Field("forward_kl", description=f"{', '.join(CRITERIA)}, or your own as module:function")
+    name: CriterionName = Field(
+        "forward_kl", description="a criterion of the table below, or your own as module:function"
+    )
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides both models' logits")
     temperature_squared: bool = Field(True, description="multiply the divergence by the temperature's square")
     kd_weight: float = Field(1.0, ge=0, le=1, description="lambda: the divergence's share, the rest is cross-entropy")
@@ -47,18 +46,19 @@ class CriterionOptions(Part):
 
     @model_validator(mode="after")
     def _complete(self) -> "CriterionOptions":
-        defaults = CRITERIA.get(self.name, {})
+        criterion = Criterion.find(self.name)
         for key in ("alpha", "beta"):
-            given = getattr(self, key)
-            if key not in defaults:
-                if given is not None:
+            value = getattr(self, key)
+            if key not in criterion.options:
+                if value is not None:
                     raise ValueError(f"criterion.{key}: {self.name} has no {key}; leave it out")
-            elif given is None:
-                self._settle(**{key: defaults[key]})
-            elif self.name in ("jsd", "skew_kl", "skew_reverse_kl") and not 0 < given < 1:
+            elif value is None:
+                self._settle(**{key: criterion.options[key]})
+            elif criterion.mixes and not 0 < value < 1:
                 raise ValueError(f"criterion.{key}: {self.name} mixes two distributions; give a share between 0 and 1")
-        if self.name == "dkd" and self.alpha == self.beta == 0:
-            raise ValueError("criterion: dkd with alpha and beta 0 compares nothing; give one of them weight")
+        if criterion.options and not any(getattr(self, key) for key in criterion.options):
+            zeros = " and ".join(criterion.options)
+            raise ValueError(f"criterion: {self.name} with {zeros} 0 compares nothing; give one of them weight")
         return self
 
 
@@ -75,18 +75,18 @@ class FractionSchedule(Part):
 
 MaybeScheduled = Annotated[
     Annotated[Fraction, Tag("<number>")] | Annotated[FractionSchedule, Tag("<schedule>")],
-    Discriminator(lambda given: "<schedule>" if isinstance(given, dict | FractionSchedule) else "<number>"),
+    Discriminator(lambda value: "<schedule>" if isinstance(value, dict | FractionSchedule) else "<number>"),
 ]
 
 
-def _steps_or_share(given: Any) -> Any:
-    if given is None:
+def _steps_or_share(value: Any) -> Any:
+    if value is None:
         return None
-    is_number = isinstance(given, int | float) and not isinstance(given, bool)
-    if is_number and given > 1 and given == int(given):
-        return int(given)
-    if is_number and (0 < given <= 1):
-        return given
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and value > 1 and value == int(value):
+        return int(value)
+    if is_number and (0 < value <= 1):
+        return value
     raise ValueError("expected a whole number of optimiser steps, or a share of the run's in (0, 1] such as 0.5 or 1.0")
 
 
@@ -96,9 +96,9 @@ class PositionOptions(Part):
     renamed: ClassVar[Mapping[str, str]] = {"probed_share": "calibration_fraction"}
 
     metric: MetricName | None = Field(
-        "student_entropy", description=f"{', '.join(POSITION_METRICS)}, or your own as module:function"
+        "student_entropy", description="a metric of the table below, or your own as module:function"
     )
-    policy: PolicyName = Field("top_k", description=f"{', '.join(POLICIES)}, or your own as module:function")
+    policy: PolicyName = Field("top_k", description="a policy of the table below, or your own as module:function")
     fraction: MaybeScheduled | None = Field(
         0.20, description="k: a share of the valid positions, or a schedule {from, to, over, shape: linear or cosine}"
     )
@@ -145,33 +145,32 @@ class PositionOptions(Part):
 
     @model_validator(mode="after")
     def _complete(self) -> "PositionOptions":
-        policy = self.policy
-        self._settle_scoring()
-        self._of_policy(("gls",), queue_size=30_000)
-        self._of_policy(("curriculum",), curriculum_steps=1.0)
-        self._of_policy(SAMPLED_POLICIES, smoothing=1.0, clip=None, skip_first=0, coverage=0.0)
-        if policy == "random":
-            self._settle(metric="random")
-        elif policy == "all" or not self._ranks:
-            self._settle(metric=None)
+        policy = Policy.find(self.policy)
+        self._settle_scoring(policy)
+        self._settle_options(policy)
+        if not policy.ranks:
+            self._settle(metric=policy.metric)
         elif self.metric is None:
-            raise ValueError(f"positions.policy: {policy} goes by a metric; give positions.metric")
-        if policy in ("all", "weighted"):
+            raise ValueError(f"positions.policy: {policy.name} goes by a metric; give positions.metric")
+        if policy.fraction == "none":
             self._settle(fraction=None)
-        elif self.fraction is None and policy in POLICIES:
-            raise ValueError(f"positions.policy: {policy} picks a share; give positions.fraction")
-        if policy not in HARD_POLICIES and policy != "gls" and self.reduction == "per_position":
-            raise ValueError(
-                f"positions.reduction: {policy} gives its positions weights of their own; only policies that pick "
-                f"({', '.join(HARD_POLICIES)}) are counted per_position"
-            )
-        if policy == "gls" and self.reduction == "per_sample":
-            raise ValueError("positions.reduction: gls counts over the whole step, per_position; leave it out")
+        elif policy.fraction == "needed" and self.fraction is None:
+            raise ValueError(f"positions.policy: {policy.name} picks a share; give positions.fraction")
         if self.reduction is None:
-            self._settle(reduction="per_position" if policy == "gls" else "per_sample")
+            self._settle(reduction=policy.reductions[0])
+        elif self.reduction not in policy.reductions and self.reduction == "per_sample":
+            raise ValueError(
+                f"positions.reduction: {policy.name} counts over the whole step, per_position; leave it out"
+            )
+        elif self.reduction not in policy.reductions:
+            hard = [name for name, entry in Policy.builtin().items() if len(entry.reductions) > 1]
+            raise ValueError(
+                f"positions.reduction: {policy.name} gives its positions weights of their own; only policies that pick "
+                f"({', '.join(hard)}) are counted per_position"
+            )
         return self
 
-    def _settle_scoring(self) -> None:
+    def _settle_scoring(self, policy: Policy) -> None:
         """``scoring`` and the options of ``two_stage``, where a metric is computed."""
         if self.scoring == "two_stage":
             if self.policy != "top_k" or self.metric != "student_entropy":
@@ -180,34 +179,32 @@ class PositionOptions(Part):
                     f"so it goes with policy top_k and metric student_entropy; {self.policy} of {self.metric} needs "
                     "exact scores (scoring: exact)"
                 )
-            defaults: dict[str, Any] = {**ESTIMATE_CLASSES, "rescored_share": 0.15, "calibration_fraction": 1 / 32}
-            self._settle(**{key: value for key, value in defaults.items() if getattr(self, key) is None})
-            return
-        self._settle(scoring="exact" if self.policy not in ("all", "random") and self._ranks else None)
-        _refuse_without(self, "positions", "two_stage", (*ESTIMATE_CLASSES, "rescored_share", "calibration_fraction"))
+        else:
+            self._settle(scoring="exact" if policy.ranks else None)
+        _settle_estimate(self, "positions", "two_stage", rescored_share=0.15, calibration_fraction=1 / 32)
+
+    def _settle_options(self, policy: Policy) -> None:
+        """The options that only some policies have: their defaults there, refused elsewhere."""
+        for key in {key: None for entry in Policy.builtin().values() for key in entry.options}:
+            if key in policy.options:
+                if getattr(self, key) is None:
+                    self._settle(**{key: policy.options[key]})
+            elif getattr(self, key) is not None:
+                having = " and ".join(name for name, entry in Policy.builtin().items() if key in entry.options)
+                raise ValueError(
+                    f"positions.{key}: an option of {having}, without effect on {policy.name}; leave it out"
+                )
 
     @property
-    def _ranks(self) -> bool:
-        """Whether the policy looks at scores."""
-        return self.policy in POLICIES or "scores" in plugins.wanted("policy", self.policy)
-
-    def _of_policy(self, policies: tuple[str, ...], **defaults: Any) -> None:
-        """Options that only ``policies`` have: their defaults there, refused elsewhere."""
-        for key, default in defaults.items():
-            if self.policy in policies:
-                if getattr(self, key) is None:
-                    self._settle(**{key: default})
-            elif getattr(self, key) is not None:
-                raise ValueError(
-                    f"positions.{key}: an option of {' and '.join(policies)}, without effect on {self.policy}; "
-                    "leave it out"
-                )
+    def needs_teacher(self) -> bool:
+        """Whether the metric is computed from the teacher's full distribution."""
+        return self.metric is not None and Metric.find(self.metric).needs_teacher
 
 
 class ClassOptions(Part):
     """Which vocabulary classes of the teacher's distribution are compared: all, or ``draws`` from it a position."""
 
-    sampler: SamplerName = Field("all", description=f"{', '.join(CLASS_SAMPLERS)}, or your own as module:function")
+    sampler: SamplerName = Field("all", description="a sampler of the table below, or your own as module:function")
     draws: int | None = Field(64, ge=1, le=65535, description="draws a position (top_k: classes); null with all")
 
     @model_validator(mode="after")
@@ -224,7 +221,9 @@ class SampleOptions(Part):
 
     renamed: ClassVar[Mapping[str, str]] = {"probed_share": "calibration_fraction"}
 
-    metric: SampleMetric = Field("student_entropy", description="what a sample's score is the mean of; all: no filter")
+    metric: SampleMetric = Field(
+        "student_entropy", description="a metric of the table below, what a sample is scored by; all: no filter"
+    )
     fraction: Fraction = Field(0.20, description="l: the share of the samples that is kept")
     path: str | None = Field(None, description="the scores' file, written or reused; null: inside the run")
     scoring: Literal["exact", "approximate"] = Field(
@@ -246,16 +245,17 @@ class SampleOptions(Part):
 
     @model_validator(mode="after")
     def _complete(self) -> "SampleOptions":
-        if self.scoring == "exact":
-            _refuse_without(self, "samples", "approximate", (*ESTIMATE_CLASSES, "calibration_fraction"))
-        elif self.metric != "student_entropy":
+        if self.scoring == "approximate" and self.metric != "student_entropy":
             raise ValueError(
                 f"samples.scoring: approximate estimates the student's entropy; {self.metric} needs scoring: exact"
             )
-        else:
-            defaults: dict[str, Any] = {**ESTIMATE_CLASSES, "calibration_fraction": 1 / 16}
-            self._settle(**{key: value for key, value in defaults.items() if getattr(self, key) is None})
+        _settle_estimate(self, "samples", "approximate", calibration_fraction=1 / 16)
         return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the scores are computed from the teacher's full distribution."""
+        return Metric.find(self.metric).needs_teacher
 
 
 class OnPolicyOptions(Part):
@@ -273,15 +273,11 @@ class OnPolicyOptions(Part):
     log_rollouts: int = Field(2, ge=0, description="answers that are written to rollouts.jsonl at each logged step")
 
 
-def _refuse_without(part: Part, name: str, scoring: str, keys: tuple[str, ...]) -> None:
-    """Raises ValueError if an option of ``scoring`` is given without it."""
-    for key in keys:
-        if getattr(part, key) is not None:
+def _settle_estimate(part: PositionOptions | SampleOptions, name: str, scoring: str, **defaults: float) -> None:
+    """The options of an estimate: their defaults with ``scoring``, refused without it."""
+    for key, default in {"frequent_classes": 4096, "tail_classes": 1024, **defaults}.items():
+        value = getattr(part, key)
+        if part.scoring == scoring and value is None:
+            part._settle(**{key: default})
+        elif part.scoring != scoring and value is not None:
             raise ValueError(f"{name}.{key}: an option of scoring: {scoring}, without effect on exact; leave it out")
-
-
-def needs_teacher(metric: str | None) -> bool:
-    """Whether a position metric is computed from the teacher's full distribution."""
-    if metric is None or metric in METRICS_OF_THE_STUDENT:
-        return False
-    return metric in POSITION_METRICS or "teacher_logits" in plugins.wanted("metric", metric)

@@ -1,6 +1,6 @@
 """What the choices of one training ask of each other: the one check, for a recipe and for ``DistillArguments``."""
 
-from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions, needs_teacher
+from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions
 from selkd.recipe.data import RowOptions
 
 
@@ -43,7 +43,7 @@ def check_loss(criterion: CriterionOptions, classes: ClassOptions) -> None:
 
 def check_cached(positions: PositionOptions) -> None:
     """Refuse a metric that a cache of drawn classes can't give. Raises ValueError."""
-    if needs_teacher(positions.metric):
+    if positions.needs_teacher:
         raise ValueError(
             f"positions.metric: {positions.metric} needs the teacher's full distribution at every position, and a "
             "cache holds drawn classes alone; take a metric of the student (student_entropy, student_ce), or "

@@ -49,9 +49,14 @@ class Recipe(Part):
     teacher: TeacherOptions = Field(description="The large model.")
     student: StudentOptions = Field(description="The small model.")
     data: DataOptions = Field(description="The text.")
-    criterion: CriterionOptions = Field(CriterionOptions(), description="How teacher and student are compared.")
-    positions: PositionOptions = Field(PositionOptions(), description="Which positions of a sample count.")
-    classes: ClassOptions = Field(ClassOptions.model_validate({}), description="Which vocabulary classes are compared.")
+    # Made when a recipe is read: to check them is to look names up, which imports torch.
+    criterion: CriterionOptions = Field(
+        default_factory=CriterionOptions, description="How teacher and student are compared."
+    )
+    positions: PositionOptions = Field(
+        default_factory=PositionOptions, description="Which positions of a sample count."
+    )
+    classes: ClassOptions = Field(default_factory=ClassOptions, description="Which vocabulary classes are compared.")
     samples: SampleOptions | None = Field(None, description="Which samples are trained on; null: all.")
     on_policy: OnPolicyOptions | None = Field(
         None, description="How the student answers prompts itself, to learn at its answers; null: it learns the data's."

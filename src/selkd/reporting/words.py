@@ -4,51 +4,27 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from selkd.plugins import Criterion, Metric, Policy, Sampler
 from selkd.reporting import formats
 from selkd.reporting.formats import dig
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-_METRICS = {
-    "student_entropy": "the student’s entropy",
-    "teacher_entropy": "the teacher’s entropy",
-    "student_ce": "the student’s cross-entropy",
-    "teacher_ce": "the teacher’s cross-entropy",
-    "kl": "the divergence KL(teacher ‖ student)",
-    "reverse_kl": "the divergence KL(student ‖ teacher)",
-    "kl_plus_student_entropy": "the divergence plus the student’s entropy",
-    "ce_ratio": "the ratio of the student’s to the teacher’s cross-entropy",
-    "ce_ratio_plus_student_entropy": "the cross-entropy ratio plus the student’s entropy",
-    "soft_or": "the soft-or of the student’s entropy and the divergence",
-    "random": "chance",
-}
-_WITHOUT_UNIT = {"ce_ratio", "ce_ratio_plus_student_entropy", "soft_or", "random"}
-
-_CRITERIA = {
-    "forward_kl": "forward KL divergence",
-    "reverse_kl": "reverse KL divergence",
-    "jsd": "Jensen–Shannon divergence",
-    "skew_kl": "skewed KL divergence",
-    "skew_reverse_kl": "skewed reverse KL divergence",
-    "total_variation": "total variation distance",
-    "dkd": "decoupled KL divergence (DKD)",
-    "at_kd": "adaptive-teaching divergence (AT-KD)",
-}
-
 
 def metric(name: str | None) -> str:
     """A metric in words; a user's own metric keeps its name."""
-    return formats.DASH if name is None else _METRICS.get(name, name)
+    return formats.DASH if name is None else Metric.in_words(name)
 
 
 def metric_unit(name: str | None) -> str:
-    """nats for the metrics that are in nats, else an empty string."""
-    return "nats" if name in _METRICS and name not in _WITHOUT_UNIT else ""
+    """A metric's unit; an empty string where it has none or is a user's own."""
+    entry = None if name is None else Metric.known().get(name)
+    return "" if entry is None else entry.unit
 
 
 def criterion(recipe: Any) -> str:
     name = dig(recipe, "criterion", "name")
-    return formats.DASH if name is None else _CRITERIA.get(name, name)
+    return formats.DASH if name is None else Criterion.in_words(name)
 
 
 def model(name: str | None) -> str:
@@ -71,19 +47,7 @@ def positions(recipe: Any) -> str:
     name = dig(recipe, "positions", "metric")
     if name == "random" and policy == "top_k":
         policy = "random"
-    by = metric(name)
-    phrases = {
-        None: formats.DASH,
-        "all": "every position",
-        "top_k": f"the {share} of positions where {by} is highest",
-        "random": f"a random {share} of the positions",
-        "gls": f"about {share} of the positions, those above a running threshold on {by}",
-        "curriculum": f"a window of {share} of the positions that moves from easy to hard by {by}",
-        "pos_rs": f"a {share} draw of the positions in proportion to {by}",
-        "pos_rs_corrected": f"a {share} draw of the positions in proportion to {by}, corrected to stay unbiased",
-        "weighted": f"every position, weighted by {by}",
-    }
-    return phrases.get(policy, f"{share} of the positions, by the policy {policy}")
+    return formats.DASH if policy is None else Policy.in_words(policy, share=share, metric=metric(name))
 
 
 def samples(recipe: Any) -> str:
@@ -99,14 +63,7 @@ def samples(recipe: Any) -> str:
 def classes(recipe: Any) -> str:
     """How much of the teacher’s distribution the loss saw, as a noun phrase."""
     sampler, draws = dig(recipe, "classes", "sampler"), formats.count(dig(recipe, "classes", "draws"))
-    phrases = {
-        None: formats.DASH,
-        "all": "the teacher’s whole distribution",
-        "rs_kd": f"{draws} random draws from the teacher’s distribution",
-        "systematic": f"{draws} evenly spaced draws from the teacher’s distribution",
-        "top_k": f"the teacher’s {draws} most likely classes",
-    }
-    return phrases.get(sampler, f"the classes that the sampler {sampler} picks")
+    return formats.DASH if sampler is None else Sampler.in_words(sampler, draws=draws)
 
 
 def data(recipe: Any) -> str:

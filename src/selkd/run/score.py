@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from selkd.data.samples import SampleDataset
-from selkd.evaluation.sample_scores import NEEDS_TEACHER, score_samples
+from selkd.evaluation.sample_scores import score_samples
 from selkd.run.directory import RunDirectory
 from selkd.run.record import cost_of, count_teacher_tokens, note_shared, timed
 from selkd.run.workspace import Workspace
@@ -36,7 +36,7 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
             **({"seed": str(work.recipe.seed)} if options.metric == "random" else {}),
             **(
                 {"teacher": work.teacher_source.fingerprint, "teacher_precision": work.teacher_precision}
-                if options.metric in NEEDS_TEACHER
+                if options.needs_teacher
                 else {}
             ),
         }

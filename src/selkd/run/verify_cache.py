@@ -11,13 +11,13 @@ from selkd.cache.reader import TeacherCache
 from selkd.cache.verify import verify_cache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
+from selkd.plugins import Sampler
 from selkd.recipe.files import load_recipe
 from selkd.recipe.recipe import Recipe
 from selkd.run.cache import build, cache_directory, cache_fingerprint
 from selkd.run.pipeline import start
 from selkd.run.score import score
 from selkd.run.workspace import Workspace
-from selkd.selection.classes import SAMPLERS
 from selkd.teacher.recheck_cache import Again, compare_again
 
 # Of the excess, either way. Measured on SmolLM2-135M at U = 64 (docs/results/cache.md): the same teacher in float32, in
@@ -124,7 +124,8 @@ def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: i
         cache.get,
     )
     return judged(
-        {samples.ids[index]: again for index, again in found.items()}, is_exact=recipe.classes.sampler in SAMPLERS
+        {samples.ids[index]: again for index, again in found.items()},
+        is_exact=not Sampler.find(recipe.classes.sampler).is_own,
     )
 
 

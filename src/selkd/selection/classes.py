@@ -5,13 +5,12 @@ Shapes: n positions, V classes, U draws, C distinct drawn classes (rows padded w
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from selkd import plugins
+from selkd.plugins import Sampler
 from selkd.recipe.choices import ClassOptions
 
 Drawn = tuple[Tensor, Tensor]  # class ids int64 [n, C], counts [n, C]
@@ -39,6 +38,16 @@ def rs_kd(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
     return _at_points(probabilities, uniforms.sort(dim=-1).values)
 
 
+Sampler.add("all", label="the teacher’s whole distribution", description="the whole distribution")
+Sampler.add(
+    "rs_kd",
+    rs_kd,
+    label="{draws} random draws from the teacher’s distribution",
+    description="U = `draws` independent draws from p; forward KL to the counts over U. Unbiased for forward KL's "
+    "gradient",
+)
+
+
 def systematic(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
     """U equally spaced points through the cumulative distribution, shifted together by one uniform offset.
 
@@ -49,6 +58,23 @@ def systematic(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
     assert uniforms.shape == (len(probabilities), 1)
     steps = torch.arange(draws, dtype=torch.float64, device=uniforms.device)
     return _at_points(probabilities, (steps + uniforms) / draws)
+
+
+def _spaced(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    """A count is the ceiling of U * p with the probability of its fraction, else the floor."""
+    excess = (draws * probabilities).frac()
+    return probabilities, (excess * (1 - excess)).sum(dim=-1) / draws**2
+
+
+Sampler.add(
+    "systematic",
+    systematic,
+    n_uniforms=lambda _: 1,
+    moments=_spaced,
+    label="{draws} evenly spaced draws from the teacher’s distribution",
+    description="U equally spaced points through the cumulative distribution, one random offset: the same "
+    "expectation, less variance. Beyond the paper",
+)
 
 
 def top_k(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
@@ -63,6 +89,23 @@ def top_k(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
     order = probabilities.argsort(dim=-1, descending=True, stable=True)[:, :draws]
     class_ids = order.sort(dim=-1).values
     return class_ids, probabilities.gather(-1, class_ids)
+
+
+def _cut(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    class_ids, weights = top_k(probabilities, probabilities[:, :0], draws)
+    mean = torch.zeros_like(probabilities).scatter_(-1, class_ids, weights / weights.sum(dim=-1, keepdim=True))
+    return mean, mean.new_zeros(len(mean))
+
+
+Sampler.add(
+    "top_k",
+    top_k,
+    n_uniforms=lambda _: 0,
+    total=lambda _: TOP_K_UNITS,
+    moments=_cut,
+    label="the teacher’s {draws} most likely classes",
+    description="the U most likely classes, renormalised. Biased; the known baseline",
+)
 
 
 def _at_points(probabilities: Tensor, points: Tensor) -> Drawn:
@@ -149,31 +192,10 @@ def _independent(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
     return probabilities, (1 - probabilities.square().sum(dim=-1)) / draws
 
 
-def _spaced(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    """A count is the ceiling of U * p with the probability of its fraction, else the floor."""
-    excess = (draws * probabilities).frac()
-    return probabilities, (excess * (1 - excess)).sum(dim=-1) / draws**2
-
-
-def _cut(probabilities: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    class_ids, weights = top_k(probabilities, probabilities[:, :0], draws)
-    mean = torch.zeros_like(probabilities).scatter_(-1, class_ids, weights / weights.sum(dim=-1, keepdim=True))
-    return mean, mean.new_zeros(len(mean))
-
-
-# Each built-in sampler as its number of draws makes it.
-SAMPLERS: dict[str, Callable[[int], ClassSampler]] = {
-    "rs_kd": lambda draws: ClassSampler(rs_kd, draws, n_uniforms=draws, total=draws, moments=_independent),
-    "systematic": lambda draws: ClassSampler(systematic, draws, n_uniforms=1, total=draws, moments=_spaced),
-    "top_k": lambda draws: ClassSampler(top_k, draws, n_uniforms=0, total=TOP_K_UNITS, moments=_cut),
-}
-
-
 def class_sampler(options: ClassOptions) -> ClassSampler:
     """The sampler that a recipe's classes part names; its sampler is not ``all``."""
-    assert options.draws is not None, "a sampler has draws once its options are checked"
-    if options.sampler in SAMPLERS:
-        return SAMPLERS[options.sampler](options.draws)
-    draw, draws = partial(plugins.drawn, options.sampler), options.draws
-    # A user's own is taken to be unbiased, with no more variance than independent draws.
-    return ClassSampler(draw, draws, n_uniforms=draws, total=draws, moments=_independent)
+    entry, draws = Sampler.find(options.sampler), options.draws
+    draw = entry.drawn if entry.is_own else entry.function
+    assert draws is not None, "a sampler has draws once its options are checked"
+    assert draw is not None, f"{entry.name} draws no classes"
+    return ClassSampler(draw, draws, entry.n_uniforms(draws), entry.total(draws), entry.moments or _independent)

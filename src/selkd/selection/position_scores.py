@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selkd import plugins
 from selkd.maths.chunked import chunked_statistics, wide
 from selkd.maths.head import Head
-from selkd.maths.importance import METRICS, Own, metric_of, statistics
-from selkd.recipe.choices import SAMPLED_POLICIES, PositionOptions
-from selkd.selection.positions import POLICIES, StepContext, counts_of, eligible, select
+from selkd.maths.importance import Own, statistics
+from selkd.plugins import Metric, Policy
+from selkd.recipe.choices import PositionOptions
+from selkd.selection.positions import StepContext, counts_of, eligible, select
 from selkd.selection.randomness import draw_uniforms, position_uniforms
 
 LogitsOf = Callable[[slice], Tensor]
@@ -78,20 +78,21 @@ def score_positions(
     valid_mask = batch["valid_mask"]
     if metric is None:
         return PositionScores(wide(hidden_states.new_zeros(valid_mask.shape)), {})
-    if metric == "random":
+    entry = Metric.find(metric)
+    if entry.is_noise:
         assert random_stream is not None, "noise is a function of seed and step"
         seed, step = random_stream
         ids, mask = batch["sample_ids"].cpu().numpy(), valid_mask.cpu().numpy()
         noise = torch.from_numpy(position_uniforms(seed, ids, mask, "positions", step))
         return PositionScores(noise.to(hidden_states.device), {})
-    own = {} if metric in METRICS else {metric: plugins.metric_function(metric)}
-    names, targets = metric_of(metric).statistics, batch["targets"][valid_mask]
-    of_valid = position_statistics(names, hidden_states[valid_mask], head, targets, teacher_logits, own)
+    own = {metric: entry.values} if entry.is_own else {}
+    targets = batch["targets"][valid_mask]
+    of_valid = position_statistics(entry.statistics, hidden_states[valid_mask], head, targets, teacher_logits, own)
     placed = {
         name: values.new_zeros(valid_mask.shape).masked_scatter_(valid_mask, values)
         for name, values in of_valid.items()
     }
-    return PositionScores(metric_of(metric).combine(placed, valid_mask), placed)
+    return PositionScores(entry.combine(placed, valid_mask), placed)
 
 
 def choose_positions(
@@ -99,12 +100,13 @@ def choose_positions(
 ) -> Tensor:
     """The policy's coefficients [B, T] over the eligible positions of a batch, with the sample's own random draws."""
     mask, uniforms = eligible(options, batch["valid_mask"], batch["position_ids"]), None
-    if options.policy in SAMPLED_POLICIES:
+    wanted = Policy.find(options.policy).uniforms
+    if wanted == "of draws":
         assert context.fraction is not None, "a policy that draws has a fraction"
         draws = counts_of(context.fraction, mask.sum(dim=-1)).cpu().numpy()
         noise = draw_uniforms(seed, batch["sample_ids"].cpu().numpy(), draws, "position draws", context.step)
         uniforms = torch.from_numpy(noise).to(scores.device)
-    elif options.policy not in POLICIES and "uniforms" in plugins.wanted("policy", options.policy):
+    elif wanted == "of positions":
         ids = batch["sample_ids"].cpu().numpy()
         noise = position_uniforms(seed, ids, mask.cpu().numpy(), "own policy", context.step)
         uniforms = torch.from_numpy(noise).to(scores.device)

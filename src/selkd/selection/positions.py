@@ -6,14 +6,13 @@ that picks K positions of a sample they are 1/K there and 0 elsewhere.
 Shapes: B batch, T positions, K draws or picked positions of a sample.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from selkd import plugins
+from selkd.plugins import Policy
 from selkd.recipe.choices import FractionSchedule, PositionOptions
 from selkd.selection.queue import ScoreQueue
 
@@ -87,68 +86,142 @@ class Candidates:
     uniforms: Tensor | None = None
 
 
-Policy = Callable[[Candidates], Tensor]
+# K positions that share one coefficient may be counted either way.
+PICKED: tuple[Literal["per_sample", "per_position"], ...] = ("per_sample", "per_position")
+MITIGATIONS = {"smoothing": 1.0, "clip": None, "skip_first": 0, "coverage": 0.0}
 
 
-def take_all(given: Candidates) -> Tensor:
+def take_all(candidates: Candidates) -> Tensor:
     """Every valid position, a = 1/n (Full KD)."""
-    return _spread(given.valid_mask, given.scores.dtype)
+    return _spread(candidates.valid_mask, candidates.scores.dtype)
 
 
-def take_top(given: Candidates) -> Tensor:
+Policy.add(
+    "all",
+    take_all,
+    ranks=False,
+    fraction="none",
+    label="every position",
+    description="1/n on every valid position. Full KD",
+    reductions=PICKED,
+)
+
+
+def take_top(candidates: Candidates) -> Tensor:
     """The K valid positions with the highest scores, equal scores to the earlier one; a = 1/K."""
-    return _spread(mark_highest(given.scores, given.valid_mask, given.counts), given.scores.dtype)
+    return _spread(mark_highest(candidates.scores, candidates.valid_mask, candidates.counts), candidates.scores.dtype)
 
 
-def take_above(given: Candidates) -> Tensor:
+Policy.add(
+    "top_k",
+    take_top,
+    label="the {share} of positions where {metric} is highest",
+    description="1/K on the K highest scores, equal ones to the earlier position. SE-KD with `student_entropy`",
+    reductions=PICKED,
+)
+
+Policy.add(
+    "random",
+    take_top,  # of uniform noise: K positions without replacement, each set equally likely
+    ranks=False,
+    metric="random",
+    label="a random {share} of the positions",
+    description="1/K on K positions, uniform, without replacement. RandomPos",
+    reductions=PICKED,
+)
+
+
+def take_above(candidates: Candidates) -> Tensor:
     """gls: the valid positions whose score reaches the threshold; ``take_top`` while there is none.
 
     The step as a whole is divided by its budget, the sum of ceil(k*n), so what is returned only says which.
     """
-    if given.context.threshold is None:
-        return take_top(given)
-    return _spread(given.valid_mask & (given.scores >= given.context.threshold), given.scores.dtype)
+    if candidates.context.threshold is None:
+        return take_top(candidates)
+    return _spread(candidates.valid_mask & (candidates.scores >= candidates.context.threshold), candidates.scores.dtype)
 
 
-def take_window(given: Candidates) -> Tensor:
+Policy.add(
+    "gls",
+    take_above,
+    reductions=("per_position",),
+    options={"queue_size": 30_000},
+    label="about {share} of the positions, those above a running threshold on {metric}",
+    description="global-level selection: every score at or above the (1-k) quantile of the last `queue_size` valid "
+    "scores, as they stood when the step began, with 1/(sum of K over the step). `top_k` picks until a tenth of "
+    "the queue is filled",
+)
+
+
+def take_window(candidates: Candidates) -> Tensor:
     """Curriculum: K positions in ascending order of score, from the floor((n - K) * progress)th; a = 1/K."""
-    n_valid = given.valid_mask.sum(dim=-1)
-    start = torch.floor((n_valid - given.counts) * given.context.progress + 1e-9).to(torch.int64).unsqueeze(-1)
-    ranks = _ranks(given.scores.masked_fill(~given.valid_mask, torch.inf), descending=False)
-    picked = (ranks >= start) & (ranks < start + given.counts.unsqueeze(-1)) & given.valid_mask
-    return _spread(picked, given.scores.dtype)
+    n_valid = candidates.valid_mask.sum(dim=-1)
+    start = (
+        torch.floor((n_valid - candidates.counts) * candidates.context.progress + 1e-9).to(torch.int64).unsqueeze(-1)
+    )
+    ranks = _ranks(candidates.scores.masked_fill(~candidates.valid_mask, torch.inf), descending=False)
+    picked = (ranks >= start) & (ranks < start + candidates.counts.unsqueeze(-1)) & candidates.valid_mask
+    return _spread(picked, candidates.scores.dtype)
 
 
-def draw(given: Candidates) -> Tensor:
+Policy.add(
+    "curriculum",
+    take_window,
+    options={"curriculum_steps": 1.0},
+    label="a window of {share} of the positions that moves from easy to hard by {metric}",
+    description="1/K on K scores in ascending order from floor((n - K) · progress), progress = min(1, step / "
+    "`curriculum_steps`)",
+    reductions=PICKED,
+)
+
+
+def draw(candidates: Candidates) -> Tensor:
     """Pos RS-KD: K draws with replacement in proportion to u, a = c_t/K. Expectation: weighted KD."""
-    return _drawn(given, is_corrected=False)
+    return _drawn(candidates, is_corrected=False)
 
 
-def draw_corrected(given: Candidates) -> Tensor:
+Policy.add(
+    "pos_rs",
+    draw,
+    label="a {share} draw of the positions in proportion to {metric}",
+    description="c/K, c how often K draws with replacement hit the position, probability r = u / sum u. In "
+    "expectation weighted KD",
+    uniforms="of draws",
+    options=MITIGATIONS,
+)
+
+
+def draw_corrected(candidates: Candidates) -> Tensor:
     """Pos RS-KD with importance correction: a = c_t / (K * n * r_t).
 
     Expectation: Full KD's mean, but for positions that are never drawn: those with u = 0, and, where ``coverage``
     leaves nothing to draw, all but the sure ones.
     """
-    return _drawn(given, is_corrected=True)
+    return _drawn(candidates, is_corrected=True)
 
 
-def weigh(given: Candidates) -> Tensor:
+Policy.add(
+    "pos_rs_corrected",
+    draw_corrected,
+    label="a {share} draw of the positions in proportion to {metric}, corrected to stay unbiased",
+    description="c/(K · n · r), the same draws. In expectation Full KD",
+    uniforms="of draws",
+    options=MITIGATIONS,
+)
+
+
+def weigh(candidates: Candidates) -> Tensor:
     """Weighted KD: every valid position, a = u / sum u."""
-    return _proportional(given.scores.double().clamp(min=0), given.valid_mask).to(given.scores.dtype)
+    return _proportional(candidates.scores.double().clamp(min=0), candidates.valid_mask).to(candidates.scores.dtype)
 
 
-# ``random`` is ``top_k`` of uniform noise: K positions without replacement, each set equally likely.
-POLICIES: dict[str, Policy] = {
-    "all": take_all,
-    "top_k": take_top,
-    "random": take_top,
-    "gls": take_above,
-    "curriculum": take_window,
-    "pos_rs": draw,
-    "pos_rs_corrected": draw_corrected,
-    "weighted": weigh,
-}
+Policy.add(
+    "weighted",
+    weigh,
+    fraction="none",
+    label="every position, weighted by {metric}",
+    description="u / sum u on every valid position. Weighted KD",
+)
 
 
 def select(
@@ -163,33 +236,38 @@ def select(
     """
     n_valid = valid_mask.sum(dim=-1)
     counts = n_valid if context.fraction is None else counts_of(context.fraction, n_valid)
-    policy = POLICIES.get(options.policy, _users_policy)
-    return policy(Candidates(scores, valid_mask, counts, context, options, uniforms))
+    policy = Policy.find(options.policy)
+    if policy.is_own:
+        return policy.coefficients(
+            scores=scores, valid_mask=valid_mask, counts=counts, progress=context.progress, uniforms=uniforms
+        )
+    coefficients: Tensor = policy.function(Candidates(scores, valid_mask, counts, context, options, uniforms))
+    return coefficients
 
 
-def _drawn(given: Candidates, is_corrected: bool) -> Tensor:
-    assert given.uniforms is not None, "a policy that draws is given uniforms"
-    options, counts = given.options, given.counts
-    n_valid = given.valid_mask.sum(dim=-1, keepdim=True)
+def _drawn(candidates: Candidates, is_corrected: bool) -> Tensor:
+    assert candidates.uniforms is not None, "a policy that draws is given uniforms"
+    options, counts = candidates.options, candidates.counts
+    n_valid = candidates.valid_mask.sum(dim=-1, keepdim=True)
     sure_counts = counts_of(options.coverage or 0.0, counts)
-    sure = mark_highest(given.scores, given.valid_mask, sure_counts)
-    drawable, draws = given.valid_mask & ~sure, (counts - sure_counts).unsqueeze(-1)
-    u = _clipped(given.scores, given.valid_mask, options).masked_fill(~drawable, 0)
+    sure = mark_highest(candidates.scores, candidates.valid_mask, sure_counts)
+    drawable, draws = candidates.valid_mask & ~sure, (counts - sure_counts).unsqueeze(-1)
+    u = _clipped(candidates.scores, candidates.valid_mask, options).masked_fill(~drawable, 0)
     # In proportion to u^(1/s); the highest is 1, so that no power overflows.
     highest = u.amax(dim=-1, keepdim=True)
     r = _proportional((u / highest.masked_fill(highest == 0, 1.0)) ** (1 / (options.smoothing or 1.0)), drawable)
 
     cumulative = r.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    points = given.uniforms[:, : int(counts.max()) if len(counts) else 0] * total
+    points = candidates.uniforms[:, : int(counts.max()) if len(counts) else 0] * total
     points = points.minimum(torch.nextafter(total, torch.zeros_like(total)))  # rounding never reaches past the last
     places = torch.searchsorted(cumulative, points.contiguous(), right=True).clamp_(max=r.shape[-1] - 1)
     is_draw = torch.arange(points.shape[-1], device=r.device) < draws
     times = torch.zeros_like(r).scatter_add_(-1, places, is_draw.to(r.dtype))
     if is_corrected:
         drawn = times / (draws * n_valid * r).masked_fill(times == 0, 1.0)
-        return (drawn + sure.to(r.dtype) / n_valid.clamp(min=1)).to(given.scores.dtype)
-    return ((times + sure) / counts.unsqueeze(-1).clamp(min=1)).to(given.scores.dtype)
+        return (drawn + sure.to(r.dtype) / n_valid.clamp(min=1)).to(candidates.scores.dtype)
+    return ((times + sure) / counts.unsqueeze(-1).clamp(min=1)).to(candidates.scores.dtype)
 
 
 def _clipped(scores: Tensor, valid_mask: Tensor, options: PositionOptions) -> Tensor:
@@ -224,14 +302,3 @@ def _ranks(scores: Tensor, descending: bool) -> Tensor:
 def _spread(picked: Tensor, dtype: torch.dtype) -> Tensor:
     """1/K on the K picked positions of each row."""
     return picked.to(dtype) / picked.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-def _users_policy(given: Candidates) -> Tensor:
-    return plugins.coefficients(
-        given.options.policy,
-        scores=given.scores,
-        valid_mask=given.valid_mask,
-        counts=given.counts,
-        progress=given.context.progress,
-        uniforms=given.uniforms,
-    )

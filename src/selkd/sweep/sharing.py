@@ -13,11 +13,10 @@ import xxhash
 from selkd.errors import InputError
 from selkd.models.loading import n_rows
 from selkd.models.sources import ModelSource
+from selkd.plugins import Metric
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 
-# Scores that are the same whatever the seed is; others (chance, a user's own metric) may depend on it.
-_SEEDLESS = {"student_entropy", "student_ce", "teacher_entropy", "teacher_ce", "kl", "reverse_kl", "ce_ratio"}
 _PRECISION = ("bf16", "use_cpu")
 
 
@@ -58,10 +57,11 @@ def _vocabulary(student: str | None) -> int | str | None:
 
 def _what_scores_depend_on(recipe: Recipe) -> dict[str, Any]:
     content = recipe.resolved()
+    samples = recipe.samples
     options = {key: value for key, value in (content["samples"] or {}).items() if key not in ("fraction", "path")}
     depends = {key: content[key] for key in ("teacher", "student", "data")}
     depends |= {"samples": options, "precision": {key: recipe.training.get(key) for key in _PRECISION}}
-    if options.get("metric") not in _SEEDLESS or options.get("scoring") == "approximate":
+    if samples is None or Metric.find(samples.metric).is_noise or samples.scoring == "approximate":
         depends["seed"] = recipe.seed
     return depends
 

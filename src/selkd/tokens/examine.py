@@ -13,7 +13,8 @@ from selkd.data.samples import Sample
 from selkd.models.head import evaluating
 from selkd.models.pair import ModelPair
 from selkd.models.tokenizers import token_texts
-from selkd.recipe.choices import PositionOptions, needs_teacher
+from selkd.plugins import Metric
+from selkd.recipe.choices import PositionOptions
 from selkd.selection.position_scores import choose_positions, score_positions
 from selkd.selection.positions import StepContext
 
@@ -45,10 +46,11 @@ def examine(
     metrics = {metric, *(options.metric for options, _ in policies)}
     with evaluating(models.student):
         hidden = models.student_hidden(batch)
-        teacher_logits = models.teacher_logits(batch) if any(map(needs_teacher, metrics)) else None
+        needs_teacher = {name: name is not None and Metric.find(name).needs_teacher for name in metrics}
+        teacher_logits = models.teacher_logits(batch) if any(needs_teacher.values()) else None
     scores = {
         name: score_positions(
-            name, hidden, models.student_head, batch, teacher_logits if needs_teacher(name) else None, (seed, step)
+            name, hidden, models.student_head, batch, teacher_logits if needs_teacher[name] else None, (seed, step)
         ).values
         for name in metrics
     }

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from selkd import plugins
 from selkd.errors import InputError
-from selkd.recipe.choices import POSITION_METRICS, PositionOptions, needs_teacher
+from selkd.plugins import Metric
+from selkd.recipe.choices import PositionOptions
 from selkd.recipe.part import parse_part
 from selkd.selection.positions import StepContext, step_context
 
@@ -49,12 +49,12 @@ def check_metric(metric: str) -> str:
         InputError: it is neither; the nearest name is told.
     """
     try:
-        return plugins.check_name("metric", metric, POSITION_METRICS)
+        return Metric.check(metric)
     except ValueError as error:
         raise InputError(f"--metric: {error}") from None
 
 
-def parse_policy(given: str, metric: str, fraction: float) -> PolicyChoice:
+def parse_policy(label: str, metric: str, fraction: float) -> PolicyChoice:
     """``name`` or ``name,key=value,…`` with the options of a recipe's ``positions``, and ``progress``.
 
     Args:
@@ -63,33 +63,33 @@ def parse_policy(given: str, metric: str, fraction: float) -> PolicyChoice:
     Raises:
         InputError: anything that a recipe would refuse.
     """
-    name, *pairs = (part.strip() for part in re.split(r",(?![^{]*\})", given))  # no comma within {from: …, to: …}
+    name, *pairs = (part.strip() for part in re.split(r",(?![^{]*\})", label))  # no comma within {from: …, to: …}
     options: dict[str, Any] = {"policy": name}
     for pair in pairs:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not key:
-            raise InputError(f"--policy {given}: {pair!r} is no option; expected key=value, as in pos_rs,smoothing=2.")
+            raise InputError(f"--policy {label}: {pair!r} is no option; expected key=value, as in pos_rs,smoothing=2.")
         if key in options:
-            raise InputError(f"--policy {given}: {key} stands twice.")
+            raise InputError(f"--policy {label}: {key} stands twice.")
         try:
             options[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise InputError(f"--policy {given}: the value of {key} is not readable: {value!r}.") from None
+            raise InputError(f"--policy {label}: the value of {key} is not readable: {value!r}.") from None
     if "=" in name:
-        raise InputError(f"--policy {given}: the policy's name comes first, as in top_k,{given}.")
+        raise InputError(f"--policy {label}: the policy's name comes first, as in top_k,{label}.")
     progress = options.pop("progress", 0.0)
     if isinstance(progress, bool) or not isinstance(progress, int | float) or not 0 <= progress <= 1:
-        raise InputError(f"--policy {given}: progress is the share of the run that is done, 0 to 1; got {progress!r}.")
+        raise InputError(f"--policy {label}: progress is the share of the run that is done, 0 to 1; got {progress!r}.")
     try:
         checked = parse_part(PositionOptions, {"metric": metric, "fraction": fraction} | options, "positions")
     except InputError as error:
-        raise InputError(f"--policy {given}: {error}") from None
+        raise InputError(f"--policy {label}: {error}") from None
     if isinstance(checked.curriculum_steps, int):
         raise InputError(
-            f"--policy {given}: curriculum_steps counts a run's steps, and a text has none; give a share of them "
+            f"--policy {label}: curriculum_steps counts a run's steps, and a text has none; give a share of them "
             "(curriculum_steps=0.5), and progress for the place in the run."
         )
-    return PolicyChoice(given.strip(), checked, float(progress))
+    return PolicyChoice(label.strip(), checked, float(progress))
 
 
 def require_teacher(metric: str, policies: Sequence[PolicyChoice], teacher: str | None) -> bool:
@@ -100,7 +100,7 @@ def require_teacher(metric: str, policies: Sequence[PolicyChoice], teacher: str 
     """
     asked = {"--metric": metric} | {f"--policy {choice.label}: metric": choice.options.metric for choice in policies}
     for key, name in asked.items():
-        if needs_teacher(name):
+        if name is not None and Metric.find(name).needs_teacher:
             if teacher is None:
                 raise InputError(
                     f"{key} {name} looks at the teacher's distribution: give --teacher MODEL, a model with the same "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from selkd.plugins import Policy
 from selkd.reporting import formats, words
 from selkd.reporting.coloured_text import TokenView, heat_scale, token_views, visible
 
@@ -87,6 +88,6 @@ def _notes(options: dict[str, Any], seed: int) -> list[str]:
         notes.append("no run, so no queue of scores: the top of each sample stands in, as at the start of a run")
     if policy == "curriculum" or options["progress"] or isinstance(options["fraction"], dict):
         notes.append(f"at {progress} of the run (progress={options['progress']:g})")
-    if policy in ("random", "pos_rs", "pos_rs_corrected") or options["metric"] == "random":
+    if Policy.find(policy).uniforms is not None or options["metric"] == "random":
         notes.append(f"drawn with seed {seed}")
     return notes

@@ -3,19 +3,14 @@
 Shapes: N selected positions, n of a chunk, V classes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from selkd import plugins
 from selkd.maths.chunked import chunk_size, chunks
-from selkd.maths.divergence import (
-    CRITERIA,
-    POSITION_WEIGHTS,
-    ValueAndGradient,
-    cross_entropy,
-    differentiated,
-    sampled_forward_kl,
-)
+from selkd.maths.divergence import ValueAndGradient, cross_entropy, differentiated, sampled_forward_kl
+from selkd.plugins import Criterion
 from selkd.recipe.choices import CriterionOptions
 from selkd.teacher.targets import DrawnClasses, FullDistribution, PickedTargets
 
@@ -38,14 +33,13 @@ class Comparison:
         self.teacher = teacher
         self.targets = targets
         self.vocab_size = vocab_size
-        self.compare = CRITERIA.get(options.name) or differentiated(
-            plugins.criterion_function(options.name), f"criterion.name: {options.name}"
-        )
-        self.weights: dict[str, float | Tensor] = {
-            name: value for name, value in (("alpha", options.alpha), ("beta", options.beta)) if value is not None
-        }
-        if options.name in POSITION_WEIGHTS:
-            self.weights |= POSITION_WEIGHTS[options.name](self._teachers_log_p_target(), sample_of)
+        criterion = Criterion.find(options.name)
+        self.compare: Callable[..., ValueAndGradient] = criterion.function
+        if criterion.is_own:
+            self.compare = differentiated(criterion.values, f"{criterion.key}: {criterion.name}")
+        self.weights: dict[str, float | Tensor] = {name: getattr(options, name) for name in criterion.options}
+        if criterion.position_weights is not None:
+            self.weights |= criterion.position_weights(self._teachers_log_p_target(), sample_of)
         self.sums = {"divergence_nats": torch.zeros((), device=targets.device)}
         if options.kd_weight < 1:
             self.sums["cross_entropy_nats"] = torch.zeros_like(self.sums["divergence_nats"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from selkd.maths.chunked import chunked_loss, compute_dtype, wide
 from selkd.maths.finite import require_finite
 from selkd.maths.head import Head
-from selkd.recipe.choices import CriterionOptions, PositionOptions, needs_teacher
+from selkd.recipe.choices import CriterionOptions, PositionOptions
 from selkd.selection.position_scores import PositionScores, choose_positions, score_positions
 from selkd.selection.positions import StepContext, counts_of, eligible
 from selkd.selection.two_stage import estimator, score_in_two_stages
@@ -138,7 +138,7 @@ class Objective:
             estimate = estimator(options, torch.as_tensor(ordered, device=hidden_states.device), self.seed)
             return score_in_two_stages(options, estimate, hidden_states, head, batch, context)
         logits = None
-        if teacher is not None and needs_teacher(options.metric):
+        if teacher is not None and options.needs_teacher:
             logits = teacher.at(batch["valid_mask"].flatten().nonzero().flatten()).logits
         return score_positions(options.metric, hidden_states, head, batch, logits, (self.seed, context.step))
 
