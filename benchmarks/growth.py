@@ -26,7 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from selkd.bench.measure import interleaved, peak_bytes
-from selkd.bench.subject import Subject
+from selkd.bench.subject import BenchSubject
 from selkd.bench.variants import step_of
 from selkd.maths.chunked import ChunkedLogits, chunk_size, chunked_entropy, chunked_loss
 from selkd.maths.divergence import forward_kl
@@ -86,7 +86,7 @@ def peaks_above(n: int, vocab_size: int, width: int) -> tuple[int, int]:
 def seconds_a_token(recipe: str, overrides: list[str], length: int, repeats: int) -> dict[str, float]:
     """Medians of the floor and of SE-KD with exact scores, one sample of ``length`` tokens."""
     shape = [f"data.max_length={length}", "training.per_device_train_batch_size=1"]
-    subject = Subject(load_recipe(recipe, [*overrides, *shape]))
+    subject = BenchSubject(load_recipe(recipe, [*overrides, *shape]))
     names = ("floor", "se_kd_exact")
     timings = interleaved({name: step_of(name, subject) for name in names}, repeats, subject.device)
     n = subject.batch["input_ids"].numel()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from selkd.bench.measure import interleaved, peak_bytes
-from selkd.bench.subject import Subject
+from selkd.bench.subject import BenchSubject
 from selkd.bench.variants import plain_loss, step_of
 from selkd.models.head import head_of, hidden_states
 from selkd.recipe.files import load_recipe
@@ -31,7 +31,7 @@ OURS = ("floor", "full_kd_plain", "full_kd")
 PEERS = {"trl": "trl", "liger": "liger-kernel"}  # name -> package
 
 
-def hidden_of_both(subject: Subject) -> tuple[Tensor, Tensor]:
+def hidden_of_both(subject: BenchSubject) -> tuple[Tensor, Tensor]:
     """The student's hidden states [N, D] with gradient and the teacher's, at the valid positions."""
     valid = subject.batch["valid_mask"]
     with torch.no_grad():
@@ -40,7 +40,7 @@ def hidden_of_both(subject: Subject) -> tuple[Tensor, Tensor]:
         return hidden_states(subject.student, **subject.inputs)[valid], teachers
 
 
-def trl_loss(subject: Subject) -> Loss:
+def trl_loss(subject: BenchSubject) -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     students_head, teachers_head = subject.head, head_of(subject.teacher).slice_vocab(subject.work.vocab_size)
@@ -57,7 +57,7 @@ def trl_loss(subject: Subject) -> Loss:
     return loss
 
 
-def liger_loss(subject: Subject, is_compiled: bool) -> Loss:
+def liger_loss(subject: BenchSubject, is_compiled: bool) -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     fused = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=is_compiled)
@@ -82,7 +82,7 @@ def liger_loss(subject: Subject, is_compiled: bool) -> Loss:
     return loss
 
 
-def losses_of(subject: Subject, names: list[str], is_compiled: bool) -> tuple[dict[str, Loss], dict[str, str]]:
+def losses_of(subject: BenchSubject, names: list[str], is_compiled: bool) -> tuple[dict[str, Loss], dict[str, str]]:
     """The peers' losses that run here, and of the others why not."""
     found: dict[str, Loss] = {}
     missing: dict[str, str] = {}
@@ -102,7 +102,7 @@ def losses_of(subject: Subject, names: list[str], is_compiled: bool) -> tuple[di
     return found, missing
 
 
-def stepped(subject: Subject, loss: Loss) -> Callable[[], None]:
+def stepped(subject: BenchSubject, loss: Loss) -> Callable[[], None]:
     def step() -> None:
         loss().backward()
         subject.student.zero_grad(set_to_none=True)
@@ -110,7 +110,7 @@ def stepped(subject: Subject, loss: Loss) -> Callable[[], None]:
     return step
 
 
-def gradient_of(subject: Subject, loss: Loss) -> tuple[float, Tensor]:
+def gradient_of(subject: BenchSubject, loss: Loss) -> tuple[float, Tensor]:
     value = loss()
     value.backward()
     flat = torch.cat([p.grad.flatten() for p in subject.student.parameters() if p.grad is not None])
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--peak-of", choices=[*OURS, *PEERS], help=argparse.SUPPRESS)
     given = parser.parse_args()
 
-    subject = Subject(load_recipe(given.recipe, given.overrides))
+    subject = BenchSubject(load_recipe(given.recipe, given.overrides))
     try:
         if given.peak_of in OURS:
             print(peak_bytes(step_of(given.peak_of, subject), subject.device))

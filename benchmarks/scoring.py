@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from selkd.bench.subject import Subject
+from selkd.bench.subject import BenchSubject
 from selkd.data.collate import TOKENS_AT_ONCE, group_by_tokens
 from selkd.data.samples import SampleDataset
 from selkd.evaluation.sample_scores import score_samples
@@ -42,7 +42,7 @@ PROBED = {
 SETTINGS = ((4096, 1024, 0.10), (4096, 1024, 0.15), (8192, 2048, 0.10), (8192, 2048, 0.15))
 
 
-def scores_of(subject: Subject, samples: SampleDataset, probed: float | None) -> np.ndarray:
+def scores_of(subject: BenchSubject, samples: SampleDataset, probed: float | None) -> np.ndarray:
     """Exact, or estimated from classes that the share ``probed`` of each sample tells (0: the text)."""
     estimate = None
     if probed is not None:
@@ -52,7 +52,7 @@ def scores_of(subject: Subject, samples: SampleDataset, probed: float | None) ->
 
 
 @torch.inference_mode()
-def body_alone(subject: Subject, samples: SampleDataset) -> None:
+def body_alone(subject: BenchSubject, samples: SampleDataset) -> None:
     subject.student.eval()
     for group in group_by_tokens(samples.lengths, TOKENS_AT_ONCE):
         batch = subject.batch_of(samples.select(group))
@@ -60,7 +60,7 @@ def body_alone(subject: Subject, samples: SampleDataset) -> None:
             hidden_states(subject.student, batch["input_ids"], batch["position_ids"])
 
 
-def position_agreement(subject: Subject, samples: SampleDataset, probed: float) -> dict[str, float]:
+def position_agreement(subject: BenchSubject, samples: SampleDataset, probed: float) -> dict[str, float]:
     found = {}
     for frequent, tail, share in SETTINGS:
         options = PositionOptions.model_validate(
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
 
-    subject = Subject(load_recipe(given.recipe, given.overrides))
+    subject = BenchSubject(load_recipe(given.recipe, given.overrides))
     train = subject.train
     samples = train.select(range(min(given.samples, len(train))))
     jobs: dict[str, Callable[[], object]] = {"body": lambda: body_alone(subject, samples)}

@@ -15,7 +15,7 @@ from tiny import make_model, make_samples
 from tiny_run import make_recipe
 from torch import Tensor
 
-from selkd.bench.subject import Subject
+from selkd.bench.subject import BenchSubject
 from selkd.bench.variants import plain_loss
 from selkd.models.head import head_of
 from selkd.recipe.part import parse_part
@@ -35,12 +35,12 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture
 def subject(tmp_path: Path) -> Any:
-    found = Subject(parse_part(Recipe, make_recipe(tmp_path)))
+    found = BenchSubject(parse_part(Recipe, make_recipe(tmp_path)))
     yield found
     found.close()
 
 
-def test_a_peer_that_is_not_there_or_fails_is_said_so(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_is_not_there_or_fails_is_said_so(subject: BenchSubject, monkeypatch: pytest.MonkeyPatch) -> None:
     peers = script("peers")
 
     def version(package: str) -> str:
@@ -62,7 +62,7 @@ def test_a_peer_that_is_not_there_or_fails_is_said_so(subject: Subject, monkeypa
 
 
 def test_peers_get_the_hidden_states_and_heads_of_plain_full_kd(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
+    subject: BenchSubject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stand-ins compute what TRL and Liger document of what they are given: plain Full KD's loss and gradient."""
     peers = script("peers")

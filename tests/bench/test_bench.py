@@ -10,7 +10,7 @@ import torch
 from tiny_run import make_recipe
 
 from selkd.bench.report import bench
-from selkd.bench.subject import Subject
+from selkd.bench.subject import BenchSubject
 from selkd.bench.variants import VARIANTS, step_of
 from selkd.cli.main import main
 from selkd.errors import InputError
@@ -23,7 +23,7 @@ def recipe(tmp_path: Path) -> Recipe:
     return parse_part(Recipe, make_recipe(tmp_path))
 
 
-def gradients(name: str, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+def gradients(name: str, subject: BenchSubject, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """What the variant's backward pass leaves, caught before it is thrown away."""
     kept: dict[str, torch.Tensor] = {}
 
@@ -40,7 +40,7 @@ def gradients(name: str, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> d
 def test_variants_that_are_the_same_mathematics_give_the_same_gradients(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = Subject(recipe)
+    subject = BenchSubject(recipe)
     plain, chunked = (gradients(name, subject, monkeypatch) for name in ("full_kd_plain", "full_kd"))
     assert plain.keys() == chunked.keys()
     selective = [

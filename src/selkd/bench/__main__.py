@@ -3,24 +3,18 @@
 import json
 import sys
 
-from selkd.bench.measure import bytes_over_time, peak_bytes
-from selkd.bench.subject import Subject
+from selkd.bench.measure import MEMORY_JOBS
+from selkd.bench.subject import BenchSubject
 from selkd.bench.variants import step_of
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 
-TRACED_STEPS = 3
-
 
 def main() -> None:
     job, variant = sys.argv[1:]
-    subject = Subject(parse_part(Recipe, json.load(sys.stdin)))
+    subject = BenchSubject(parse_part(Recipe, json.load(sys.stdin)))
     try:
-        step = step_of(variant, subject)
-        if job == "peak":
-            print(json.dumps({"peak_bytes": peak_bytes(step, subject.device)}))
-        else:
-            print(json.dumps(bytes_over_time(step, subject.device, TRACED_STEPS)))
+        print(json.dumps(MEMORY_JOBS[job](step_of(variant, subject), subject.device)))
     finally:
         subject.close()
 

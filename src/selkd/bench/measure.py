@@ -1,4 +1,4 @@
-"""Seconds, and bytes above what was in use before: of steps in this process, or of one step in a process of its own."""
+"""Seconds and bytes of steps in this process, and bytes of one step in a process of its own."""
 
 import json
 import resource
@@ -7,16 +7,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from selkd.errors import RunError
+from selkd.recipe.recipe import Recipe
 
-_STATUS, _CLEAR, _STATM = (Path(f"/proc/self/{name}") for name in ("status", "clear_refs", "statm"))
-SAMPLE_SECONDS = 0.004  # between two readings of a trace
+_STATUS, _CLEAR = (Path(f"/proc/self/{name}") for name in ("status", "clear_refs"))
+SAMPLE_SECONDS, TRACED_STEPS = 0.004, 3  # of a trace: between two readings; calls
+Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -36,19 +40,19 @@ class Timing:
         return statistics.median(self.cpu_seconds)
 
 
-def interleaved(steps: Mapping[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Seconds of every step, ``repeats`` times each in turns, after a turn to warm up."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+def interleaved(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, Timing]:
+    """Seconds of every step, ``repeats`` times in turns, after a turn to warm up."""
+    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
             busy = time.process_time()
             seconds = seconds_of(step, device)
             if repeat:
-                found[name].append((seconds, time.process_time() - busy))
-    return {name: Timing(*zip(*both, strict=True)) for name, both in found.items()}
+                timings[name].append((seconds, time.process_time() - busy))
+    return {name: Timing(*zip(*both, strict=True)) for name, both in timings.items()}
 
 
-def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+def seconds_of(step: Step, device: torch.device) -> float:
     """Seconds of one call: by CUDA's events on a GPU, else by the clock, everything queued having finished."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -63,7 +67,7 @@ def seconds_of(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device, repeats: int = 2) -> int:
+def peak_bytes(step: Step, device: torch.device, repeats: int = 2) -> int:
     """The most memory in use during ``repeats`` calls, after one to warm up.
 
     A GPU's own allocations (``max_memory_allocated``); on a CPU the process's resident memory, from Linux's account
@@ -85,54 +89,52 @@ def peak_bytes(step: Callable[[], None], device: torch.device, repeats: int = 2)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def bytes_over_time(step: Callable[[], None], device: torch.device, steps: int) -> dict[str, list[float]]:
+def bytes_over_time(step: Step, device: torch.device) -> dict[str, list[float]]:
     """Memory in use through some calls, after one to warm up: ``seconds`` and ``bytes`` of each reading, and
     ``step_seconds``, when each call began and the last one ended."""
     step()
-    found: dict[str, list[float]] = {"seconds": [], "bytes": [], "step_seconds": []}
+    readings: dict[str, list[float]] = {"seconds": [], "bytes": [], "step_seconds": []}
     done = threading.Event()
     started = time.perf_counter()
 
     def read() -> None:
         while not done.wait(SAMPLE_SECONDS):
-            found["bytes"].append(_in_use(device))
-            found["seconds"].append(time.perf_counter() - started)
+            readings["bytes"].append(_in_use(device))
+            readings["seconds"].append(time.perf_counter() - started)
 
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        for _ in range(steps):
-            found["step_seconds"].append(time.perf_counter() - started)
+        for _ in range(TRACED_STEPS):
+            readings["step_seconds"].append(time.perf_counter() - started)
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        found["step_seconds"].append(time.perf_counter() - started)
+        readings["step_seconds"].append(time.perf_counter() - started)
     finally:
         done.set()
         reader.join()
-    return found
+    return readings
+
+
+MEMORY_JOBS: dict[str, Callable[[Step, torch.device], Any]] = {"peak": peak_bytes, "trace": bytes_over_time}
 
 
 def _in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    if _STATM.exists():
-        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
-    import psutil
-
     return int(psutil.Process().memory_info().rss)
 
 
-def in_own_process(job: Sequence[str], recipe: dict[str, object]) -> dict[str, object]:
-    """The answer of ``python -m selkd.bench`` with ``job`` as its arguments and the resolved recipe as its input.
+def in_own_process(job: str, variant: str, recipe: Recipe) -> Any:
+    """What ``MEMORY_JOBS[job]`` answers about the step of ``variant`` in a fresh process.
 
     Raises:
         RunError: that process failed; the end of what it said is told.
     """
-    command = [sys.executable, "-m", "selkd.bench", *job]
-    done = subprocess.run(command, input=json.dumps(recipe), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "selkd.bench", job, variant]
+    done = subprocess.run(command, input=json.dumps(recipe.resolved()), capture_output=True, text=True, check=False)
     if done.returncode:
         said = "\n".join(done.stderr.strip().splitlines()[-3:])
-        raise RunError(f"bench: the process that measures the memory of {job[-1]} ended with {done.returncode}: {said}")
-    answer: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+        raise RunError(f"bench: the process that measures the memory of {variant} ended with {done.returncode}: {said}")
+    return json.loads(done.stdout.splitlines()[-1])

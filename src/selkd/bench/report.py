@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from selkd.bench.measure import Timing, bytes_over_time, in_own_process, interleaved, peak_bytes
-from selkd.bench.subject import Subject
-from selkd.bench.variants import VARIANTS, last_place, objective_of, positions_of, step_of
+from selkd.bench.measure import MEMORY_JOBS, Timing, in_own_process, interleaved
+from selkd.bench.subject import BenchSubject
+from selkd.bench.variants import VARIANTS, last_step, objective_of, positions_of, step_of
 from selkd.errors import InputError, nearest
 from selkd.files import write_whole
 from selkd.recipe.recipe import Recipe
+from selkd.reporting.memory_plot import memory_plot
 from selkd.run.record import environment
 from selkd.selection.position_scores import choose_positions, score_positions
 
@@ -33,8 +34,8 @@ def bench(
 
     Seconds are medians of ``repeats`` turns in one process, the variants interleaved after a warm-up; ratios are to
     the floor of the same run, and on a CPU also of the processor's own seconds, which other work on the machine hardly
-    changes. Memory is that of a process of its own for each variant on a CPU, of this one's GPU
-    allocations on a GPU. ``selection_agreement``: the share of the exact top positions, in float32, that the
+    changes. On a CPU each variant's memory is measured in a process of its own, on a GPU it is this process's
+    allocations. ``selection_agreement``: the share of the exact top positions, in float32, that the
     variant's scoring picks in float32; ``selection_agreement_as_run``: that it picks in the step's own dtype.
 
     Args:
@@ -46,29 +47,22 @@ def bench(
         InputError: an unknown variant, fewer than one repeat, or what ``distill`` refuses of the recipe.
     """
     names = _checked(variants, repeats)
-    subject = Subject(recipe)
+    subject = BenchSubject(recipe)
     try:
         steps = {name: step_of(name, subject) for name in names}
         timings = interleaved(steps, repeats, subject.device)
-        agreements = {name: _agreement(name, subject) for name in names}
-        is_cpu = subject.device.type == "cpu"
-        peaks: dict[str, int] = {}
-        if memory:
-            peaks = {
-                name: int(in_own_process(("peak", name), recipe.resolved())["peak_bytes"])  # type: ignore[call-overload]
-                if is_cpu
-                else peak_bytes(steps[name], subject.device)
-                for name in names
-            }
+        agreements = {name: agreement for name in names if (agreement := _agreement(name, subject)) is not None}
+
+        def memory_of(job: str, measured: Sequence[str]) -> dict[str, Any]:
+            if subject.device.type == "cpu":
+                return {name: in_own_process(job, name, recipe) for name in measured}
+            return {name: MEMORY_JOBS[job](steps[name], subject.device) for name in measured}
+
+        peaks = memory_of("peak", names) if memory else None
         if trace is not None:
-            traced = [name for name in names if name in TRACED]
-            series: dict[str, Any] = {
-                name: in_own_process(("trace", name), recipe.resolved())
-                if is_cpu
-                else bytes_over_time(steps[name], subject.device, 3)
-                for name in traced
-            }
-            _write_trace(trace, series)
+            series = memory_of("trace", [name for name in names if name in TRACED])
+            write_whole(trace / "memory.json", json.dumps(series) + "\n")
+            write_whole(trace / "memory.svg", memory_plot(series) + "\n")
         return _answer(subject, timings, peaks, agreements)
     finally:
         subject.close()
@@ -85,13 +79,13 @@ def _checked(variants: Sequence[str] | None, repeats: int) -> list[str]:
     return [name for name in VARIANTS if variants is None or name in variants or name == "floor"]
 
 
-def _agreement(name: str, subject: Subject) -> tuple[float, float] | None:
+def _agreement(name: str, subject: BenchSubject) -> tuple[float, float] | None:
     """How much of exact float32 selection a variant picks, in float32 and in its own dtype; None if it ranks nothing
     that the student alone decides."""
     positions = positions_of(name, subject)
     if positions is None or positions.metric != "student_entropy" or positions.policy != "top_k":
         return None
-    objective, context = objective_of(subject, positions), last_place(positions)
+    objective, context = objective_of(subject, positions), last_step(positions)
     head = subject.head
     agreeing, as_run, compared = 0, 0, 0
     size = len(subject.samples)
@@ -99,8 +93,8 @@ def _agreement(name: str, subject: Subject) -> tuple[float, float] | None:
     for start in range(0, count, size):
         batch = subject.batch_of(subject.train.select(range(start, min(start + size, count))))
         hidden = subject.student_hidden(batch)
-        found = objective.agreement(hidden, head, batch, context)
-        agreeing, compared = agreeing + int(found["agreeing_positions"]), compared + int(found["compared_positions"])
+        counts = objective.agreement(hidden, head, batch, context)
+        agreeing, compared = agreeing + int(counts["agreeing_positions"]), compared + int(counts["compared_positions"])
         exact = score_positions("student_entropy", hidden.float(), head, batch, None)
         with torch.no_grad():
             scored = objective.score(hidden, head.to(subject.dtype), batch, None, context)
@@ -112,55 +106,46 @@ def _agreement(name: str, subject: Subject) -> tuple[float, float] | None:
 
 
 def _answer(
-    subject: Subject,
+    subject: BenchSubject,
     timings: dict[str, Timing],
-    peaks: dict[str, int],
-    agreements: dict[str, tuple[float, float] | None],
+    peaks: dict[str, int] | None,
+    agreements: dict[str, tuple[float, float]],
 ) -> dict[str, Any]:
-    floor = timings["floor"].median
-    is_cpu = subject.device.type == "cpu"
-    shape = subject.batch["input_ids"].shape
-    return {
-        "device": _device(subject),
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "precision": environment(subject.work)["precision"],
-        "recipe": subject.recipe.name,
-        "torch": torch.__version__,
-        "shape": {
-            "batch": shape[0],
-            "length": shape[1],
-            "classes": subject.work.vocab_size,
-            "valid_positions": int(subject.batch["valid_mask"].sum()),
-        },
-        "floor_seconds": floor,
-        "variants": [
+    machine = environment(subject.work)
+    device = str(machine["processor"] or platform.machine())
+    batch, length = subject.batch["input_ids"].shape
+    floor, is_cpu = timings["floor"], subject.device.type == "cpu"
+    on_policy = "on_policy: steps are on the data's completions; generation is not measured"
+    variants = []
+    for name, timing in timings.items():
+        agreement, as_run = agreements.get(name, (None, None))
+        variants.append(
             {
                 "name": name,
                 "seconds": timing.median,
                 "seconds_range": [min(timing.seconds), max(timing.seconds)],
-                "ratio_to_floor": timing.median / floor,
+                "ratio_to_floor": timing.median / floor.median,
                 "cpu_seconds": timing.cpu_median if is_cpu else None,
-                "cpu_ratio_to_floor": timing.cpu_median / timings["floor"].cpu_median if is_cpu else None,
+                "cpu_ratio_to_floor": timing.cpu_median / floor.cpu_median if is_cpu else None,
                 "cpu_seconds_range": [min(timing.cpu_seconds), max(timing.cpu_seconds)] if is_cpu else None,
-                "peak_bytes_above_floor": peaks[name] - peaks["floor"] if peaks else None,
-                "selection_agreement": agreement[0] if (agreement := agreements[name]) else None,
-                "selection_agreement_as_run": agreement[1] if agreement else None,
+                "peak_bytes_above_floor": None if peaks is None else peaks[name] - peaks["floor"],
+                "selection_agreement": agreement,
+                "selection_agreement_as_run": as_run,
             }
-            for name, timing in timings.items()
-        ],
-        "notes": ["on_policy: steps are on the data's completions; generation is not measured"]
-        if subject.recipe.on_policy is not None
-        else [],
+        )
+    return {
+        "device": f"{device}, {torch.get_num_threads()} threads" if is_cpu else device,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "precision": machine["precision"],
+        "recipe": subject.recipe.name,
+        "torch": torch.__version__,
+        "shape": {
+            "batch": batch,
+            "length": length,
+            "classes": subject.work.vocab_size,
+            "valid_positions": int(subject.batch["valid_mask"].sum()),
+        },
+        "floor_seconds": floor.median,
+        "variants": variants,
+        "notes": [on_policy] if subject.recipe.on_policy is not None else [],
     }
-
-
-def _device(subject: Subject) -> str:
-    name = environment(subject.work)["processor"] or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads" if subject.device.type == "cpu" else str(name)
-
-
-def _write_trace(folder: Path, series: dict[str, dict[str, list[float]]]) -> None:
-    from selkd.reporting.memory_plot import memory_plot
-
-    write_whole(folder / "memory.json", json.dumps(series) + "\n")
-    write_whole(folder / "memory.svg", memory_plot(series) + "\n")

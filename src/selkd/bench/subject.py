@@ -31,7 +31,7 @@ from selkd.training.student import bind_distillation
 DRAWN = ClassOptions(sampler="systematic", draws=64)  # of the cached variant, where the recipe draws no classes
 
 
-class Subject:
+class BenchSubject:
     """The recipe's models and one batch, loaded when first needed; a teacher cache of that batch in a folder that goes.
 
     The student has float32 weights and runs under autocast to the run's dtype; the teacher is in its own.

@@ -26,13 +26,13 @@ def bench_table(answer: dict[str, Any]) -> Table:
     for heading in ("seconds", "x floor", "range", "peak above floor", "agreement"):
         table.add_column(heading, justify="right")
     floor = answer["floor_seconds"]
-    for each in answer["variants"]:
-        low, high = (seconds / floor for seconds in each["seconds_range"])
-        peak, agreement = each["peak_bytes_above_floor"], each["selection_agreement"]
+    for variant in answer["variants"]:
+        low, high = (seconds / floor for seconds in variant["seconds_range"])
+        peak, agreement = variant["peak_bytes_above_floor"], variant["selection_agreement"]
         table.add_row(
-            each["name"],
-            f"{each['seconds']:.3f}",
-            f"{each['ratio_to_floor']:.2f}",
+            variant["name"],
+            f"{variant['seconds']:.3f}",
+            f"{variant['ratio_to_floor']:.2f}",
             f"{low:.2f} to {high:.2f}",
             "" if peak is None else f"{peak / 1e9:+.2f} GB",
             "" if agreement is None else f"{agreement:.1%}",

@@ -3,23 +3,21 @@
 Shapes: B batch, T positions, N selected positions, n of a chunk, V classes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from selkd.bench.subject import Subject
+from selkd.bench.measure import Step
+from selkd.bench.subject import BenchSubject
 from selkd.maths.chunked import chunks, piece_size, wide
 from selkd.maths.divergence import entropy
 from selkd.models.head import hidden_states
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
 from selkd.selection.positions import StepContext, select, step_context
-from selkd.teacher.targets import FullDistribution, TeacherTargets
+from selkd.teacher.targets import FullDistribution, Teacher, TeacherTargets
 from selkd.training.objective import Objective
-
-Step = Callable[[], None]
 
 # Name -> what it is. The floor comes first, then what the design page asks for, then the paper's ablation.
 VARIANTS = {
@@ -34,11 +32,13 @@ VARIANTS = {
     "se_kd_dense_teacher_head": "the teacher's full logits, the student's at the selected positions",
     "se_kd_cached": "20% of the positions, the teacher's drawn classes from a cache",
 }
+DENSE_STUDENT = ("se_kd_dense_heads", "se_kd_dense_student_head")
+DENSE_TEACHER = ("se_kd_dense_heads", "se_kd_dense_teacher_head")
 SE_KD = {"metric": "student_entropy", "policy": "top_k", "fraction": 0.2}
 EVERY_CLASS = ClassOptions.model_validate({"sampler": "all"})
 
 
-def positions_of(name: str, subject: Subject) -> PositionOptions | None:
+def positions_of(name: str, subject: BenchSubject) -> PositionOptions | None:
     """The positions part of a variant; None for the two that select nothing."""
     if name in ("floor", "full_kd_plain"):
         return None
@@ -48,18 +48,20 @@ def positions_of(name: str, subject: Subject) -> PositionOptions | None:
     return PositionOptions.model_validate(changes.get(name, SE_KD))
 
 
-def objective_of(subject: Subject, positions: PositionOptions, criterion: CriterionOptions | None = None) -> Objective:
+def objective_of(
+    subject: BenchSubject, positions: PositionOptions, criterion: CriterionOptions | None = None
+) -> Objective:
     """The objective of a variant; forward KL unless ``criterion`` is given."""
     ordered = subject.classes_by_frequency if positions.scoring == "two_stage" else None
     return Objective(criterion or CriterionOptions(), positions, subject.recipe.seed, ordered)
 
 
-def last_place(positions: PositionOptions) -> StepContext:
+def last_step(positions: PositionOptions) -> StepContext:
     """The run's last step, where a schedule has reached its end; not one on which agreement is measured."""
     return step_context(positions, 1, 1)
 
 
-def step_of(name: str, subject: Subject) -> Step:
+def step_of(name: str, subject: BenchSubject) -> Step:
     """The variant called ``name``, ready to run: what it needs is loaded here."""
     positions = positions_of(name, subject)
     inputs, student, teacher = subject.inputs, subject.student, subject.teacher
@@ -80,17 +82,17 @@ def step_of(name: str, subject: Subject) -> Step:
     if name == "full_kd_plain":
         return lambda: backward(plain_loss(subject))
     assert positions is not None
-    if name in ("se_kd_dense_heads", "se_kd_dense_student_head"):
-        return lambda: backward(_dense_student_loss(subject, positions, name == "se_kd_dense_heads"))
-
     is_recipe = name == "recipe"
-    objective = objective_of(subject, positions, subject.recipe.criterion if is_recipe else None)
     classes = subject.recipe.classes if is_recipe else EVERY_CLASS
-    is_cached = name == "se_kd_cached" or (is_recipe and subject.recipe.cache is not None)
-    supervision = subject.cached_teacher(classes) if is_cached else subject.live_teacher(classes)
-    if name == "se_kd_dense_teacher_head":
-        supervision = DenseTeacher(subject)
-    context, batch = last_place(positions), subject.batch
+    if name == "se_kd_cached" or (is_recipe and subject.recipe.cache is not None):
+        supervision = subject.cached_teacher(classes)
+    else:
+        supervision = DenseTeacher(subject) if name in DENSE_TEACHER else subject.live_teacher(classes)
+    if name in DENSE_STUDENT:
+        return lambda: backward(_dense_student_loss(subject, positions, supervision))
+
+    objective = objective_of(subject, positions, subject.recipe.criterion if is_recipe else None)
+    context, batch = last_step(positions), subject.batch
     normaliser = objective.normaliser(objective.budget(batch, context))
 
     def ours() -> None:
@@ -103,7 +105,7 @@ def step_of(name: str, subject: Subject) -> Step:
     return ours
 
 
-def plain_loss(subject: Subject) -> Tensor:
+def plain_loss(subject: BenchSubject) -> Tensor:
     """What most scripts do: both models' full logits, float32, all positions."""
     vocab_size, inputs = subject.work.vocab_size, subject.inputs
     with torch.no_grad():
@@ -119,34 +121,26 @@ def plain_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return torch.nn.functional.kl_div(log_q, p, reduction="none").sum(dim=-1)
 
 
-def _dense_student_loss(subject: Subject, positions: PositionOptions, teacher_is_dense: bool) -> Tensor:
+def _dense_student_loss(subject: BenchSubject, positions: PositionOptions, supervision: Teacher) -> Tensor:
     """Selection as in SE-KD, but from the student's full logits, which keep their gradient."""
-    vocab_size, batch, context = subject.work.vocab_size, subject.batch, last_place(positions)
-    if teacher_is_dense:
-        with torch.no_grad():
-            all_of_teacher = subject.teacher(**subject.inputs, use_cache=False).logits[..., :vocab_size]
-    else:
-        targets = subject.live_teacher(EVERY_CLASS).targets(batch, 0)
+    vocab_size, batch = subject.work.vocab_size, subject.batch
+    targets = supervision.targets(batch, 0)
     with subject.autocast():
         student_logits = subject.student(**subject.inputs, use_cache=False).logits[..., :vocab_size]
     flat = student_logits.detach().flatten(0, 1)
     pieces = chunks(len(flat), piece_size(vocab_size, flat.device))
     of_all = [entropy(flat[rows].to(torch.float32, copy=True)) for rows in pieces]  # which works on its own copy
     scores = torch.cat(of_all).view(student_logits.shape[:2])
-    picked = select(positions, scores, batch["valid_mask"], context) > 0
-    if teacher_is_dense:
-        teacher_logits = all_of_teacher[picked]
-    else:
-        index = picked.flatten().nonzero().flatten()
-        teacher_logits = targets.at(index).logits(slice(0, len(index)))
-    return plain_kl(student_logits[picked], teacher_logits).mean()
+    picked = select(positions, scores, batch["valid_mask"], last_step(positions)) > 0
+    index = picked.flatten().nonzero().flatten()
+    return plain_kl(student_logits[picked], targets.at(index).logits(slice(0, len(index)))).mean()
 
 
 @dataclass(frozen=True)
 class DenseTeacher:
     """A live teacher that computes its full logits first, and narrows them to the selected positions then."""
 
-    subject: Subject
+    subject: BenchSubject
     is_live = True
 
     @torch.no_grad()

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from selkd.errors import InputError
 from selkd.models.demo import DEMO
-from selkd.models.loading import read_config
+from selkd.models.loading import n_parameters, read_config
 from selkd.models.pruning import cut_config, require_fewer_layers
 from selkd.models.sources import WITHOUT_WEIGHTS, ModelSource, downloaded, locate
 from selkd.recipe.recipe import Recipe
@@ -20,43 +21,51 @@ class Architecture:
     """V classes, D hidden, and the parameters of a model; tied ones count once.
 
     Attributes:
-        config: the Transformers configuration.
-        head_is_tied: whether the head is the embedding.
-        largest_layer: parameters of the largest block, which FSDP gathers at once.
+        model: on the meta device.
+        config: the Transformers configuration of its decoder.
+        blocks: its transformer blocks.
     """
 
+    model: PreTrainedModel
     config: Any
+    blocks: tuple[nn.Module, ...]
     parameters: int
-    layers: int
     hidden: int
     classes: int
     head_is_tied: bool
-    largest_layer: int
+
+    @property
+    def largest_block(self) -> int:
+        """Parameters of the largest block, which FSDP gathers at once."""
+        return max(map(n_parameters, self.blocks), default=0)
 
 
 def find(model: str, cache_dir: Path) -> ModelSource:
-    """The files of ``model`` less the weights, if it is on the hub; its fingerprint is then unknown.
+    """The files of ``model``; of one on the hub without its weights, so that its fingerprint is unknown.
 
     Raises:
         InputError: no such model.
     """
-    if model == DEMO or Path(model).expanduser().is_dir():
+    if model == DEMO or Path(model).expanduser().exists():
         return locate(model, cache_dir)
     return ModelSource(model, downloaded(model, WITHOUT_WEIGHTS), "")
 
 
-def student_config(recipe: Recipe, teacher: Any, cache_dir: Path) -> Any:
-    """The student's configuration: its own, or the teacher's cut to as many layers (which ones makes no difference).
+def teacher_and_student(
+    recipe: Recipe, teacher_source: ModelSource, student_source: ModelSource | None
+) -> tuple[Architecture, Architecture]:
+    """Both models' architectures; that of a student cut from its teacher is of the teacher's first layers.
 
     Raises:
-        InputError: no such model, or more layers kept than there are.
+        InputError: no causal language model, or more layers kept than there are.
     """
-    if recipe.student.model is not None:
-        return read_config(find(recipe.student.model, cache_dir))
+    teacher = read_config(teacher_source)
+    if student_source is not None:
+        return describe(teacher), describe(read_config(student_source))
     assert recipe.student.prune_from_teacher is not None, "a student has exactly one source"
     keep = recipe.student.prune_from_teacher.layers
     require_fewer_layers(keep, teacher.get_text_config(decoder=True).num_hidden_layers)
-    return cut_config(teacher, list(range(keep)))
+    return describe(teacher), describe(cut_config(teacher, list(range(keep))))
 
 
 def describe(config: Any) -> Architecture:
@@ -72,18 +81,13 @@ def describe(config: Any) -> Architecture:
         raise InputError(f"{type(config).__name__} is no causal language model: {error}") from error
     text = config.get_text_config(decoder=True)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    blocks = [
-        sum(parameter.numel() for parameter in block.parameters())
-        for module in model.modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == text.num_hidden_layers
-        for block in module
-    ]
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return Architecture(
-        config=config,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=int(text.num_hidden_layers),
+        model=model,
+        config=text,
+        blocks=tuple(block for stack in stacks if len(stack) == text.num_hidden_layers for block in stack),
+        parameters=n_parameters(model),
         hidden=int(text.hidden_size),
         classes=int(text.vocab_size),
         head_is_tied=head is not None and head.weight is embedding.weight,
-        largest_layer=max(blocks, default=0),
     )

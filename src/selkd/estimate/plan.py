@@ -1,14 +1,11 @@
-"""What a recipe will go through: samples, tokens, optimiser steps and the teacher's queries, counted ahead.
-
-Shapes: B samples of a micro-batch, N processes.
-"""
+"""What a recipe will go through: samples, tokens, optimiser steps and the teacher's queries, counted ahead."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selkd.errors import InputError
+from selkd.recipe.choices import FractionSchedule
 from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import CALIBRATION_SAMPLES, Workspace
 from selkd.training.arguments import DistillArguments
@@ -18,33 +15,78 @@ from selkd.training.arguments import DistillArguments
 class Plan:
     """Counts of a whole run on ``devices`` devices. Tokens are the samples' own; padding is not counted."""
 
+    recipe: Recipe
+    arguments: DistillArguments
     devices: int
     samples: int
     samples_kept: int
     train_tokens: int
-    sample_tokens: float
     positions_kept: int
     held_out_tokens: int
-    per_device_batch: int
-    accumulation: int
-    epochs: float
     steps: int
-    evaluations: int
-    selected_share: float
-    largest_share: float
+    epochs: float
 
     @property
     def samples_per_step(self) -> int:
-        return self.per_device_batch * self.accumulation * self.devices
+        return self.batch * self.arguments.gradient_accumulation_steps * self.devices
+
+    @property
+    def batch(self) -> int:
+        """Samples of a micro-batch on one device."""
+        return self.arguments.per_device_train_batch_size
+
+    @property
+    def length(self) -> int:
+        """Positions of a usual sample."""
+        return min(self.recipe.data.max_length, max(1, round(self.train_tokens / self.samples)))
 
     @property
     def kept_tokens(self) -> int:
-        return round(self.samples_kept * self.sample_tokens)
+        return round(self.samples_kept * self.train_tokens / self.samples)
 
     @property
     def trained_tokens(self) -> int:
         """Over all epochs."""
         return round(self.kept_tokens * self.epochs)
+
+    @property
+    def evaluated_tokens(self) -> int:
+        """Held-out tokens before, during and after training; 0 if fidelity is not measured."""
+        options = self.recipe.evaluation
+        during = self.steps // options.every_steps if options.every_steps else 0
+        return self.held_out_tokens * (2 + during)
+
+    @property
+    def scores_samples(self) -> bool:
+        """Whether the student runs over every sample to score it."""
+        return self.recipe.samples is not None and self.recipe.samples.metric != "random"
+
+    @property
+    def scores_by_teacher(self) -> bool:
+        return self.recipe.samples is not None and self.recipe.samples.needs_teacher
+
+    @property
+    def selected_shares(self) -> tuple[float, float]:
+        """(average over the run, largest) share of the positions; a schedule goes from one value to another."""
+        fraction = self.recipe.positions.fraction
+        if isinstance(fraction, FractionSchedule):
+            begin, end, over = fraction.start, fraction.to, fraction.over
+            return over * (begin + end) / 2 + (1 - over) * end, max(begin, end)
+        return (1.0, 1.0) if fraction is None else (float(fraction), float(fraction))
+
+    @property
+    def teacher_tokens(self) -> dict[str, int]:
+        """Tokens that the teacher will run on, by stage; ``total`` is their sum."""
+        recipe, is_live = self.recipe, self.recipe.cache is None
+        calibration = round(min(CALIBRATION_SAMPLES, self.samples) * self.train_tokens / self.samples)
+        by_stage = {
+            "prune": 0 if recipe.student.model else calibration,
+            "score": self.train_tokens if self.scores_by_teacher else 0,
+            "cache": 0 if is_live else self.kept_tokens,
+            "train": self.trained_tokens if is_live else 0,
+            "evaluate": self.evaluated_tokens,
+        }
+        return {**by_stage, "total": sum(by_stage.values())}
 
 
 def is_local(recipe: Recipe) -> bool:
@@ -58,7 +100,7 @@ def make_plan(recipe: Recipe, work: Workspace, devices: int, tokens: int | None)
     Raises:
         InputError: the text is on the hub and nobody says how much of it is to be used.
     """
-    length = recipe.data.max_length
+    length, arguments = recipe.data.max_length, work.arguments
     if tokens is not None and tokens < length:
         raise InputError(f"--tokens: {tokens} are fewer than one sample of data.max_length = {length}.")
     if tokens is None and not is_local(recipe):
@@ -67,65 +109,28 @@ def make_plan(recipe: Recipe, work: Workspace, devices: int, tokens: int | None)
             raise InputError(
                 f"data.tokens: not given, and {recipe.data.path} is not on this machine to be counted. Give --tokens."
             )
-    held_out = recipe.data.held_out_tokens if recipe.data.held_out_fraction > 0 else 0
     if tokens is None:
-        splits = work.splits
-        samples, train_tokens = len(splits.train), splits.train_tokens
-        positions = int(splits.train.n_valid.sum())
-        held_out = int(splits.held_out.lengths.sum())
+        train = work.splits.train
+        samples, tokens = len(train), work.splits.train_tokens
+        positions, held_out = int(train.n_valid.sum()), int(work.splits.held_out.lengths.sum())
     else:
-        samples, train_tokens = max(1, tokens // length), tokens
+        samples = max(1, tokens // length)
         positions = samples * (length - 1)
+        held_out = recipe.data.held_out_tokens if recipe.data.held_out_fraction > 0 else 0
     kept = samples if recipe.samples is None else max(1, math.ceil(recipe.samples.fraction * samples - 1e-9))
-    arguments = work.arguments
-    steps, epochs = _steps(arguments, kept, devices)
-    every, measures = recipe.evaluation.every_steps, "fidelity" in recipe.evaluation.suite
-    average, largest = _shares(recipe.resolved()["positions"]["fraction"])
+    # Steps of an epoch, as the Trainer counts them.
+    batches = math.ceil(kept / (arguments.per_device_train_batch_size * devices))
+    an_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
+    is_counted = arguments.max_steps > 0
     return Plan(
+        recipe=recipe,
+        arguments=arguments,
         devices=devices,
         samples=samples,
         samples_kept=kept,
-        train_tokens=train_tokens,
-        sample_tokens=train_tokens / samples,
+        train_tokens=tokens,
         positions_kept=round(positions * kept / samples),
-        held_out_tokens=held_out if measures else 0,
-        per_device_batch=arguments.per_device_train_batch_size,
-        accumulation=arguments.gradient_accumulation_steps,
-        epochs=epochs,
-        steps=steps,
-        evaluations=(2 + (steps // every if every else 0)) if measures else 0,
-        selected_share=average,
-        largest_share=largest,
+        held_out_tokens=held_out if "fidelity" in recipe.evaluation.suite else 0,
+        steps=arguments.max_steps if is_counted else math.ceil(arguments.num_train_epochs * an_epoch),
+        epochs=arguments.max_steps / an_epoch if is_counted else float(arguments.num_train_epochs),
     )
-
-
-def _steps(arguments: DistillArguments, kept: int, devices: int) -> tuple[int, float]:
-    """Optimiser steps and epochs of the whole training, as the Trainer counts them."""
-    batches = math.ceil(kept / (arguments.per_device_train_batch_size * devices))
-    an_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
-    if arguments.max_steps > 0:
-        return arguments.max_steps, arguments.max_steps / an_epoch
-    return math.ceil(arguments.num_train_epochs * an_epoch), float(arguments.num_train_epochs)
-
-
-def _shares(fraction: Any) -> tuple[float, float]:
-    """(average over the run, largest) share of the positions; a schedule goes from one value to another."""
-    if fraction is None:
-        return 1.0, 1.0
-    if isinstance(fraction, dict):
-        begin, end, over = float(fraction["from"]), float(fraction["to"]), float(fraction["over"])
-        return over * (begin + end) / 2 + (1 - over) * end, max(begin, end)
-    return float(fraction), float(fraction)
-
-
-def teacher_tokens(recipe: Recipe, plan: Plan) -> dict[str, int]:
-    """Tokens that the teacher will run on, by stage; ``total`` is their sum."""
-    scores = recipe.samples is not None and recipe.samples.needs_teacher
-    found = {
-        "prune": 0 if recipe.student.model else round(min(CALIBRATION_SAMPLES, plan.samples) * plan.sample_tokens),
-        "score": plan.train_tokens if scores else 0,
-        "cache": plan.kept_tokens if recipe.cache is not None else 0,
-        "train": plan.trained_tokens if recipe.cache is None else 0,
-        "evaluate": plan.held_out_tokens * plan.evaluations,
-    }
-    return {**found, "total": sum(found.values())}

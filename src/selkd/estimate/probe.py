@@ -4,12 +4,11 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.data.splits import Splits
 from selkd.estimate.plan import is_local
@@ -23,33 +22,19 @@ from selkd.run.score import score
 from selkd.run.train import train as train_student
 from selkd.run.workspace import Workspace
 
+T = TypeVar("T")
 STEPS = 3  # the first one warms up and is not counted
 HELD_OUT_SAMPLES = 8
 CACHED_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Measured on one device; None where the recipe has no such stage.
-
-    Attributes:
-        step_seconds: of one optimiser step, all its micro-batches.
-        score_tokens_per_second, cache_tokens_per_second, evaluate_tokens_per_second: of those
-        cache_bytes_per_position: of the shards of the small cache that was built.
-        samples, seconds: what the probe scored, and the time that it took.
-    """
-
-    step_seconds: float
-    score_tokens_per_second: float | None
-    cache_tokens_per_second: float | None
-    evaluate_tokens_per_second: float | None
-    cache_bytes_per_position: float | None
-    samples: int
-    seconds: float
-
-
-def probe(recipe: Recipe) -> Rates:
+def probe(recipe: Recipe) -> dict[str, float | None]:
     """Score, cache, evaluate and train on a few samples in a temporary folder.
+
+    Returns:
+        What was measured on one device; None where the recipe has no such stage: ``step_seconds`` of one optimiser step
+        with all its micro-batches; ``score_tokens_per_second`` and so on of each stage; ``cache_bytes_per_position`` of
+        the small cache's shards; how many ``samples`` were scored, and the ``seconds`` that all of it took.
 
     Raises:
         InputError, RunError: as ``distill``.
@@ -58,73 +43,57 @@ def probe(recipe: Recipe) -> Rates:
     with tempfile.TemporaryDirectory(prefix="selkd-probe-") as folder:
         small = _shortened(recipe)
         path = Path(folder) / "run"
-        work = Workspace(small, path, splits=_few(small, Workspace(small, path).splits))
+        splits = _few(small, Workspace(small, path).splits)
+        work = Workspace(small, path, splits=splits)
         run = RunDirectory.claim(path, small, is_writer=True)
         prepare(work, run)
-        train, held_out = work.splits.train, work.splits.held_out
-        _ = work.models.student  # loaded before the clock starts
-        rates: dict[str, float | None] = dict.fromkeys(("score", "cache", "evaluate"))
-        with _clock() as clock:
-            kept = score(work, run)
+        student = work.models.student  # loaded before the clock starts
+        kept, seconds = _clocked(lambda: score(work, run))
+        rates: dict[str, float] = {}
         if recipe.samples is not None:
             # Comparing some scores with exact ones is a smaller share of a whole run.
-            checked = run.record.get("scoring_agreement", {}).get("seconds", 0.0)
-            rates["score"] = _tokens(train) / (clock[0] - checked)
+            seconds -= run.record.get("scoring_agreement", {}).get("seconds", 0.0)
+            rates["score"] = splits.train_tokens / seconds
+        if small.evaluation.suite or recipe.cache is not None:
+            _ = work.models.teacher
         if small.evaluation.suite:
-            _ = work.models.teacher
-            with _clock() as clock:
-                evaluate(work, run, work.models.student, "before")
-            rates["evaluate"] = _tokens(held_out) / clock[0]
-        stored = None
-        if recipe.cache is not None:
-            _ = work.models.teacher
-            with _clock() as clock:
-                cache = build_or_find_cache(work, run, kept)
-            assert cache is not None
-            rates["cache"], stored = _tokens(kept) / clock[0], _shard_bytes(cache) / float(cache.stats()["positions"])
-            train_student(work, run, kept, cache)
-        else:
-            train_student(work, run, kept, None)
-        return Rates(
-            step_seconds=_step_seconds(run.path / "metrics.jsonl"),
-            score_tokens_per_second=rates["score"],
-            cache_tokens_per_second=rates["cache"],
-            evaluate_tokens_per_second=rates["evaluate"],
-            cache_bytes_per_position=stored,
-            samples=len(train),
-            seconds=time.perf_counter() - started,
-        )
-
-
-def _shard_bytes(cache: TeacherCache) -> int:
-    """Without plan and manifest, which hardly grow with the cache."""
-    return sum(path.stat().st_size for path in cache.directory.iterdir() if path.suffix == ".selkd")
+            _, seconds = _clocked(lambda: evaluate(work, run, student, "before"))
+            rates["evaluate"] = _tokens(splits.held_out) / seconds
+        cache, seconds = _clocked(lambda: build_or_find_cache(work, run, kept))
+        if cache is not None:
+            rates["cache"] = _tokens(kept) / seconds
+            # Without plan and manifest, which hardly grow with the cache.
+            shards = sum(path.stat().st_size for path in cache.directory.iterdir() if path.suffix == ".selkd")
+            rates["bytes"] = shards / float(cache.stats()["positions"])
+        train_student(work, run, kept, cache)
+        return {
+            "step_seconds": _step_seconds(run.path / "metrics.jsonl"),
+            "score_tokens_per_second": rates.get("score"),
+            "cache_tokens_per_second": rates.get("cache"),
+            "evaluate_tokens_per_second": rates.get("evaluate"),
+            "cache_bytes_per_position": rates.get("bytes"),
+            "samples": len(splits.train),
+            "seconds": time.perf_counter() - started,
+        }
 
 
 def _shortened(recipe: Recipe) -> Recipe:
     content = recipe.resolved()
     # One process trains here, so there is nothing to shard.
     own = {key: value for key, value in content["training"].items() if key not in ("fsdp", "fsdp_config")}
-    training = {
-        **own,
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    changed = {**content, "training": training}
+    few = {"max_steps": STEPS, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    content["training"] = {**own, **few}
     if recipe.samples is not None:
-        changed["samples"] = {**content["samples"], "path": None}
+        content["samples"]["path"] = None
     if recipe.cache is not None:
-        changed["cache"] = {"path": None}
-    suite = [name for name in recipe.evaluation.suite if name == "fidelity"]  # benchmarks take longer than a probe may
-    changed["evaluation"] = {"suite": suite}
+        content["cache"] = {"path": None}
+    # Benchmarks take longer than a probe may.
+    content["evaluation"] = {"suite": [name for name in recipe.evaluation.suite if name == "fidelity"]}
     if not is_local(recipe):  # so much of it is fetched and tokenised, and no more
         length = recipe.data.max_length
-        changed["data"] = {**content["data"], "tokens": length * (_samples_needed(recipe) + HELD_OUT_SAMPLES)}
-        changed["data"]["held_out_tokens"] = max(length, HELD_OUT_SAMPLES * length)
-    return parse_part(Recipe, changed)
+        content["data"]["tokens"] = length * (_samples_needed(recipe) + HELD_OUT_SAMPLES)
+        content["data"]["held_out_tokens"] = max(length, HELD_OUT_SAMPLES * length)
+    return parse_part(Recipe, content)
 
 
 def _samples_needed(recipe: Recipe) -> int:
@@ -137,28 +106,23 @@ def _samples_needed(recipe: Recipe) -> int:
 
 def _few(recipe: Recipe, splits: Splits) -> Splits:
     """As many of the samples as the probe needs."""
-    few = splits.train.select(range(min(len(splits.train), _samples_needed(recipe))))
+    train = splits.train.select(range(min(len(splits.train), _samples_needed(recipe))))
     held_out = splits.held_out.select(range(min(len(splits.held_out), HELD_OUT_SAMPLES)))
-    return replace(splits, train=few, held_out=held_out, train_tokens=_tokens(few))
+    return replace(splits, train=train, held_out=held_out, train_tokens=_tokens(train))
 
 
 def _tokens(samples: SampleDataset) -> int:
     return int(samples.lengths.sum())
 
 
-@contextmanager
-def _clock() -> Iterator[list[float]]:
-    """A list that holds the seconds once the block is through."""
-    found: list[float] = []
+def _clocked(stage: Callable[[], T]) -> tuple[T, float]:
+    """What a stage returns, and its seconds."""
     started = time.perf_counter()
-    yield found
-    found.append(time.perf_counter() - started)
+    return stage(), time.perf_counter() - started
 
 
 def _step_seconds(metrics: Path) -> float:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     seconds = {line["step"]: float(line["seconds"]) for line in lines if "loss" in line}
-    steps = sorted(seconds)
-    if len(steps) == 1:
-        return seconds[steps[0]]
-    return (seconds[steps[-1]] - seconds[steps[0]]) / (steps[-1] - steps[0])
+    first, last = min(seconds), max(seconds)
+    return seconds[first] if first == last else (seconds[last] - seconds[first]) / (last - first)

@@ -1,5 +1,6 @@
 """Recipes as files: the named ones that come with the package, YAML, and ``--set`` overrides."""
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import yaml
 from selkd.errors import InputError, nearest
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
+
+_PLURAL = {"recipe": "recipes", "study": "studies"}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -28,9 +31,13 @@ class _StrictLoader(yaml.SafeLoader):
 
 def named_recipes() -> dict[str, str]:
     """Name -> YAML text of every recipe that comes with selkd."""
-    folder = resources.files("selkd") / "recipes"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}
+    return named_texts("recipes")
+
+
+def named_texts(folder: str) -> dict[str, str]:
+    """Name -> YAML text of every file in one of the package's folders of data."""
+    files = sorted((resources.files("selkd") / folder).iterdir(), key=lambda file: file.name)
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files if f.name.endswith(".yaml")}
 
 
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -41,7 +48,8 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     """
     given = recipe_content(source)
     for override in overrides or []:
-        _apply(given, override)
+        key, value = parse_override(override)
+        put_key(given, key, value, f"--set {override}")
     return parse_part(Recipe, given)
 
 
@@ -51,7 +59,7 @@ def recipe_content(source: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no such recipe, or unreadable YAML.
     """
-    name, text = _read(source)
+    name, text = read_text(source, named_recipes(), "recipe")
     return {"name": name, **read_mapping(text, str(source), "a recipe")}
 
 
@@ -71,19 +79,24 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
 
 
-def _read(source: str | Path) -> tuple[str, str]:
-    named = named_recipes()
+def read_text(source: str | Path, named: Mapping[str, str], what: str) -> tuple[str, str]:
+    """The name and the YAML text of one of the ``named`` or of a file; ``what`` it is, a recipe or a study.
+
+    Raises:
+        InputError: neither of both, or a file that is no text.
+    """
     if str(source) in named:
         return str(source), named[str(source)]
     path = Path(source)
     if not path.is_file():
         raise InputError(
-            f"{source}: neither a named recipe nor a file. Named recipes: {', '.join(named)}.{nearest(source, named)}"
+            f"{source}: neither a named {what} nor a file. Named {_PLURAL[what]}: {', '.join(named)}."
+            f"{nearest(source, named)}"
         )
     try:
         return path.stem, path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise InputError(f"{source}: not a text file; a recipe is YAML in UTF-8.") from None
+        raise InputError(f"{source}: not a text file; a {what} is YAML in UTF-8.") from None
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -97,14 +110,13 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise InputError(f"--set {override}: the value is not readable as YAML: {error}") from None
 
 
-def _apply(given: dict[str, Any], override: str) -> None:
-    key, value = parse_override(override)
-    steps = key.split(".")
-    part = given
-    for step in steps[:-1]:
-        if part.get(step) is None:
-            part[step] = {}
-        part = part[step]
-        if not isinstance(part, dict):
-            raise InputError(f"--set {override}: {step} is {part!r}, which has no keys of its own.")
-    part[steps[-1]] = value
+def put_key(content: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Set ``key.path`` of a recipe's content. Raises InputError, which names ``source``, below what is no mapping."""
+    *parts, last = key.split(".")
+    for part in parts:
+        if content.get(part) is None:
+            content[part] = {}
+        content = content[part]
+        if not isinstance(content, dict):
+            raise InputError(f"{source}: {part} is {content!r}, which has no keys of its own.")
+    content[last] = value

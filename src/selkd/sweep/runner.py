@@ -30,7 +30,11 @@ def run_apart(recipe: Recipe, out: Path, log: Path) -> str | None:
         log.touch()
     except OSError as error:
         raise RunError(f"{log}: can't be written ({error}). Give another --out.") from None
-    context = _context()
+    context: Any = multiprocessing.get_context("spawn")
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        # A server that has imported everything once and forks a clean process for each run.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["selkd.run.pipeline"])
     ours, theirs = context.Pipe()
     arguments = (recipe.resolved(), str(out), str(log), dict(os.environ), theirs)
     process = context.Process(target=_work, args=arguments, name=f"selkd-{out.name}")
@@ -44,15 +48,6 @@ def run_apart(recipe: Recipe, out: Path, log: Path) -> str | None:
     finally:
         ours.close()
         process.join()
-
-
-def _context() -> Any:
-    """A server that has imported everything once and forks a clean process for each run, where the system can."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selkd.run.pipeline"])
-    return context
 
 
 def _how_it_ended(code: int | None) -> str:

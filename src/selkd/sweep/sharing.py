@@ -42,9 +42,9 @@ def with_shared_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _vocabulary(student: str | None) -> int | str | None:
-    """What a student that is not cut from the teacher changes of a cache: which classes both have.
+    """How many classes the student has, which decides those that it shares with the teacher and so the cache.
 
-    Their number for a folder here; the name for a model of the hub, of which nothing is fetched to name a folder.
+    None for one that is cut from the teacher; the name for a model of the hub, of which nothing is fetched yet.
     """
     if student is None:
         return None

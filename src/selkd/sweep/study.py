@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from selkd.errors import InputError, nearest
 from selkd.recipe.errors import explain
-from selkd.recipe.files import read_mapping, recipe_content
+from selkd.recipe.files import named_texts, put_key, read_mapping, read_text, recipe_content
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import comparable
@@ -52,9 +51,9 @@ class Study(BaseModel):
 
     @field_validator("variants", mode="before")
     @classmethod
-    def _plain_variants(cls, given: Any) -> Any:
+    def _plain_variants(cls, variants: Any) -> Any:
         """``se_kd:`` with nothing after it is the base as it is."""
-        return {n: {} if v is None else v for n, v in given.items()} if isinstance(given, dict) else given
+        return {n: {} if v is None else v for n, v in variants.items()} if isinstance(variants, dict) else variants
 
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
@@ -65,20 +64,18 @@ class Study(BaseModel):
                 raise ValueError(f"grid.{key}: {values} holds a value twice; each is one recipe")
         variants = {f"variants.{name}": keys for name, keys in self.variants.items()}
         for part, keys in {"set": self.set, "grid": self.grid, **variants}.items():
-            if owned := _owned_key(keys, part):
-                raise ValueError(owned)
+            _refuse_owned(keys, part)
         return self
 
 
-def _owned_key(keys: Iterable[str], part: str) -> str | None:
-    """What is wrong with keys that a study sets by itself."""
+def _refuse_owned(keys: Iterable[str], part: str) -> None:
+    """Raises InputError for keys that a study sets by itself."""
     if "seed" in keys:
-        return f"{part}.seed: not set here; give seeds"
+        raise InputError(f"{part}.seed: not set here; give seeds")
     if any(key == "hub" or key.startswith("hub.") for key in keys):
-        return f"{part}.hub: not in a study; each run would replace the one before in the same repository"
+        raise InputError(f"{part}.hub: not in a study; each run would replace the one before in the same repository")
     if "name" in keys:
-        return f"{part}.name: not set here; a recipe is called by its variant and grid values"
-    return None
+        raise InputError(f"{part}.name: not set here; a recipe is called by its variant and grid values")
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,7 @@ class PlannedRun:
 
 def named_studies() -> dict[str, str]:
     """Name -> YAML text of every study that comes with selkd."""
-    files = sorted((resources.files("selkd") / "studies").iterdir(), key=lambda file: file.name)
-    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files if f.name.endswith(".yaml")}
+    return named_texts("studies")
 
 
 def load_study(source: str | Path) -> tuple[str, Study, Path]:
@@ -106,24 +102,13 @@ def load_study(source: str | Path) -> tuple[str, Study, Path]:
     Raises:
         InputError: no such study, unreadable YAML, or a key or value that can't be.
     """
-    named, path = named_studies(), Path(source)
-    if str(source) in named:
-        name, text, folder = str(source), named[str(source)], Path()
-    elif path.is_file():
-        name, folder = path.stem, path.parent
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{source}: not a text file; a study is YAML in UTF-8.") from None
-    else:
-        raise InputError(
-            f"{source}: neither a named study nor a file. Named studies: {', '.join(named)}.{nearest(source, named)}"
-        )
-    given = read_mapping(text, str(source), "a study")
+    named = named_studies()
+    name, text = read_text(source, named, "study")
     try:
-        return name, Study.model_validate(given), folder
+        content = Study.model_validate(read_mapping(text, str(source), "a study"))
     except ValidationError as error:
         raise InputError(explain(error, Study)) from None
+    return name, content, Path() if str(source) in named else Path(source).parent
 
 
 def expand(study: Study, folder: Path, overrides: Mapping[str, Any] | None = None) -> list[PlannedRun]:
@@ -136,11 +121,9 @@ def expand(study: Study, folder: Path, overrides: Mapping[str, Any] | None = Non
     Raises:
         InputError: a recipe that can't be (named, with what is wrong), two that are the same, an unknown baseline.
     """
-    if owned := _owned_key(overrides or {}, "overrides"):
-        raise InputError(owned)
+    _refuse_owned(overrides or {}, "overrides")
     base = _base(study, folder)
-    if base.get("hub") is not None and (owned := _owned_key({"hub": None}, "base")):
-        raise InputError(owned)
+    _refuse_owned([key for key in ("hub",) if base.get(key) is not None], "base")
     recipes: dict[str, Recipe] = {}
     for variant, changes in (study.variants or {"": {}}).items():
         name = variant or str(base.get("name"))
@@ -150,10 +133,9 @@ def expand(study: Study, folder: Path, overrides: Mapping[str, Any] | None = Non
 
         identities = [_identity(made(cell, name)) for cell in _cells(study.grid)]
         labelled = _labelled(variant, study.grid, _without_effect(study.grid, identities), name)
-        cells = {label: made(cell, label) for label, cell in labelled.items()}
-        if twice := cells.keys() & recipes.keys():
-            raise InputError(f"variants: two recipes would be called {sorted(twice)[0]!r}; rename a variant.")
-        recipes |= cells
+        if twice := sorted(labelled.keys() & recipes.keys()):
+            raise InputError(f"variants: two recipes would be called {twice[0]!r}; rename a variant.")
+        recipes |= {label: made(cell, label) for label, cell in labelled.items()}
     _require_different(recipes)
     if study.baseline is not None and study.baseline not in recipes:
         raise InputError(
@@ -181,14 +163,14 @@ def _cells(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 def _without_effect(grid: Mapping[str, list[Any]], identities: list[str]) -> set[str]:
     """Keys that change no recipe of this variant, whatever the others are: a fraction beside ``policy: all``."""
     cells = [{key: json.dumps(value, sort_keys=True) for key, value in cell.items()} for cell in _cells(grid)]
-    found = set()
-    for key in grid:
-        told: dict[tuple[str, ...], set[str]] = {}
+
+    def changes_nothing(key: str) -> bool:
+        recipes: dict[tuple[str, ...], set[str]] = {}
         for cell, identity in zip(cells, identities, strict=True):
-            told.setdefault(tuple(v for k, v in cell.items() if k != key), set()).add(identity)
-        if len(grid[key]) > 1 and all(len(same) == 1 for same in told.values()):
-            found.add(key)
-    return found
+            recipes.setdefault(tuple(v for k, v in cell.items() if k != key), set()).add(identity)
+        return all(len(same) == 1 for same in recipes.values())
+
+    return {key for key, values in grid.items() if len(values) > 1 and changes_nothing(key)}
 
 
 def _labelled(
@@ -201,12 +183,12 @@ def _labelled(
     cells = _cells({key: values[:1] if key in without_effect else values for key, values in grid.items()})
     shown = [{key: value for key, value in cell.items() if key not in without_effect} for cell in cells]
     labels = ["-".join(part for part in (variant, _label(cell, grid)) if part) or otherwise for cell in shown]
-    found = {}
+    by_label = {}
     for label, cell in zip(labels, cells, strict=True):
         is_plain = len(label) <= _LONGEST and labels.count(label) == 1
         digest = xxhash.xxh3_64_hexdigest(json.dumps(cell, sort_keys=True).encode())[:8]
-        found[label if is_plain else f"{label[:_LONGEST]}-{digest}"] = cell
-    return found
+        by_label[label if is_plain else f"{label[:_LONGEST]}-{digest}"] = cell
+    return by_label
 
 
 def _label(cell: Mapping[str, Any], grid: Mapping[str, Any]) -> str:
@@ -215,8 +197,8 @@ def _label(cell: Mapping[str, Any], grid: Mapping[str, Any]) -> str:
     parts = []
     for key, value in cell.items():
         short = key.rpartition(".")[2]
-        told = value if isinstance(value, str) else json.dumps(value)
-        parts.append(f"{short if last.count(short) == 1 else key}-{told}")
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts.append(f"{short if last.count(short) == 1 else key}-{text}")
     return re.sub(r"[^\w.-]+", "_", "-".join(parts)).strip("_")
 
 
@@ -224,22 +206,11 @@ def _recipe(base: dict[str, Any], layers: Sequence[Mapping[str, Any]], label: st
     content = deepcopy(base)
     for keys in layers:
         for key, value in keys.items():
-            _put(content, key, value)
+            put_key(content, key, deepcopy(value), key)
     try:
         return parse_part(Recipe, {**content, "name": label, "seed": seed})
     except InputError as error:
         raise InputError(f"recipe {label!r} of the study: {error}") from None
-
-
-def _put(content: dict[str, Any], key: str, value: Any) -> None:
-    *parts, last = key.split(".")
-    for part in parts:
-        if content.get(part) is None:
-            content[part] = {}
-        content = content[part]
-        if not isinstance(content, dict):
-            raise InputError(f"{key}: {part} is {content!r}, which has no keys of its own.")
-    content[last] = deepcopy(value)
 
 
 def _identity(recipe: Recipe) -> str:

@@ -18,7 +18,7 @@ from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.run_files import read_record
 from selkd.sweep.runner import run_apart
 from selkd.sweep.sharing import with_shared_paths
-from selkd.sweep.study import PlannedRun, Study, expand
+from selkd.sweep.study import Study, expand
 
 STATUS, SHARED = "study.json", "shared"
 Tell = Callable[[str], None]
@@ -59,50 +59,36 @@ def sweep(
     planned = expand(study, folder, overrides)
     status = _claim(out)
     recipes = {run.id: with_shared_paths(run.recipe, (out / SHARED).absolute()) for run in planned}
-    for run in planned:
-        _require_same(_path(out, run), recipes[run.id])
+    paths = {run_id: out / "runs" / run_id for run_id in recipes}
+    moved = [run_id for run_id, recipe in recipes.items() if _has_moved(paths[run_id], recipe)]
     _save(out, name, status)  # from here on the folder is ours
-    for run in planned:
-        _follow_move(_path(out, run), recipes[run.id])
-    for number, run in enumerate(planned, start=1):
-        begin = f"[{number}/{len(planned)}] {run.id}"
-        if status.get(run.id, {}).get("status") == "done" and _is_finished(_path(out, run)):
+    for run_id in moved:
+        write_whole(paths[run_id] / RECIPE, to_yaml(recipes[run_id]))
+    for number, (run_id, path) in enumerate(paths.items(), start=1):
+        begin, log = f"[{number}/{len(planned)}] {run_id}", out / "logs" / f"{run_id}.log"
+        if status.get(run_id, {}).get("status") == "done" and _is_finished(path):
             tell(f"{begin}: done before")
             continue
-        tell(f"{begin}: running (log: {_log(out, run)})")
+        tell(f"{begin}: running (log: {log})")
         started = time.perf_counter()
-        why = run_apart(recipes[run.id], _path(out, run), _log(out, run))
+        why = run_apart(recipes[run_id], path, log)
         seconds = round(time.perf_counter() - started, 1)
-        status[run.id] = {"status": "failed" if why else "done", "error": why, "seconds": seconds}
+        status[run_id] = {"status": "failed" if why else "done", "error": why, "seconds": seconds}
         _save(out, name, status)
         tell(f"{begin}: {'failed: ' + why if why else 'done'} ({seconds:.0f} s)")
-    failed = {run.id: str(status[run.id]["error"]) for run in planned if status[run.id]["status"] == "failed"}
-    return SweepResult(out, _table(name, study, planned, failed, out), failed)
+    failed = {run_id: str(status[run_id]["error"]) for run_id in paths if status[run_id]["status"] == "failed"}
+    finished = [run for run in planned if run.id not in failed]
+    if not finished:
+        return SweepResult(out, None, failed)
+    names = [run.name for run in finished]
+    # A baseline of which every run failed is none.
+    baseline = study.baseline if study.baseline in names else names[0]
+    comparison = compare([paths[run.id] for run in finished], baseline, failed)
+    return SweepResult(out, write_comparison(comparison, out / "comparison", name), failed)
 
 
 def _save(out: Path, name: str, status: dict[str, dict[str, Any]]) -> None:
     write_whole(out / STATUS, json.dumps({"study": name, "runs": status}, indent=1) + "\n")
-
-
-def _table(
-    name: str, study: Study, planned: list[PlannedRun], failed: dict[str, str], out: Path
-) -> dict[str, Any] | None:
-    finished = [run for run in planned if run.id not in failed]
-    if not finished:
-        return None
-    names = [run.name for run in finished]
-    # A baseline of which every run failed is none.
-    baseline = study.baseline if study.baseline in names else names[0]
-    comparison = compare([_path(out, run) for run in finished], baseline, failed)
-    return write_comparison(comparison, out / "comparison", name)
-
-
-def _path(out: Path, run: PlannedRun) -> Path:
-    return out / "runs" / run.name / f"seed-{run.seed}"
-
-
-def _log(out: Path, run: PlannedRun) -> Path:
-    return out / "logs" / run.name / f"seed-{run.seed}.log"
 
 
 def _claim(out: Path) -> dict[str, dict[str, Any]]:
@@ -120,29 +106,22 @@ def _claim(out: Path) -> dict[str, dict[str, Any]]:
     return content
 
 
-def _require_same(path: Path, recipe: Recipe) -> None:
-    """Refuse before the first run what ``distill`` would refuse at the last."""
-    stored = _stored(path)
+def _has_moved(path: Path, recipe: Recipe) -> bool:
+    """Whether the run at ``path`` was begun where the study's folder was before, with other paths of shared files.
+
+    Raises:
+        InputError: it is another recipe's: ``distill`` would refuse it only when its turn comes.
+    """
+    try:
+        stored = load_recipe(path / RECIPE) if (path / RECIPE).is_file() else None
+    except InputError:
+        stored = None  # damaged, which the run itself will tell
     if stored is not None and _without_shared_folder(stored) != _without_shared_folder(recipe):
         raise InputError(
             f"{path}: the run of another recipe of that name. Rename the variant or give another --out; nothing was "
             "changed."
         )
-
-
-def _stored(path: Path) -> Recipe | None:
-    """The recipe that a run began with; None also where it is damaged, which the run itself will tell."""
-    try:
-        return load_recipe(path / RECIPE) if (path / RECIPE).is_file() else None
-    except InputError:
-        return None
-
-
-def _follow_move(path: Path, recipe: Recipe) -> None:
-    """Let a run begun where the study's folder was before go on with the shared files where they are now."""
-    stored = _stored(path)
-    if stored is not None and stored != recipe:
-        write_whole(path / RECIPE, to_yaml(recipe))
+    return stored is not None and stored != recipe
 
 
 def _without_shared_folder(recipe: Recipe) -> dict[str, Any]:
