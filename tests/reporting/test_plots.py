@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from made_run import demo_metrics
 
-from selkd.reporting import plots, selection_plots, views
+from selkd.reporting import page, plots, selection_plots
 from selkd.reporting.run_files import Overlap, RunFiles
 
 SCORES = np.linspace(0.0, 5.0, 101)
@@ -19,7 +19,7 @@ def logged_plots(metrics: list[dict[str, Any]]) -> dict[str, str]:
     """The plots of a training log, by name."""
     record = {"fidelity": {"before": {"kl_nats": 1.8}, "after": {"kl_nats": 0.9}}, "train": {"steps": 22}}
     run = RunFiles(record, "", metrics, None, None, {})
-    return {plot.name: plot.svg for plot in views.training_plots(run)}
+    return {plot.name: plot.svg for plot in page.training_plots(run)}
 
 
 def histogram(scores: np.ndarray, chosen: np.ndarray, label: str = "entropy", what: Any = "samples") -> str:

@@ -1,4 +1,4 @@
-"""The answer of ``selkd bench`` as a table for the terminal."""
+"""Prints the answer of ``selkd bench`` in the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def print_table(answer: dict[str, Any], trace: Path | None) -> None:
-    """The table, and where the plot of memory over time is, if there is one."""
+    """Print the table, the notes and, if there is one, where the plot of memory over time is."""
     console = Console()
     console.print(bench_table(answer))
     for note in answer["notes"]:
@@ -18,7 +18,7 @@ def print_table(answer: dict[str, Any], trace: Path | None) -> None:
 
 
 def bench_table(answer: dict[str, Any]) -> Table:
-    """One line a variant: seconds, ratio to the floor and its range, memory above it, agreement with exact scores."""
+    """One row for each variant: seconds, ratio to the floor, its range, memory above the floor, agreement."""
     shape = answer["shape"]
     title = f"{answer['device']}; {answer['precision']}; B = {shape['batch']}, T = {shape['length']}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)

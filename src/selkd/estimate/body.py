@@ -115,7 +115,8 @@ class _Body:
         self._kept_by_experts = 4 * (4 * experts + 2 * d * routes)
 
         norms = [module for module in block.modules() if "Norm" in type(module).__name__]
-        sizes = [module.weight.numel() for module in norms if getattr(module, "weight", None) is not None]
+        weights = [getattr(module, "weight", None) for module in norms]
+        sizes = [weight.numel() for weight in weights if isinstance(weight, torch.Tensor)]
         self._normed = sum(size for size in sizes if size >= d)
         self._norms_heads = any(size < d for size in sizes)
         # A norm keeps its input in float32 and, if it is an RMSNorm, what it makes of it before the weight.
@@ -124,7 +125,7 @@ class _Body:
     def kept_by_block(self, tokens: int, pairs: int, dtype: torch.dtype) -> int:
         """Bytes that a block keeps for the backward pass, of all tokens and of all pairs of a sample's positions."""
         width, after_norm = dtype.itemsize, self.layers - (1 if self.has_experts else 2)
-        # Linear layers after a norm share its result in float32; autocast makes a copy for each, and one of the weights.
+        # Linear layers after a norm share its result in float32; autocast copies it for each, and the weights too.
         inputs = 2 * after_norm if width < 4 else 4 * (self.layers - after_norm)
         norms = self.norm_bytes * self._normed
         norms += (self.norm_bytes - 4 + width) * (self.query + self.key) if self._norms_heads else 0
@@ -137,7 +138,7 @@ class _Body:
         return tokens * (self.hidden * inputs + norms + attention + mlp) + pairs * pair + weights
 
     def mask_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of a pair in the masks, one for each kind of attention: numbers where it is eager, else truth values."""
+        """Bytes of a pair in the masks, one for each kind of attention: numbers if it is eager, else truth values."""
         return self._mask_kinds * (dtype.itemsize if self.is_eager else 1)
 
 

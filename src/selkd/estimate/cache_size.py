@@ -14,7 +14,7 @@ SOURCE = "SmolLM2-135M over textbooks"
 
 
 def typical_bytes(sampler: str, draws: int) -> float:
-    """Bytes a position of ``draws`` draws: a straight line in log-log through the nearest two measured numbers of draws.
+    """Bytes a position of ``draws`` draws: a straight line in log-log through the nearest two measured ones.
 
     A user's own sampler counts as ``rs_kd``.
     """

@@ -1,4 +1,4 @@
-"""The plots of one run's page: what was logged over the optimiser steps, and what its cache takes."""
+"""The plots of one run's page: logged values over the optimiser steps, and the size of its cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Line:
 
 
 def logged(metrics: Sequence[dict[str, Any]], key: str, label: str = "", is_reference: bool = False) -> Line:
-    """What the training log has under ``key``; long series as means over equal blocks of lines."""
+    """The line of what the training log has under ``key``; a long series becomes means over equal blocks."""
     lines = [line for line in metrics if line.get(key) is not None]
     steps = np.array([line["step"] for line in lines], dtype=np.float64)
     values = np.array([line[key] for line in lines], dtype=np.float64)
@@ -52,7 +52,7 @@ def step_plot(
     """Lines over the optimiser steps.
 
     Args:
-        measured: what the axis upwards counts, with its unit.
+        measured: what the vertical axis measures, with its unit.
         scale: ``number`` and ``share`` (in percent) begin at zero, so that a small change looks small; ``agreement``
             shows shares near 100%.
     """
@@ -85,12 +85,12 @@ def _draw(axes: Axes, line: Line) -> None:
         axes.plot(line.steps, line.values, marker="o" if line.is_marked else "", zorder=1.9, **DASHED)
     else:
         marker = "o" if len(line.steps) <= _FEW_POINTS else ""
-        look: dict[str, Any] = {"linewidth": 1.8, "markersize": 3.5, "markeredgewidth": 0}
-        axes.plot(line.steps, line.values, color=ACCENT, marker=marker, **look)
+        style: dict[str, Any] = {"linewidth": 1.8, "markersize": 3.5, "markeredgewidth": 0}
+        axes.plot(line.steps, line.values, color=ACCENT, marker=marker, **style)
 
 
 def _label(axes: Axes, line: Line, above: bool) -> None:
-    """Name a line at its right end, which spares the reader a legend."""
+    """Name a line at its right end, so that the plot needs no legend."""
     axes.annotate(
         line.label,
         (line.steps[-1], line.values[-1]),
@@ -103,7 +103,7 @@ def _label(axes: Axes, line: Line, above: bool) -> None:
 
 
 def storage_plot(layouts: Sequence[tuple[str, float]]) -> Plot:
-    """Bytes a position under several layouts, first this run's. A logarithmic axis, so dots and not bars."""
+    """Bytes a position under several layouts, this run's first. Dots and not bars, as the axis is logarithmic."""
     with one_plot(height=46 * len(layouts) + 40) as (figure, axes):
         for row, (name, size) in enumerate(layouts):
             colour = ACCENT if row == 0 else MUTED

@@ -1,4 +1,4 @@
-"""The plots of what was selected: samples by their scores, positions by theirs, and how far metrics agree."""
+"""The plots of what was selected: histograms of the scores, and how far metrics agree."""
 
 import math
 from typing import Literal
@@ -14,15 +14,17 @@ Scored = Literal["samples", "positions"]
 
 
 def score_histogram(what: Scored, caption: str, scores: np.ndarray, chosen: np.ndarray, axis_label: str) -> Plot:
-    """How the scores spread, the chosen ones coloured, at the foot; of samples with a line at the cut, if there is one.
+    """A histogram of scores, the chosen ones coloured; of samples also with a line at the cut, if there is one.
 
     Among positions every sample has its own cut, so there is no line.
 
-    scores: float [N], finite; chosen: bool [N].
+    Args:
+        scores: float [N], finite.
+        chosen: bool [N].
     """
-    # A random choice has no cut: kept and left samples lie mixed.
-    parted = chosen.any() and not chosen.all() and scores[chosen].min() >= scores[~chosen].max()
-    cut = float(scores[chosen].min()) if what == "samples" and parted else None
+    # A random choice has no cut: kept and dropped samples lie mixed.
+    is_separated = chosen.any() and not chosen.all() and scores[chosen].min() >= scores[~chosen].max()
+    cut = float(scores[chosen].min()) if what == "samples" and is_separated else None
     with one_plot() as (figure, axes):
         heights = axes.hist(
             [scores[chosen], scores[~chosen]],
@@ -46,7 +48,7 @@ def score_histogram(what: Scored, caption: str, scores: np.ndarray, chosen: np.n
 
 
 def overlap_map(what: Scored, title: str, overlap: Overlap) -> Plot:
-    """Which share of the row's choice is in the column's, as a map of numbers: the stronger the colour, the more."""
+    """A map of the shares of the row's choice that are in the column's: the stronger the colour, the larger."""
     count = len(overlap.metrics)
     with one_plot(height=50 + 24 * count, width=400) as (figure, axes):
         for (row, column), share in np.ndenumerate(overlap.overlap):
@@ -70,7 +72,7 @@ def overlap_map(what: Scored, title: str, overlap: Overlap) -> Plot:
 
 
 def _bins(scores: np.ndarray, cut: float | None) -> list[float]:
-    """Edges of equal bins over the scores; one edge lies on the cut, so that no bin mixes kept and left samples."""
+    """Edges of equal bins over the scores; one edge is the cut, so that no bin mixes kept and dropped samples."""
     edges = np.histogram_bin_edges(scores, bins=min(40, max(8, round(np.sqrt(len(scores))))))
     if cut is None:
         return [float(edge) for edge in edges]
