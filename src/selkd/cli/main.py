@@ -195,13 +195,21 @@ def bench(
 ) -> None:
     """Measure a recipe's step against its floor and against plain Full KD, on this machine: seconds and memory."""
     from selkd.bench.report import bench as measure
-    from selkd.bench.table import print_table
 
     answer = measure(load(recipe, overrides), repeats=repeats, variants=variant, memory=memory, trace=trace)
     if json_output:
         print_json(answer)
-    else:
-        print_table(answer, trace)
+        return
+    from rich.console import Console
+
+    from selkd.reporting.tables import bench_table
+
+    console = Console()
+    console.print(bench_table(answer))
+    for note in answer["notes"]:
+        console.print(note, highlight=False, markup=False)
+    if trace is not None:
+        console.print(f"memory over time  {trace / 'memory.svg'}", soft_wrap=True, highlight=False)
 
 
 @app.command()

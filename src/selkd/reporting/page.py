@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from selkd.reporting import benchmarks, coloured_text, formats, plots, rendering, selection_plots, words
+from selkd.reporting import benchmarks, coloured_text, formats, plots, rendering, words
 from selkd.reporting.figure import Plot
 from selkd.reporting.formats import dig
 from selkd.reporting.measures import closeness
 from selkd.reporting.run_files import RunFiles, read_run
-from selkd.reporting.selection_plots import Scored
 
 SHOWN_SAMPLES = 3  # the examples hold more, for the histogram
 
@@ -127,7 +126,7 @@ def _histograms(run: RunFiles) -> list[Plot]:
             "own cut."
         )
         label = _axis_label(metric, "at a position")
-        drawn.append(selection_plots.score_histogram("positions", caption, scores, selected > 0, label))
+        drawn.append(plots.score_histogram("positions", caption, scores, selected > 0, label))
     if (samples := run.scored_samples) is not None and len(samples.scores):
         metric = dig(run.record, "recipe", "samples", "metric")
         caption = (
@@ -136,7 +135,7 @@ def _histograms(run: RunFiles) -> list[Plot]:
             "ones were kept."
         )
         label = _axis_label(metric, "mean of a sample")
-        drawn.append(selection_plots.score_histogram("samples", caption, samples.scores, samples.kept, label))
+        drawn.append(plots.score_histogram("samples", caption, samples.scores, samples.kept, label))
     return drawn
 
 
@@ -149,11 +148,9 @@ def _axis_label(metric: str | None, what: str) -> str:
 
 def _overlaps(run: RunFiles) -> list[Plot]:
     """The heat maps of what several metrics choose, where they were measured."""
-    titles: dict[Scored, str] = {"positions": "Position metrics", "samples": "Sample filters"}
+    titles: dict[plots.Scored, str] = {"positions": "Position metrics", "samples": "Sample filters"}
     return [
-        selection_plots.overlap_map(what, title, run.overlaps[what])
-        for what, title in titles.items()
-        if what in run.overlaps
+        plots.overlap_map(what, title, run.overlaps[what]) for what, title in titles.items() if what in run.overlaps
     ]
 
 

@@ -1,4 +1,4 @@
-"""The terminal's tables: of finished runs side by side, and of ``selkd estimate``."""
+"""The terminal's tables: of finished runs side by side, of ``selkd estimate`` and of ``selkd bench``."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -130,6 +130,29 @@ def estimate_tables(answer: dict[str, Any]) -> list[Table | Text]:
         _two_columns("memory by stage", stages | {"peak": formats.data_size(memory["peak"])}),
         *(Text(f"note: {note}", style="dim") for note in answer["notes"]),
     ]
+
+
+def bench_table(answer: dict[str, Any]) -> Table:
+    """One row for each variant: seconds, ratio to the floor, its range, memory above the floor, agreement."""
+    shape = answer["shape"]
+    title = f"{answer['device']}; {answer['precision']}; B = {shape['batch']}, T = {shape['length']}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("variant", no_wrap=True)
+    for heading in ("seconds", "x floor", "range", "peak above floor", "agreement"):
+        table.add_column(heading, justify="right")
+    floor = answer["floor_seconds"]
+    for variant in answer["variants"]:
+        low, high = (seconds / floor for seconds in variant["seconds_range"])
+        peak, agreement = variant["peak_bytes_above_floor"], variant["selection_agreement"]
+        table.add_row(
+            variant["name"],
+            f"{variant['seconds']:.3f}",
+            f"{variant['ratio_to_floor']:.2f}",
+            f"{low:.2f} to {high:.2f}",
+            "" if peak is None else f"{peak / 1e9:+.2f} GB",
+            "" if agreement is None else f"{agreement:.1%}",
+        )
+    return table
 
 
 def _two_columns(title: str, rows: dict[str, str]) -> Table:
