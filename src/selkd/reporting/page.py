@@ -181,6 +181,6 @@ def _storage_layouts(record: dict[str, Any]) -> dict[str, float | None]:
 
 def _storage_plot(record: dict[str, Any]) -> Plot | None:
     """The layouts on one axis, if the run's own and another are known."""
-    ours, *others = _storage_layouts(record).items()
-    known = [(name, float(size)) for name, size in (ours, *others) if size]
-    return plots.storage_plot(known) if ours in known and len(known) > 1 else None
+    own, *others = _storage_layouts(record).items()
+    known = [(name, float(size)) for name, size in (own, *others) if size]
+    return plots.storage_plot(known) if own in known and len(known) > 1 else None
