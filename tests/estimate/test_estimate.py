@@ -232,7 +232,7 @@ def test_the_probe_leaves_out_what_only_benchmarks_and_the_best_student_need(tmp
 def test_optimisers_of_8_bits_keep_the_embedding_in_float32(tmp_path: Path) -> None:
     plain = estimate(recipe_of(tmp_path), gpus=1)["memory_bytes"]["training_parts"]["optimiser"]
     made = describe(make_model(0, layers=2).config)
-    embedding, rest = made.classes * made.hidden, made.parameters - made.classes * made.hidden
+    embedding, rest = made.vocab_size * made.hidden_size, made.parameters - made.vocab_size * made.hidden_size
 
     def kept(name: str) -> int:
         recipe = recipe_of(tmp_path, **training(tmp_path, optim=name))

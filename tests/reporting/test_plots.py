@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from made_run import demo_metrics
 
-from selkd.reporting import plots, selection_plots, views
+from selkd.reporting import page, plots
 from selkd.reporting.run_files import Overlap, RunFiles
 
 SCORES = np.linspace(0.0, 5.0, 101)
@@ -19,11 +19,11 @@ def logged_plots(metrics: list[dict[str, Any]]) -> dict[str, str]:
     """The plots of a training log, by name."""
     record = {"fidelity": {"before": {"kl_nats": 1.8}, "after": {"kl_nats": 0.9}}, "train": {"steps": 22}}
     run = RunFiles(record, "", metrics, None, None, {})
-    return {plot.name: plot.svg for plot in views.training_plots(run)}
+    return {plot.name: plot.svg for plot in page.training_plots(run)}
 
 
 def histogram(scores: np.ndarray, chosen: np.ndarray, label: str = "entropy", what: Any = "samples") -> str:
-    return selection_plots.score_histogram(what, "", scores, chosen, label).svg
+    return plots.score_histogram(what, "", scores, chosen, label).svg
 
 
 def all_plots() -> list[str]:
@@ -31,7 +31,7 @@ def all_plots() -> list[str]:
         *logged_plots([line | {"scoring_agreement": 0.97} for line in demo_metrics()]).values(),
         histogram(SCORES, SCORES >= 4.0, what="positions"),
         histogram(SCORES, SCORES >= 4.0),
-        selection_plots.overlap_map("samples", "Sample filters", Overlap(["a", "b"], OVERLAP)).svg,
+        plots.overlap_map("samples", "Sample filters", Overlap(["a", "b"], OVERLAP)).svg,
         plots.storage_plot([("this run’s cache", 31.7), ("full logits", 98_304.0)]).svg,
     ]
 
@@ -92,7 +92,7 @@ def test_the_cut_is_drawn_only_where_scores_decided() -> None:
 
 def test_an_overlap_is_told_in_percent_and_what_is_unknown_by_a_dash() -> None:
     overlap = Overlap(["kl", "student_entropy"], OVERLAP)
-    told = texts(selection_plots.overlap_map("positions", "Position metrics", overlap).svg)
+    told = texts(plots.overlap_map("positions", "Position metrics", overlap).svg)
     assert told[-4:] == ["100", "22", "–", "100"]
     assert [text for text in told if text.endswith(("  1", "  2"))] == ["kl  1", "student_entropy  2"]
 
@@ -106,7 +106,7 @@ def test_every_score_lies_in_a_bin_and_none_straddles_the_cut() -> None:
     rng = np.random.default_rng(5)
     scores = rng.gamma(3.0, 1.0, 500)
     cut = float(np.sort(scores)[-100])
-    edges = np.array(selection_plots._bins(scores, cut))
+    edges = np.array(plots._bins(scores, cut))
     assert np.isclose(edges, cut).any()
     assert np.histogram(scores, edges)[0].sum() == 500
 

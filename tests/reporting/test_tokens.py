@@ -22,9 +22,9 @@ def test_index_t_colours_token_t_plus_1() -> None:
     assert [view.text for view in views] == ["a", "b", "c", "d"]
     assert [view.heat for view in views] == [None, 0, HEAT_LEVELS - 1, None]
     assert [view.selected for view in views] == [False, False, True, False]
-    assert views[2].told == "4.00 nats, selected"
+    assert views[2].tooltip == "4.00 nats, selected"
     # Index 2 has a score but is not valid: token 3 is no target.
-    assert views[3].told == "not a prediction target"
+    assert views[3].tooltip == "not a prediction target"
 
 
 def test_scores_beyond_the_scale_take_its_end() -> None:
@@ -56,4 +56,4 @@ def test_weights_far_from_the_mean_are_told() -> None:
     sample = SAMPLE | {"selected": [True, True, False, False], "weights": [0.2, 0.8, 0.0, 0.0]}
     views = token_views(sample, (0.0, 4.0))
     assert [view.weight for view in views] == [PLAIN, LIGHT, HEAVY, PLAIN]
-    assert views[2].told == "4.00 nats, selected, 1.60 times the mean weight"
+    assert views[2].tooltip == "4.00 nats, selected, 1.60 times the mean weight"

@@ -1,1 +1,1 @@
-"""``selkd bench``: a recipe's step against its floor, on its own models, text, batch and precision, on this machine."""
+"""``selkd bench`` measures a recipe's step against its floor, on the recipe's own models, text, batch and precision."""

@@ -1,4 +1,4 @@
-"""Memory of one variant in a process of its own: ``python -m selkd.bench peak|trace VARIANT``, the recipe on stdin."""
+"""Measures the memory of one variant: ``python -m selkd.bench peak|trace VARIANT`` reads the recipe from stdin."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Seconds and bytes of steps in this process, and bytes of one step in a process of its own."""
+"""Measures seconds and bytes of steps in this process, and bytes of one step in a process of its own."""
 
 import json
 import resource
@@ -19,13 +19,13 @@ from selkd.errors import RunError
 from selkd.recipe.recipe import Recipe
 
 _STATUS, _CLEAR = (Path(f"/proc/self/{name}") for name in ("status", "clear_refs"))
-SAMPLE_SECONDS, TRACED_STEPS = 0.004, 3  # of a trace: between two readings; calls
+SAMPLE_SECONDS, TRACED_STEPS = 0.004, 3  # a trace reads memory so often, through so many calls
 Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each repeat of one variant, and those that the processor spent on it: all threads of this process."""
+    """Seconds of each repeat of one variant, and the processor's seconds over all threads of this process."""
 
     seconds: tuple[float, ...]
     cpu_seconds: tuple[float, ...]
@@ -36,12 +36,12 @@ class Timing:
 
     @property
     def cpu_median(self) -> float:
-        """With one thread it is what ``median`` would be on an idle machine; waiting threads count as busy."""
+        """The processor's median: with one thread, ``median`` on an idle machine. Waiting threads count as busy."""
         return statistics.median(self.cpu_seconds)
 
 
 def interleaved(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Seconds of every step, ``repeats`` times in turns, after a turn to warm up."""
+    """Time all steps in turns, ``repeats`` times, after one turn to warm up."""
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
@@ -53,7 +53,7 @@ def interleaved(steps: Mapping[str, Step], repeats: int, device: torch.device) -
 
 
 def seconds_of(step: Step, device: torch.device) -> float:
-    """Seconds of one call: by CUDA's events on a GPU, else by the clock, everything queued having finished."""
+    """Time one call: on a GPU by CUDA's events, once all queued work has finished, else by the clock."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -68,10 +68,10 @@ def seconds_of(step: Step, device: torch.device) -> float:
 
 
 def peak_bytes(step: Step, device: torch.device, repeats: int = 2) -> int:
-    """The most memory in use during ``repeats`` calls, after one to warm up.
+    """The most memory in use during ``repeats`` calls, after one to warm up, in bytes.
 
-    A GPU's own allocations (``max_memory_allocated``); on a CPU the process's resident memory, from Linux's account
-    of the peak, which is set back before, or, elsewhere, the peak of its whole life.
+    On a GPU these are its allocations (``max_memory_allocated``). On a CPU it is the process's resident memory: Linux
+    counts the peak of these calls; elsewhere it is the peak since the process began.
     """
     step()
     if device.type == "cuda":
@@ -90,15 +90,18 @@ def peak_bytes(step: Step, device: torch.device, repeats: int = 2) -> int:
 
 
 def bytes_over_time(step: Step, device: torch.device) -> dict[str, list[float]]:
-    """Memory in use through some calls, after one to warm up: ``seconds`` and ``bytes`` of each reading, and
-    ``step_seconds``, when each call began and the last one ended."""
+    """Memory in use during ``TRACED_STEPS`` calls, after one to warm up.
+
+    Returns:
+        ``seconds`` and ``bytes`` of each reading, and ``step_seconds``, when each call began and the last one ended.
+    """
     step()
     readings: dict[str, list[float]] = {"seconds": [], "bytes": [], "step_seconds": []}
-    done = threading.Event()
+    finished = threading.Event()
     started = time.perf_counter()
 
     def read() -> None:
-        while not done.wait(SAMPLE_SECONDS):
+        while not finished.wait(SAMPLE_SECONDS):
             readings["bytes"].append(_in_use(device))
             readings["seconds"].append(time.perf_counter() - started)
 
@@ -112,7 +115,7 @@ def bytes_over_time(step: Step, device: torch.device) -> dict[str, list[float]]:
                 torch.cuda.synchronize(device)
         readings["step_seconds"].append(time.perf_counter() - started)
     finally:
-        done.set()
+        finished.set()
         reader.join()
     return readings
 
@@ -127,14 +130,16 @@ def _in_use(device: torch.device) -> int:
 
 
 def in_own_process(job: str, variant: str, recipe: Recipe) -> Any:
-    """What ``MEMORY_JOBS[job]`` answers about the step of ``variant`` in a fresh process.
+    """Run ``MEMORY_JOBS[job]`` on the step of ``variant`` in a fresh process, and return its answer.
 
     Raises:
-        RunError: that process failed; the end of what it said is told.
+        RunError: that process failed; the message has the end of its error output.
     """
     command = [sys.executable, "-m", "selkd.bench", job, variant]
-    done = subprocess.run(command, input=json.dumps(recipe.resolved()), capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = "\n".join(done.stderr.strip().splitlines()[-3:])
-        raise RunError(f"bench: the process that measures the memory of {variant} ended with {done.returncode}: {said}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, input=json.dumps(recipe.resolved()), capture_output=True, text=True, check=False)
+    if process.returncode:
+        reason = "\n".join(process.stderr.strip().splitlines()[-3:])
+        raise RunError(
+            f"bench: the process that measures the memory of {variant} ended with {process.returncode}: {reason}"
+        )
+    return json.loads(process.stdout.splitlines()[-1])

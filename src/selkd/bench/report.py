@@ -1,4 +1,4 @@
-"""All the variants of a recipe's step, measured in one go."""
+"""Measures all the variants of a recipe's step."""
 
 import json
 import platform
@@ -32,19 +32,19 @@ def bench(
 ) -> dict[str, Any]:
     """Measure the variants of a recipe's step: forward and backward pass of one micro-batch, no optimiser.
 
-    Seconds are medians of ``repeats`` turns in one process, the variants interleaved after a warm-up; ratios are to
-    the floor of the same run, and on a CPU also of the processor's own seconds, which other work on the machine hardly
-    changes. On a CPU each variant's memory is measured in a process of its own, on a GPU it is this process's
-    allocations. ``selection_agreement``: the share of the exact top positions, in float32, that the
-    variant's scoring picks in float32; ``selection_agreement_as_run``: that it picks in the step's own dtype.
+    Seconds are medians of ``repeats`` turns in one process, the variants interleaved after a warm-up. Ratios are to the
+    floor of the same run; on a CPU also those of the processor's own seconds, which other work on the machine hardly
+    changes. On a CPU each variant's memory is measured in a process of its own; on a GPU it is this process's
+    allocations. ``selection_agreement`` is the share of the exact top positions, in float32, that the variant's scoring
+    picks in float32; ``selection_agreement_as_run`` is the share that it picks in the step's own dtype.
 
     Args:
-        variants: names of ``VARIANTS``; all by default. The floor is always measured.
-        memory: whether to measure it.
-        trace: a folder for memory over time, as ``memory.json`` and ``memory.svg``.
+        variants: names of ``VARIANTS``; None measures all. The floor is always measured.
+        memory: whether to measure memory.
+        trace: a folder to write memory over time into, as ``memory.json`` and ``memory.svg``.
 
     Raises:
-        InputError: an unknown variant, fewer than one repeat, or what ``distill`` refuses of the recipe.
+        InputError: a variant is unknown, ``repeats`` is below 1, or ``distill`` would refuse the recipe.
     """
     names = _checked(variants, repeats)
     subject = BenchSubject(recipe)
@@ -80,8 +80,10 @@ def _checked(variants: Sequence[str] | None, repeats: int) -> list[str]:
 
 
 def _agreement(name: str, subject: BenchSubject) -> tuple[float, float] | None:
-    """How much of exact float32 selection a variant picks, in float32 and in its own dtype; None if it ranks nothing
-    that the student alone decides."""
+    """The share of exact float32 selection that a variant picks, in float32 and in the step's own dtype.
+
+    None unless the variant picks the top positions by the student's entropy.
+    """
     positions = positions_of(name, subject)
     if positions is None or positions.metric != "student_entropy" or positions.policy != "top_k":
         return None

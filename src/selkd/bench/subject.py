@@ -1,4 +1,4 @@
-"""What is measured: the recipe's teacher and student, one batch of its text, and what the variants share.
+"""The recipe's teacher and student and one batch of its text, which all variants share.
 
 Shapes: B batch, T positions, D hidden, V classes.
 """
@@ -28,13 +28,13 @@ from selkd.teacher.live import LiveTeacher
 from selkd.teacher.targets import Batch, Teacher
 from selkd.training.student import bind_distillation
 
-DRAWN = ClassOptions(sampler="systematic", draws=64)  # of the cached variant, where the recipe draws no classes
+DRAWN = ClassOptions(sampler="systematic", draws=64)  # for the cached variant of a recipe that draws no classes
 
 
 class BenchSubject:
-    """The recipe's models and one batch, loaded when first needed; a teacher cache of that batch in a folder that goes.
+    """The recipe's models and one batch, loaded when first needed, and a teacher cache of that batch until ``close``.
 
-    The student has float32 weights and runs under autocast to the run's dtype; the teacher is in its own.
+    The student has float32 weights and runs under autocast to the run's dtype; the teacher has a dtype of its own.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -52,7 +52,7 @@ class BenchSubject:
         self.dtype = self.work.dtype
 
     def close(self) -> None:
-        """Remove what was written."""
+        """Remove the temporary folder."""
         self._folder.cleanup()
 
     @cached_property
@@ -75,7 +75,7 @@ class BenchSubject:
 
     @cached_property
     def samples(self) -> SampleDataset:
-        """The batch's samples: the first of the training text."""
+        """The batch's samples: the first ones of the training text."""
         size = int(self.work.arguments.per_device_train_batch_size)
         return self.train.select(range(min(size, len(self.train))))
 
@@ -99,13 +99,13 @@ class BenchSubject:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def student_hidden(self, batch: Batch) -> Tensor:
-        """[B, T, D], as the step makes them, without gradient."""
+        """The student's hidden states [B, T, D] in the step's precision, without gradient."""
         with torch.no_grad(), self.autocast():
             return hidden_states(self.student, batch["input_ids"], batch["position_ids"])
 
     @property
     def head(self) -> Head:
-        """The student's head over the classes that both models share."""
+        """The student's LM head over the classes that both models share."""
         return head_of(self.student).slice_vocab(self.work.vocab_size)
 
     def live_teacher(self, classes: ClassOptions) -> LiveTeacher:
@@ -113,7 +113,7 @@ class BenchSubject:
         return LiveTeacher(self.teacher, classes, temperature, self.recipe.seed, self.work.vocab_size)
 
     def cached_teacher(self, classes: ClassOptions) -> Teacher:
-        """The batch's drawn classes on disk."""
+        """A teacher that reads the batch's drawn classes from a cache on disk."""
         classes = DRAWN if classes.sampler == "all" else classes
         folder = Path(self._folder.name) / f"cache-{classes.sampler}-{classes.draws}"
         assert classes.draws is not None, "a sampler has draws"

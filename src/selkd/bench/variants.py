@@ -1,6 +1,6 @@
-"""The variants of a step: each a forward and a backward pass over the same batch, ending with no gradient kept.
+"""The variants of a step: each runs forward and backward over the same batch and keeps no gradient.
 
-Shapes: B batch, T positions, N selected positions, n of a chunk, V classes.
+Shapes: B batch, T positions, N selected positions, V classes.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from selkd.selection.positions import StepContext, select, step_context
 from selkd.teacher.targets import FullDistribution, Teacher, TeacherTargets
 from selkd.training.objective import Objective
 
-# Name -> what it is. The floor comes first, then what the design page asks for, then the paper's ablation.
+# Name -> description: the floor, the variants to compare with it, then an ablation of the heads.
 VARIANTS = {
     "floor": "both models' bodies and a trivial loss: no head, no distillation",
     "full_kd_plain": "Full KD on both models' full logits",
@@ -39,7 +39,7 @@ EVERY_CLASS = ClassOptions.model_validate({"sampler": "all"})
 
 
 def positions_of(name: str, subject: BenchSubject) -> PositionOptions | None:
-    """The positions part of a variant; None for the two that select nothing."""
+    """The options by which a variant selects positions; None for the two that select nothing."""
     if name in ("floor", "full_kd_plain"):
         return None
     if name == "recipe":
@@ -57,12 +57,12 @@ def objective_of(
 
 
 def last_step(positions: PositionOptions) -> StepContext:
-    """The run's last step, where a schedule has reached its end; not one on which agreement is measured."""
+    """The run's last step, where a schedule has reached its end and no agreement is measured."""
     return step_context(positions, 1, 1)
 
 
 def step_of(name: str, subject: BenchSubject) -> Step:
-    """The variant called ``name``, ready to run: what it needs is loaded here."""
+    """Load what the variant ``name`` needs, and return its step."""
     positions = positions_of(name, subject)
     inputs, student, teacher = subject.inputs, subject.student, subject.teacher
 
@@ -95,18 +95,18 @@ def step_of(name: str, subject: BenchSubject) -> Step:
     context, batch = last_step(positions), subject.batch
     normaliser = objective.normaliser(objective.budget(batch, context))
 
-    def ours() -> None:
+    def selkd_step() -> None:
         targets = supervision.targets(batch, context.step)
         loss = partial(objective, batch=batch, teacher=targets, context=context, normaliser=normaliser)
         with subject.autocast():
             outputs = student(**inputs, distillation=loss)
         backward(outputs["loss"])
 
-    return ours
+    return selkd_step
 
 
 def plain_loss(subject: BenchSubject) -> Tensor:
-    """What most scripts do: both models' full logits, float32, all positions."""
+    """The loss of most scripts: KL in float32 over both models' full logits at all positions."""
     vocab_size, inputs = subject.work.vocab_size, subject.inputs
     with torch.no_grad():
         teacher_logits = subject.teacher(**inputs, use_cache=False).logits[..., :vocab_size]
@@ -116,6 +116,7 @@ def plain_loss(subject: BenchSubject) -> Tensor:
 
 
 def plain_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Forward KL in nats, in float32, of logits [..., V] by plain torch: [...]."""
     log_q = torch.log_softmax(student_logits.float(), dim=-1)
     p = torch.softmax(teacher_logits.float(), dim=-1)
     return torch.nn.functional.kl_div(log_q, p, reduction="none").sum(dim=-1)
@@ -129,8 +130,8 @@ def _dense_student_loss(subject: BenchSubject, positions: PositionOptions, super
         student_logits = subject.student(**subject.inputs, use_cache=False).logits[..., :vocab_size]
     flat = student_logits.detach().flatten(0, 1)
     pieces = chunks(len(flat), piece_size(vocab_size, flat.device))
-    of_all = [entropy(flat[rows].to(torch.float32, copy=True)) for rows in pieces]  # which works on its own copy
-    scores = torch.cat(of_all).view(student_logits.shape[:2])
+    entropies = [entropy(flat[rows].to(torch.float32, copy=True)) for rows in pieces]  # entropy overwrites its copy
+    scores = torch.cat(entropies).view(student_logits.shape[:2])
     picked = select(positions, scores, batch["valid_mask"], last_step(positions)) > 0
     index = picked.flatten().nonzero().flatten()
     return plain_kl(student_logits[picked], targets.at(index).logits(slice(0, len(index)))).mean()
@@ -138,7 +139,7 @@ def _dense_student_loss(subject: BenchSubject, positions: PositionOptions, super
 
 @dataclass(frozen=True)
 class DenseTeacher:
-    """A live teacher that computes its full logits first, and narrows them to the selected positions then."""
+    """A live teacher that computes its logits at all positions, and picks the selected positions afterwards."""
 
     subject: BenchSubject
     is_live = True
@@ -152,7 +153,7 @@ class DenseTeacher:
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """Logits [B * T, V], or [N, V] once narrowed."""
+    """The teacher's logits [B * T, V], or [N, V] of the selected positions after ``at``."""
 
     all_logits: Tensor
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selkd.cli.options import Json, Out, Overrides, RecipeName, print_answer, quiet
+from selkd.cli.options import Json, Out, Overrides, RecipeName, load, print_answer, quiet
 from selkd.errors import InputError
 
 cache_app = typer.Typer(no_args_is_help=True, help="Build, verify or inspect a teacher cache.")
@@ -17,11 +17,9 @@ CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A teacher cach
 @cache_app.command("build")
 def cache_build(recipe: RecipeName, out: Out = None, overrides: Overrides = None, json_output: Json = False) -> None:
     """Run the teacher once over the kept samples and store its drawn classes."""
-    from selkd.recipe.files import load_recipe
     from selkd.run.pipeline import cache_only
 
-    quiet()
-    loaded = load_recipe(recipe, overrides)
+    loaded = load(recipe, overrides)
     if loaded.cache is None:
         raise InputError(
             "cache: this recipe keeps the teacher live; give --set 'cache={path: null}' and a class sampler."

@@ -1,4 +1,4 @@
-"""The command line. Every command imports what it needs when it runs, so ``selkd --help`` is quick.
+"""The command line. Every command imports its modules when it runs, so that ``selkd --help`` is quick.
 
 Exit codes: 0 done, 1 failed while running, 2 bad input. ``--json`` prints the answer to standard output; progress and
 messages go to standard error.
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _leave_process_group() -> None:
-    """End this process's part in a torchrun; a group left open can abort the interpreter's exit after all is done."""
+    """Leave torchrun's process group: one left open can abort the interpreter at its exit."""
     if "torch" in sys.modules:
         from torch import distributed
 
@@ -195,13 +195,21 @@ def bench(
 ) -> None:
     """Measure a recipe's step against its floor and against plain Full KD, on this machine: seconds and memory."""
     from selkd.bench.report import bench as measure
-    from selkd.bench.table import print_table
 
     answer = measure(load(recipe, overrides), repeats=repeats, variants=variant, memory=memory, trace=trace)
     if json_output:
         print_json(answer)
-    else:
-        print_table(answer, trace)
+        return
+    from rich.console import Console
+
+    from selkd.reporting.tables import bench_table
+
+    console = Console()
+    console.print(bench_table(answer))
+    for note in answer["notes"]:
+        console.print(note, highlight=False, markup=False)
+    if trace is not None:
+        console.print(f"memory over time  {trace / 'memory.svg'}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -324,7 +332,7 @@ def tokens(
     from selkd.tokens.views import describe
 
     check_metric(metric)
-    choices = [parse_policy(given, metric, fraction) for given in policies or ["top_k"]]
+    choices = [parse_policy(policy, metric, fraction) for policy in policies or ["top_k"]]
     if html is not None:
         check_page_path(html)
         if file is not None and file.exists() and html.exists() and html.samefile(file):
@@ -369,7 +377,7 @@ def prune_student(
 
 
 def _show(runs: list[Any], json_output: bool) -> None:
-    """The closing table of one run or several, and where their pages are."""
+    """Print the closing table of one run or several, and where their students and pages are."""
     records = [run.record for run in runs]
     if json_output:
         print_json(records[0] if len(records) == 1 else records)

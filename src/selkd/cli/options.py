@@ -1,4 +1,4 @@
-"""What the commands share: options of several of them, and how an answer is printed."""
+"""Options that several commands share, and the printing of answers."""
 
 import json
 from pathlib import Path
@@ -19,14 +19,14 @@ Json = Annotated[bool, Option("--json", help="Print the answer as JSON to standa
 
 
 def quiet() -> None:
-    """Silence Transformers' bars for loading and saving; the stages have their own."""
+    """Silence Transformers' progress bars of loading and saving; the stages have their own."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def load(recipe: str, overrides: list[str] | None) -> "Recipe":
-    """The recipe of a command that runs models."""
+    """Load the recipe of a command that runs models."""
     from selkd.recipe.files import load_recipe
 
     quiet()
@@ -34,12 +34,12 @@ def load(recipe: str, overrides: list[str] | None) -> "Recipe":
 
 
 def print_json(answer: object) -> None:
-    """The answer of a command with ``--json``."""
+    """Print the answer of a command with ``--json``."""
     typer.echo(json.dumps(answer, indent=2))
 
 
 def print_answer(answer: dict[str, Any], json_output: bool, empty: str = "") -> None:
-    """A small mapping, as JSON or a line a key; ``empty`` stands for a list without entries."""
+    """Print a small mapping as JSON, or one line for each key; ``empty`` stands for a list without entries."""
     if json_output:
         print_json(answer)
         return

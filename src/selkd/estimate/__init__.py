@@ -1,1 +1,1 @@
-"""What a recipe will need, before it is spent: parameters, memory, teacher queries, cache, time."""
+"""Estimates what a run will need before it starts: parameters, memory, teacher queries, cache and time."""

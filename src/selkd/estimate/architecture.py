@@ -1,4 +1,4 @@
-"""A model's architecture from its configuration alone: no weights are read or fetched."""
+"""A model's architecture, read off its configuration alone: no weights are read or downloaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,33 +18,34 @@ from selkd.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class Architecture:
-    """V classes, D hidden, and the parameters of a model; tied ones count once.
+    """The sizes of a model.
 
     Attributes:
-        model: on the meta device.
+        model: the model on the meta device.
         config: the Transformers configuration of its decoder.
         blocks: its transformer blocks.
+        parameters: how many it has; tied ones count once.
     """
 
     model: PreTrainedModel
     config: Any
     blocks: tuple[nn.Module, ...]
     parameters: int
-    hidden: int
-    classes: int
+    hidden_size: int
+    vocab_size: int
     head_is_tied: bool
 
     @property
     def largest_block(self) -> int:
-        """Parameters of the largest block, which FSDP gathers at once."""
+        """How many parameters the largest block has: FSDP gathers them at once."""
         return max(map(n_parameters, self.blocks), default=0)
 
 
-def find(model: str, cache_dir: Path) -> ModelSource:
-    """The files of ``model``; of one on the hub without its weights, so that its fingerprint is unknown.
+def find_files(model: str, cache_dir: Path) -> ModelSource:
+    """Find the files of ``model``. One on the hub is downloaded without its weights, so its fingerprint is empty.
 
     Raises:
-        InputError: no such model.
+        InputError: there is no such model.
     """
     if model == DEMO or Path(model).expanduser().exists():
         return locate(model, cache_dir)
@@ -54,10 +55,10 @@ def find(model: str, cache_dir: Path) -> ModelSource:
 def teacher_and_student(
     recipe: Recipe, teacher_source: ModelSource, student_source: ModelSource | None
 ) -> tuple[Architecture, Architecture]:
-    """Both models' architectures; that of a student cut from its teacher is of the teacher's first layers.
+    """Describe both models. A student to be cut from its teacher is described by the teacher's first layers.
 
     Raises:
-        InputError: no causal language model, or more layers kept than there are.
+        InputError: a model is no causal language model, or the recipe keeps more layers than the teacher has.
     """
     teacher = read_config(teacher_source)
     if student_source is not None:
@@ -69,10 +70,10 @@ def teacher_and_student(
 
 
 def describe(config: Any) -> Architecture:
-    """Counts from a model on the meta device, which has shapes and no memory.
+    """Build the model on the meta device, where it has shapes and takes no memory, and read off its sizes.
 
     Raises:
-        InputError: not a causal language model.
+        InputError: the configuration is not that of a causal language model.
     """
     try:
         with torch.device("meta"):
@@ -87,7 +88,7 @@ def describe(config: Any) -> Architecture:
         config=text,
         blocks=tuple(block for stack in stacks if len(stack) == text.num_hidden_layers for block in stack),
         parameters=n_parameters(model),
-        hidden=int(text.hidden_size),
-        classes=int(text.vocab_size),
+        hidden_size=int(text.hidden_size),
+        vocab_size=int(text.vocab_size),
         head_is_tied=head is not None and head.weight is embedding.weight,
     )

@@ -1,4 +1,4 @@
-"""Bytes a position of a teacher cache, from those that were measured: no teacher runs."""
+"""Bytes a position of a teacher cache, interpolated between measured ones: no teacher runs."""
 
 import math
 from itertools import pairwise
@@ -14,9 +14,9 @@ SOURCE = "SmolLM2-135M over textbooks"
 
 
 def typical_bytes(sampler: str, draws: int) -> float:
-    """Bytes a position of ``draws`` draws, straight in log-log between the nearest two that were measured.
+    """Bytes a position of ``draws`` draws: a straight line in log-log through the nearest two measured ones.
 
-    A sampler of the user's own is taken for ``rs_kd``.
+    A user's own sampler counts as ``rs_kd``.
     """
     points = sorted(MEASURED.get(sampler, MEASURED["rs_kd"]).items())
     (low, below), (high, above) = next(((a, b) for a, b in pairwise(points) if draws <= b[0]), (points[-2], points[-1]))

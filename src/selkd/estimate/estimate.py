@@ -1,4 +1,4 @@
-"""``estimate``: counts, memory and, after a probe, time and cache bytes of a whole run, as plain data."""
+"""``estimate`` answers with the counts, memory and, after a probe, time and cache bytes of a whole run."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from selkd.errors import InputError
-from selkd.estimate.architecture import Architecture, find, teacher_and_student
+from selkd.estimate.architecture import Architecture, find_files, teacher_and_student
 from selkd.estimate.cache_size import MEASURED, SOURCE, typical_bytes
 from selkd.estimate.memory import Memory, memory
 from selkd.estimate.plan import Plan, make_plan
@@ -23,19 +23,22 @@ Rates = dict[str, float | None]
 def estimate(
     recipe: Recipe, *, gpus: int | None = None, tokens: int | None = None, with_probe: bool = False
 ) -> dict[str, Any]:
-    """What ``recipe`` needs.
+    """Estimate what a run of ``recipe`` needs.
 
     Args:
-        gpus: plan for so many accelerators that compute in bfloat16; None: for this machine's device.
-        tokens: plan for so many training tokens; None: for the recipe's.
-        with_probe: run a few steps here to measure step time, speed of the stages and bytes of the cache.
+        gpus: how many accelerators to plan for, computing in bfloat16; None plans for this machine's device.
+        tokens: how many training tokens to plan for; None takes the recipe's.
+        with_probe: whether to run a few steps here to measure step time, speed of the stages and bytes of the cache.
+
+    Returns:
+        The answer of ``selkd estimate --json``: plain data.
 
     Raises:
-        InputError: what ``distill`` refuses of models and text; a probe on a CPU for a plan of accelerators.
+        InputError: ``distill`` would refuse the models or the text, or a CPU is to be probed for accelerators.
     """
     cache_dir = default_cache_dir()
-    teacher_source = find(recipe.teacher.model, cache_dir)  # tokenising needs its tokenizer alone
-    student_source = None if recipe.student.model is None else find(recipe.student.model, cache_dir)
+    teacher_source = find_files(recipe.teacher.model, cache_dir)  # tokenising needs its tokenizer alone
+    student_source = None if recipe.student.model is None else find_files(recipe.student.model, cache_dir)
     work = Workspace(
         recipe, Path("runs"), teacher_source=teacher_source, student_source=student_source
     )  # writes nothing
@@ -80,10 +83,10 @@ def estimate(
 
 
 def _dtypes(work: Workspace, is_cpu: bool) -> tuple[torch.dtype, torch.dtype]:
-    """Of the student's products and the teacher's weights."""
+    """The dtypes of the student's products and of the teacher's weights."""
     if is_cpu or work.device.type != "cpu":
         return work.dtype, work.teacher_dtype
-    # Accelerators that are not here: what they compute in unless the recipe says otherwise.
+    # The accelerators are not here: assume bfloat16 unless the recipe says otherwise.
     name = work.recipe.teacher.dtype
     teacher = resolve_dtype("bfloat16" if name == "auto" else name, work.device)
     return torch.bfloat16 if work.recipe.training.get("bf16", True) else torch.float32, teacher
@@ -104,15 +107,15 @@ def _cache(plan: Plan, rates: Rates | None) -> dict[str, Any] | None:
 
 
 def _operations(plan: Plan, student: Architecture, teacher: Architecture) -> dict[str, float]:
-    """2 a parameter and token forward, 6 forward and backward; the head counts as run in full."""
+    """Count 2 operations a parameter and token forward, 6 forward and backward; the head counts as run in full."""
     forward = plan.evaluated_tokens + (plan.train_tokens if plan.scores_samples else 0)
-    of_student = student.parameters * (6.0 * plan.trained_tokens + 2.0 * forward)
-    of_teacher = 2.0 * teacher.parameters * plan.teacher_tokens["total"]
-    return {"student": of_student, "teacher": of_teacher, "total": of_student + of_teacher}
+    by_student = student.parameters * (6.0 * plan.trained_tokens + 2.0 * forward)
+    by_teacher = 2.0 * teacher.parameters * plan.teacher_tokens["total"]
+    return {"student": by_student, "teacher": by_teacher, "total": by_student + by_teacher}
 
 
 def _seconds(plan: Plan, rates: Rates) -> dict[str, float | None]:
-    """Of the stages on all devices together, from what one of them does; loading and tokenising not counted."""
+    """Seconds of each stage on all devices together, from one device's speed, without loading and tokenising."""
 
     def stage(name: str, tokens: int) -> float | None:
         rate = rates[f"{name}_tokens_per_second"]
@@ -130,13 +133,13 @@ def _seconds(plan: Plan, rates: Rates) -> dict[str, float | None]:
 
 
 def _notes(plan: Plan, needed: Memory, gpus: int | None, *, is_probed: bool) -> list[str]:
-    """What the answer leaves out or takes for granted."""
+    """Say what the answer leaves out or takes for granted."""
     recipe, sampler = plan.recipe, plan.recipe.classes.sampler
-    taken = "" if sampler in MEASURED else f"{sampler} is taken for rs_kd; "
+    stand_in = "" if sampler in MEASURED else f"{sampler} is taken for rs_kd; "
     benchmarks = benchmarks_of([name for name in recipe.evaluation.suite if name != "fidelity"])
     notes = {
         "time: not known without --probe, which runs a few steps here": not is_probed,
-        f"cache bytes: {taken}as measured of {SOURCE}; other text or teachers differ, --probe measures them": (
+        f"cache bytes: {stand_in}as measured of {SOURCE}; other text or teachers differ, --probe measures them": (
             not is_probed and recipe.cache is not None
         ),
         "time: one device's, divided by their number; communication is not counted": is_probed and plan.devices > 1,

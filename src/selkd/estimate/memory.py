@@ -1,7 +1,4 @@
-"""Memory by part and by stage, one device's.
-
-Shapes: B batch, T positions, N selected positions, V classes, D hidden.
-"""
+"""The memory of one device, by part and by stage."""
 
 from dataclasses import dataclass
 
@@ -16,14 +13,14 @@ from selkd.estimate.plan import Plan
 from selkd.maths.chunked import CHUNK_BYTES
 from selkd.training.arguments import DistillArguments
 
-# Tensors of one chunk of logits that are alive together: the student's, its gradient, what the criterion makes of both,
-# and the teacher's.
+# How many tensors of one chunk of logits are alive together: the student's, its gradient, what the criterion makes of
+# both, and the teacher's.
 _CHUNK_TENSORS = {"loss": 5, "score": 3, "draw": 4}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. ``parts`` are those of training; ``stages`` are peaks; ``notes`` say what is rough."""
+    """Bytes of the training step's ``parts``, peak bytes of the ``stages``, and ``notes`` on what is rough."""
 
     parts: dict[str, int]
     stages: dict[str, int]
@@ -33,20 +30,20 @@ class Memory:
 def memory(
     student: Architecture, teacher: Architecture, plan: Plan, dtypes: tuple[torch.dtype, torch.dtype], *, is_cpu: bool
 ) -> Memory:
-    """The peaks of a run's stages and the parts of the training step.
+    """Count the parts of the training step and the peaks of a run's stages.
 
-    On a CPU memory that activations leave is not given back in time to serve gradients, so parts add up; the process
+    On a CPU the memory of activations is not given back in time to serve gradients, so parts add up, and the process
     itself counts. On an accelerator gradients grow as activations go, and only tensors count.
 
     Args:
-        dtypes: of the student's products and of the teacher's weights.
+        dtypes: those of the student's products and of the teacher's weights.
     """
     recipe, arguments, length = plan.recipe, plan.arguments, plan.length
     shards, is_live = plan.devices if arguments.fsdp else 1, recipe.cache is None
     (dtype, teacher_dtype), chunk = dtypes, CHUNK_BYTES["cpu" if is_cpu else "accelerator"]
     body = training_memory(student, plan.batch, length, dtype, checkpointing=arguments.gradient_checkpointing)
     weights, teacher_weights = 4 * student.parameters, teacher_dtype.itemsize * teacher.parameters
-    narrow_head = 0 if dtype == torch.float32 else student.classes * student.hidden * dtype.itemsize
+    narrow_head = 0 if dtype == torch.float32 else student.vocab_size * student.hidden_size * dtype.itemsize
     optimiser, note = optimiser_bytes(arguments, student)
     parts = {
         "process": psutil.Process().memory_info().rss if is_cpu else 0,
@@ -56,7 +53,7 @@ def memory(
         "activations": body.activations,
         "loss": narrow_head + _loss_bytes(student, plan, dtype, chunk),
         "teacher_weights": teacher_weights if is_live else 0,
-        "teacher_activations": plan.batch * length * teacher.hidden * teacher_dtype.itemsize if is_live else 0,
+        "teacher_activations": plan.batch * length * teacher.hidden_size * teacher_dtype.itemsize if is_live else 0,
         # DDP's buckets are as large as the gradients.
         "communication": weights if plan.devices > 1 and shards == 1 else 0,
     }
@@ -85,10 +82,10 @@ def memory(
 
 
 def _gathered(student: Architecture, arguments: DistillArguments) -> int:
-    """Weights that FSDP has whole on every device at once: the largest layer and the head, or all of them."""
+    """Bytes of the weights that FSDP gathers on every device at once: the largest block's and the head's, or all."""
     if arguments.fsdp_plugin_args["reshard_after_forward"] in (False, "shard_grad_op"):
         return 4 * student.parameters
-    return 4 * (student.largest_block + student.classes * student.hidden)
+    return 4 * (student.largest_block + student.vocab_size * student.hidden_size)
 
 
 def _sharding_note(shards: int) -> str:
@@ -101,10 +98,10 @@ def _sharding_note(shards: int) -> str:
 
 
 def _loss_bytes(student: Architecture, plan: Plan, dtype: torch.dtype, chunk: int) -> int:
-    """The working set of the chunked loss and, for a metric that reads the head, of its scores."""
+    """Bytes that the chunked loss works on, including the scores of a metric that reads the head."""
     positions = plan.batch * plan.length
-    # The head's gradient becomes the parameter's own, unless it is added to one that is there already.
+    # The head's gradient becomes the parameter's own, unless the parameter has one that it is added to.
     is_added = student.head_is_tied or plan.arguments.gradient_accumulation_steps > 1
-    added = 4 * student.classes * student.hidden if is_added else 0
-    rows = positions * plan.selected_shares[1] * student.hidden * (4 + 2 * dtype.itemsize)
-    return round(added + rows + _CHUNK_TENSORS["loss"] * min(chunk, 4 * positions * student.classes))
+    added = 4 * student.vocab_size * student.hidden_size if is_added else 0
+    rows = positions * plan.selected_shares[1] * student.hidden_size * (4 + 2 * dtype.itemsize)
+    return round(added + rows + _CHUNK_TENSORS["loss"] * min(chunk, 4 * positions * student.vocab_size))

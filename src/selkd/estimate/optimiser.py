@@ -3,7 +3,7 @@
 from selkd.estimate.architecture import Architecture
 from selkd.training.arguments import DistillArguments
 
-# Numbers kept a parameter, by how a name begins. Adafactor's are one a row and column.
+# How many numbers an optimiser keeps for each parameter, by how its name begins. Adafactor keeps one a row and column.
 _STATES = {
     "adamw": 2,
     "adafactor": 0,
@@ -16,18 +16,18 @@ _STATES = {
     "schedule_free_sgd": 1,
     "schedule_free": 2,
 }
-# Bits of a number -> how many share one float32 scale, in bitsandbytes and torchao.
+# Bits of a number -> how many numbers share one float32 scale in bitsandbytes and torchao.
 _SHARING = {8: 256, 4: 128}
 
 
 def optimiser_bytes(arguments: DistillArguments, student: Architecture) -> tuple[int, str | None]:
-    """Bytes of the whole state, and a note on an optimiser that is not in the table.
+    """Count the bytes of the whole state, with a note if the optimiser is not in the table.
 
-    Numbers are float32 unless the name says 8 or 4 bits: then each has its share of a scale, and Transformers keeps the
-    embedding's state in float32 where bitsandbytes has 8 bits.
+    Numbers are float32 unless the name says 8 or 4 bits. Then several share a scale; and Transformers keeps the
+    embedding's state in float32 for bitsandbytes' optimisers of 8 bits.
     """
     name = str(getattr(arguments.optim, "value", arguments.optim))
-    states = next((n for begin, n in _STATES.items() if name.removeprefix("paged_").startswith(begin)), None)
+    states = next((n for prefix, n in _STATES.items() if name.removeprefix("paged_").startswith(prefix)), None)
     note = None if states is not None else f"optimiser: {name} is taken for Adam, two float32 numbers a parameter"
     states = 2 if states is None else states
     if name in ("sgd", "rmsprop") and "momentum" in (arguments.optim_args or ""):
@@ -35,6 +35,6 @@ def optimiser_bytes(arguments: DistillArguments, student: Architecture) -> tuple
     bits = next((bits for bits in _SHARING if f"{bits}bit" in name), None)
     if bits is None:
         return 4 * states * student.parameters, note
-    whole = 0 if "torch" in name or bits != 8 else student.classes * student.hidden
-    narrow = states * (bits / 8 + 4 / _SHARING[bits]) * (student.parameters - whole)
-    return round(narrow) + 4 * states * whole, note
+    in_float32 = 0 if "torch" in name or bits != 8 else student.vocab_size * student.hidden_size
+    narrow = states * (bits / 8 + 4 / _SHARING[bits]) * (student.parameters - in_float32)
+    return round(narrow) + 4 * states * in_float32, note

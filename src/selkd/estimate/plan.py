@@ -1,4 +1,4 @@
-"""What a recipe will go through: samples, tokens, optimiser steps and the teacher's queries, counted ahead."""
+"""Counts a run's samples, tokens, optimiser steps and teacher queries ahead."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from selkd.training.arguments import DistillArguments
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts of a whole run on ``devices`` devices. Tokens are the samples' own; padding is not counted."""
+    """The counts of a whole run on ``devices`` devices. Padding does not count as tokens."""
 
     recipe: Recipe
     arguments: DistillArguments
@@ -32,12 +32,12 @@ class Plan:
 
     @property
     def batch(self) -> int:
-        """Samples of a micro-batch on one device."""
+        """How many samples a micro-batch has on one device."""
         return self.arguments.per_device_train_batch_size
 
     @property
     def length(self) -> int:
-        """Positions of a usual sample."""
+        """How many positions an average sample has."""
         return min(self.recipe.data.max_length, max(1, round(self.train_tokens / self.samples)))
 
     @property
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def trained_tokens(self) -> int:
-        """Over all epochs."""
+        """Training tokens over all epochs."""
         return round(self.kept_tokens * self.epochs)
 
     @property
@@ -67,16 +67,16 @@ class Plan:
 
     @property
     def selected_shares(self) -> tuple[float, float]:
-        """(average over the run, largest) share of the positions; a schedule goes from one value to another."""
+        """The average and the largest share of the positions that is selected; a schedule moves it during the run."""
         fraction = self.recipe.positions.fraction
         if isinstance(fraction, FractionSchedule):
-            begin, end, over = fraction.start, fraction.to, fraction.over
-            return over * (begin + end) / 2 + (1 - over) * end, max(begin, end)
+            start, end, over = fraction.start, fraction.to, fraction.over
+            return over * (start + end) / 2 + (1 - over) * end, max(start, end)
         return (1.0, 1.0) if fraction is None else (float(fraction), float(fraction))
 
     @property
     def teacher_tokens(self) -> dict[str, int]:
-        """Tokens that the teacher will run on, by stage; ``total`` is their sum."""
+        """How many tokens the teacher will run on, by stage; ``total`` is their sum."""
         recipe, is_live = self.recipe, self.recipe.cache is None
         calibration = round(min(CALIBRATION_SAMPLES, self.samples) * self.train_tokens / self.samples)
         by_stage = {
@@ -90,15 +90,15 @@ class Plan:
 
 
 def is_local(recipe: Recipe) -> bool:
-    """Whether the text is on this machine, so that it can be counted."""
+    """Whether the recipe's text is on this machine, where it can be counted."""
     return recipe.data.path == "demo" or Path(recipe.data.path).expanduser().exists()
 
 
 def make_plan(recipe: Recipe, work: Workspace, devices: int, tokens: int | None) -> Plan:
-    """Count ``tokens`` training tokens, those that the recipe names, or those of the text itself if it is local.
+    """Plan a run over ``tokens`` training tokens; None takes a local text's own or, for one on the hub, data.tokens.
 
     Raises:
-        InputError: the text is on the hub and nobody says how much of it is to be used.
+        InputError: ``tokens`` are too few, or the text is on the hub and its number of tokens is not named.
     """
     length, arguments = recipe.data.max_length, work.arguments
     if tokens is not None and tokens < length:

@@ -1,1 +1,1 @@
-"""What people read of a run: the page, the plots, the tables and the model card."""
+"""Writes what people read of a run: the page, the plots, the tables and the model card."""

@@ -1,4 +1,4 @@
-"""What the record's ``benchmarks`` hold: under ``before`` and ``after`` the tasks' figures and the suites' means.
+"""Reads the record's ``benchmarks``: the tasks' figures and the suites' means, under ``before`` and ``after``.
 
 {"after": {"tasks": {TASK: {"counts": METRIC, "metrics": {METRIC: {"value", "standard_error"}}}},
            "paper": {"acc": {"value", "standard_error"}, …}, "validation": {"value", "standard_error"},
@@ -23,7 +23,7 @@ class Score:
 
 
 def scores(record: Mapping[str, Any], when: str = "after") -> dict[tuple[str, ...], Score]:
-    """(task or suite, metric) -> score, in the record's order; empty if nothing was measured."""
+    """The score of each task or suite and metric, in the record's order; empty if nothing was measured."""
     content = dig(record, "benchmarks", when)
     paper = dig(content, "paper") or {}
     figures: dict[tuple[str, ...], Any] = {("paper", name): figure for name, figure in paper.items()}
@@ -41,17 +41,17 @@ def cut(record: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean accuracy over ``tasks``: name -> how many examples were asked."""
+    """A mean accuracy over ``tasks``: name -> how many examples the model answered."""
 
     value: float
     tasks: dict[str, int | None]
 
 
 def accuracies(record: Mapping[str, Any]) -> dict[str, Mean]:
-    """The mean accuracies after training, by what each is the mean of.
+    """The mean accuracies after training, each called by what it is the mean of.
 
-    The suites' own, as ``paper suite`` and ``validation suite``; and, called by its tasks, the mean of what counts in
-    the tasks that are part of neither.
+    The suites' own are called ``paper suite`` and ``validation suite``. The other tasks have one mean, of the metric
+    that counts in each; it is called by the tasks' names.
     """
     content = dig(record, "benchmarks", "after")
     tasks = dig(content, "tasks") or {}

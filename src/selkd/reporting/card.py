@@ -1,4 +1,4 @@
-"""The student's model card, as the Hugging Face hub reads it: YAML front matter, then Markdown."""
+"""Writes the student's model card as the Hugging Face hub reads it: YAML front matter, then Markdown."""
 
 import copy
 import re
@@ -18,13 +18,12 @@ _PATHS = (("teacher", "model"), ("student", "model"), ("data", "path"), ("sample
 
 
 def model_card(record: dict[str, Any]) -> str:
-    """README.md of the student from a run's record.json.
+    """Write the student's README.md from a run's record.json.
 
-    Names a base model and a data set only where they are ids of the hub: a folder of this machine means nothing there,
-    so of a local path only the last part shows. Claims no licence: the base model's holds. What is not known is left
-    out: a card tells no blanks.
+    The card names a base model and a data set only if they are ids of the hub; of a path on this machine it shows the
+    last part. It claims no licence, as the base model's holds. It leaves out what is not known.
     """
-    # The model whose weights the student began with: its own, or the teacher that it was cut from.
+    # The student began with its own model's weights or with those of the teacher that it was cut from.
     pruned = dig(record, "student", "pruned_from_teacher") is not None
     base = dig(record, "teacher" if pruned else "student", "model")
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -53,12 +52,12 @@ def _yaml(content: dict[str, Any]) -> str:
 
 
 def _hub_id(name: str | None) -> str | None:
-    # A folder of that name is what selkd would have loaded.
+    # selkd loads a folder of that name before a model of the hub.
     return name if name is not None and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with only the last part of each local path: a folder of this machine means nothing elsewhere."""
+    """Shorten each local path of the recipe to its last part: a folder of this machine means nothing elsewhere."""
     recipe = copy.deepcopy(recipe)
     for part, key in _PATHS:
         if isinstance(value := dig(recipe, part, key), str) and value != "demo" and _hub_id(value) is None:

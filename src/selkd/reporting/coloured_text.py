@@ -1,6 +1,6 @@
-"""Text as its tokens, coloured by score and marked where selected: what a policy looks at, on real text.
+"""Tokens of a text, coloured by score and marked where a policy selects them.
 
-Tokens are untrusted text. Nothing here makes HTML: the template escapes what these views hold.
+Tokens are untrusted text. Nothing here makes HTML: the template escapes what the tokens hold.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from selkd.reporting import formats
 HEAT_LEVELS = 8
 LIGHT, PLAIN, HEAVY = range(3)
 WEIGHTS = {PLAIN: "selected", HEAVY: "with a high weight", LIGHT: "with a low weight"}
-# A weight this many times the mean of the selected ones, or more, is heavy; below half of it, light.
+# A weight is heavy from 1.5 times the mean of the selected ones on, and light below half of it.
 _HEAVY_FROM, _LIGHT_BELOW = 1.5, 0.5
-# The pictures of control characters. Those of writing direction have none: they reorder what stands around them, so
-# that a text could pass for another. Neither have C1 and lone surrogates, which can't be written as UTF-8.
+# The visible signs of control characters. Three kinds show as U+FFFD: those of writing direction, which reorder text so
+# that it could pass for another; C1; and lone surrogates, which can't be written as UTF-8.
 _WRITING_DIRECTION = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _PICTURES = {
     **{code: chr(0x2400 + code) for code in range(32)},
@@ -29,32 +29,34 @@ _PICTURES = {
 
 @dataclass(frozen=True)
 class TokenView:
-    """One token: its visible text, heat level 0 … HEAT_LEVELS-1 (None: no score), selected, and a tooltip.
+    """One token as it is shown.
 
-    ``weight`` is LIGHT, PLAIN or HEAVY, for policies whose selected positions do not weigh the same.
+    Attributes:
+        heat: the level of its colour, 0 to HEAT_LEVELS - 1; None without a score.
+        weight: LIGHT, PLAIN or HEAVY; other than PLAIN only where a policy weighs its positions differently.
     """
 
     text: str
     heat: int | None
     selected: bool
-    told: str
+    tooltip: str
     weight: int = PLAIN
 
 
 def visible(text: str) -> str:
-    """A token's text with line ends shown (and kept) and other control characters as their pictures, or as U+FFFD."""
+    """Show line ends (and keep them), and show other control characters as their pictures or as U+FFFD."""
     return text.translate(_PICTURES)
 
 
 def marked_part(text: str) -> tuple[str, str, str]:
-    """White space before what a mark is put on, that part, and line ends after; spaces alone are marked themselves."""
+    """Split into white space before, the part to mark, and line ends after; spaces alone are marked themselves."""
     body = text.rstrip("\n")
     core = body.lstrip(" \t\n") or body
     return body[: len(body) - len(core)], core, text[len(body) :]
 
 
 def heat_scale(samples: list[dict[str, Any]]) -> tuple[float, float]:
-    """(lowest, highest) score of the colours, over all the samples.
+    """The lowest and the highest score that colours tell apart, over all the samples.
 
     The highest is the 98th percentile, so that one outlier does not wash out the rest.
     """
@@ -71,7 +73,7 @@ def heat_scale(samples: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def token_views(sample: dict[str, Any], scale: tuple[float, float], unit: str = "nats") -> list[TokenView]:
-    """One sample {tokens, scores, selected, valid} (lists of length L) as L views.
+    """Make a view of each token of one sample, {tokens, scores, selected, valid}, all lists of length L.
 
     Index t of scores, selected and valid is about token t+1, so token t+1 takes its colour from index t; the first
     token has none. ``weights``, if the sample has them, are the policy's coefficients.
@@ -88,10 +90,10 @@ def token_views(sample: dict[str, Any], scale: tuple[float, float], unit: str = 
             continue
         selected = bool(sample["selected"][index - 1])
         level = int(np.clip((score - lowest) / (highest - lowest), 0, 1) * (HEAT_LEVELS - 1) + 0.5)
-        told = f"{formats.nats(score)} {unit}".strip() + (", selected" if selected else "")
+        tooltip = f"{formats.nats(score)} {unit}".strip() + (", selected" if selected else "")
         share = weights[index - 1] / mean if weights and selected else 1.0
         if abs(share - 1) > 1e-3:
-            told += f", {formats.decimal(share, 2)} times the mean weight"
+            tooltip += f", {formats.decimal(share, 2)} times the mean weight"
         weight = HEAVY if share >= _HEAVY_FROM else LIGHT if share < _LIGHT_BELOW else PLAIN
-        views.append(TokenView(visible(token), level, selected, told, weight))
+        views.append(TokenView(visible(token), level, selected, tooltip, weight))
     return views

@@ -20,11 +20,11 @@ def write_comparison(comparison: RunComparison, out: Path, title: str) -> dict[s
     """Write ``report.html``, ``table.md``, ``table.csv``, ``table.json``, ``runs.csv`` and ``plots/`` into ``out``.
 
     Returns:
-        What ``table.json`` holds.
+        The content of ``table.json``.
 
     Raises:
-        InputError: ``out`` holds something that is no such report; nothing is changed.
-        RunError: the disk refused.
+        InputError: ``out`` holds something that is no report of several runs; nothing is changed.
+        RunError: a file can't be written.
     """
     _claim(out)
     content = tables.as_json(comparison)
@@ -42,7 +42,7 @@ def write_comparison(comparison: RunComparison, out: Path, title: str) -> dict[s
 
 
 def render(comparison: RunComparison, title: str, plots: list[Plot]) -> str:
-    """The page's HTML."""
+    """Fill the page's template."""
     return rendering.render(
         "comparison.html.j2",
         title=title,
@@ -56,7 +56,7 @@ def render(comparison: RunComparison, title: str, plots: list[Plot]) -> str:
 
 
 def _different_keys(comparison: RunComparison) -> dict[str, list[str]]:
-    """The recipes' keys whose values differ between them: key -> the value of each recipe."""
+    """The keys in which the recipes differ: key -> the value in each recipe."""
     flat = [_flat(group.recipe) for group in comparison.groups]
     keys = dict.fromkeys(key for recipe in flat for key in recipe)
     values = {key: [_as_text(recipe.get(key)) for recipe in flat] for key in keys}

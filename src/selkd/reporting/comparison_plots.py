@@ -1,4 +1,4 @@
-"""The plots of several runs: quality against quality, against budgets, and what the runs cost."""
+"""The plots of several runs: accuracy against perplexity, quality by budget, and what the runs cost."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ from selkd.reporting.measures import (
     VALIDATION,
     ReportedMeasure,
     Summary,
-    alone,
+    cost_alone,
     summarise,
 )
 
@@ -32,9 +32,9 @@ _MARKERS = "osD^vP"
 
 
 def comparison_plots(comparison: RunComparison) -> list[Plot]:
-    """Those plots for which the runs have the figures."""
+    """Draw the plots for which the runs have the figures."""
     accuracies = [measure for measure in comparison.measures if measure.key.startswith("accuracy_")]
-    # A budget is a choice, and no choice is made by the rows that are reported, where there are others.
+    # A budget is a choice, so validation rows decide where there are some, and not the rows to report.
     to_choose_by = [measure for measure in accuracies if measure.key == VALIDATION.key]
     quality_of_budgets = _first_plotted(comparison, [*to_choose_by, *accuracies, KL])
     plots = [
@@ -51,12 +51,12 @@ def comparison_plots(comparison: RunComparison) -> list[Plot]:
 
 
 def _first_plotted(comparison: RunComparison, measures: Sequence[ReportedMeasure]) -> ReportedMeasure:
-    """The first that two recipes have, or the last."""
+    """The first measure that at least two recipes have, else the last."""
     return next((measure for measure in measures if len(comparison.alike(measure)) > 1), measures[-1])
 
 
 def _left_out(comparison: RunComparison, shown: Iterable[str]) -> str:
-    """Which recipes are not shown, as they lack the figures or measured them on something else."""
+    """Name the recipes that are not shown, as they lack the figures or measured them on something else."""
     names = [group.name for group in comparison.groups if group.name not in shown]
     return f" Not measured on the same: {', '.join(names)}." if names else ""
 
@@ -69,9 +69,9 @@ def _trade(comparison: RunComparison, quality: ReportedMeasure) -> Plot | None:
         return None
     with one_plot(height=300, width=_WIDTH) as (figure, axes):
         for number, name in enumerate(shown):
-            look: dict[str, Any] = {"markersize": 7, "linestyle": "none", "markeredgecolor": PAPER}
+            marker_style: dict[str, Any] = {"markersize": 7, "linestyle": "none", "markeredgecolor": PAPER}
             x = across[name]
-            _draw_series(axes, number, name, [(x.mean, up[name])], xerr=x.deviation, **look)
+            _draw_series(axes, number, name, [(x.mean, up[name])], xerr=x.deviation, **marker_style)
         axes.grid(visible=True, axis="both")
         axes.margins(0.15)
         axes.set_xlabel(PERPLEXITY.name)
@@ -85,13 +85,13 @@ def _trade(comparison: RunComparison, quality: ReportedMeasure) -> Plot | None:
 class BudgetLine:
     """Recipes that differ in one fraction alone."""
 
-    name: str  # what the recipes' names begin with in common
-    points: list[tuple[float, Summary]]  # (fraction, figure) in ascending order
+    name: str  # the common beginning of the recipes' names
+    points: list[tuple[float, Summary]]  # fraction and figure, in ascending order
     unlimited: tuple[str, Summary] | None  # name and figure of the recipe without a limit, if there is one
 
 
 def budget_lines(comparison: RunComparison, part: str, measure: ReportedMeasure) -> list[BudgetLine]:
-    """The lines along ``part``.fraction with at least two known points; a fraction that is a schedule is no point."""
+    """Join recipes that differ in ``part``.fraction alone, at least two a line; a schedule of fractions is no point."""
     summaries = comparison.alike(measure)
     lines: dict[tuple[str, str], list[tuple[float, str]]] = {}
     unlimited: dict[str, tuple[str, Summary]] = {}
@@ -103,8 +103,8 @@ def budget_lines(comparison: RunComparison, part: str, measure: ReportedMeasure)
         if fraction is None:
             unlimited[rest] = group.name, summaries[group.name]
         else:
-            own = json.dumps({**recipe[part], "fraction": None}, sort_keys=True)
-            lines.setdefault((rest, own), []).append((float(fraction), group.name))
+            options = json.dumps({**recipe[part], "fraction": None}, sort_keys=True)
+            lines.setdefault((rest, options), []).append((float(fraction), group.name))
     return [
         BudgetLine(
             _common_start([name for _, name in sorted(points)]),
@@ -122,7 +122,7 @@ def _common_start(names: Sequence[str]) -> str:
 
 
 def _budget(comparison: RunComparison, part: str, measure: ReportedMeasure) -> Plot | None:
-    """A measure by the fraction of the part that recipes keep; None where no recipes differ in it alone."""
+    """A measure over the fraction of ``part``; None where no recipes differ in that fraction alone."""
     lines = budget_lines(comparison, part, measure)
     if not lines:
         return None
@@ -152,7 +152,7 @@ def _budget(comparison: RunComparison, part: str, measure: ReportedMeasure) -> P
 
 
 def _time(groups: Sequence[Group]) -> Plot | None:
-    """The stages' wall time, one after another; None where no run knows any."""
+    """The wall time of the stages, end to end; None where no run recorded any."""
     stages = {stage: [_mean_seconds(group, stage) for group in groups] for stage in STAGES}
     if not any(map(any, stages.values())):
         return None
@@ -161,7 +161,7 @@ def _time(groups: Sequence[Group]) -> Plot | None:
         for number, (stage, seconds) in enumerate(stages.items()):
             if any(seconds):
                 axes.barh(range(len(groups)), seconds, left=left, color=SERIES[number], height=0.55, label=stage)
-                left = [begun + more for begun, more in zip(left, seconds, strict=True)]
+                left = [start + more for start, more in zip(left, seconds, strict=True)]
         for row, (group, total) in enumerate(zip(groups, left, strict=True)):
             at_least = "" if group.summary(SECONDS) is not None else "more than "  # a shared part's cost is not known
             _beside(axes, total, row, at_least + formats.duration(total))
@@ -172,7 +172,7 @@ def _time(groups: Sequence[Group]) -> Plot | None:
 
 
 def _memory(groups: Sequence[Group]) -> Plot | None:
-    """The peaks of memory, a bar a place; None where no run knows the process's."""
+    """Peak memory, a bar for the accelerator and one for the process; None where no run recorded the process's."""
     peaks = {
         place: [
             max((dig(member.record, "peak_memory_bytes", place) or 0) for member in group.members) for group in groups
@@ -197,7 +197,7 @@ def _memory(groups: Sequence[Group]) -> Plot | None:
 
 @contextmanager
 def _bars(groups: Sequence[Group], measured: str, form: Callable[[float], str]) -> Iterator[tuple[Figure, Axes]]:
-    """Axes with a row a recipe."""
+    """Axes with one row for each recipe."""
     with one_plot(height=90 + 30 * len(groups), width=_WIDTH) as (figure, axes):
         axes.set_yticks(range(len(groups)), [_short(group.name) for group in groups])
         axes.set_ylim(len(groups) - 0.5, -0.5)
@@ -209,12 +209,12 @@ def _bars(groups: Sequence[Group], measured: str, form: Callable[[float], str]) 
 
 
 def _beside(axes: Axes, value: float, row: float, text: str) -> None:
-    """A bar's value at its end."""
+    """Write a bar's value at its end."""
     axes.annotate(text, (value, row), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=10)
 
 
-def _draw_series(axes: Axes, number: int, name: str, points: Sequence[tuple[float, Summary]], **look: Any) -> None:
-    """Means with their deviations; once the colours are used up they come again, with other markers."""
+def _draw_series(axes: Axes, number: int, name: str, points: Sequence[tuple[float, Summary]], **style: Any) -> None:
+    """Draw means with their deviations; colours that are used up come again with other markers."""
     deviations = [summary.deviation or 0.0 for _, summary in points]
     axes.errorbar(
         [x for x, _ in points],
@@ -224,7 +224,7 @@ def _draw_series(axes: Axes, number: int, name: str, points: Sequence[tuple[floa
         marker=_MARKERS[(number // len(SERIES) + number) % len(_MARKERS)],
         elinewidth=1,
         label=_short(name),
-        **look,
+        **style,
     )
 
 
@@ -240,11 +240,11 @@ def _scale(axes: Axes, measure: ReportedMeasure) -> None:
 
 
 def _mean_seconds(group: Group, stage: str) -> float:
-    summary = summarise([alone(member.record, stage, "seconds") for member in group.members])
+    summary = summarise([cost_alone(member.record, stage, "seconds") for member in group.members])
     return 0.0 if summary is None else summary.mean
 
 
 def _short(text: str, room: int = 24) -> str:
-    """Begin and end: a study's recipes may differ in either."""
+    """Shorten a name in its middle: a study's recipes may differ at the beginning and at the end."""
     half = (room - 1) // 2
     return text if len(text) <= room else f"{text[:half]}…{text[half + 1 - room :]}"

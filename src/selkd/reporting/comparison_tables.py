@@ -1,4 +1,4 @@
-"""A comparison as tables: JSON, CSV, Markdown."""
+"""Writes a comparison as JSON, CSV and Markdown."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from selkd.reporting.measures import PAID_SECONDS, ReportedMeasure, Summary
 
 
 def as_json(comparison: RunComparison) -> dict[str, Any]:
-    """Everything as plain data: a recipe its figures (mean, deviation, n, difference) and its runs."""
+    """The whole comparison as plain data: of each recipe the figures (mean, deviation, n, difference) and the runs."""
     recipes = []
     for group in comparison.groups:
         figures = {}
@@ -33,7 +33,7 @@ def as_json(comparison: RunComparison) -> dict[str, Any]:
 
 
 def as_csv(comparison: RunComparison) -> str:
-    """A row a recipe; unknown figures are empty."""
+    """One row for each recipe; unknown figures are empty."""
     rows = []
     for recipe in as_json(comparison)["recipes"]:
         row = {"recipe": recipe["name"]}
@@ -47,7 +47,7 @@ def as_csv(comparison: RunComparison) -> str:
 
 
 def runs_as_csv(comparison: RunComparison) -> str:
-    """A row a run."""
+    """One row for each run."""
     rows = ((recipe["name"], run) for recipe in as_json(comparison)["recipes"] for run in recipe["runs"])
     return _csv([{"recipe": name, "seed": run["seed"], **run} for name, run in rows])
 
@@ -61,7 +61,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 def cells(comparison: RunComparison, group: Group) -> list[tuple[str, str]]:
-    """A measure each: 7.31 ± 0.26 (the deviation over seeds), and +0.4 ± 0.3, the difference to the baseline if any."""
+    """Of each measure the mean ± deviation over seeds (7.31 ± 0.26) and the difference to the baseline (+0.4 ± 0.3)."""
     return [
         (_mean(group.summary(measure), measure), _difference(comparison.difference(group, measure), measure))
         for measure in comparison.measures
@@ -82,7 +82,7 @@ def _difference(summary: Summary | None, measure: ReportedMeasure) -> str:
 
 
 def as_markdown(comparison: RunComparison) -> str:
-    """The table for a README: mean ± deviation, and the paired difference to the baseline beneath."""
+    """The table for a README: mean ± deviation and, in brackets, the paired difference to the baseline."""
     measures = comparison.measures
     lines = [
         "| | seeds | " + " | ".join(measure.name for measure in measures) + " |",
@@ -100,7 +100,7 @@ def as_markdown(comparison: RunComparison) -> str:
 
 
 def legend(comparison: RunComparison) -> list[str]:
-    """What the columns of costs count."""
+    """Sentences on what the columns of costs count."""
     time = "Time is that of scoring, caching, training and evaluating, without preparing the text and the student"
     if PAID_SECONDS not in comparison.measures:
         return [f"{time}."]
@@ -112,7 +112,7 @@ def legend(comparison: RunComparison) -> list[str]:
 
 
 def not_compared(comparison: RunComparison) -> list[str]:
-    """Why figures have no mean or no difference, a sentence for each recipe and reason."""
+    """A sentence for each recipe and reason why figures have no mean or no difference."""
     whys: dict[tuple[str, str], list[str]] = {}
     for group in comparison.groups:
         for measure in comparison.measures:

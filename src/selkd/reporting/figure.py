@@ -1,8 +1,8 @@
-"""What every plot shares: its look, its colours, and how it becomes SVG for a page or pictures for a paper.
+"""The style of all plots, and how a plot becomes SVG for a page or pictures for a paper.
 
 Plots are drawn in the light page's colours, which a paper takes as they are. In a page each colour becomes the page's
-own CSS variable, with the colour as its fallback: a plot is light or dark with the page, and the text is also a picture
-by itself. The same input gives the same bytes: no date, no random identifiers, no system font.
+own CSS variable, with the colour as its fallback: a plot is light or dark with the page. The same input gives the same
+bytes: there is no date, no random identifier and no system font.
 """
 
 import io
@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 INK, MUTED, ACCENT = "#1c2430", "#626c79", "#0f766e"
 RULE, QUIET, PAPER = "#e2e5e9", "#c3cad2", "#fdfdfc"
-# Of several runs side by side, in this order; told apart with every common colour blindness.
+# The colours of several runs, in this order; people with any common colour blindness can tell them apart.
 SERIES = (ACCENT, "#c2570c", "#4659b8", "#a3327e", "#7a6a00", "#3f7fa6")
 _VARIABLES = {
     INK: "ink",
@@ -84,32 +84,32 @@ class Plot:
 
 @contextmanager
 def one_plot(height: int = _HEIGHT, width: int = _WIDTH) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of so many points with one pair of axes, in our style."""
-    # after_reset: the user's own matplotlibrc has no say, or pages would differ between machines.
+    """A figure with one pair of axes in the style of all plots; its size is in points."""
+    # after_reset ignores the user's own matplotlibrc, by which pages would differ between machines.
     with style.context(_STYLE, after_reset=True):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         yield figure, figure.add_subplot()
 
 
 def unit(axes: Axes, text: str) -> None:
-    """What the axis upwards measures, above its end."""
+    """Write what the vertical axis measures above its end."""
     axes.set_title(text, loc="left", fontsize=11, color=MUTED, pad=8)
 
 
 def in_percent(axes: Axes) -> None:
-    """Show shares in [0, 1] on the axis upwards as percent."""
+    """Show shares in [0, 1] on the vertical axis as percent."""
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
 
 
 def lying(axes: Axes, form: Callable[[float], str]) -> None:
-    """Axes whose values lie along the foot, in ``form``, a row a name: grid lines go up."""
+    """Put the values on the horizontal axis, in ``form``, with vertical grid lines; the rows are names."""
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value) if value else "0"))
 
 
 def svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an SVG element to put inside a page. ``name`` is its own within the page."""
+    """The figure as an SVG element of a page. No other plot of the page may have the same ``name``."""
     return _themed(_saved(figure, name, format="svg", transparent=True, metadata=_NO_METADATA).decode(), title)
 
 
@@ -117,7 +117,7 @@ _NO_METADATA = {"Date": None, "Creator": None}
 
 
 def _saved(figure: Figure, name: str, **options: Any) -> bytes:
-    """A figure's file. The name salts the identifiers, so that plots of one page never share one."""
+    """The bytes of the figure's file. The name salts the identifiers, so that plots of one page share none."""
     buffer = io.BytesIO()
     with style.context(_STYLE | {"svg.hashsalt": name}, after_reset=True):
         figure.savefig(buffer, **options)
@@ -125,7 +125,7 @@ def _saved(figure: Figure, name: str, **options: Any) -> bytes:
 
 
 def _themed(svg: str, title: str) -> str:
-    """Only the <svg> element, sized by the page, named for screen readers, coloured by the page's variables."""
+    """Keep only the <svg> element, sized by the page, named for screen readers, coloured by the page's variables."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # Matplotlib's style element speaks to every element of the page, and its group ids repeat from plot to plot.

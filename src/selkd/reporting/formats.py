@@ -1,4 +1,4 @@
-"""A record's values as a reader wants them. Every number may be None (a stage that was not run): it shows as a dash."""
+"""Formats a record's values for people. Every number may be None (a stage did not run), which shows as a dash."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 DASH = "–"
 MINUS = "−"
-Form = Callable[[float | None], str]  # how a number reads
+Form = Callable[[float | None], str]  # formats a number for people
 
 _SIZE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -22,7 +22,7 @@ def dig(tree: Any, *keys: str) -> Any:
 
 
 def or_dash(value: object) -> str:
-    """Any other value as text."""
+    """A value that is no number, as text."""
     return DASH if value is None else str(value)
 
 
@@ -48,7 +48,7 @@ def count(value: float | None) -> str:
 
 
 def perplexity(value: float | None) -> str:
-    """Three digits or all whole ones: 7.31, 36.0, 3,012,345."""
+    """Three digits, or all digits of a larger whole number: 7.31, 36.0, 3,012,345."""
     return DASH if value is None else _three_digits(value)
 
 
@@ -57,7 +57,7 @@ def _three_digits(value: float) -> str:
 
 
 def nats(value: float | None) -> str:
-    """1.78 or, where small, 0.078."""
+    """Two decimals, or three below 0.1: 1.78, 0.078."""
     return decimal(value, 2 if value is None or abs(value) >= 0.1 else 3)
 
 
@@ -72,7 +72,7 @@ def fraction(share: float | None) -> str:
 
 
 def parameters(value: float | None) -> str:
-    """134.5M, 1.72B."""
+    """A count in thousands, millions and so on: 134.5M, 1.72B."""
     if value is None:
         return DASH
     for size, unit in _COUNT_UNITS:
@@ -82,7 +82,7 @@ def parameters(value: float | None) -> str:
 
 
 def data_size(value_bytes: float | None) -> str:
-    """Decimal units: 318 B, 31.8 MB, 1.42 GB."""
+    """A size in decimal units: 318 B, 31.8 MB, 1.42 GB."""
     if value_bytes is None:
         return DASH
     scaled = float(value_bytes)
@@ -95,20 +95,20 @@ def data_size(value_bytes: float | None) -> str:
 
 
 def round_size(value_bytes: float) -> str:
-    """A power of ten of bytes, as an axis names it: 10 B, 1 kB, 100 MB."""
+    """A power of ten of bytes for an axis: 10 B, 1 kB, 100 MB."""
     number, unit = data_size(value_bytes).split()
     return f"{float(number):g} {unit}"
 
 
 def bytes_per_position(value: float | None) -> str:
-    """31.7 B, 98,304 B: always in bytes, so that layouts compare at a glance."""
+    """A size always in bytes, so that layouts compare at a glance: 31.7 B, 98,304 B."""
     if value is None:
         return DASH
     return decimal(value, 0 if value >= 100 else 1) + " B"
 
 
 def duration(seconds: float | None) -> str:
-    """8.4 s, 5 min 20 s, 2 h 05 min."""
+    """A time in its two largest units: 8.4 s, 5 min 20 s, 2 h 05 min."""
     if seconds is None:
         return DASH
     if seconds < 59.95:
@@ -121,7 +121,7 @@ def duration(seconds: float | None) -> str:
 
 
 def times(value: float | None, unit: float | None) -> str:
-    """How many times the unit: 6.1×, 3,101×."""
+    """The value as a multiple of ``unit``: 6.1×, 3,101×."""
     if value is None or unit is None or unit == 0:
         return DASH
     ratio = value / unit
@@ -129,18 +129,18 @@ def times(value: float | None, unit: float | None) -> str:
 
 
 def arrow(before: float | None, after: float | None, form: Form) -> str:
-    """98.9 → 36.0; a lone dash when neither is known."""
+    """A change, 98.9 → 36.0; a lone dash when neither value is known."""
     if before is None and after is None:
         return DASH
     return f"{form(before)} → {form(after)}"
 
 
 def share(part: float | None, whole: float | None) -> float | None:
-    """part / whole, None where it is not known or the whole is 0."""
+    """The share part / whole; None where either is unknown or the whole is 0."""
     return part / whole if part is not None and whole else None
 
 
 def score(value: float | None) -> str:
-    """A benchmark's number, a share or not: 0.644, 7.31, 1,204."""
+    """A benchmark's number, be it a share or not: 0.644, 7.31, 1,204."""
     size = abs(value or 0.0)
     return decimal(value, 3 if size < 2 else 2 if size < 100 else 0)

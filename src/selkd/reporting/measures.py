@@ -1,4 +1,4 @@
-"""What runs are compared by: the figures of a record, and their mean, deviation and paired differences over seeds."""
+"""The figures of a record that runs are compared by, and their mean, deviation and paired differences over seeds."""
 
 import math
 import re
@@ -20,12 +20,13 @@ class ReportedMeasure:
 
     Attributes:
         key: its name in files, with its unit.
-        name: in words.
-        read: the figure of a record, None where it was not measured.
-        form: as people read it.
-        is_outcome: whether it tells how good the student is (else what it cost): only then are differences shown.
-        asked: what the figure was measured on, in words -> value: figures of other questions are not compared.
-        rows: for an outcome, whether its rows are to choose by or to report.
+        name: its name in words.
+        read: reads the figure off a record; None where it was not measured.
+        form: formats the figure for people.
+        is_outcome: whether it tells how good the student is (else what it cost). Only outcomes show differences.
+        conditions: reads off a record what the figure was measured on, in words -> value. Figures with other
+            conditions are not compared.
+        rows: for an outcome, a sentence on whether its rows are to choose by or to report.
     """
 
     key: str
@@ -33,18 +34,18 @@ class ReportedMeasure:
     read: Callable[[Record], float | None]
     form: Form
     is_outcome: bool = True
-    asked: Callable[[Record], Mapping[str, Any]] = lambda _: {}
+    conditions: Callable[[Record], Mapping[str, Any]] = lambda _: {}
     rows: str = ""
 
     @property
     def title(self) -> str:
-        """The name as a title or a row begins with it."""
+        """The name with a capital, to begin a title or a row."""
         return formats.capital(self.name)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of ``n`` seeds; ``deviation`` is the sample's (n - 1), None for one seed."""
+    """The mean over ``n`` seeds and the sample deviation (n - 1), None for one seed."""
 
     mean: float
     deviation: float | None
@@ -59,32 +60,32 @@ def _share(part: str, whole: str) -> Callable[[Record], float | None]:
     return lambda record: formats.share(dig(record, "counts", part), dig(record, "counts", whole))
 
 
-def _fidelity_asked(record: Record) -> dict[str, Any]:
-    """Perplexity too: it is over the classes that student and teacher share."""
+def _fidelity_conditions(record: Record) -> dict[str, Any]:
+    """The teacher counts for perplexity too, which is over the classes that student and teacher share."""
     digest = dig(record, "data", "held_out_fingerprint") or dig(record, "data", "fingerprint")
     return {"held-out text": digest, "teacher": dig(record, "teacher", "fingerprint")}
 
 
 def _fidelity(key: str, name: str, form: Form) -> ReportedMeasure:
     rows = "On the held-out text."
-    return ReportedMeasure(key, name, _at("fidelity", "after", key), form, asked=_fidelity_asked, rows=rows)
+    return ReportedMeasure(key, name, _at("fidelity", "after", key), form, conditions=_fidelity_conditions, rows=rows)
 
 
-def accuracy(of: str) -> ReportedMeasure:
-    """The mean accuracy that ``benchmarks.accuracies`` calls ``of``."""
+def accuracy(name: str) -> ReportedMeasure:
+    """The mean accuracy that ``benchmarks.accuracies`` calls ``name``."""
 
     def read(record: Record) -> float | None:
-        mean = benchmarks.accuracies(record).get(of)
+        mean = benchmarks.accuracies(record).get(name)
         return None if mean is None else mean.value
 
-    def asked(record: Record) -> dict[str, Any]:
-        mean = benchmarks.accuracies(record).get(of)
+    def conditions(record: Record) -> dict[str, Any]:
+        mean = benchmarks.accuracies(record).get(name)
         options = {key: dig(record, "recipe", "evaluation", key) for key in ("shots", "limit", "data", "chat_template")}
         return {"tasks": None if mean is None else mean.tasks, **options}
 
-    rows = "On validation rows, to choose by." if of == "validation suite" else _TEST_ROWS
-    key = "accuracy_" + re.sub(r"\W+", "_", of.removesuffix(" suite"))
-    return ReportedMeasure(key, f"accuracy ({of})", read, formats.percent, asked=asked, rows=rows)
+    rows = "On validation rows, to choose by." if name == "validation suite" else _TEST_ROWS
+    key = "accuracy_" + re.sub(r"\W+", "_", name.removesuffix(" suite"))
+    return ReportedMeasure(key, f"accuracy ({name})", read, formats.percent, conditions=conditions, rows=rows)
 
 
 _TEST_ROWS = "On test rows, to report and not to choose by; evaluation.suite has validation for that."
@@ -96,9 +97,9 @@ AGREEMENT = _fidelity("top1_agreement", "top-1 agreement", formats.percent)
 
 @dataclass(frozen=True)
 class Closeness:
-    """A measure of closeness to the teacher before and after training, and the teacher's own figure; None if unknown.
+    """A measure of closeness to the teacher before and after training, with the teacher's own figure; None if unknown.
 
-    ``teacher_text`` is the teacher's figure as text: its agreement with itself is exact, and stands without decimals.
+    ``teacher_text`` is that figure as text: the teacher's agreement with itself is exact and has no decimals.
     """
 
     measure: ReportedMeasure
@@ -109,7 +110,7 @@ class Closeness:
 
     @property
     def gap_closed(self) -> float | None:
-        """How much of the way from the untrained student to the teacher was made good, as a share; None if unknown."""
+        """Which share of the way from the untrained student to the teacher was made good; None if unknown."""
         before, after, target = self.before, self.after, self.teacher
         if before is None or after is None or target is None:
             return None
@@ -137,13 +138,13 @@ def closeness(record: Record) -> list[Closeness]:
     ]
 
 
-# What is kept on the machine for every later run, tokenised text and a student that was cut, is no recipe's own cost.
+# A run's own stages. Tokenised text and a pruned student are reused by every later run here: no recipe's cost.
 STAGES = ("score", "cache", "train", "evaluate")
-_KEPT = "prune"
+_REUSED = "prune"
 
 
-def alone(record: Record, stage: str, what: str) -> float | None:
-    """``seconds`` or ``teacher_tokens`` of a stage if no other run had made its scores or its cache before."""
+def cost_alone(record: Record, stage: str, what: str) -> float | None:
+    """The ``seconds`` or ``teacher_tokens`` of a stage as if no other run had made its scores or its cache before."""
     shared = dig(record, "shared") or {}
     if stage in shared:
         return dig(shared, stage, what)
@@ -151,9 +152,9 @@ def alone(record: Record, stage: str, what: str) -> float | None:
 
 
 def _seconds_alone(record: Record) -> float | None:
-    if any(alone(record, stage, "seconds") is None for stage in dig(record, "shared") or {}):
+    if any(cost_alone(record, stage, "seconds") is None for stage in dig(record, "shared") or {}):
         return None
-    known = [seconds for stage in STAGES if (seconds := alone(record, stage, "seconds")) is not None]
+    known = [seconds for stage in STAGES if (seconds := cost_alone(record, stage, "seconds")) is not None]
     return sum(known) if known else None
 
 
@@ -161,12 +162,12 @@ def _tokens_alone(record: Record) -> float | None:
     by_stage, shared = dig(record, "teacher_tokens"), dig(record, "shared") or {}
     if by_stage is None:
         return dig(record, "counts", "teacher_tokens")
-    known = [alone(record, stage, "teacher_tokens") for stage in (by_stage.keys() | shared) - {_KEPT}]
+    known = [cost_alone(record, stage, "teacher_tokens") for stage in (by_stage.keys() | shared) - {_REUSED}]
     return None if None in known else sum(value for value in known if value is not None)
 
 
 def _paid_seconds(record: Record) -> float | None:
-    """Told where something is shared; elsewhere it is what the recipe takes alone."""
+    """The seconds that the run itself took; None where it shares nothing, for the recipe alone takes the same."""
     if not dig(record, "shared"):
         return None
     return sum(dig(record, "seconds", stage) or 0.0 for stage in STAGES)
@@ -175,7 +176,7 @@ def _paid_seconds(record: Record) -> float | None:
 def _paid_tokens(record: Record) -> float | None:
     if not dig(record, "shared"):
         return None
-    return sum(value for stage, value in (dig(record, "teacher_tokens") or {}).items() if stage != _KEPT)
+    return sum(value for stage, value in (dig(record, "teacher_tokens") or {}).items() if stage != _REUSED)
 
 
 _cost = partial(ReportedMeasure, is_outcome=False)
@@ -201,23 +202,23 @@ MEASURES = (
 
 
 def measures_of(records: Iterable[Record]) -> list[ReportedMeasure]:
-    """Those that at least one record has: a column for each mean accuracy, suites first, then the others."""
+    """The measures that at least one record has: the mean accuracies, suites first, then the others."""
     records = list(records)
-    means = {of for record in records for of in benchmarks.accuracies(record)}
+    means = {name for record in records for name in benchmarks.accuracies(record)}
     suites = [f"{suite} suite" for suite in ("paper", "validation") if f"{suite} suite" in means]
-    means_first = [accuracy(of) for of in [*suites, *sorted(means - set(suites))]]
+    means_first = [accuracy(name) for name in [*suites, *sorted(means - set(suites))]]
     return [*means_first, *(m for m in MEASURES if any(m.read(record) is not None for record in records))]
 
 
 def summarise(values: Sequence[float | None]) -> Summary | None:
-    """Mean and deviation of what is known and finite; None if nothing is."""
+    """The mean and deviation of the known, finite values; None if there are none."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return None
     return Summary(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
-def paired(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> Summary | None:
-    """Ours minus theirs, seed by seed, over the seeds that both have: what the seed does to both falls away."""
-    both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-    return summarise([mine - other for mine, other in both if mine is not None and other is not None])
+def paired(figures: Mapping[int, float | None], baseline: Mapping[int, float | None]) -> Summary | None:
+    """Figures less those of the baseline, over the seeds that both have: what a seed does to both falls away."""
+    both = [(figures[seed], baseline[seed]) for seed in figures if seed in baseline]
+    return summarise([figure - base for figure, base in both if figure is not None and base is not None])

@@ -5,20 +5,21 @@ from collections.abc import Mapping
 from selkd.reporting.figure import ACCENT, DASHED, MUTED, QUIET, RULE, one_plot, svg
 
 _PANEL, _HEIGHT = 150, 190
-_POINTS = 300  # of a panel: two a pixel
+_POINTS = 300  # readings of a panel: two a point of its width
 
 
 def memory_plot(series: Mapping[str, Mapping[str, list[float]]]) -> str:
-    """An SVG: a panel a variant, gigabytes over seconds, all on one scale; every title names the peak, and the floor's
-    peak is drawn through all.
+    """Draw one panel for each variant, gigabytes over seconds, all on one scale, as SVG.
+
+    Every title names the peak, and the floor's peak is drawn through all panels.
 
     Args:
-        series: variant -> ``seconds`` and ``bytes`` of the readings, ``step_seconds`` when each step began.
+        series: variant -> ``seconds`` and ``bytes`` of the readings, and ``step_seconds``, when each step began.
     """
     lowest = min((min(readings["bytes"]) for readings in series.values() if readings["bytes"]), default=0.0) / 1e9
     peaks = {name: max(readings["bytes"], default=lowest * 1e9) / 1e9 for name, readings in series.items()}
-    with one_plot(_HEIGHT, _PANEL * max(1, len(series))) as (figure, only):
-        only.remove()
+    with one_plot(_HEIGHT, _PANEL * max(1, len(series))) as (figure, axes):
+        axes.remove()
         panels = figure.subplots(1, max(1, len(series)), sharey=True, squeeze=False)[0]
         for axes, (name, readings) in zip(panels, series.items(), strict=False):
             seconds, heights = _thinned(readings["seconds"], [value / 1e9 for value in readings["bytes"]])
@@ -36,9 +37,10 @@ def memory_plot(series: Mapping[str, Mapping[str, list[float]]]) -> str:
 
 
 def _thinned(seconds: list[float], heights: list[float]) -> tuple[list[float], list[float]]:
-    """At most ``_POINTS`` of the readings: the highest of each few, so that no peak is lost."""
-    few = -(-len(heights) // _POINTS) or 1
+    """Keep at most ``_POINTS`` readings: the highest of every few neighbours, so that no peak is lost."""
+    size = -(-len(heights) // _POINTS) or 1
     highest = [
-        max(range(at, min(at + few, len(heights))), key=heights.__getitem__) for at in range(0, len(heights), few)
+        max(range(start, min(start + size, len(heights))), key=heights.__getitem__)
+        for start in range(0, len(heights), size)
     ]
     return [seconds[index] for index in highest], [heights[index] for index in highest]

@@ -1,4 +1,4 @@
-"""The finished student to the Hugging Face hub."""
+"""Pushes the finished student to the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,19 @@ from selkd.recipe.recipe import HubOptions
 
 
 def require_login() -> None:
-    """Raises InputError if nobody is logged in: a push would fail once the training is done."""
+    """Raise InputError if nobody is logged in: the push would fail after the training."""
     if huggingface_hub.get_token() is None:
         raise InputError("hub: nobody is logged in to the Hugging Face hub; `hf auth login`, or set HF_TOKEN.")
 
 
 def push_student(student: Path, options: HubOptions) -> dict[str, Any]:
-    """Upload the student's folder, its card included; the repository is made if it is not there.
+    """Upload the student's folder with its card, into a new repository if there is none yet.
 
     Returns:
-        ``repo``, ``url`` and ``commit``.
+        The ``repo``, ``url`` and ``commit`` of the upload.
 
     Raises:
-        RunError: the hub refused or could not be reached; nothing local is changed.
+        RunError: the hub refused or could not be reached; no local file is changed.
     """
     api = huggingface_hub.HfApi()
     try:

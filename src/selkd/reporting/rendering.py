@@ -1,4 +1,4 @@
-"""The templates of pages and cards: filled, and written to files."""
+"""Fills the templates of pages and cards, and writes the files."""
 
 import re
 from functools import cache
@@ -15,12 +15,12 @@ from selkd.reporting.coloured_text import HEAT_LEVELS
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of ours, filled. In HTML every value is escaped but what passes through the filter ``plot``."""
+    """Fill a template. In HTML every value is escaped but for what passes through the filter ``plot``."""
     return _environment().get_template(template).render(values)
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file whole or not at all, and return its path. Raises RunError where it can't be written."""
+    """Write a file whole or not at all, and return its path. Raise RunError where it can't be written."""
     # A lone surrogate in a name can't be UTF-8: a question mark stands for it.
     write_whole(path, text.encode("utf-8", errors="replace").decode("utf-8"))
     return path
@@ -36,19 +36,19 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # How a number reads is a filter; ``count`` takes the place of Jinja's own, which is called ``length`` too.
+    # Every format is a filter. ``count`` replaces Jinja's own, which is also called ``length``.
     environment.filters |= {name: form for name, form in vars(formats).items() if isfunction(form)}
-    # Only our own plots are let through unescaped.
+    # Only selkd's own plots pass unescaped.
     environment.filters |= {"plot": Markup, "markdown": markdown, "markdown_code": markdown_code}
     environment.globals |= {"dash": formats.DASH, "text": {"levels": HEAT_LEVELS}}
     return environment
 
 
 def markdown(text: object) -> str:
-    """Text that Markdown and HTML take as it stands: on one line, their signs escaped."""
+    """Put a text on one line and escape what Markdown and HTML would interpret."""
     return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(str(text).split()))
 
 
 def markdown_code(text: str) -> str:
-    """Text as code within a line of Markdown."""
+    """Show a text as code within a line of Markdown."""
     return "`" + re.sub(r"[`\r\n]", "'", text) + "`"

@@ -1,4 +1,4 @@
-"""What a run directory holds, read and checked: the only place of the reporting that knows its file names."""
+"""Reads and checks the files of a run directory; no other module of the reporting knows their names."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _Content = TypeVar("_Content")
 
 @dataclass(frozen=True)
 class ScoredSamples:
-    """scores float64 [N] (the finite ones) and kept bool [N], one a sample."""
+    """The finite scores of N samples, float64 [N], and whether each was kept, bool [N]."""
 
     scores: np.ndarray
     kept: np.ndarray
@@ -27,7 +27,7 @@ class ScoredSamples:
 
 @dataclass(frozen=True)
 class Overlap:
-    """metrics: M names; overlap float [M, M] in [0, 1], the share of one metric's choice in another's; NaN: unknown."""
+    """M metrics, and the share of each one's choice in another's: float [M, M] in [0, 1], NaN where unknown."""
 
     metrics: list[str]
     overlap: np.ndarray
@@ -35,7 +35,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run directory's contents. metrics is in step order; None and [] stand for stages that were not run."""
+    """The contents of a run directory. metrics is in step order; None and [] stand for stages that did not run."""
 
     record: dict[str, Any]
     recipe_yaml: str
@@ -46,7 +46,7 @@ class RunFiles:
 
 
 def require_run(run_dir: Path) -> None:
-    """Raises InputError where the folder is not a run; nothing in it is read."""
+    """Raise InputError where the folder is not a run; no file in it is read."""
     for name in (RECORD, RECIPE):
         if not (run_dir / name).is_file():
             raise InputError(
@@ -56,28 +56,25 @@ def require_run(run_dir: Path) -> None:
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
-    """What was measured, alone. Raises InputError where the folder is not a run, or its record is damaged."""
+    """Read the record alone. Raise InputError where the folder is not a run or its record is damaged."""
     require_run(run_dir)
     return _json_object(_text(run_dir / RECORD), str(run_dir / RECORD))
 
 
 def read_run(run_dir: Path) -> RunFiles:
-    """Read a run directory.
-
-    Raises InputError where the folder is not a run, or a file in it can't be read as what it should be.
-    """
+    """Read a run directory. Raise InputError where the folder is not a run or a file in it is damaged."""
     selection = run_dir / "selection"
     return RunFiles(
         record=read_record(run_dir),
         recipe_yaml=_text(run_dir / RECIPE),
-        metrics=_if_there(run_dir / "metrics.jsonl", _metrics) or [],
-        scored_samples=_if_there(selection / "samples.parquet", _scored_samples),
-        examples=_if_there(selection / "examples.json", _examples),
-        overlaps=_if_there(selection / "overlap.json", _overlaps) or {},
+        metrics=_if_present(run_dir / "metrics.jsonl", _metrics) or [],
+        scored_samples=_if_present(selection / "samples.parquet", _scored_samples),
+        examples=_if_present(selection / "examples.json", _examples),
+        overlaps=_if_present(selection / "overlap.json", _overlaps) or {},
     )
 
 
-def _if_there(path: Path, read: Callable[[Path], _Content]) -> _Content | None:
+def _if_present(path: Path, read: Callable[[Path], _Content]) -> _Content | None:
     return read(path) if path.is_file() else None
 
 
@@ -103,7 +100,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     # again: the later value of a key is the one that counts.
     by_step: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
-        if not line.strip() or not line.endswith("\n"):  # a last line without its end was cut off while written
+        if not line.strip() or not line.endswith("\n"):  # a last line without its end was cut off in writing
             continue
         entry = _json_object(line, f"{path}, line {number}", "Remove that line.")
         if not isinstance(entry.get("step"), int):

@@ -1,4 +1,4 @@
-"""The closing table of the terminal, one run or several side by side, and the tables of ``selkd estimate``."""
+"""The terminal's tables: of finished runs side by side, of ``selkd estimate`` and of ``selkd bench``."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,9 +70,10 @@ _SECTIONS: tuple[tuple[Row, ...], ...] = (
 
 
 def fidelity_table(records: Sequence[Record]) -> Table:
-    """A rich Table with one column a run: fidelity before and after, what was selected, time, memory, cache.
+    """A table with one column for each run: fidelity before and after, what was selected, cache, time and memory.
 
-    records: contents of the runs' record.json; null or absent values show as a dash.
+    Args:
+        records: the contents of the runs' record.json; null or absent values show as a dash.
     """
     table = _table("")
     for record in records:
@@ -100,10 +101,10 @@ _PARTS = {
 
 
 def estimate_tables(answer: dict[str, Any]) -> list[Table | Text]:
-    """What ``selkd estimate`` found, for people: memory by part, peaks by stage, queries, cache, time, notes."""
+    """The tables of an estimate: the run as a whole, memory by part, peaks by stage; then the notes."""
     memory, parameters, data = answer["memory_bytes"], answer["parameters"], answer["data"]
     place = "this machine's CPU" if answer["device"] == "cpu" else f"each of {answer['devices']} accelerator(s)"
-    whole = {
+    run = {
         "teacher": f"{formats.parameters(parameters['teacher'])} parameters",
         "student": f"{formats.parameters(parameters['student'])} parameters",
         "samples kept": f"{formats.count(data['samples_kept'])} of {formats.count(data['samples'])}",
@@ -113,10 +114,10 @@ def estimate_tables(answer: dict[str, Any]) -> list[Table | Text]:
     }
     if (cache := answer["teacher_cache"]) is not None:
         size, share = formats.data_size(cache["bytes"]), formats.bytes_per_position(cache["bytes_per_position"])
-        whole["teacher cache"] = f"{'' if cache['is_measured'] else 'about '}{size}, {share} a position"
+        run["teacher cache"] = f"{'' if cache['is_measured'] else 'about '}{size}, {share} a position"
     if (seconds := answer["seconds"]) is not None:
         names = {"step": "a step", "total": "total time"}
-        whole |= {
+        run |= {
             names.get(name, f"time to {name}"): formats.duration(value)
             for name, value in seconds.items()
             if value is not None
@@ -124,11 +125,34 @@ def estimate_tables(answer: dict[str, Any]) -> list[Table | Text]:
     parts = {_PARTS[name]: formats.data_size(size) for name, size in memory["training_parts"].items() if size}
     stages = {f"peak to {name}": formats.data_size(size) for name, size in memory["stages"].items()}
     return [
-        _two_columns(f"the run on {place}", whole),
+        _two_columns(f"the run on {place}", run),
         _two_columns("memory of a training step", parts),
         _two_columns("memory by stage", stages | {"peak": formats.data_size(memory["peak"])}),
         *(Text(f"note: {note}", style="dim") for note in answer["notes"]),
     ]
+
+
+def bench_table(answer: dict[str, Any]) -> Table:
+    """One row for each variant: seconds, ratio to the floor, its range, memory above the floor, agreement."""
+    shape = answer["shape"]
+    title = f"{answer['device']}; {answer['precision']}; B = {shape['batch']}, T = {shape['length']}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("variant", no_wrap=True)
+    for heading in ("seconds", "x floor", "range", "peak above floor", "agreement"):
+        table.add_column(heading, justify="right")
+    floor = answer["floor_seconds"]
+    for variant in answer["variants"]:
+        low, high = (seconds / floor for seconds in variant["seconds_range"])
+        peak, agreement = variant["peak_bytes_above_floor"], variant["selection_agreement"]
+        table.add_row(
+            variant["name"],
+            f"{variant['seconds']:.3f}",
+            f"{variant['ratio_to_floor']:.2f}",
+            f"{low:.2f} to {high:.2f}",
+            "" if peak is None else f"{peak / 1e9:+.2f} GB",
+            "" if agreement is None else f"{agreement:.1%}",
+        )
+    return table
 
 
 def _two_columns(title: str, rows: dict[str, str]) -> Table:
@@ -141,7 +165,7 @@ def _two_columns(title: str, rows: dict[str, str]) -> Table:
 
 
 def _table(title: str, min_width: int | None = None) -> Table:
-    """A table without lines that has its first column."""
+    """A table without lines, with its first column."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     table.add_column(title, min_width=min_width)
     return table

@@ -1,4 +1,4 @@
-"""What a run did, in plain English: the words that the page and the model card share."""
+"""Says in plain English what a run did, for the page and the model card."""
 
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -17,7 +17,7 @@ def metric(name: str | None) -> str:
 
 
 def metric_unit(name: str | None) -> str:
-    """A metric's unit; an empty string where it has none or is a user's own."""
+    """A metric's unit; an empty string for a metric without one or of the user's own."""
     entry = None if name is None else Metric.known().get(name)
     return "" if entry is None else entry.unit
 
@@ -28,7 +28,7 @@ def criterion(recipe: Any) -> str:
 
 
 def model(name: str | None) -> str:
-    """A model's name without its owner or the folders before it."""
+    """A model's name without its owner or its folders."""
     if name is None:
         return formats.DASH
     return PurePath(DEMO_MODEL if name == "demo" else name).name or name
@@ -42,7 +42,7 @@ def fraction(value: Any) -> str:
 
 
 def positions(recipe: Any) -> str:
-    """Which positions the loss looked at, as a noun phrase."""
+    """Which positions the loss looked at."""
     policy, share = dig(recipe, "positions", "policy"), fraction(dig(recipe, "positions", "fraction"))
     name = dig(recipe, "positions", "metric")
     if name == "random" and policy == "top_k":
@@ -51,7 +51,7 @@ def positions(recipe: Any) -> str:
 
 
 def samples(recipe: Any) -> str:
-    """Which samples were trained on, as a noun phrase."""
+    """Which samples were trained on."""
     if dig(recipe, "samples") is None:
         return "every sample"
     name, share = dig(recipe, "samples", "metric"), fraction(dig(recipe, "samples", "fraction"))
@@ -61,43 +61,44 @@ def samples(recipe: Any) -> str:
 
 
 def classes(recipe: Any) -> str:
-    """How much of the teacher’s distribution the loss saw, as a noun phrase."""
+    """How much of the teacher’s distribution the loss saw."""
     sampler, draws = dig(recipe, "classes", "sampler"), formats.count(dig(recipe, "classes", "draws"))
     return formats.DASH if sampler is None else Sampler.in_words(sampler, draws=draws)
 
 
 def data(recipe: Any) -> str:
-    """What was learned from, as a noun phrase. A rollout is the student's answer; a completion is the data's."""
+    """What the student learned from. A rollout is its own answer; a completion is the data's."""
     path, share = dig(recipe, "data", "path"), dig(recipe, "on_policy", "fraction")
     source = {"demo": "the Python manual", None: formats.DASH}.get(path, model(path))
     if dig(recipe, "data", "messages_field") is not None:
-        asked, told = f"conversations of {source}", f"the assistant’s turns in conversations of {source}"
+        prompts, completions = f"conversations of {source}", f"the assistant’s turns in conversations of {source}"
     elif dig(recipe, "data", "prompt_field") is not None:
-        asked, told = f"prompts of {source}", f"completions of the prompts of {source}"
+        prompts, completions = f"prompts of {source}", f"completions of the prompts of {source}"
     else:
         return f"text of {source}"
     if share is None:
-        return told
+        return completions
     if share == 1:
-        return f"{asked}, answered by the student itself"
-    return f"{asked}, {formats.fraction(share)} answered by the student itself, the others with the data’s own answers"
+        return f"{prompts}, answered by the student itself"
+    own = f"{formats.fraction(share)} answered by the student itself"
+    return f"{prompts}, {own}, the others with the data’s own answers"
 
 
 def adapters(options: Mapping[str, Any]) -> str:
-    """A recipe's ``student.lora``, as a noun phrase."""
+    """The adapters of a recipe's ``student.lora``."""
     targets = options.get("target_modules")
     where = "every linear layer but the head" if isinstance(targets, str) else ", ".join(targets or ())
     return f"low-rank adapters (LoRA) of rank {options.get('rank')}, alpha {options.get('alpha'):g}, on {where}"
 
 
 def rollouts(figures: Mapping[str, Any]) -> str:
-    """What a record's ``on_policy`` tells of the student's answers, as a sentence's beginning."""
-    told = f"{formats.count(figures['rollouts'])} answers of {formats.count(figures['tokens'])} tokens in all"
+    """The number and length of the student's answers, from a record's ``on_policy``."""
+    phrase = f"{formats.count(figures['rollouts'])} answers of {formats.count(figures['tokens'])} tokens in all"
     if figures.get("mean_tokens") is not None:
-        told += f", {formats.decimal(figures['mean_tokens'], 1)} on average"
+        phrase += f", {formats.decimal(figures['mean_tokens'], 1)} on average"
     if figures.get("ended_share") is not None:
-        told += f"; {formats.percent(figures['ended_share'])} came to an end by themselves"
-    return told
+        phrase += f"; {formats.percent(figures['ended_share'])} came to an end by themselves"
+    return phrase
 
 
 _QUANTISED = {
@@ -108,12 +109,12 @@ _QUANTISED = {
 
 
 def quantisation(name: str) -> str:
-    """A recipe's ``teacher.quantization``: what its layers were in."""
+    """The weights of a teacher with this ``teacher.quantization``."""
     return _QUANTISED.get(name, name)
 
 
 def student(record: Any) -> str:
-    """Where the student comes from: its model's name, or the teacher’s layers that it kept."""
+    """The student's model, or the teacher’s layers that it kept."""
     kept = dig(record, "student", "pruned_from_teacher", "kept_layers")
     if kept is None:
         return model(dig(record, "student", "model"))

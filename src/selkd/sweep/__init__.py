@@ -1,1 +1,1 @@
-"""A grid of recipes and seeds, run one after another into one table."""
+"""Runs a grid of recipes and seeds, one after another, and compares them in one table."""

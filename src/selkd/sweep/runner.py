@@ -1,4 +1,4 @@
-"""One run in a process of its own, so that whatever kills it leaves the others alone."""
+"""Runs one recipe in a process of its own, so that a crash leaves the other runs alone."""
 
 import contextlib
 import multiprocessing
@@ -17,10 +17,10 @@ from selkd.recipe.recipe import Recipe
 
 
 def run_apart(recipe: Recipe, out: Path, log: Path) -> str | None:
-    """Run ``recipe`` into ``out``; all that it prints goes to the file ``log``.
+    """Run ``recipe`` into ``out``; the process prints into the file ``log``.
 
     Returns:
-        None once it is done, else why it failed, in one line.
+        None if the run is done, else the reason of its failure, in one line.
 
     Raises:
         RunError: ``log`` can't be written.
@@ -32,21 +32,21 @@ def run_apart(recipe: Recipe, out: Path, log: Path) -> str | None:
         raise RunError(f"{log}: can't be written ({error}). Give another --out.") from None
     context: Any = multiprocessing.get_context("spawn")
     if "forkserver" in multiprocessing.get_all_start_methods():
-        # A server that has imported everything once and forks a clean process for each run.
+        # The server imports everything once and forks a clean process for each run.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["selkd.run.pipeline"])
-    ours, theirs = context.Pipe()
-    arguments = (recipe.resolved(), str(out), str(log), dict(os.environ), theirs)
+    study_end, run_end = context.Pipe()
+    arguments = (recipe.resolved(), str(out), str(log), dict(os.environ), run_end)
     process = context.Process(target=_work, args=arguments, name=f"selkd-{out.name}")
     process.start()
-    theirs.close()  # so that the end of the process is the end of the pipe
+    run_end.close()  # the end of the process is now the end of the pipe
     try:
-        return ours.recv()
+        return study_end.recv()
     except EOFError:
         process.join()
         return _how_it_ended(process.exitcode)
     finally:
-        ours.close()
+        study_end.close()
         process.join()
 
 
@@ -59,8 +59,8 @@ def _how_it_ended(code: int | None) -> str:
 
 
 def _work(content: dict[str, Any], out: str, log: str, environment: Mapping[str, str], answer: Connection) -> None:
-    """In the new process."""
-    os.environ.clear()  # the server that this was forked from may have been started in another
+    """Run the recipe in the new process, and send None or the reason of its failure."""
+    os.environ.clear()  # the server may have been started in another environment
     os.environ.update(environment)
     threading.Thread(target=_end_with, args=(answer,), daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -76,14 +76,14 @@ def _work(content: dict[str, Any], out: str, log: str, environment: Mapping[str,
     why: str | None = None
     try:
         distill(content, out)
-    except BaseException as error:  # noqa: BLE001  told to the study, which goes on
+    except BaseException as error:  # noqa: BLE001  the study goes on with the next run
         traceback.print_exc()
         why = " ".join(f"{type(error).__name__}: {error}".split()) or type(error).__name__
     answer.send(why)
 
 
 def _end_with(study: Connection) -> None:
-    """End this process when the study's ends, however that came: nobody would wait for the run any more."""
+    """End this process as soon as the study's process has ended: nobody waits for the run any more."""
     with contextlib.suppress(EOFError, OSError):
         study.recv()  # the study never sends
     os._exit(1)

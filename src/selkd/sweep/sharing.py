@@ -1,7 +1,7 @@
-"""What the runs of a study share: scores and teacher caches, one file and one folder for all that they depend on.
+"""Places the scores and teacher caches that runs of a study share.
 
-The names come from the recipes alone. Should two runs meet in one place by mistake, the stored fingerprints differ and
-the stage refuses.
+A file's or folder's name is a digest of all the recipe's keys that its content depends on. Should two runs with other
+content get one name by mistake, the stored fingerprints differ and the stage refuses.
 """
 
 import json
@@ -21,7 +21,7 @@ _PRECISION = ("bf16", "use_cpu")
 
 
 def with_shared_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with its scores and its cache below ``folder``, where it does not say itself where they are."""
+    """Put the recipe's scores and cache below ``folder``, unless the recipe names their paths."""
     content, parts = recipe.resolved(), _what_scores_depend_on(recipe)
     if recipe.samples is not None and recipe.samples.path is None:
         content["samples"]["path"] = str(folder / "scores" / f"{_digest(parts)}.parquet")
@@ -34,7 +34,7 @@ def with_shared_paths(recipe: Recipe, folder: Path) -> Recipe:
             "seed": recipe.seed,
             "classes_shared_with": _vocabulary(recipe.student.model),
             "use_cpu": recipe.training.get("use_cpu"),  # it decides the teacher's precision
-            # A cache is planned for certain samples.
+            # A cache holds certain samples.
             "samples": None if recipe.samples is None else [parts, content["samples"]["fraction"]],
         }
         content["cache"]["path"] = str(folder / "caches" / _digest(depends))
@@ -42,16 +42,16 @@ def with_shared_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _vocabulary(student: str | None) -> int | str | None:
-    """How many classes the student has, which decides those that it shares with the teacher and so the cache.
+    """The student's vocabulary size, on which the classes in the cache depend.
 
-    None for one that is cut from the teacher; the name for a model of the hub, of which nothing is fetched yet.
+    None for a student cut from the teacher; the name of a model of the hub, of which nothing is downloaded yet.
     """
     if student is None:
         return None
     folder = Path(student).expanduser()
     try:
         return n_rows(ModelSource(student, folder, "")) if folder.is_dir() else student
-    except InputError:  # the run will say what is wrong with it
+    except InputError:  # the run itself will say what is wrong
         return student
 
 

@@ -1,4 +1,4 @@
-"""A study: recipes x seeds, written down in one file and checked whole before anything runs."""
+"""A study is recipes x seeds in one file. All of it is checked before the first run starts."""
 
 import itertools
 import json
@@ -21,15 +21,15 @@ from selkd.reporting.comparison import comparable
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _NAME = r"[\w][\w.-]*"
-_LONGEST = 120  # letters of a recipe's name, which is a folder's
+_LONGEST = 120  # letters of a recipe's name, which is also its folder's
 
 
 class Study(BaseModel):
-    """What a study's file says.
+    """The content of a study's file.
 
-    Later ones win, key by key and in the order in which they stand: ``base``, ``set``, the variant, the grid's values,
-    then ``overrides`` of ``expand`` (the command's ``--set``). A whole part (``samples: null``) replaces what was set
-    of it before, and a key of it (``samples.fraction: 0.5``) that comes later begins it anew.
+    Layers of keys make up a recipe; a later layer wins, key by key: ``base``, ``set``, the variant, the grid's values,
+    then ``overrides`` of ``expand`` (the command's ``--set``). A whole part (``samples: null``) replaces what earlier
+    layers set of it, and a later key of that part (``samples.fraction: 0.5``) begins it anew.
 
     Attributes:
         base: a named recipe, a YAML file beside the study's, or a recipe's keys.
@@ -37,7 +37,7 @@ class Study(BaseModel):
         variants: name -> overrides.
         grid: ``key.path`` -> values; every combination is a recipe, in every variant.
         seeds: each recipe runs once with each.
-        baseline: the recipe that differences are told against; the first one if not given.
+        baseline: the recipe that the others are compared with; the first one if not given.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +52,7 @@ class Study(BaseModel):
     @field_validator("variants", mode="before")
     @classmethod
     def _plain_variants(cls, variants: Any) -> Any:
-        """``se_kd:`` with nothing after it is the base as it is."""
+        """Read a variant without keys (``se_kd:``) as the base itself."""
         return {n: {} if v is None else v for n, v in variants.items()} if isinstance(variants, dict) else variants
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class Study(BaseModel):
 
 
 def _refuse_owned(keys: Iterable[str], part: str) -> None:
-    """Raises InputError for keys that a study sets by itself."""
+    """Raise InputError for keys that a study sets by itself or forbids."""
     if "seed" in keys:
         raise InputError(f"{part}.seed: not set here; give seeds")
     if any(key == "hub" or key.startswith("hub.") for key in keys):
@@ -80,7 +80,7 @@ def _refuse_owned(keys: Iterable[str], part: str) -> None:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: its recipe's name, its seed, and the recipe."""
+    """One run to do."""
 
     name: str
     seed: int
@@ -92,7 +92,7 @@ class PlannedRun:
 
 
 def named_studies() -> dict[str, str]:
-    """Name -> YAML text of every study that comes with selkd."""
+    """The YAML text of every study that comes with selkd, by name."""
     return named_texts("studies")
 
 
@@ -100,7 +100,7 @@ def load_study(source: str | Path) -> tuple[str, Study, Path]:
     """The study named or filed as ``source``: its name, its content, and the folder its paths start from.
 
     Raises:
-        InputError: no such study, unreadable YAML, or a key or value that can't be.
+        InputError: there is no such study, its YAML can't be read, or a key or value is not allowed.
     """
     named = named_studies()
     name, text = read_text(source, named, "study")
@@ -112,14 +112,14 @@ def load_study(source: str | Path) -> tuple[str, Study, Path]:
 
 
 def expand(study: Study, folder: Path, overrides: Mapping[str, Any] | None = None) -> list[PlannedRun]:
-    """Every run of the study, each recipe checked; seeds innermost.
+    """List every run of the study, its recipe checked; the seeds of a recipe come one after another.
 
     Args:
         folder: where a ``base`` that is a file is looked for first.
-        overrides: more keys for every run, stronger than all that the study says.
+        overrides: keys for every run that win over all that the study says.
 
     Raises:
-        InputError: a recipe that can't be (named, with what is wrong), two that are the same, an unknown baseline.
+        InputError: a recipe is not valid (the message names it), two are the same, or the baseline is unknown.
     """
     _refuse_owned(overrides or {}, "overrides")
     base = _base(study, folder)
@@ -128,14 +128,14 @@ def expand(study: Study, folder: Path, overrides: Mapping[str, Any] | None = Non
     for variant, changes in (study.variants or {"": {}}).items():
         name = variant or str(base.get("name"))
 
-        def made(cell: Mapping[str, Any], label: str, changes: Mapping[str, Any] = changes) -> Recipe:
+        def recipe_of(cell: Mapping[str, Any], label: str, changes: Mapping[str, Any] = changes) -> Recipe:
             return _recipe(base, (study.set, changes, cell, overrides or {}), label, study.seeds[0])
 
-        identities = [_identity(made(cell, name)) for cell in _cells(study.grid)]
+        identities = [_identity(recipe_of(cell, name)) for cell in _cells(study.grid)]
         labelled = _labelled(variant, study.grid, _without_effect(study.grid, identities), name)
         if twice := sorted(labelled.keys() & recipes.keys()):
             raise InputError(f"variants: two recipes would be called {twice[0]!r}; rename a variant.")
-        recipes |= {label: made(cell, label) for label, cell in labelled.items()}
+        recipes |= {label: recipe_of(cell, label) for label, cell in labelled.items()}
     _require_different(recipes)
     if study.baseline is not None and study.baseline not in recipes:
         raise InputError(
@@ -161,7 +161,7 @@ def _cells(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _without_effect(grid: Mapping[str, list[Any]], identities: list[str]) -> set[str]:
-    """Keys that change no recipe of this variant, whatever the others are: a fraction beside ``policy: all``."""
+    """Keys that change no recipe of this variant whatever the other keys are, as a fraction beside ``policy: all``."""
     cells = [{key: json.dumps(value, sort_keys=True) for key, value in cell.items()} for cell in _cells(grid)]
 
     def changes_nothing(key: str) -> bool:
@@ -174,15 +174,15 @@ def _without_effect(grid: Mapping[str, list[Any]], identities: list[str]) -> set
 
 
 def _labelled(
-    variant: str, grid: Mapping[str, list[Any]], without_effect: set[str], otherwise: str
+    variant: str, grid: Mapping[str, list[Any]], without_effect: set[str], default: str
 ) -> dict[str, dict[str, Any]]:
-    """Label -> cell of the grid, one alone where keys are without effect.
+    """The cells of the grid by label; a key without effect keeps its first value alone.
 
-    Labels that would be the same, or too long for a folder, end in a digest of values.
+    A label that would be given twice, or is too long for a folder, ends in a digest of the cell.
     """
     cells = _cells({key: values[:1] if key in without_effect else values for key, values in grid.items()})
     shown = [{key: value for key, value in cell.items() if key not in without_effect} for cell in cells]
-    labels = ["-".join(part for part in (variant, _label(cell, grid)) if part) or otherwise for cell in shown]
+    labels = ["-".join(part for part in (variant, _label(cell, grid)) if part) or default for cell in shown]
     by_label = {}
     for label, cell in zip(labels, cells, strict=True):
         is_plain = len(label) <= _LONGEST and labels.count(label) == 1
@@ -193,12 +193,12 @@ def _labelled(
 
 def _label(cell: Mapping[str, Any], grid: Mapping[str, Any]) -> str:
     """``fraction-0.1`` for ``positions.fraction: 0.1``; the whole key where two end alike."""
-    last = [key.rpartition(".")[2] for key in grid]
+    last_parts = [key.rpartition(".")[2] for key in grid]
     parts = []
     for key, value in cell.items():
         short = key.rpartition(".")[2]
         text = value if isinstance(value, str) else json.dumps(value)
-        parts.append(f"{short if last.count(short) == 1 else key}-{text}")
+        parts.append(f"{short if last_parts.count(short) == 1 else key}-{text}")
     return re.sub(r"[^\w.-]+", "_", "-".join(parts)).strip("_")
 
 
@@ -218,9 +218,9 @@ def _identity(recipe: Recipe) -> str:
 
 
 def _require_different(recipes: Mapping[str, Recipe]) -> None:
-    seen: dict[str, str] = {}
+    first_names: dict[str, str] = {}
     for name, recipe in recipes.items():
-        other = seen.setdefault(_identity(recipe), name)
+        other = first_names.setdefault(_identity(recipe), name)
         if other != name:
             raise InputError(
                 f"recipes {other!r} and {name!r} of the study are the same once resolved; leave one out (a key may "

@@ -1,4 +1,4 @@
-"""``sweep``: every run of a study into one folder, continued where it was interrupted, then one table of all."""
+"""``sweep`` runs a study into one folder, continues it where it was interrupted, and writes one table of all runs."""
 
 import json
 import os
@@ -26,11 +26,11 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came of a study.
+    """The outcome of a study.
 
     Attributes:
-        table: what ``comparison/table.json`` holds; None if no run was finished.
-        failed: run -> why.
+        table: the content of ``comparison/table.json``; None if no run was finished.
+        failed: run -> why it failed.
     """
 
     out: Path
@@ -43,15 +43,15 @@ def sweep(
 ) -> SweepResult:
     """Run a study into ``out``: ``runs/<recipe>/seed-<seed>/``, ``shared/``, ``logs/`` and ``comparison/``.
 
-    The same study into the same folder goes on: finished runs are kept, interrupted and failed ones continue. More
-    variants, values or seeds may have been added, and the folder may have been moved.
+    The same study into the same folder continues: finished runs are kept, interrupted and failed ones run on. The study
+    may have got more variants, values or seeds, and the folder may have been moved.
 
     Args:
         folder: where the study's own paths start.
-        tell: called with a line of progress; by default it goes to standard error.
+        tell: called with each line of progress; None prints them to standard error.
 
     Raises:
-        InputError: anything about the study, or a folder that is no study's or holds other recipes under these names.
+        InputError: the study is not valid, ``out`` is no study's folder, or it holds other recipes of these names.
     """
     tell = tell or (lambda line: print(line, file=sys.stderr, flush=True))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -61,27 +61,27 @@ def sweep(
     recipes = {run.id: with_shared_paths(run.recipe, (out / SHARED).absolute()) for run in planned}
     paths = {run_id: out / "runs" / run_id for run_id in recipes}
     moved = [run_id for run_id, recipe in recipes.items() if _has_moved(paths[run_id], recipe)]
-    _save(out, name, status)  # from here on the folder is ours
+    _save(out, name, status)  # marks the folder as a study's
     for run_id in moved:
         write_whole(paths[run_id] / RECIPE, to_yaml(recipes[run_id]))
     for number, (run_id, path) in enumerate(paths.items(), start=1):
-        begin, log = f"[{number}/{len(planned)}] {run_id}", out / "logs" / f"{run_id}.log"
+        prefix, log = f"[{number}/{len(planned)}] {run_id}", out / "logs" / f"{run_id}.log"
         if status.get(run_id, {}).get("status") == "done" and _is_finished(path):
-            tell(f"{begin}: done before")
+            tell(f"{prefix}: done before")
             continue
-        tell(f"{begin}: running (log: {log})")
+        tell(f"{prefix}: running (log: {log})")
         started = time.perf_counter()
         why = run_apart(recipes[run_id], path, log)
         seconds = round(time.perf_counter() - started, 1)
         status[run_id] = {"status": "failed" if why else "done", "error": why, "seconds": seconds}
         _save(out, name, status)
-        tell(f"{begin}: {'failed: ' + why if why else 'done'} ({seconds:.0f} s)")
+        tell(f"{prefix}: {'failed: ' + why if why else 'done'} ({seconds:.0f} s)")
     failed = {run_id: str(status[run_id]["error"]) for run_id in paths if status[run_id]["status"] == "failed"}
     finished = [run for run in planned if run.id not in failed]
     if not finished:
         return SweepResult(out, None, failed)
     names = [run.name for run in finished]
-    # A baseline of which every run failed is none.
+    # A recipe without a finished run can't be the baseline.
     baseline = study.baseline if study.baseline in names else names[0]
     comparison = compare([paths[run.id] for run in finished], baseline, failed)
     return SweepResult(out, write_comparison(comparison, out / "comparison", name), failed)
@@ -92,7 +92,7 @@ def _save(out: Path, name: str, status: dict[str, dict[str, Any]]) -> None:
 
 
 def _claim(out: Path) -> dict[str, dict[str, Any]]:
-    """What is known of the folder's runs; new, empty and our own folders will do."""
+    """Read the status of the folder's runs; refuse a folder that is neither new nor empty nor a study's."""
     if not out.exists():
         return {}
     if not out.is_dir() or (any(out.iterdir()) and not (out / STATUS).is_file()):
@@ -107,15 +107,15 @@ def _claim(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _has_moved(path: Path, recipe: Recipe) -> bool:
-    """Whether the run at ``path`` was begun where the study's folder was before, with other paths of shared files.
+    """Whether the study's folder was elsewhere when the run began, so that its shared files have other paths.
 
     Raises:
-        InputError: it is another recipe's: ``distill`` would refuse it only when its turn comes.
+        InputError: the run is of another recipe, which ``distill`` would refuse only when its turn comes.
     """
     try:
         stored = load_recipe(path / RECIPE) if (path / RECIPE).is_file() else None
     except InputError:
-        stored = None  # damaged, which the run itself will tell
+        stored = None  # the run itself will say that it is damaged
     if stored is not None and _without_shared_folder(stored) != _without_shared_folder(recipe):
         raise InputError(
             f"{path}: the run of another recipe of that name. Rename the variant or give another --out; nothing was "
@@ -125,7 +125,7 @@ def _has_moved(path: Path, recipe: Recipe) -> bool:
 
 
 def _without_shared_folder(recipe: Recipe) -> dict[str, Any]:
-    """Of shared scores and caches the name alone, which tells what they depend on, not the folder around it."""
+    """The recipe with only the names of shared scores and caches, which hold all that they depend on."""
     content = recipe.resolved()
     for part in ("samples", "cache"):
         place = (content[part] or {}).get("path")
@@ -135,7 +135,7 @@ def _without_shared_folder(recipe: Recipe) -> dict[str, Any]:
 
 
 def _is_finished(path: Path) -> bool:
-    """Whether the run has all that the table needs; one that is damaged runs again, and fails if that can't mend it."""
+    """Whether the run has all that the table needs; a damaged run runs again, and fails if that does not mend it."""
     try:
         read_record(path)
     except InputError:
