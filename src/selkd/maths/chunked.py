@@ -69,7 +69,9 @@ class ChunkedLogits:
     """
 
     def __init__(self, hidden_states: Tensor, head: Head, chunk: int | None = None) -> None:
-        self.hidden_states = hidden_states.to(head.weight.device, head.weight.dtype)  # a model may be spread over devices
+        self.hidden_states = hidden_states.to(
+            head.weight.device, head.weight.dtype
+        )  # a model may be spread over devices
         self.head = head
         self.chunk = chunk or chunk_size(head.vocab_size, head.weight.device, head.weight.dtype)
         self._start = self._stop = 0

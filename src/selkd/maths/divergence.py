@@ -229,27 +229,37 @@ def cross_entropy(student_logits: Tensor, targets: Tensor) -> ValueAndGradient:
     return values, gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=gradient.dtype))
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """H(q) = -sum q log q in nats, [n], of logits [n, V]."""
+def entropy(logits: Tensor, n_frequent: int = 0, tail_weight: float = 1.0) -> Tensor:
+    """H(q) = -sum q log q in nats, [n], of logits [n, V]; all classes but the first F count ``tail_weight`` times.
+
+    Args:
+        n_frequent: F.
+        tail_weight: how many classes each of the others stands for.
+    """
     shifted = logits.sub_(logits.amax(dim=-1, keepdim=True))
     weights = shifted.exp()
+    if tail_weight != 1.0:
+        weights[:, n_frequent:].mul_(tail_weight)
     total = weights.sum(dim=-1)
     return (total.log() - weights.mul_(shifted).sum(dim=-1) / total).clamp_(min=0)
 
 
 def log_softmax_(logits: Tensor) -> Tensor:
-    """log softmax over the last dimension, in place; shifted by the maximum first, so that large logits round less."""
+    """log softmax over the last dimension, in place. The maximum is subtracted first, so large logits round less."""
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     return logits.sub_(logits.exp().sum(dim=-1, keepdim=True).log_())
 
 
 def _through_softmax_(q: Tensor, g: Tensor) -> Tensor:
-    """q * (g - sum q g), in place: a gradient in q as one in the logits. A constant in g makes no difference."""
+    """The gradient in the logits, made in place of the gradient ``g`` in q: q * (g - sum q g).
+
+    A constant added to ``g`` makes no difference.
+    """
     return g.sub_(torch.linalg.vecdot(q, g).unsqueeze(-1)).mul_(q)
 
 
 def _without(log_probabilities: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """log of the distribution renormalised without ``index`` [n, V] (-inf there), and log of the mass left [n, 1]."""
+    """The log of a distribution renormalised without class ``index`` [n, 1], -inf there, and the log of its mass."""
     others = log_probabilities.scatter(-1, index, -torch.inf)
     rest = others.logsumexp(dim=-1, keepdim=True)
     return others.sub_(rest), rest
