@@ -74,7 +74,7 @@ class TeacherCache:
         return int(self._manifest["n_samples"])
 
     def __contains__(self, sample_id: object) -> bool:
-        """Raises InputError where the index is damaged, rather than deny a sample that is there."""
+        """Whether the sample is there. Raises InputError if the index is damaged, rather than answer False."""
         if not isinstance(sample_id, bytes) or len(sample_id) != ID_BYTES:
             return False
         if self._index.find(sample_id) is not None:
@@ -170,7 +170,7 @@ class TeacherCache:
         }
 
     def _require_whole_index(self) -> None:
-        """Reads every byte of the index, once. Raises InputError where it is not as it was written."""
+        """Reads every byte of the index, once. Raises InputError where it does not match its digest."""
         if not self._is_index_whole and describe_index(self.directory / INDEX_FILE) != self._manifest["index"]:
             raise InputError(
                 f"{INDEX_FILE} in {self.directory} is damaged: it does not match its digest. "

@@ -49,19 +49,15 @@ def fetch_cache(url: str, folder: Path) -> Path:
         (copy / MANIFEST).write_bytes(manifest)
         # read_manifest checks that the manifest names files of its own folder alone.
         for name in (PLAN, INDEX_FILE, *(entry["name"] for entry in read_manifest(copy / MANIFEST)["shards"])):
-            _get(remote, f"{root.rstrip('/')}/{name}", copy / name, url)
+            try:
+                remote.get_file(f"{root.rstrip('/')}/{name}", str(copy / name))
+            except FileNotFoundError as error:
+                raise InputError(f"the teacher cache at {url} lacks {name}, which its {MANIFEST} lists") from error
+            except Exception as error:
+                raise _broken_off(f"{name} at {url}", error) from error
         if problems := verify_cache(copy):
             raise InputError(f"the teacher cache at {url} is damaged: {'; '.join(problems[:3])}")
     return local
-
-
-def _get(remote: fsspec.AbstractFileSystem, source: str, target: Path, url: str) -> None:
-    try:
-        remote.get_file(source, str(target))
-    except FileNotFoundError as error:
-        raise InputError(f"the teacher cache at {url} lacks {target.name}, which its {MANIFEST} lists") from error
-    except Exception as error:
-        raise _broken_off(f"{target.name} at {url}", error) from error
 
 
 def _broken_off(what: str, error: Exception) -> RunError:

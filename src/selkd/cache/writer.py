@@ -89,7 +89,7 @@ class CacheWriter:
         ]
 
     def require_writable(self) -> None:
-        """Raises RunError if no file can be made in the folder. Called before the teacher runs, it saves the run."""
+        """Raises RunError if no file can be made in the folder. Callers ask before they run the teacher."""
         try:
             with TemporaryFile(dir=self.directory):
                 pass

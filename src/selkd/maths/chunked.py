@@ -48,9 +48,11 @@ def wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _chunk_buffer(hidden_states: Tensor, vocab_size: int, chunk: int) -> Tensor:
-    """One buffer for the logits of all chunks in turn; allocating each chunk anew could fragment the memory."""
-    return hidden_states.new_empty(min(chunk, len(hidden_states)), vocab_size)
+def _chunked_logits(hidden_states: Tensor, head: Head, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """The positions and the logits [n, V] of one chunk after the other, in a buffer that the next chunk overwrites."""
+    buffer = hidden_states.new_empty(min(chunk, len(hidden_states)), head.vocab_size)
+    for rows in chunks(len(hidden_states), chunk):
+        yield rows, head.logits(hidden_states[rows], out=buffer[: rows.stop - rows.start])
 
 
 def _pieces(rows: slice, vocab_size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
@@ -111,15 +113,13 @@ def chunked_statistics(
         chunk: positions of one product; by default as many as ``CHUNK_BYTES`` allows.
         n_statistics: m, needed where N is 0.
     """
-    device, vocab_size = hidden_states.device, head.vocab_size
-    chunk = chunk or chunk_size(vocab_size, device, head.weight.dtype)
+    device = hidden_states.device
+    chunk = chunk or chunk_size(head.vocab_size, device, head.weight.dtype)
     hidden_states = hidden_states.to(head.weight.dtype)
     parts = []
-    buffer = _chunk_buffer(hidden_states, vocab_size, chunk)
     with torch.autocast(device.type, enabled=False):
-        for rows in chunks(len(hidden_states), chunk):
-            logits = head.logits(hidden_states[rows], out=buffer[: rows.stop - rows.start])
-            for piece, within in _pieces(rows, vocab_size, device):
+        for rows, logits in _chunked_logits(hidden_states, head, chunk):
+            for piece, within in _pieces(rows, head.vocab_size, device):
                 parts.append(compute(wide(logits[within]), piece).clone())  # a view of the logits would be written over
     return torch.cat(parts) if parts else wide(hidden_states.new_zeros(0, n_statistics))
 
@@ -201,9 +201,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias, dtype=wide_dtype) if bias is not None and need_bias else None
             if grad_weight is not None and len(hidden_states) == 0:
                 grad_weight.zero_()
-            buffer = _chunk_buffer(narrow_hidden, head.vocab_size, chunk)
-            for rows in chunks(len(hidden_states), chunk):
-                logits = head.logits(narrow_hidden[rows], out=buffer[: rows.stop - rows.start])
+            for rows, logits in _chunked_logits(narrow_hidden, head, chunk):
                 for piece, within in _pieces(rows, head.vocab_size, logits.device):
                     student_logits = wide(logits[within])
                     output = student_logits.clone() if head.softcap is not None else None

@@ -98,7 +98,7 @@ def score_positions(
 def choose_positions(
     options: PositionOptions, scores: Tensor, batch: dict[str, Tensor], context: StepContext, *, seed: int
 ) -> Tensor:
-    """The policy's coefficients [B, T] over the eligible positions of a batch, from random numbers of each sample."""
+    """The policy's coefficients [B, T] over the eligible positions of a batch; draws are a function of each sample."""
     mask = eligible(options, batch["valid_mask"], batch["position_ids"])
     use = Policy.find(options.policy).uniforms
     if use is None:

@@ -60,7 +60,7 @@ class LiveTeacher:
         """
         assert self.sampler is not None, "a cache holds drawn classes"
         valid = batch["valid_mask"].flatten().nonzero().flatten()
-        # The logits are rounded as the size of the chunks has it, so it is fixed: a rebuilt cache is the same.
+        # The size of the chunks may change how logits are rounded, so it is fixed: a rebuilt cache is the same.
         size = chunk_size(self.head.vocab_size, self.head.weight.device)
         picked = self._targets(batch, self._uniforms(batch, "cache"), size).at(valid)
         source = "the teacher's logits, for its cache"
