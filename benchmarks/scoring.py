@@ -29,7 +29,7 @@ from selkd.recipe.choices import CriterionOptions, PositionOptions, SampleOption
 from selkd.recipe.files import load_recipe
 from selkd.selection.positions import step_context
 from selkd.selection.samples import highest
-from selkd.selection.two_stage import estimator
+from selkd.selection.two_stage import Estimator
 from selkd.training.objective import Objective
 
 FRACTION = 0.2
@@ -47,7 +47,7 @@ def scores_of(subject: BenchSubject, samples: SampleDataset, probed: float | Non
     estimate = None
     if probed is not None:
         options = SampleOptions.model_validate({"scoring": "approximate", "calibration_fraction": probed})
-        estimate = estimator(options, subject.classes_by_frequency, subject.recipe.seed)
+        estimate = Estimator(options, subject.classes_by_frequency, subject.recipe.seed)
     return score_samples("student_entropy", samples, subject.work.models, subject.recipe.seed, estimate)[0]
 
 

@@ -85,8 +85,8 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, UTF-8, whole or not at all; its folder is made if it is not there.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, whole or not at all; its folder is made if it is not there.
 
     Raises:
         RunError: the disk refused.
@@ -96,7 +96,7 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         raise RunError(f"{path.parent}: can't be made ({error}). Give another folder, then run again.") from None
     with replacing(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def require_writable(folder: Path) -> None:

@@ -1,11 +1,10 @@
 """Metrics, policies, criteria and class samplers: one entry for each, built in or a user's own.
 
-An entry stands beside its function and holds all that the rest of selkd knows of it: what a recipe may say, what it
-needs, and the words of reports and documentation. The built-in entries stand in ``HOMES``, which are imported when a
-name is first looked up, so importing this module needs no torch.
+An entry stands beside its function and holds all that the rest of selkd knows of it: its options in a recipe, what it
+needs, and its names in reports and documentation. The built-in entries are in ``BUILTIN_MODULES``, which are imported
+when a name is first looked up, so importing this module needs no torch.
 
-A user's own part is one function. A recipe names it as ``module:function``, or by the name under which a decorator
-registered it::
+A user's own part is one function. A recipe names it as ``module:function``, or by the name that a decorator gave it::
 
     from selkd.plugins import metric
 
@@ -14,10 +13,10 @@ registered it::
         top = student_logits.topk(2).values
         return top[:, 1] - top[:, 0]
 
-A function asks for what it needs by the names of its parameters (those with a default of its own are left alone); a
-metric that asks for ``teacher_logits`` needs the teacher. What it returns is checked for shape, finiteness and mask
-where it is used. A recipe that names ``module:function`` runs that module's code, as does every command that reads the
-recipe again; modules are found as Python finds them, and in the current folder.
+A function is called with what its parameters name, except those that have a default. A metric with the parameter
+``teacher_logits`` needs the teacher. Shape, finiteness and mask of what a function returns are checked where it is
+used. A recipe that names ``module:function`` runs that module's code, as does every command that reads the recipe
+again. Modules are imported from Python's path and from the current folder.
 
 Shapes: B batch, T positions, n of a chunk, V classes, U draws.
 
@@ -55,7 +54,12 @@ if TYPE_CHECKING:
 Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
 
-HOMES = ("selkd.maths.importance", "selkd.selection.positions", "selkd.maths.divergence", "selkd.selection.classes")
+BUILTIN_MODULES = (
+    "selkd.maths.importance",
+    "selkd.selection.positions",
+    "selkd.maths.divergence",
+    "selkd.selection.classes",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +67,16 @@ class Entry:
     """What selkd knows of one metric, policy, criterion or class sampler.
 
     Attributes:
-        name: what a recipe calls it.
-        function: what computes it; the user's function of a user's own part. Each kind says what it is called with.
-        label: a noun phrase for reports, a format of ``name`` and of what the kind's reports say beside it.
-        description: for the documentation's tables: what it computes.
+        name: its name in a recipe.
+        function: the function that computes it; each subclass says with which arguments.
+        label: a noun phrase for reports: a format string with the field ``name`` and those that the subclass names.
+        description: what it computes, for the documentation's tables.
         is_own: whether it is a user's own part.
     """
 
     kind: ClassVar[str]
-    key: ClassVar[str]  # of the recipe
-    parameters: ClassVar[tuple[str, ...]]  # that a user's function may ask for
+    key: ClassVar[str]  # the recipe's key that names such a part
+    parameters: ClassVar[tuple[str, ...]]  # the parameters that a user's function may have
     _entries: ClassVar[dict[str, Any]]
 
     name: str = field(kw_only=False)
@@ -86,9 +90,9 @@ class Entry:
 
     @classmethod
     def known(cls) -> dict[str, Self]:
-        """Every entry by its name: the built-in ones in the order of their source, then what decorators registered."""
-        for home in HOMES:
-            importlib.import_module(home)
+        """All entries by name: the built-in ones in the order of the source, then those of decorators."""
+        for module in BUILTIN_MODULES:
+            importlib.import_module(module)
         return cls._entries
 
     @classmethod
@@ -101,8 +105,8 @@ class Entry:
         """The entry that a recipe calls ``name``: built in, registered, or a user's ``module:function``.
 
         Raises:
-            ValueError: it is none of these (what is allowed and the nearest name are told), can't be imported, or asks
-                for what its kind can't give.
+            ValueError: it is none of these (the message has the allowed names and the nearest one), it can't be
+                imported, or it has a parameter that its kind does not have.
         """
         known = cls.known()
         if name in known:
@@ -113,68 +117,71 @@ class Entry:
 
     @classmethod
     def check(cls, name: str) -> str:
-        """``name``, if there is such a part; raises ValueError as ``find`` does."""
+        """``name``, if there is such a part. Raises ValueError as ``find`` does."""
         return cls.find(name).name
 
     @classmethod
     def of_function(cls, name: str, function: Function) -> Self:
-        """The entry of a user's function. Raises ValueError: it asks for what its kind can't give."""
+        """The entry of a user's function. Raises ValueError if it has a parameter that its kind does not have."""
         try:
-            asked = _asked(function)
+            required = _required_parameters(function)
         except (TypeError, ValueError):
             raise ValueError(f"{name!r}: its parameters can't be read; wrap it in a Python function") from None
-        if unheard := [parameter for parameter in asked if parameter not in cls.parameters]:
+        if foreign := [parameter for parameter in required if parameter not in cls.parameters]:
             allowed = ", ".join(cls.parameters)
             raise ValueError(
-                f"{name!r}: a {cls.kind} may ask for {allowed}, but this one asks for {', '.join(unheard)}"
+                f"{name!r}: a {cls.kind} may ask for {allowed}, but this one asks for {', '.join(foreign)}"
             )
-        return cls._own(name, function, asked)
+        return cls(name, function, is_own=True, **cls._own_facts(name, required))
 
     @classmethod
-    def _own(cls, name: str, function: Function, asked: Sequence[str]) -> Self:
-        """The entry of a user's function that asks for the parameters ``asked``."""
-        del asked
-        return cls(name, function, is_own=True)
+    def _own_facts(cls, name: str, required: Sequence[str]) -> dict[str, Any]:  # noqa: ARG003
+        """The attributes of a user's own part that follow from its name and its function's required parameters."""
+        return {}
 
     @classmethod
     def add(cls, name: str, function: Function | None = None, **facts: Any) -> None:
-        """Registers a built-in part by the attributes of its entry; called beside its function, in ``HOMES``."""
+        """Registers a built-in part with these attributes of its entry; called beside its function."""
         cls(name, function, **facts).register()
 
     def register(self) -> None:
-        """Makes the entry known under its name; a user's function may come again, as when its module is reloaded.
+        """Registers the entry under its name. A user's function may be registered again, as when a module is reloaded.
 
         Raises:
-            ValueError: the name is another's.
+            ValueError: another part has the name.
         """
         earlier = self._entries.get(self.name)
         if earlier is not None and not (earlier.is_own and self.is_own):
             raise ValueError(f"{self.name!r} is a built-in {self.kind}; give yours another name")
-        if earlier is not None and earlier.home != self.home:
-            raise ValueError(f"{self.name!r} is already the {self.kind} {earlier.home}")
+        if earlier is not None and earlier.location != self.location:
+            raise ValueError(f"{self.name!r} is already the {self.kind} {earlier.location}")
         self._entries[self.name] = self
 
     @classmethod
     def in_words(cls, name: str, **values: str) -> str:
-        """The label of the part called ``name``, filled with ``values``; imports nothing of a user's."""
+        """The label of the part called ``name``, filled with ``values``. It imports no user's module."""
         entry = cls.known().get(name)
         return (cls.label if entry is None else entry.label).format(name=name, **values)
 
     def answer(self, **available: Any) -> Any:
-        """What the user's function answers to the parameters that it asks for. Raises RunError if it fails."""
+        """Calls the user's function with those of the ``available`` arguments that it requires.
+
+        Raises:
+            RunError: the function raised an exception.
+        """
         try:
-            return self.function(**{parameter: available[parameter] for parameter in _asked(self.function)})
+            return self.function(**{name: available[name] for name in _required_parameters(self.function)})
         except Exception as error:
             raise self.fault(f"raised {type(error).__name__}: {error}") from error
 
     def values(self, student_logits: "Tensor", teacher_logits: "Tensor | None", targets: "Tensor") -> "Tensor":
-        """A user's own metric or criterion [n] of logits [n, V] and targets [n]; its answer is checked."""
+        """The checked values [n] of a user's own metric or criterion for logits [n, V] and targets [n]."""
         answer = self.answer(student_logits=student_logits, teacher_logits=teacher_logits, targets=targets)
         return self.tensor(answer, targets.shape)
 
     def tensor(self, values: Any, shape: Any = None) -> "Tensor":
-        """``values`` of the user's function, if they are a tensor of that shape (None: any). Raises RunError if not."""
-        import torch  # late: reading a recipe needs no torch
+        """``values``, if they are a tensor of this shape (None: of any shape). Raises RunError if not."""
+        import torch  # not at the top: reading a recipe needs no torch
 
         if not isinstance(values, torch.Tensor):
             raise self.fault(f"returned {type(values).__name__}, expected a tensor")
@@ -183,17 +190,17 @@ class Entry:
         return values
 
     def fault(self, what: str) -> RunError:
-        """The error that tells what the user's function did, by the recipe's key and its name."""
+        """The error that the user's function did ``what``, with the recipe's key and the part's name."""
         return RunError(f"{self.key}: {self.name} {what}.")
 
     @property
-    def home(self) -> str:
-        """Where the user's function stands, as ``module:function``."""
+    def location(self) -> str:
+        """The user's function as ``module:function``."""
         return f"{self.function.__module__}:{self.function.__qualname__}"
 
     @property
     def digest(self) -> str:
-        """A hash of the source that the user's function stands in: its module's file, or its own lines."""
+        """A hash of the source of the user's function: of its module's file, or of its own lines without a file."""
         path = inspect.getsourcefile(inspect.unwrap(self.function))
         source = Path(path).read_bytes() if path and Path(path).is_file() else inspect.getsource(self.function).encode()
         return hashlib.sha256(source).hexdigest()[:32]
@@ -203,16 +210,16 @@ class Entry:
 class Metric(Entry):
     """A position-importance metric u(t).
 
-    A built-in metric combines ``statistics`` (see ``selkd.maths.importance``): its function maps them, name -> values
-    [B, T], and the valid mask to u [B, T]; None: u is its one statistic. A metric of no statistics is noise. A user's
-    own is a statistic itself, of logits and targets.
+    A built-in metric combines statistics (see ``selkd.maths.importance``). Its function takes them, name -> values
+    [B, T], and the valid mask, and returns u [B, T]; without a function, u is the metric's one statistic. A metric
+    without statistics is noise. A user's own metric is a statistic itself, a function of logits and targets.
 
     Attributes:
-        statistics: those that it needs.
+        statistics: the names of the statistics that it needs.
         needs_teacher: whether it is computed from the teacher's full distribution.
-        unit: of its values; empty: none.
-        of_sample: for the documentation's table: how it scores a sample, by the means of its statistics over the
-            sample's valid positions; None: it does not.
+        unit: the unit of its values; empty if they have none.
+        of_sample: how it scores a sample, from the means of its statistics over the valid positions, for the
+            documentation's table; None if it scores no samples.
     """
 
     kind = "metric"
@@ -225,8 +232,8 @@ class Metric(Entry):
     of_sample: str | None = None
 
     @classmethod
-    def _own(cls, name: str, function: Function, asked: Sequence[str]) -> Self:
-        return cls(name, function, is_own=True, statistics=(name,), needs_teacher="teacher_logits" in asked)
+    def _own_facts(cls, name: str, required: Sequence[str]) -> dict[str, Any]:
+        return {"statistics": (name,), "needs_teacher": "teacher_logits" in required}
 
     @classmethod
     def of_samples(cls) -> dict[str, Self]:
@@ -235,11 +242,11 @@ class Metric(Entry):
 
     @property
     def is_noise(self) -> bool:
-        """Whether it is uniform noise, of a seed in place of statistics."""
+        """Whether it is uniform noise, made from a seed instead of statistics."""
         return not self.statistics
 
     def combine(self, statistics: "Mapping[str, Tensor]", valid_mask: "Tensor") -> "Tensor":
-        """u from the statistics and the valid mask, all of one shape."""
+        """u from the statistics and the valid mask, all of the same shape."""
         if self.function is None or self.is_own:
             return statistics[self.statistics[0]]
         combined: Tensor = self.function(statistics, valid_mask)
@@ -248,18 +255,18 @@ class Metric(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(Entry):
-    """A position policy: scores in, coefficients out. The label is a format of ``share`` and ``metric``, too.
+    """A position policy: scores in, coefficients out. The label has the fields ``share`` and ``metric``, too.
 
     A built-in policy's function takes ``selkd.selection.positions.Candidates``.
 
     Attributes:
-        ranks: whether it looks at a metric's scores.
-        metric: the metric that stands in a resolved recipe where the policy does not rank.
-        fraction: whether it needs the recipe's fraction, may do without one, or has none.
-        reductions: the reductions that it goes with, the default first. Only a policy whose K picked positions share
-            one coefficient goes with both.
-        uniforms: what it takes random numbers for: each of its draws, each position, or nothing.
-        options: keys of the recipe's positions that it has, with their defaults.
+        ranks: whether it uses a metric's scores.
+        metric: the metric in a resolved recipe, if the policy does not rank.
+        fraction: whether it needs the recipe's fraction, can do without one, or has none.
+        reductions: the reductions that it goes with, the default first. Only a policy that gives K positions the same
+            coefficient goes with both.
+        uniforms: whether it needs a random number for each of its draws, for each position, or none.
+        options: the keys of the recipe's positions that it has, with their defaults.
     """
 
     kind = "policy"
@@ -275,12 +282,12 @@ class Policy(Entry):
     options: Mapping[str, float | None] = field(default_factory=dict)
 
     @classmethod
-    def _own(cls, name: str, function: Function, asked: Sequence[str]) -> Self:
-        uniforms: Literal["of positions"] | None = "of positions" if "uniforms" in asked else None
-        return cls(name, function, is_own=True, ranks="scores" in asked, fraction="optional", uniforms=uniforms)
+    def _own_facts(cls, name: str, required: Sequence[str]) -> dict[str, Any]:  # noqa: ARG003
+        uniforms = "of positions" if "uniforms" in required else None
+        return {"ranks": "scores" in required, "fraction": "optional", "uniforms": uniforms}
 
     def coefficients(self, *, scores: "Tensor", valid_mask: "Tensor", **others: Any) -> "Tensor":
-        """What a user's own policy makes of its parameters: [B, T] in the dtype of the scores; checked."""
+        """The checked coefficients [B, T] of a user's own policy, in the dtype of the scores."""
         available = {"scores": scores, "valid_mask": valid_mask, **others}
         copies = {key: value.clone() if hasattr(value, "clone") else value for key, value in available.items()}
         weights = self.tensor(self.answer(**copies), valid_mask.shape).detach().to(scores.dtype)
@@ -299,10 +306,10 @@ class Criterion(Entry):
     ``selkd.maths.divergence``); a user's own returns values alone.
 
     Attributes:
-        options: keys of the recipe's criterion that it has, with their defaults.
+        options: the keys of the recipe's criterion that it has, with their defaults.
         mixes: whether its options are shares of a mixture, strictly between 0 and 1; else they are weights.
-        position_weights: gives the options that are a position's own, [N] each, from the teacher's log p(y) [N] at the
-            picked positions and the sample [N] that each is of; None: all options are the recipe's.
+        position_weights: computes options that differ by position, each [N], from the teacher's log p(y) [N] at the
+            picked positions and the number of each position's sample [N]; None if all options are the recipe's.
     """
 
     kind = "criterion"
@@ -316,17 +323,17 @@ class Criterion(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(Entry):
-    """A class sampler: a teacher's distribution in, drawn classes out. The label is a format of ``draws``, too.
+    """A class sampler: a teacher's distribution in, drawn classes out. The label has the field ``draws``, too.
 
-    A built-in sampler's function takes probabilities [n, V], uniforms and U (see ``selkd.selection.classes``); None:
-    the whole distribution is compared.
+    A built-in sampler's function takes probabilities [n, V], uniforms and U (see ``selkd.selection.classes``). Without
+    a function, the whole distribution is compared.
 
     Attributes:
         n_uniforms: how many uniforms a position needs for U draws.
-        total: what the integer counts of a stored row sum to for U draws.
-        least_same_draws: the least share of draws, of all positions and of each sample, that the same teacher draws
-            again in another arithmetic, measured on SmolLM2-135M (docs/results/cache.md). A teacher at temperature 1.1
-            is below. A sample may be short, so its own limit is wide.
+        total: the sum of the integer counts of a stored row for U draws.
+        least_same_draws: the lowest shares, over all positions and over one sample's, of draws that are the same when
+            the same teacher runs in another precision, measured on SmolLM2-135M (docs/results/cache.md). A teacher at
+            temperature 1.1 stays below. A sample may be short, so its limit is wider.
     """
 
     kind = "sampler"
@@ -339,7 +346,7 @@ class Sampler(Entry):
     least_same_draws: tuple[float, float] = (0.72, 0.5)
 
     def drawn(self, probabilities: "Tensor", uniforms: "Tensor", draws: int) -> "tuple[Tensor, Tensor]":
-        """What a user's own sampler draws of ``probabilities`` [n, V]: class ids and counts, int64 [n, C]; checked."""
+        """The checked class ids and counts, int64 [n, C], that a user's own sampler draws."""
         answer = self.answer(probabilities=probabilities, uniforms=uniforms, draws=draws)
         if not (isinstance(answer, tuple | list) and len(answer) == 2):
             raise self.fault(f"returned {type(answer).__name__}, expected class ids and counts")
@@ -367,28 +374,28 @@ KINDS: tuple[type[Entry], ...] = (Metric, Policy, Criterion, Sampler)
 
 
 def metric(name: str) -> Callable[[F], F]:
-    """Decorator: registers a position-importance metric under ``name``."""
+    """Decorator that registers a position-importance metric under ``name``."""
     return _registering(Metric, name)
 
 
 def policy(name: str) -> Callable[[F], F]:
-    """Decorator: registers a position policy under ``name``."""
+    """Decorator that registers a position policy under ``name``."""
     return _registering(Policy, name)
 
 
 def criterion(name: str) -> Callable[[F], F]:
-    """Decorator: registers an alignment criterion under ``name``."""
+    """Decorator that registers an alignment criterion under ``name``."""
     return _registering(Criterion, name)
 
 
 def sampler(name: str) -> Callable[[F], F]:
-    """Decorator: registers a class sampler under ``name``."""
+    """Decorator that registers a class sampler under ``name``."""
     return _registering(Sampler, name)
 
 
 def _registering(kind: type[Entry], name: str) -> Callable[[F], F]:
     def decorate(function: F) -> F:
-        kind.known()  # the built-in names come first
+        kind.known()  # so that a built-in name is refused
         kind.of_function(name, function).register()
         return function
 
@@ -396,12 +403,12 @@ def _registering(kind: type[Entry], name: str) -> Callable[[F], F]:
 
 
 def unknown(name: str, allowed: Sequence[str], or_else: str = "") -> str:
-    """The message about a name that is not one of those ``allowed``, with the nearest of them."""
+    """The message that ``name`` is not one of the ``allowed`` names, with the nearest of them."""
     return f"{name!r} is not known. Allowed: {', '.join(allowed)}{or_else}.{nearest(name, allowed)}"
 
 
 def digests(**names: str | None) -> dict[str, str]:
-    """The digest of each named part that is a user's own: kind -> digest; built-in ones and None are left out."""
+    """The digests of those named parts that are a user's own: kind -> digest. Names are given by kind, or None."""
     parts = {kind.kind: kind.find(name) for kind in KINDS if (name := names.get(kind.kind)) is not None}
     return {kind: entry.digest for kind, entry in parts.items() if entry.is_own}
 
@@ -410,17 +417,17 @@ def digests(**names: str | None) -> dict[str, str]:
 def _imported(name: str) -> Function:
     """The function that a recipe calls ``module:function``. Raises ValueError if it can't be imported."""
     module_name, _, attribute = name.partition(":")
-    here = os.getcwd()  # noqa: PTH109  sys.path holds strings
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
+    folder = os.getcwd()  # noqa: PTH109  sys.path holds strings
+    is_new = folder not in sys.path
+    if is_new:
+        sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ValueError(f"{name!r}: {module_name} can't be imported ({type(error).__name__}: {error})") from error
     finally:
-        if added:
-            sys.path.remove(here)
+        if is_new:
+            sys.path.remove(folder)
     function = getattr(module, attribute, None)
     if not callable(function) or isinstance(function, type):
         raise ValueError(f"{name!r}: {module_name} has no function {attribute!r}")
@@ -428,7 +435,7 @@ def _imported(name: str) -> Function:
 
 
 @functools.cache
-def _asked(function: Function) -> tuple[str, ...]:
-    """The parameters that a user's function asks for: those without a default."""
+def _required_parameters(function: Function) -> tuple[str, ...]:
+    """The parameters of a user's function that have no default."""
     parameters = inspect.signature(function).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.default is parameter.empty)

@@ -18,10 +18,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 from cache_samples import build, contents
 from selkd.files import is_temporary
-from selkd.cache.shard import check_shard
-from selkd.cache.manifest import read_plan
 from selkd.cache.verify import verify_cache
-from selkd.errors import InputError
 
 root, n_kills, n_shards = Path(sys.argv[1]), int(sys.argv[2]), 8
 build(root / "warm", n_shards)

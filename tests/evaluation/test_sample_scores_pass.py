@@ -15,7 +15,6 @@ from selkd.data.collate import collate
 from selkd.data.samples import EMPTY_SAMPLE, SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.sample_scores import score_samples
-from selkd.maths.estimate import estimated_entropy
 from selkd.models.head import head_of, hidden_states
 from selkd.models.pair import ModelPair
 from selkd.plugins import Metric
@@ -24,7 +23,7 @@ from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.pipeline import score_only
 from selkd.selection.samples import SampleScores
-from selkd.selection.two_stage import Estimator, by_frequency, class_subset
+from selkd.selection.two_stage import Estimator, by_frequency, class_subset, estimated_entropy
 
 
 @pytest.mark.parametrize("metric", ["student_entropy", "kl", "ce_ratio"])
@@ -68,18 +67,28 @@ def test_these_metrics_score_samples() -> None:
     assert list(Metric.of_samples()) == ["student_entropy", "kl", "ce_ratio", "random"]
 
 
+def approximate(frequent: int, tail: int, calibration_fraction: float) -> SampleOptions:
+    return SampleOptions(
+        scoring="approximate",
+        frequent_classes=frequent,
+        tail_classes=tail,
+        calibration_fraction=calibration_fraction,
+    )
+
+
 def test_approximate_scores_are_the_means_of_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selkd.evaluation.statistics_pass.TOKENS_AT_ONCE", 50)
     samples = SampleDataset.from_samples([*make_samples(9), EMPTY_SAMPLE])
     ordered = by_frequency(samples.token_counts(V))
     exact, _ = score_samples("student_entropy", samples, make_pair(), 5)
-    whole, _ = score_samples("student_entropy", samples, make_pair(), 5, Estimator(ordered, V, 1, 0.0, 0))
+    everything = approximate(V, 1, 0.0)
+    whole, _ = score_samples("student_entropy", samples, make_pair(), 5, Estimator(everything, ordered, 0))
     np.testing.assert_allclose(whole, exact, rtol=2e-5)
 
     student = make_model(1)
     head = head_of(student)
     for probed in (0.0, 0.3):
-        estimate = Estimator(ordered, 30, 12, probed, 0)
+        estimate = Estimator(approximate(30, 12, probed), ordered, 0)
         scores, tokens = score_samples("student_entropy", samples, make_pair(), 5, estimate)
         assert tokens == 0
         assert scores[-1] == 0

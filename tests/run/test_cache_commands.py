@@ -15,7 +15,6 @@ import yaml
 from cache_samples import contents
 from tiny_run import make_recipe, make_teacher
 
-from selkd.cache.inspect import contents as contents_of
 from selkd.cache.reader import TeacherCache
 from selkd.cache.rows import Rows, row_sums
 from selkd.cli.main import main
@@ -236,7 +235,7 @@ def test_inspect_says_what_is_there(run_path: Path, selkd_json: Command) -> None
 
 
 def test_inspect_reads_as_many_samples_as_it_is_told(run_path: Path) -> None:
-    assert contents_of(TeacherCache.open(run_path / "teacher_cache"), 3)["samples_read"] == 3
+    assert TeacherCache.open(run_path / "teacher_cache").contents(3)["samples_read"] == 3
 
 
 def test_a_complete_cache_serves_any_selection_of_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

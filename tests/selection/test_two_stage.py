@@ -17,14 +17,20 @@ from selkd import reference
 from selkd.data.collate import collate
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
-from selkd.maths.estimate import ClassSubset, estimated_entropy
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 from selkd.recipe.choices import PositionOptions
 from selkd.recipe.part import parse_part
 from selkd.selection.position_scores import choose_positions, score_positions
 from selkd.selection.positions import step_context
-from selkd.selection.two_stage import by_frequency, class_subset, estimator, score_in_two_stages
+from selkd.selection.two_stage import (
+    ClassSubset,
+    Estimator,
+    by_frequency,
+    class_subset,
+    estimated_entropy,
+    score_in_two_stages,
+)
 
 
 def options_of(**changes: Any) -> PositionOptions:
@@ -104,7 +110,7 @@ def scored(options: PositionOptions, samples: SampleDataset) -> tuple[Any, ...]:
     batch, student = collate(list(samples), 1), make_model(1).double()
     hidden = hidden_states(student, batch["input_ids"], batch["position_ids"]).detach()
     ordered, context = by_frequency(samples.token_counts(V)), step_context(options, 3, 10)
-    found = score_in_two_stages(options, estimator(options, ordered, 5), hidden, head_of(student), batch, context)
+    found = score_in_two_stages(Estimator(options, ordered, 5), hidden, head_of(student), batch, context)
     return batch, student, hidden, ordered, context, found
 
 
@@ -150,7 +156,7 @@ def test_the_layout_of_a_batch_decides_nothing() -> None:
     for row, sample in enumerate(samples):
         batch = collate([sample], 1, padding_side="left", pad_to=40)
         hidden = hidden_states(student, batch["input_ids"], batch["position_ids"]).detach()
-        alone = score_in_two_stages(options, estimator(options, ordered, 5), hidden, head_of(student), batch, context)
+        alone = score_in_two_stages(Estimator(options, ordered, 5), hidden, head_of(student), batch, context)
         first, second = (e.values[b["valid_mask"]] for e, b in ((alone, batch), (whole[5], _row(whole[0], row))))
         torch.testing.assert_close(first, second if second.ndim == 1 else second[row])
 
@@ -219,9 +225,7 @@ def test_one_position_that_is_not_finite_leaves_the_others_their_scores() -> Non
     mask = torch.ones(2, 20, dtype=torch.bool)
     head = Head(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)))
     context = step_context(options, 0, 1)
-    found = score_in_two_stages(
-        options, estimator(options, np.arange(30), 0), hidden, head, {"valid_mask": mask}, context
-    )
+    found = score_in_two_stages(Estimator(options, np.arange(30), 0), hidden, head, {"valid_mask": mask}, context)
     assert found.values.isfinite().logical_not().nonzero().tolist() == [[0, 13]]
 
 
@@ -239,8 +243,8 @@ def test_a_few_distributions_tell_the_classes_of_a_student_that_the_text_does_no
     for probed in (0.0, 1 / 32):
         options = options_of(frequent_classes=60, tail_classes=20, rescored_share=0.05, calibration_fraction=probed)
         context = step_context(options, 0, 1)
-        estimate = estimator(options, np.arange(vocab_size), 0)
-        scores = score_in_two_stages(options, estimate, hidden, head, batch, context)
+        estimate = Estimator(options, np.arange(vocab_size), 0)
+        scores = score_in_two_stages(estimate, hidden, head, batch, context)
         chosen, best = (choose_positions(options, each, batch, context, seed=0) > 0 for each in (scores.values, exact))
         agreement.append(float((chosen & best).sum() / best.sum()))
     assert agreement[0] < 0.9

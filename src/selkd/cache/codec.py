@@ -1,10 +1,11 @@
 """How the drawn classes of one sample become bytes and come back. Replace this module to change the coding.
 
-The rest of the package uses ``NAME``, ``fit``, ``encode`` and ``decode``. ``docs/cache-format.md`` has the bytes.
+The rest of the package uses ``NAME``, ``fit``, ``encode`` and ``decode``. ``docs/cache-format.md`` defines the bytes.
 
-A row is two sets of classes: the *singles*, drawn once, and the *heavies*, drawn more often. A set is coded as the
-gaps between its ascending ranks, so neither the order of the draws nor the counts of the singles cost anything. All
-sets of a sample go side by side: the first gap of each, then the second of those that have one, and so on.
+A row is two sets of classes: the *singles*, which were drawn once, and the *heavies*, which were drawn more often. A
+set is coded as the gaps between its ascending ranks, so neither the order of the draws nor the counts of the singles
+cost anything. All sets of a sample are coded in *columns*: the first gap of each set, then the second gap of each set
+that has one, and so on.
 """
 
 import struct
@@ -14,8 +15,8 @@ from typing import Any, Final, NamedTuple
 import constriction
 import numpy as np
 
-from selkd.cache import frequency_model as models
-from selkd.cache.frequency_model import Model, Table
+from selkd.cache.frequency_model import TABLES, Model, Table
+from selkd.cache.integers import to_codes
 from selkd.cache.rows import Rows, check_totals
 from selkd.errors import InputError
 
@@ -28,33 +29,35 @@ _UNIFORM = constriction.stream.model.Uniform()
 
 
 class _Column(NamedTuple):
-    """Symbols that are coded together: ``cells`` say context and symbol in their table, then their low bits."""
+    """Values that are coded together: first their symbols, then their low bits."""
 
     table: Table
-    cells: np.ndarray  # int64, context * symbols + symbol
-    values: np.ndarray  # int64, what was coded
+    cells: np.ndarray  # int64, context * symbols + symbol: the cell of the table that each value counts in
+    values: np.ndarray  # int64
     context: np.ndarray  # int64
 
 
 def fit(samples: Iterable[Rows]) -> Model:
-    """The model of a shard with these samples. Raises InputError where the counts of rows do not sum to one number."""
-
-    def cells(model: Model, rows: Rows) -> dict[Table, np.ndarray]:
+    """The model of a shard with these samples. Raises InputError where the counts of all rows have not the same sum."""
+    samples = list(samples)
+    model = Model.of_classes(samples)
+    n_coded = {table: np.zeros(np.prod(model.shape(table)), np.int64) for table in TABLES}
+    for rows in samples:
         check_totals(rows, model.total)
-        found: dict[Table, list[np.ndarray]] = {table: [] for table in models.TABLES}
-        for column in _columns(model, rows):
-            found[column.table].append(column.cells)
-        return {table: np.concatenate(parts) for table, parts in found.items() if parts}
-
-    return models.fit(samples, cells)
+        columns = _columns(model, rows)
+        for table in TABLES:
+            if cells := [column.cells for column in columns if column.table == table]:
+                n_coded[table] += np.bincount(np.concatenate(cells), minlength=len(n_coded[table]))
+    model.codes = {table: to_codes(n_coded[table]).reshape(model.shape(table)) for table in TABLES}
+    return model
 
 
 def encode(model: Model, rows: Rows) -> bytes:
-    """The bytes of one sample; ``decode`` gives back exactly these integers.
+    """The bytes of one sample, from which ``decode`` gives back exactly the same integers.
 
     Args:
-        model: of a shard that holds the sample.
-        rows: as ``rows.checked_rows`` gives them.
+        model: the model of the shard, fitted to this sample among others.
+        rows: rows that ``rows.checked_rows`` has checked.
 
     Raises:
         InputError: the sample has more than 2^24 rows.
@@ -75,7 +78,7 @@ def encode(model: Model, rows: Rows) -> bytes:
 
 
 def decode(model: Model, data: bytes) -> Rows:
-    """The rows that ``encode`` was given.
+    """The rows that these bytes were encoded from.
 
     Raises:
         InputError: these are not the bytes of a sample encoded with this model.
@@ -83,18 +86,18 @@ def decode(model: Model, data: bytes) -> Rows:
     if len(data) < _HEADER.size or len(data) % 4:
         raise InputError(f"an encoded sample is damaged: {len(data)} bytes, expected a positive multiple of 4")
     (n_rows,) = _HEADER.unpack_from(data)
-    # A row takes no memory before it is decoded, but a damaged number of rows would.
+    # The arrays that decoding makes have n_rows entries: a damaged number must not ask for any amount of memory.
     if n_rows > _LARGEST_ROWS:
         raise InputError(f"an encoded sample is damaged: {n_rows} rows")
     try:
         words = np.frombuffer(data, "<u4", offset=_HEADER.size).astype(np.uint32)
         return _Decoder(model, constriction.stream.stack.AnsCoder(words)).rows(n_rows)
-    except (ValueError, IndexError) as error:  # IndexError: classes in a shard that has none
+    except (ValueError, IndexError) as error:  # IndexError: the bytes have classes, their shard has none
         raise InputError(f"an encoded sample is damaged: {error}") from error
 
 
 def _columns(model: Model, rows: Rows) -> list[_Column]:
-    """What is coded of a sample, in the order in which it is decoded."""
+    """Everything that is coded of a sample, in the order in which it is decoded."""
     n_rows = len(rows.row_lengths)
     row = np.repeat(np.arange(n_rows), rows.row_lengths)
     is_single = rows.counts == 1
@@ -113,8 +116,8 @@ def _columns(model: Model, rows: Rows) -> list[_Column]:
 
     is_first = place == 0
     previous = np.where(is_first, -1, np.roll(ranks, 1))
-    of_rank = np.where(is_first, 0, model.context_of_rank[np.roll(ranks, 1)]) if len(ranks) else ranks
-    contexts = model.gap_context((lists >= n_rows).astype(np.int64), of_rank, left)
+    rank_context = np.where(is_first, 0, model.context_of_rank[np.roll(ranks, 1)]) if len(ranks) else ranks
+    contexts = model.gap_context((lists >= n_rows).astype(np.int64), rank_context, left)
     gaps = _column(model, "gaps", ranks - previous - 1, contexts)
     columns += _split(gaps, place, lists, sizes)
 
@@ -123,7 +126,7 @@ def _columns(model: Model, rows: Rows) -> list[_Column]:
     before = np.cumsum(counts) - counts
     before -= np.repeat(before[place == 0], heavies[heavies > 0])
     excess = model.total - singles[lists] - before - 2 * left
-    is_open = left > 1  # the last count of a row is what is left
+    is_open = left > 1  # the last count of a row is what the others leave of the total
     counted = _column(model, "counts", (counts - 2)[is_open], model.count_context(excess[is_open], left[is_open]))
     return columns + _split(counted, place[is_open], lists[is_open], heavies)
 
@@ -133,10 +136,10 @@ def _column(model: Model, table: Table, values: np.ndarray, context: np.ndarray)
 
 
 def _split(column: _Column, place: np.ndarray, lists: np.ndarray, sizes: np.ndarray) -> list[_Column]:
-    """One column for each place in the lists; in each, the longest list first."""
-    turn = np.empty(len(sizes), np.int64)
-    turn[_longest_first(sizes)] = np.arange(len(sizes))
-    order = np.lexsort((turn[lists], place))
+    """One column for each place in the lists. Within a column, longer lists come first."""
+    list_order = np.empty(len(sizes), np.int64)
+    list_order[_longest_first(sizes)] = np.arange(len(sizes))
+    order = np.lexsort((list_order[lists], place))
     parts = np.split(order, np.cumsum(np.bincount(place))[:-1]) if len(order) else []
     return [_Column(column.table, *(array[part] for array in column[1:])) for part in parts]
 
@@ -146,7 +149,7 @@ def _longest_first(sizes: np.ndarray) -> np.ndarray:
 
 
 def _active(sizes: np.ndarray, least: int) -> Sequence[int]:
-    """How many lists have more than 0, 1, 2, … classes beyond ``least``."""
+    """The number of lists that have more than 0, 1, 2, … classes beyond ``least``: the length of each column."""
     beyond = np.maximum(sizes - least, 0)
     n_with = np.bincount(beyond)
     active: Sequence[int] = (len(sizes) - np.cumsum(n_with))[:-1].tolist()
@@ -154,14 +157,14 @@ def _active(sizes: np.ndarray, least: int) -> Sequence[int]:
 
 
 def _places(active: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each value, column by column: which of the lists, longest first, and which place in it."""
+    """For each value, column by column: the number of its list, the longest being 0, and its place in that list."""
     n_active = np.array(active, np.int64)
     place = np.repeat(np.arange(len(active)), n_active)
     return np.arange(len(place)) - np.repeat(np.cumsum(n_active) - n_active, n_active), place
 
 
 class _Decoder:
-    """One sample's symbols, taken off the coder in order."""
+    """Takes one sample's symbols off the coder, in order."""
 
     def __init__(self, model: Model, coder: Any) -> None:
         self.model = model
@@ -190,7 +193,7 @@ class _Decoder:
         return Rows((heavies + singles).astype(np.uint16), ids[order], counts[order].astype(np.uint16))
 
     def values(self, table: Table, context: np.ndarray) -> np.ndarray:
-        """int64: one value of the table for each context."""
+        """int64: the next values of a table, one for each context."""
         if not len(context):
             return context
         buckets = self.model.buckets[table]
@@ -203,43 +206,48 @@ class _Decoder:
         return values
 
     def ranks(self, sizes: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """The list and the rank of each class, by list and ascending."""
+        """The list and the rank of each class, in the order of the lists, ranks ascending within a list."""
         model = self.model
         order, active = _longest_first(sizes), _active(sizes, 0)
-        turn, place = _places(active)
+        number, place = _places(active)
         is_single = (order >= n_rows).astype(np.int64)
-        contexts = model.gap_context(is_single[turn], np.int64(0), sizes[order][turn] - place)
-        rank, of_rank = np.full(len(order), -1), np.zeros(len(order), np.int64)
-        columns, at = [np.zeros(0, np.int64)], 0
+        contexts = model.gap_context(is_single[number], np.int64(0), sizes[order][number] - place)
+        rank, rank_context = np.full(len(order), -1), np.zeros(len(order), np.int64)
+        columns, start = [np.zeros(0, np.int64)], 0
         for n in active:
-            gaps = self.values("gaps", contexts[at : at + n] + of_rank[:n])
+            gaps = self.values("gaps", contexts[start : start + n] + rank_context[:n])
             rank = rank[:n] + gaps + 1
             columns.append(rank)
-            of_rank = model.context_of_rank.take(rank, mode="clip")
-            at += n
-        out = np.empty(len(turn), np.int64)
-        out[(np.cumsum(sizes) - sizes)[order][turn] + place] = np.concatenate(columns)
-        if out.size and out.max() >= len(model.classes):
+            rank_context = model.context_of_rank.take(rank, mode="clip")
+            start += n
+        ranks = np.empty(len(number), np.int64)
+        ranks[(np.cumsum(sizes) - sizes)[order][number] + place] = np.concatenate(columns)
+        if ranks.size and ranks.max() >= len(model.classes):
             raise ValueError("a rank is beyond the last class")
-        return np.repeat(np.arange(len(sizes)), sizes), out
+        return np.repeat(np.arange(len(sizes)), sizes), ranks
 
     def excesses(self, heavies: np.ndarray, excess: np.ndarray) -> np.ndarray:
-        """What each heavy class was drawn beyond two times, by row and ascending rank."""
+        """How often beyond two times each heavy class was drawn, in the order of the rows, ranks ascending.
+
+        Args:
+            heavies: how many heavy classes each row has.
+            excess: the sum of the answer over each row.
+        """
         order, active = _longest_first(heavies), _active(heavies, 1)
-        turn, place = _places(active)
-        left, excess = heavies[order][turn] - place, excess[order]
-        columns, at = [np.zeros(0, np.int64)], 0
+        number, place = _places(active)
+        left, excess = heavies[order][number] - place, excess[order]
+        columns, start = [np.zeros(0, np.int64)], 0
         for n in active:
-            beyond = self.values("counts", self.model.count_context(excess[:n], left[at : at + n]))
+            beyond = self.values("counts", self.model.count_context(excess[:n], left[start : start + n]))
             excess[:n] -= beyond
             if excess[:n].min() < 0:
                 raise ValueError("the counts of a row are more than its draws")
             columns.append(beyond)
-            at += n
+            start += n
         begin = (np.cumsum(heavies) - heavies)[order]
-        out = np.empty(int(heavies.sum()), np.int64)
-        out[begin[turn] + place] = np.concatenate(columns)
+        excesses = np.empty(int(heavies.sum()), np.int64)
+        excesses[begin[number] + place] = np.concatenate(columns)
         # The last class of each row takes what the others leave.
-        has_any = heavies[order] > 0
-        out[(begin + heavies[order] - 1)[has_any]] = excess[has_any]
-        return out
+        has_heavies = heavies[order] > 0
+        excesses[(begin + heavies[order] - 1)[has_heavies]] = excess[has_heavies]
+        return excesses

@@ -1,21 +1,21 @@
-"""What a shard's samples have in common: which classes are drawn how often, and how the coded symbols are distributed.
+"""The model of a shard: which classes its samples have, how often, and how the coded symbols are distributed.
 
-Made from the shard's own draws, stored at its head. ``docs/cache-format.md`` has the bytes.
+``codec.fit`` makes it from the shard's own draws; the shard stores it. ``docs/cache-format.md`` defines the bytes.
 """
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Final, Literal
 
 import numpy as np
 import zstandard
 
-from selkd.cache.integers import LARGEST_VALUE, Buckets, bit_length, frequencies, to_codes
+from selkd.cache.integers import LARGEST_VALUE, Buckets, bit_length, frequencies
 from selkd.cache.rows import LARGEST_COUNT, Rows
 from selkd.errors import InputError
 
-CLASSES_LEFT: Final = 16  # contexts tell 1 to 15 classes left apart, and more
+CLASSES_LEFT: Final = 16  # contexts tell apart 1, 2, … 15 classes left, and 16 or more
 Table = Literal["singles", "heavies", "gaps", "counts"]
 TABLES: Final[tuple[Table, ...]] = ("singles", "heavies", "gaps", "counts")
 
@@ -25,13 +25,14 @@ _LENGTH = struct.Struct("<I")
 
 
 class Model:
-    """The shared part of a shard, which its samples are coded with.
+    """The part of a shard that all of its samples are coded with.
 
     Args:
-        total: what the counts of each row that is not empty sum to.
+        total: the sum of the counts of each row that is not empty.
         classes: uint32 [D], the ids of the D drawn classes by rank: those drawn more often first.
-        octaves: uint8 [D], the bits of how often each was drawn, descending; ids ascend where they are equal.
-        codes: for each of ``TABLES`` uint8 [contexts, symbols]: how often each symbol came, as ``integers.to_codes``.
+        octaves: uint8 [D], the bit length of how often each class was drawn, descending; equal ones by ascending id.
+        codes: for each of ``TABLES``, uint8 [contexts, symbols]: how often each symbol was coded, as
+            ``integers.to_codes`` rounds it.
     """
 
     def __init__(self, total: int, classes: np.ndarray, octaves: np.ndarray, codes: dict[Table, np.ndarray]) -> None:
@@ -40,7 +41,7 @@ class Model:
         self.octaves = octaves
         self.codes = codes
         largest_rank = max(len(classes) - 1, 0)
-        # Singles and heavies: how many classes of a row were drawn once, and more often.
+        # Singles and heavies count the classes of a row that were drawn once, and more often.
         self.buckets: dict[Table, Buckets] = {
             "singles": Buckets(3, total),
             "heavies": Buckets(3, total // 2),
@@ -48,12 +49,26 @@ class Model:
             "counts": Buckets(1, total),
         }
         self.n_octaves = len(classes).bit_length() + 1
-        # Contexts are told apart by the octave of the rank before, the bits of rank + 1; 0 stands before the first.
+        # A gap's context depends on the bit length of the rank before, plus 1; the first gap of a list has 0 there.
         self.context_of_rank = CLASSES_LEFT * bit_length(np.arange(1, len(classes) + 1))
         self._bucket_of_excess = self.buckets["counts"].of(np.arange(total + 1))
 
+    @classmethod
+    def of_classes(cls, samples: Sequence[Rows]) -> "Model":
+        """The model of these checked samples, still without tables."""
+        ids, n_drawn = np.unique(np.concatenate([rows.class_ids for rows in samples]), return_counts=True)
+        if len(ids) > LARGEST_VALUE:
+            raise InputError(f"a shard holds at most {LARGEST_VALUE} distinct classes; got {len(ids)}")
+        octaves = bit_length(n_drawn).astype(np.uint8)
+        order = np.argsort(-octaves.astype(np.int16), kind="stable")
+        sums = [rows.counts[: rows.row_lengths[rows.row_lengths > 0][0]] for rows in samples if len(rows.counts)]
+        total = int(sums[0].sum(dtype=np.int64)) if sums else 0
+        if total > LARGEST_COUNT:
+            raise InputError(f"the counts of a row sum to at most {LARGEST_COUNT}; got {total}")
+        return cls(total, ids[order].astype(np.uint32), octaves[order], {})
+
     def shape(self, table: Table) -> tuple[int, int]:
-        """Contexts and symbols of a table."""
+        """The number of contexts and of symbols of a table."""
         contexts = {
             "singles": 1,
             "heavies": self.buckets["singles"].n,
@@ -62,18 +77,29 @@ class Model:
         }
         return contexts[table], max(2, self.buckets[table].n)
 
-    def gap_context(self, is_single: np.ndarray, of_rank: np.ndarray | np.int64, left: np.ndarray) -> np.ndarray:
-        """Of a gap: its group, ``context_of_rank`` of the rank before, the classes left in its list, this one too."""
+    def gap_context(self, is_single: np.ndarray, rank_context: np.ndarray | np.int64, left: np.ndarray) -> np.ndarray:
+        """The context of each gap.
+
+        Args:
+            is_single: 1 in lists of singles, 0 in lists of heavies.
+            rank_context: ``context_of_rank`` of the rank before.
+            left: how many classes of its list are still to come, this one included.
+        """
         group = is_single * (self.n_octaves * CLASSES_LEFT) - 1
-        return group + of_rank + np.minimum(left, CLASSES_LEFT)
+        return group + rank_context + np.minimum(left, CLASSES_LEFT)
 
     def count_context(self, excess: np.ndarray, left: np.ndarray) -> np.ndarray:
-        """Of a count: the draws left beyond two for each heavy class left, and how many heavy classes are left."""
+        """The context of each count.
+
+        Args:
+            excess: the draws of the row still to be told out, beyond two for each heavy class.
+            left: how many heavy classes of the row are still to come, this one included.
+        """
         return self._bucket_of_excess[excess] * CLASSES_LEFT + np.minimum(left, CLASSES_LEFT) - 1
 
     @cached_property
     def weights(self) -> dict[Table, np.ndarray]:
-        """float32 [contexts, symbols], each frequency less one: what constriction takes, exactly."""
+        """Each frequency less one, float32 [contexts, symbols]: numbers that constriction brings back exactly."""
         return {table: (frequencies(self.codes[table]) - 1).astype(np.float32) for table in TABLES}
 
     @cached_property
@@ -118,34 +144,8 @@ class Model:
         return model
 
 
-def fit(samples: Iterable[Rows], symbols_of: Callable[[Model, Rows], dict[Table, np.ndarray]]) -> Model:
-    """The model of these samples.
-
-    Args:
-        samples: checked rows, gone through twice.
-        symbols_of: for a model without tables and a sample, the cell (context * symbols + symbol) of each coded symbol.
-    """
-    samples = list(samples)
-    ids, n_drawn = np.unique(np.concatenate([rows.class_ids for rows in samples]), return_counts=True)
-    if len(ids) > LARGEST_VALUE:
-        raise InputError(f"a shard holds at most {LARGEST_VALUE} distinct classes; got {len(ids)}")
-    octaves = bit_length(n_drawn).astype(np.uint8)
-    order = np.argsort(-octaves.astype(np.int16), kind="stable")
-    sums = [rows.counts[: rows.row_lengths[rows.row_lengths > 0][0]] for rows in samples if len(rows.counts)]
-    total = int(sums[0].sum(dtype=np.int64)) if sums else 0
-    if total > LARGEST_COUNT:
-        raise InputError(f"the counts of a row sum to at most {LARGEST_COUNT}; got {total}")
-    model = Model(total, ids[order].astype(np.uint32), octaves[order], {})
-    numbers = {table: np.zeros(np.prod(model.shape(table)), np.int64) for table in TABLES}
-    for rows in samples:
-        for table, cells in symbols_of(model, rows).items():
-            numbers[table] += np.bincount(cells, minlength=len(numbers[table]))
-    model.codes = {table: to_codes(numbers[table]).reshape(model.shape(table)) for table in TABLES}
-    return model
-
-
 class _Frames:
-    """The Zstandard frames of a model one after the other, each of a size known beforehand."""
+    """Reads the Zstandard frames of a stored model one after another; the size of each is known beforehand."""
 
     def __init__(self, data: bytes) -> None:
         if len(data) < _HEADER.size:
@@ -157,7 +157,7 @@ class _Frames:
         self._decompressor = zstandard.ZstdDecompressor()
 
     def next(self, size: int) -> np.ndarray:
-        """uint8 [size]."""
+        """The next frame, decompressed: uint8 [size]."""
         start = self._at + _LENGTH.size
         if start > len(self._data):
             raise InputError("a shard's model is damaged: it ends early")
@@ -165,7 +165,7 @@ class _Frames:
         frame = self._data[start : start + length]
         self._at = start + length
         try:
-            # Checked before anything is decompressed, so that a damaged frame can't ask for any amount of memory.
+            # The size is checked before decompression, so that a damaged frame can't ask for any amount of memory.
             if len(frame) < length or zstandard.get_frame_parameters(frame).content_size != size:
                 raise InputError(f"a shard's model is damaged: a frame is cut or does not hold {size} bytes")
             return np.frombuffer(self._decompressor.decompress(frame, allow_extra_data=False), np.uint8)
@@ -173,5 +173,6 @@ class _Frames:
             raise InputError(f"a shard's model is damaged: {error}") from error
 
     def end(self) -> None:
+        """Raises InputError unless all bytes were read."""
         if self._at != len(self._data):
             raise InputError(f"a shard's model is damaged: {len(self._data) - self._at} bytes follow its end")

@@ -8,22 +8,23 @@ from typing import Final
 import numpy as np
 
 PRECISION: Final = 24  # bits; the frequencies of a table's row sum to 2^24
-LARGEST_VALUE: Final = 2**24 - 1  # of a coded integer: what the coder holds exactly
+LARGEST_VALUE: Final = 2**24 - 1  # the largest integer that the coder holds exactly
 
-# What each byte of a stored table stands for: 0 to 7 exactly, from there two significant bits after the first.
+# The count that each byte of a stored table stands for: 0 to 7 are exact, larger ones keep three significant bits.
 _CODES = np.arange(128, dtype=np.int64)
 _COUNTS = np.where(_CODES < 4, _CODES, (4 + _CODES % 4) << np.maximum(_CODES // 4 - 1, 0))
 
 
 class Buckets:
-    """Integers from 0 to ``largest``: a bucket, which is modelled, and its low bits, which are not.
+    """Cuts the integers from 0 to ``largest`` into buckets, which are modelled, and low bits, which are not.
 
-    A value below 2^m has a bucket of its own. From there each power of two is cut into 2^m buckets of equal size.
+    With m mantissa bits, each value below 2^m has a bucket of its own. From there on, the values of each bit length are
+    cut into 2^m buckets of equal size.
 
     Attributes:
         n: how many buckets there are.
         first: int64 [n], the least value of each bucket.
-        size: int32 [n], how many values it holds: a power of two.
+        size: int32 [n], how many values each bucket holds: a power of two.
     """
 
     def __init__(self, mantissa_bits: int, largest: int) -> None:
@@ -41,20 +42,20 @@ class Buckets:
 
 
 def bit_length(values: np.ndarray) -> np.ndarray:
-    """int64, the bits that each non-negative integer below 2^53 takes; 0 for 0."""
+    """int64: the bit length of each integer from 0 to 2^53 - 1; that of 0 is 0."""
     return np.frexp(values.astype(np.float64))[1].astype(np.int64)
 
 
 def to_codes(counts: np.ndarray) -> np.ndarray:
-    """uint8: for each count the largest code whose value is not above it; above 0 unless the count is 0."""
+    """uint8: for each count, the largest code that stands for no more than it. Only the count 0 has code 0."""
     return (np.searchsorted(_COUNTS, counts, side="right") - 1).astype(np.uint8)
 
 
 def frequencies(codes: np.ndarray) -> np.ndarray:
-    """Frequencies of the symbols of each row, int64 [rows, symbols], each at least 1, a row's sum 2^24.
+    """Frequencies of the symbols of each row, int64 [rows, symbols]: each is at least 1, and a row sums to 2^24.
 
     Args:
-        codes: uint8 [rows, symbols] below 128, at least two symbols. A row of zeros stands for equal counts.
+        codes: uint8 [rows, symbols] below 128, with at least two symbols. A row of zeros stands for equal counts.
     """
     counts = _COUNTS[codes]
     counts[~counts.any(axis=1)] = 1

@@ -1,4 +1,4 @@
-"""The two JSON files of a cache: ``plan.json`` (what it is to hold) and ``manifest.json`` (written last: complete)."""
+"""The two JSON files of a cache: ``plan.json`` says what it is to hold, ``manifest.json`` that it holds it."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import xxhash
 
 from selkd.cache import codec
 from selkd.cache.rows import LARGEST_COUNT
-from selkd.cache.shard import Shard, ids_digest, shard_name
+from selkd.cache.shard import ids_digest, shard_name
 from selkd.errors import InputError
 from selkd.files import replacing
 
@@ -25,7 +25,7 @@ Fingerprint = Mapping[str, str | int | float]
 
 
 def make_plan(fingerprint: Fingerprint, shard_ids: Sequence[Sequence[bytes]]) -> dict[str, Any]:
-    """What a cache is to hold: every process of a build computes the same plan."""
+    """The content of ``plan.json``. Every process of a build computes the same plan."""
     return _document(
         fingerprint=dict(fingerprint),
         n_samples=sum(len(ids) for ids in shard_ids),
@@ -36,10 +36,11 @@ def make_plan(fingerprint: Fingerprint, shard_ids: Sequence[Sequence[bytes]]) ->
 def make_manifest(
     plan: Mapping[str, Any], plan_checksum: str, shards: Sequence[Mapping[str, Any]], index: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a complete cache holds; it exists only once every planned shard does.
+    """The content of ``manifest.json``, which is written once every planned shard is there.
 
     Args:
-        shards: ``describe_shard`` of each. index: ``sample_index.describe_index``.
+        shards: the ``Shard.entry`` of every shard.
+        index: size and digest of the index, from ``sample_index.describe_index``.
     """
     return _document(
         complete=True,
@@ -51,21 +52,8 @@ def make_manifest(
     )
 
 
-def describe_shard(number: int, shard: Shard) -> dict[str, str | int]:
-    """A shard's line in the manifest."""
-    return {
-        "name": shard_name(number),
-        "bytes": shard.size_bytes,
-        "samples": len(shard.index),
-        "positions": shard.positions,
-        "classes": shard.classes,
-        "digest": shard.digest,
-        "ids_digest": shard.ids_digest,
-    }
-
-
 def render(content: Mapping[str, Any]) -> tuple[bytes, str]:
-    """The bytes of a file with this content, and the checksum that they carry (32 hex digits)."""
+    """The bytes of a file with this content, and the checksum, 32 hex digits, that stands in them."""
     blank = {**content, "checksum": _NO_CHECKSUM.decode()}
     data = json.dumps(blank, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
     checksum = xxhash.xxh3_128_hexdigest(data)
@@ -83,7 +71,7 @@ def read_plan(path: Path) -> tuple[dict[str, Any], str]:
     """The content of ``plan.json``, and its checksum.
 
     Raises:
-        InputError: the file is missing, not ours, changed since it was written, or of an unknown version or codec.
+        InputError: the file is missing, not selkd's, changed since it was written, or of an unknown version or codec.
     """
     content, checksum = _read_document(path)
     shards = content.get("shards")
@@ -98,7 +86,7 @@ def read_plan(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The content of ``manifest.json``. File names come from it, so they are checked: none leads out of the folder.
+    """The content of ``manifest.json``. Its file names are checked, so none of them leads out of the folder.
 
     Raises:
         InputError: as ``read_plan``, or it does not describe a complete cache.
@@ -123,25 +111,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_complete(directory: Path) -> dict[str, Any]:
-    """The manifest of a complete cache. Raises InputError where there is none, saying what is there instead."""
+    """The manifest of a complete cache. Raises InputError, which says what is there instead, where there is none."""
     if not directory.is_dir():
         raise InputError(f"there is no teacher cache at {directory}: build it first, or set cache.path to one")
     if not (directory / MANIFEST).exists():
         if not (directory / PLAN).exists():
             raise InputError(f"{directory} is not a teacher cache: it has neither {MANIFEST} nor {PLAN}")
         plan, _ = read_plan(directory / PLAN)
-        n_there = sum((directory / shard_name(number)).exists() for number in range(len(plan["shards"])))
+        n_shards = sum((directory / shard_name(number)).exists() for number in range(len(plan["shards"])))
         raise InputError(
-            f"the teacher cache in {directory} is incomplete: {n_there} of {len(plan['shards'])} shards are there and "
+            f"the teacher cache in {directory} is incomplete: {n_shards} of {len(plan['shards'])} shards are there and "
             "it was not finished: build it again to the end"
         )
     return read_manifest(directory / MANIFEST)
 
 
 def check_fingerprint(fingerprint: Fingerprint) -> None:
-    """Raises InputError unless all are strings, integers or finite floats, and the sizes are ones that can be stored.
+    """Raises InputError unless all values are strings, integers or finite floats, and the sizes can be stored.
 
-    ``draws`` and ``vocabulary`` are integers from 1; what the counts of a row sum to is at most 65,535.
+    ``draws`` and ``vocabulary`` are integers of at least 1; the counts of a row sum to at most 65,535.
     """
     for field, value in fingerprint.items():
         if not isinstance(field, str) or isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -157,18 +145,18 @@ def check_fingerprint(fingerprint: Fingerprint) -> None:
 
 
 def count_total(fingerprint: Fingerprint) -> int:
-    """What the counts of each stored row sum to: ``count_total``, or ``draws`` where there is none."""
+    """The sum of the counts of a stored row: ``count_total``, or ``draws`` where the fingerprint has none."""
     return int(fingerprint.get("count_total", fingerprint["draws"]))
 
 
 def check_same_fingerprint(stored: Fingerprint, expected: Fingerprint, folder: Path) -> None:
-    """Raises InputError naming each field that differs or is on one side only, with both values."""
+    """Raises InputError, which names each field that differs or is missing, with both values, unless they agree."""
     differences = []
     for field in sorted(stored.keys() | expected.keys()):
-        # Compared as they are written: 1 and 1.0 are equal in Python and yet not the same fingerprint.
-        there, wanted = (json.dumps(side[field]) if field in side else "none" for side in (stored, expected))
-        if there != wanted:
-            differences.append(f"{field}: stored {there}, expected {wanted}")
+        # Values are compared as JSON: 1 and 1.0 are equal in Python and yet not the same fingerprint.
+        values = [json.dumps(side[field]) if field in side else "none" for side in (stored, expected)]
+        if values[0] != values[1]:
+            differences.append(f"{field}: stored {values[0]}, expected {values[1]}")
     if differences:
         raise InputError(
             f"the teacher cache in {folder} was built for something else ({'; '.join(differences)}): "
@@ -176,28 +164,19 @@ def check_same_fingerprint(stored: Fingerprint, expected: Fingerprint, folder: P
         )
 
 
-def check_same_shard(number: int, shard: Shard, entry: Mapping[str, Any]) -> None:
-    """Raises InputError unless the shard is the one of the manifest's entry, or of the plan's, which says less."""
-    there = describe_shard(number, shard)
-    if differences := [
-        f"{key} {there[key]}, listed {entry[key]}" for key in there if entry.get(key, there[key]) != there[key]
-    ]:
-        raise InputError(f"{shard.name} is not the shard that the manifest lists: {'; '.join(differences)}")
-
-
 def _read_document(path: Path) -> tuple[dict[str, Any], str]:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path.name} in {path.parent} can't be read: {error}") from error
-    damaged = f"{path.name} in {path.parent} is damaged, or no part of a selkd teacher cache"
+    damaged = f"{path.name} in {path.parent} is damaged, or is not part of a selkd teacher cache"
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{damaged}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{damaged}: its format is not {FORMAT!r}")
-    # Before the checksum: another version may have another.
+    # The version is read before the checksum, which another version may compute in another way.
     for field, known in (("version", VERSION), ("codec", codec.NAME)):
         if content.get(field) != known:
             raise InputError(

@@ -1,9 +1,11 @@
-"""Reading a cache: open it, look samples up by content."""
+"""Reading a cache: open it, look samples up by content, and say how large it is and what it holds."""
 
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from selkd.cache.manifest import (
     MANIFEST,
@@ -11,25 +13,23 @@ from selkd.cache.manifest import (
     Fingerprint,
     check_fingerprint,
     check_same_fingerprint,
-    check_same_shard,
     read_complete,
 )
 from selkd.cache.rows import Rows
 from selkd.cache.sample_index import INDEX_FILE, SampleIndex, describe_index
-from selkd.cache.shard import ID_BYTES, Shard, read_shard, shard_name
+from selkd.cache.shard import ID_BYTES, Shard, read_shard
 from selkd.cache.verify import verify_cache
 from selkd.errors import InputError
 
-# Of each, model and index stay in memory: some 0.4 MB, so that memory does not grow with the cache. At 2^17 tokens a
-# shard, 32 million tokens are read without reading a model twice.
+# The models and indices of so many shards stay in memory, some 0.4 MB each, so memory does not grow with the cache. At
+# 2^17 tokens a shard, 32 million tokens can be read without reading a model twice.
 SHARDS_IN_MEMORY = 256
 
 
 class TeacherCache:
-    """A complete teacher cache: the drawn classes at every position of every kept sample, found by its content.
+    """A complete teacher cache: the drawn classes at every position of every kept sample, looked up by its content.
 
-    Holds no open file and no lock: it may be shared by threads, forked, or sent to worker processes. Memory does not
-    grow with the number of samples.
+    It holds no open file and no lock, so threads may share it, and it may be forked or sent to worker processes.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
@@ -43,12 +43,11 @@ class TeacherCache:
         """Opens a complete cache. Shards are read when they are needed; ``verify`` reads them all.
 
         Args:
-            directory: the cache's folder.
-            expected: the whole fingerprint that the caller computes, or None to take any.
+            expected: the whole fingerprint that the cache must have, or None to take any.
 
         Raises:
-            InputError: no cache there, an incomplete one, an unknown version, a changed manifest, or any field of the
-                fingerprint that differs or is on one side only (named, with the stored and the expected value).
+            InputError: there is no cache, it is incomplete or of an unknown version, its manifest was changed, or its
+                fingerprint is another (each field that differs is named, with the stored and the expected value).
         """
         directory = Path(directory)
         manifest = read_complete(directory)
@@ -75,7 +74,7 @@ class TeacherCache:
         return int(self._manifest["n_samples"])
 
     def __contains__(self, sample_id: object) -> bool:
-        """Raises InputError where the index is damaged, rather than deny a sample that is there."""
+        """Whether the sample is there. Raises InputError if the index is damaged, rather than answer False."""
         if not isinstance(sample_id, bytes) or len(sample_id) != ID_BYTES:
             return False
         if self._index.find(sample_id) is not None:
@@ -93,7 +92,7 @@ class TeacherCache:
         """The rows of one sample: row_lengths uint16 [n], class_ids uint32 [sum], counts uint16 [sum]; see ``Rows``.
 
         Raises:
-            InputError: the sample is not in the cache, or what is stored is not what was written.
+            InputError: the sample is not in the cache, or its bytes are damaged.
         """
         if not isinstance(sample_id, bytes) or len(sample_id) != ID_BYTES:
             raise InputError(f"a sample id must be {ID_BYTES} raw bytes; got {sample_id!r}")
@@ -119,13 +118,13 @@ class TeacherCache:
         raise InputError(f"{INDEX_FILE} in {self.directory} leads to another sample than {sample_id.hex()}")
 
     def verify(self) -> list[str]:
-        """Reads every byte of the folder as it is now; the problems found, each naming its file. Empty: all is well."""
+        """Reads every byte of the folder as it is now and lists the problems, named by file; empty if all is well."""
         return verify_cache(self.directory)
 
     def stats(self) -> dict[str, int | float]:
-        """The cache's size (all files of it) against what plainer layouts would take.
+        """The size of all files of the cache, beside that of plainer layouts.
 
-        A position counts if it has a class. ``fixed_width`` is 3 bytes a draw, ``full_logits`` 2 bytes a class (bf16).
+        Positions with a class are counted. ``fixed_width`` is 3 bytes a draw, ``full_logits`` 2 bytes a class (bf16).
         """
         shards = self._manifest["shards"]
         positions = sum(entry["positions"] for entry in shards)
@@ -146,8 +145,32 @@ class TeacherCache:
             "full_logits_bytes_per_position": 2 * int(self._manifest["fingerprint"]["vocabulary"]),
         }
 
+    def contents(self, n_samples: int = 1000, seed: int = 0) -> dict[str, int | float]:
+        """What was drawn in random samples, or in all if there are fewer, at the positions that have a class.
+
+        Returns:
+            ``samples_read``; ``classes_p10``, ``_median``, ``_p90`` and ``_max`` of the distinct classes of a
+            position; ``drawn_once_share``, the share of these classes that was drawn once.
+
+        Raises:
+            InputError: a sample is damaged.
+        """
+        ids = self.sample_ids()
+        rows = [self.get(ids[index]) for index in np.random.default_rng(seed).permutation(len(ids))[:n_samples]]
+        classes = np.concatenate([sample.row_lengths for sample in rows])
+        classes = classes[classes > 0]
+        p10, median, p90 = np.quantile(classes, [0.1, 0.5, 0.9]).tolist() if len(classes) else (0.0, 0.0, 0.0)
+        return {
+            "samples_read": len(rows),
+            "classes_p10": p10,
+            "classes_median": median,
+            "classes_p90": p90,
+            "classes_max": int(classes.max(initial=0)),
+            "drawn_once_share": sum(int((sample.counts == 1).sum()) for sample in rows) / max(int(classes.sum()), 1),
+        }
+
     def _require_whole_index(self) -> None:
-        """Reads every byte of the index, once. Raises InputError where it is not as it was written."""
+        """Reads every byte of the index, once. Raises InputError where it does not match its digest."""
         if not self._is_index_whole and describe_index(self.directory / INDEX_FILE) != self._manifest["index"]:
             raise InputError(
                 f"{INDEX_FILE} in {self.directory} is damaged: it does not match its digest. "
@@ -158,9 +181,8 @@ class TeacherCache:
     @cached_property
     def _shard(self) -> Callable[[int], Shard]:
         def read(number: int) -> Shard:
-            entry = self._manifest["shards"][number]
-            shard = read_shard(self.directory / shard_name(number), number, self._manifest["plan"])
-            check_same_shard(number, shard, entry)
+            shard = read_shard(self.directory, number, self._manifest["plan"])
+            shard.check(self._manifest["shards"][number])
             return shard
 
         return lru_cache(SHARDS_IN_MEMORY)(read)

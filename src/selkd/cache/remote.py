@@ -1,7 +1,6 @@
-"""A cache at an address (``hf://``, ``s3://``, …, by fsspec) is copied to local disk before it is read."""
+"""Fetching a cache from an address that fsspec knows (``hf://``, ``s3://``, …): copied to local disk, then verified."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import fsspec
 import xxhash
@@ -11,6 +10,7 @@ from selkd.cache.reader import TeacherCache
 from selkd.cache.sample_index import INDEX_FILE
 from selkd.cache.verify import verify_cache
 from selkd.errors import InputError, RunError
+from selkd.files import new_folder
 
 
 def is_remote(path: str) -> bool:
@@ -19,16 +19,16 @@ def is_remote(path: str) -> bool:
 
 
 def fetch_cache(url: str, folder: Path) -> Path:
-    """Copy a complete cache into ``folder/<digest of its manifest>`` and verify the copy, unless it is there.
+    """Copy a complete cache to ``folder/<digest of its manifest>`` and verify the copy; an earlier copy is used again.
 
-    The copy takes its name once every byte of it is verified. A cache that changed at its address is another copy.
+    The copy takes its name once every byte of it is verified. A cache that changed at its address gets a new copy.
 
     Returns:
         The copy's folder, for ``TeacherCache.open``.
 
     Raises:
-        InputError: no complete cache there, an address that fsspec does not know, a copy that does not verify, or an
-            earlier copy that lost a file.
+        InputError: there is no complete cache at the address, fsspec does not know such addresses, the copy does not
+            verify, or an earlier copy lost a file.
         RunError: reading or writing broke off; nothing is left behind.
     """
     try:
@@ -45,33 +45,21 @@ def fetch_cache(url: str, folder: Path) -> Path:
         except InputError as error:
             raise InputError(f"the copy of {url} in {local} is damaged: {error}. Remove it to copy anew") from error
         return local
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as temporary:
-            copy = Path(temporary) / "cache"
-            copy.mkdir()
-            (copy / MANIFEST).write_bytes(manifest)
-            # A manifest that is read names files of its own folder alone.
-            for name in (PLAN, INDEX_FILE, *(entry["name"] for entry in read_manifest(copy / MANIFEST)["shards"])):
-                _get(remote, f"{root.rstrip('/')}/{name}", copy / name, url)
-            if problems := verify_cache(copy):
-                raise InputError(f"the teacher cache at {url} is damaged: {'; '.join(problems[:3])}")
-            copy.replace(local)
-    except OSError as error:
-        if not local.exists():  # else another process was first, with the same content
-            raise RunError(f"{local} can't be written: {error}") from error
+    with new_folder(local) as copy:
+        (copy / MANIFEST).write_bytes(manifest)
+        # read_manifest checks that the manifest names files of its own folder alone.
+        for name in (PLAN, INDEX_FILE, *(entry["name"] for entry in read_manifest(copy / MANIFEST)["shards"])):
+            try:
+                remote.get_file(f"{root.rstrip('/')}/{name}", str(copy / name))
+            except FileNotFoundError as error:
+                raise InputError(f"the teacher cache at {url} lacks {name}, which its {MANIFEST} lists") from error
+            except Exception as error:
+                raise _broken_off(f"{name} at {url}", error) from error
+        if problems := verify_cache(copy):
+            raise InputError(f"the teacher cache at {url} is damaged: {'; '.join(problems[:3])}")
     return local
 
 
-def _get(remote: fsspec.AbstractFileSystem, source: str, target: Path, url: str) -> None:
-    try:
-        remote.get_file(source, str(target))
-    except FileNotFoundError as error:
-        raise InputError(f"the teacher cache at {url} lacks {target.name}, which its {MANIFEST} lists") from error
-    except Exception as error:
-        raise _broken_off(f"{target.name} at {url}", error) from error
-
-
 def _broken_off(what: str, error: Exception) -> RunError:
-    """Each kind of address has errors of its own (HTTP, credentials, time-outs)."""
+    """The error for whatever a kind of address raises (HTTP, credentials, time-outs)."""
     return RunError(f"{what} can't be copied: {type(error).__name__}: {error}. Run again")

@@ -1,4 +1,4 @@
-"""The drawn classes of one sample, and the checks that they can be stored exactly."""
+"""The drawn classes of one sample, and the checks that they can be stored without loss."""
 
 from typing import Final, NamedTuple
 
@@ -11,10 +11,12 @@ _LARGEST_UINT32: Final = 2**32 - 1
 
 
 class Rows(NamedTuple):
-    """The drawn classes of one sample of n positions: ragged rows, flat. A position without a target has an empty row.
+    """The drawn classes of one sample of n positions: ragged rows, concatenated.
+
+    A position without a target has an empty row.
 
     Attributes:
-        row_lengths: uint16 [n], the distinct classes of each position.
+        row_lengths: uint16 [n], the number of distinct classes at each position.
         class_ids: uint32 [sum(row_lengths)], strictly ascending within a row.
         counts: uint16 [sum(row_lengths)], how often each class was drawn, at least 1.
     """
@@ -25,11 +27,11 @@ class Rows(NamedTuple):
 
 
 def checked_rows(row_lengths: np.ndarray, class_ids: np.ndarray, counts: np.ndarray) -> Rows:
-    """The arrays, in any integer dtype, as ``Rows``.
+    """``Rows`` of these arrays, which may have any integer dtype.
 
     Raises:
-        InputError: an array is not one-dimensional or not of integers, a value is out of range (nothing is ever cut to
-            fit), lengths do not agree, or the class ids of a row do not ascend strictly.
+        InputError: an array is not one-dimensional or not of integers, a value is out of range (values are never
+            clipped), lengths do not agree, or the class ids of a row do not ascend strictly.
     """
     lengths = _checked("row_lengths", row_lengths, 0, LARGEST_COUNT)
     ids = _checked("class_ids", class_ids, 0, _LARGEST_UINT32)
@@ -42,33 +44,33 @@ def checked_rows(row_lengths: np.ndarray, class_ids: np.ndarray, counts: np.ndar
     steps = np.diff(ids, prepend=-1)
     steps[row_starts(lengths)] = 1
     if steps.size and steps.min() < 1:
-        at = int(np.argmin(steps))
+        index = int(np.argmin(steps))
         raise InputError(
-            f"class_ids must ascend strictly within a row; got {ids[at]} after {ids[at - 1]} at index {at}: "
+            f"class_ids must ascend strictly within a row; got {ids[index]} after {ids[index - 1]} at index {index}: "
             "sort each row and merge equal ids into one count"
         )
     return Rows(lengths.astype(np.uint16), ids.astype(np.uint32), numbers.astype(np.uint16))
 
 
 def check_totals(rows: Rows, total: int) -> None:
-    """Raises InputError unless the counts of every row that is not empty sum to ``total``."""
+    """Raises InputError unless the counts of each row that is not empty sum to ``total``."""
     sums = row_sums(rows)
     wrong = np.flatnonzero((sums != total) & (rows.row_lengths > 0))
     if wrong.size:
-        at = int(wrong[0])
+        row = int(wrong[0])
         raise InputError(
-            f"the counts of a row must sum to {total}; got {sums[at]} at row {at} ({wrong.size} such rows): "
+            f"the counts of a row must sum to {total}; got {sums[row]} at row {row} ({wrong.size} such rows): "
             "a draw was lost or made twice"
         )
 
 
 def row_starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each row that is not empty starts in the flat arrays."""
+    """The index in the flat arrays at which each row that is not empty starts."""
     return (np.cumsum(lengths, dtype=np.int64) - lengths)[lengths > 0]
 
 
 def row_sums(rows: Rows) -> np.ndarray:
-    """int64 [n]: the counts of each row summed; 0 for an empty row."""
+    """The sum of the counts of each row, int64 [n]; 0 for an empty row."""
     sums = np.zeros(len(rows.row_lengths), np.int64)
     if len(rows.counts):
         sums[rows.row_lengths > 0] = np.add.reduceat(rows.counts.astype(np.int64), row_starts(rows.row_lengths))

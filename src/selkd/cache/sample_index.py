@@ -1,4 +1,4 @@
-"""``index.selkd``: where each sample of a cache is, sorted by id and memory-mapped, so that opening costs nothing."""
+"""``index.selkd``: the shard and row of each sample of a cache, sorted by id; memory-mapped, so opening is cheap."""
 
 import struct
 from collections.abc import Iterable
@@ -20,10 +20,10 @@ _READ_BYTES = 2**24
 
 
 class SampleIndex:
-    """The samples of a cache by id. N samples take 24 N bytes on disk and next to none in memory.
+    """Looks samples up by their ids. The index of N samples takes 24 N bytes on disk and next to none in memory.
 
     Raises:
-        InputError: the file is missing, of another cache, version or size.
+        InputError: the file is missing, or is of another cache, version or size.
     """
 
     def __init__(self, path: Path, plan_checksum: str, n_samples: int) -> None:
@@ -48,26 +48,26 @@ class SampleIndex:
         self._shards, self._rows = shards.view("<u4"), rows.view("<u4")
 
     def find(self, sample_id: bytes) -> tuple[int, int] | None:
-        """The shard of a sample and its row there, or None. Raises InputError where the file was cut meanwhile."""
+        """A sample's shard number and its row there, or None. Raises InputError if the file was cut meanwhile."""
         self._require_size()
         first, second = (int.from_bytes(half, "big") for half in (sample_id[:8], sample_id[8:]))
-        # Ids are digests: as a rule one stands alone with its first half.
-        at = int(np.searchsorted(self._first, np.uint64(first)))
-        while at < len(self._first) and int(self._first[at]) == first:
-            if int(self._second[at]) == second:
-                return int(self._shards[at]), int(self._rows[at])
-            at += 1
+        # Ids are digests, so two of them hardly ever share their first half.
+        place = int(np.searchsorted(self._first, np.uint64(first)))
+        while place < len(self._first) and int(self._first[place]) == first:
+            if int(self._second[place]) == second:
+                return int(self._shards[place]), int(self._rows[place])
+            place += 1
         return None
 
     def ids(self) -> np.ndarray:
-        """V16 [N], in the order of the shards and of their rows. Raises InputError as ``find``."""
+        """All ids, V16 [N], in the order of the shards and of their rows. Raises InputError as ``find`` does."""
         self._require_size()
         order = np.lexsort((self._rows, self._shards))
         halves = np.stack([self._first[order], self._second[order]], axis=1).astype(">u8")
         return np.ascontiguousarray(halves).view("V16").ravel()
 
     def _require_size(self) -> None:
-        """A memory map of a file that was cut is a crash (SIGBUS) where it is touched; a size costs a microsecond."""
+        """Raises InputError if the file was cut since it was opened: touching its memory map would crash (SIGBUS)."""
         try:
             size = self.path.stat().st_size
         except OSError as error:
@@ -80,7 +80,7 @@ class SampleIndex:
 
 
 def write_sample_index(folder: Path, plan_checksum: str, shard_ids: Iterable[np.ndarray]) -> None:
-    """Writes the index of shards with these ids (V16 arrays), unless it is there as it should be."""
+    """Writes the index of shards with these ids, V16 arrays, unless the file already has the right content."""
     ids, shards, rows = [], [], []
     for number, sample_ids in enumerate(shard_ids):
         ids.append(np.ascontiguousarray(sample_ids).view(">u8").reshape(-1, 2).astype("<u8"))
@@ -98,7 +98,7 @@ def write_sample_index(folder: Path, plan_checksum: str, shard_ids: Iterable[np.
 
 
 def describe_index(path: Path) -> dict[str, Any]:
-    """Size and digest of the file, for the manifest. Raises InputError where it can't be read."""
+    """The size and digest of the file, for the manifest. Raises InputError where it can't be read."""
     hasher, size = xxhash.xxh3_128(), 0
     try:
         with path.open("rb") as file:

@@ -1,13 +1,13 @@
-"""One shard file: header, model, blocks of its samples, index, footer. ``docs/cache-format.md`` has the layout."""
+"""One shard file: header, model, one block a sample, index, footer. ``docs/cache-format.md`` has the layout."""
 
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -37,13 +37,13 @@ INDEX = np.dtype(
 
 @dataclass(frozen=True)
 class Shard:
-    """What a shard file says of itself; the blocks are still unread.
+    """A shard file's header, model and index in memory; the blocks stay on disk.
 
     Attributes:
         name: the file's name.
         size_bytes: the file's size.
-        digest: 32 hex digits over header, model and index, and through the index's checksums over the blocks.
-        model_bytes: the model that the blocks are coded with, stored.
+        digest: 32 hex digits over header, model and index. The index holds the blocks' checksums, so it covers them.
+        model_bytes: the stored model that the blocks are coded with.
         index: one ``INDEX`` record a sample, in file order.
     """
 
@@ -62,17 +62,33 @@ class Shard:
             raise InputError(f"{self.name} is damaged: {error}") from error
 
     @property
-    def positions(self) -> int:
-        """Positions with at least one class."""
-        return int(self.index["positions"].sum(dtype=np.int64))
+    def entry(self) -> dict[str, str | int]:
+        """The shard's entry in the manifest; ``positions`` counts those with at least one class."""
+        return {
+            "name": self.name,
+            "bytes": self.size_bytes,
+            "samples": len(self.index),
+            "positions": int(self.index["positions"].sum(dtype=np.int64)),
+            "classes": int(self.index["classes"].sum(dtype=np.int64)),
+            "digest": self.digest,
+            "ids_digest": ids_digest([self.index["sample_id"].tobytes()]),
+        }
 
-    @property
-    def classes(self) -> int:
-        return int(self.index["classes"].sum(dtype=np.int64))
+    def check(self, expected: Mapping[str, Any]) -> None:
+        """Raises InputError unless the shard is the expected one.
 
-    @property
-    def ids_digest(self) -> str:
-        return ids_digest([self.index["sample_id"].tobytes()])
+        Args:
+            expected: the shard's entry in the manifest, or in the plan, which has fewer fields.
+        """
+        entry = self.entry
+        if entry["ids_digest"] != expected["ids_digest"]:
+            raise InputError(f"{self.name} holds other samples than planned, or in another order")
+        if differences := [
+            f"{field} {value}, listed {expected[field]}"
+            for field, value in entry.items()
+            if expected.get(field, value) != value
+        ]:
+            raise InputError(f"{self.name} is not the shard that the manifest lists: {'; '.join(differences)}")
 
     def read(self, path: Path, row: int) -> Rows:
         """The rows of the sample at ``row`` of the index.
@@ -80,13 +96,26 @@ class Shard:
         Raises:
             InputError: the block is not what was written; the message starts with the shard's name.
         """
-        # Opened for each sample: a memory map would turn a file that was cut meanwhile into a crash (SIGBUS), and one
-        # open handle a shard would meet the limit on open files.
+        # The file is opened for each sample: touching a memory map of a file that was cut meanwhile would crash the
+        # process (SIGBUS), and a handle kept open for each shard would exceed the limit on open files.
         with _reading(path) as file:
-            return self.decode(row, _read_block(file, self, row))
+            return self.decode(row, self.block(file, row))
+
+    def block(self, file: BinaryIO, row: int) -> bytes:
+        """The bytes of the sample at ``row``. Raises InputError where they do not match their checksum."""
+        entry = self.index[row]
+        sample_id = entry["sample_id"].tobytes()
+        file.seek(int(entry["offset"]))
+        block = file.read(int(entry["length"]))
+        if _checksum(sample_id, block) != int(entry["checksum"]):
+            raise InputError(
+                f"{self.name} is damaged at sample {sample_id.hex()}: its {len(block)} bytes do not match their "
+                "checksum"
+            )
+        return block
 
     def decode(self, row: int, block: bytes) -> Rows:
-        """The rows of a block whose checksum is right. Raises InputError where it does not mean what the index says."""
+        """The rows of a block whose checksum is right. Raises InputError where they do not agree with the index."""
         entry = self.index[row]
         where = f"{self.name} is damaged at sample {entry['sample_id'].tobytes().hex()}"
         try:
@@ -103,7 +132,7 @@ def shard_name(number: int) -> str:
 
 
 def ids_digest(sample_ids: Iterable[bytes]) -> str:
-    """xxh3_128 of the sample ids one after the other, as 32 hex digits: which samples a shard holds, in which order."""
+    """32 hex digits that stand for the samples of a shard and their order: xxh3_128 of the ids one after another."""
     hasher = xxhash.xxh3_128()
     for sample_id in sample_ids:
         hasher.update(sample_id)
@@ -111,7 +140,7 @@ def ids_digest(sample_ids: Iterable[bytes]) -> str:
 
 
 def write_shard(file: BinaryIO, number: int, plan_checksum: str, samples: Iterable[tuple[bytes, Rows]]) -> None:
-    """Writes a whole shard file. The model is made from all its samples, so one shard's rows are held in memory."""
+    """Writes a whole shard file. Its model is fitted to all of its samples, so their rows are held in memory."""
     samples = list(samples)
     model = codec.fit(rows for _, rows in samples)
     model_bytes = model.to_bytes()
@@ -130,36 +159,42 @@ def write_shard(file: BinaryIO, number: int, plan_checksum: str, samples: Iterab
     file.write(_FOOTER.pack(offset, len(entries), xxhash.xxh3_128_digest(header + model_bytes + index), _END_MAGIC))
 
 
-def read_shard(path: Path, number: int, plan_checksum: str) -> Shard:
-    """Reads header, model, index and footer, and checks that this is shard ``number`` of the cache with this plan.
+def read_shard(folder: Path, number: int, plan_checksum: str) -> Shard:
+    """Reads header, model, index and footer of shard ``number`` of the cache that has this plan.
 
     Raises:
         InputError: the file is missing, cut, damaged, another shard or another cache's; the message starts with its
             name.
     """
-    with _reading(path) as file:
-        return _read_shard(file, path.name, number, plan_checksum)
+    name = shard_name(number)
+    with _reading(folder / name) as file:
+        return _read_shard(file, name, number, plan_checksum)
 
 
-def check_shard(path: Path, number: int, plan_checksum: str, expected_ids_digest: str, *, decode: bool) -> Shard:
-    """Reads every byte of a shard and checks each block's checksum; with ``decode`` also what it means.
+def shard_problem(
+    folder: Path, number: int, plan_checksum: str, expected: Mapping[str, Any], *, decode: bool
+) -> str | None:
+    """What is wrong with a shard, or None. Reads every byte and compares all checksums.
 
-    Raises:
-        InputError: as ``read_shard`` and ``Shard.read``, or the shard holds other samples than planned.
+    Args:
+        expected: as ``Shard.check`` takes it.
+        decode: also decode every block.
     """
-    shard = read_shard(path, number, plan_checksum)
-    if shard.ids_digest != expected_ids_digest:
-        raise InputError(f"{path.name} holds other samples than planned, or in another order")
-    with _reading(path) as file:
-        for row in range(len(shard.index)):
-            block = _read_block(file, shard, row)
-            if decode:
-                shard.decode(row, block)
-    return shard
+    try:
+        shard = read_shard(folder, number, plan_checksum)
+        with _reading(folder / shard.name) as file:
+            for row in range(len(shard.index)):
+                block = shard.block(file, row)
+                if decode:
+                    shard.decode(row, block)
+        shard.check(expected)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def check_sample_ids(sample_ids: Sequence[bytes]) -> None:
-    """Raises InputError unless each is 16 raw bytes and none comes twice."""
+    """Raises InputError unless every id is 16 raw bytes and no id comes twice."""
     seen = set()
     for sample_id in sample_ids:
         if not isinstance(sample_id, bytes) or len(sample_id) != ID_BYTES:
@@ -171,7 +206,7 @@ def check_sample_ids(sample_ids: Sequence[bytes]) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[BinaryIO]:
-    """Opens a shard's file. Raises InputError where the operating system refuses to open or read it."""
+    """Opens a shard's file. Raises InputError where the operating system refuses to open it or to read it."""
     try:
         with path.open("rb") as file:
             yield file
@@ -180,20 +215,8 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def _checksum(sample_id: bytes, block: bytes) -> int:
-    """Over the id too, so that no block passes as another sample's."""
+    """A checksum over the id too, so that no block passes for another sample's."""
     return xxhash.xxh3_64_intdigest(sample_id + block)
-
-
-def _read_block(file: BinaryIO, shard: Shard, row: int) -> bytes:
-    entry = shard.index[row]
-    sample_id = entry["sample_id"].tobytes()
-    file.seek(int(entry["offset"]))
-    block = file.read(int(entry["length"]))
-    if _checksum(sample_id, block) != int(entry["checksum"]):
-        raise InputError(
-            f"{shard.name} is damaged at sample {sample_id.hex()}: its {len(block)} bytes do not match their checksum"
-        )
-    return block
 
 
 def _read_shard(file: BinaryIO, name: str, number: int, plan_checksum: str) -> Shard:

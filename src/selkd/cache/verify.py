@@ -1,20 +1,18 @@
-"""Every problem of a cache's folder, found by reading every byte of it."""
+"""Verifying a cache: read every byte of its folder and list what is wrong."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from selkd.cache.manifest import PLAN, check_same_shard, read_complete, read_plan
+from selkd.cache.manifest import PLAN, read_complete, read_plan
 from selkd.cache.sample_index import INDEX_FILE, describe_index
-from selkd.cache.shard import check_shard, shard_name
+from selkd.cache.shard import shard_name, shard_problem
 from selkd.errors import InputError
 
 
 def verify_cache(directory: str | Path, *, decode: bool = True) -> list[str]:
-    """Every problem of a cache's folder, each naming its file; works where ``TeacherCache.open`` refuses.
+    """Every problem of a cache's folder, named by file. Works, too, where ``TeacherCache.open`` refuses the folder.
 
     Args:
-        decode: not only read every byte and compare the checksums, but also decode every sample.
+        decode: also decode every sample, beside reading every byte and comparing the checksums.
     """
     directory = Path(directory)
     problems: list[str] = []
@@ -31,7 +29,7 @@ def verify_cache(directory: str | Path, *, decode: bool = True) -> list[str]:
         problems.append(str(error))
     if manifest is not None:
         checksum, shards = manifest["plan"], manifest["shards"]
-    elif plan is not None:  # what the shards are to hold is known from the plan, too
+    elif plan is not None:  # the plan, too, says which samples each shard is to hold
         shards = plan["shards"]
     else:
         return problems
@@ -48,20 +46,3 @@ def verify_cache(directory: str | Path, *, decode: bool = True) -> list[str]:
         if path.suffix == ".selkd" and path.name not in known:
             problems.append(f"{path.name} is no shard of this cache: it has {len(known) - 1} shards")
     return problems
-
-
-def shard_problem(
-    directory: Path, number: int, plan_checksum: str, entry: Mapping[str, Any], *, decode: bool
-) -> str | None:
-    """What is wrong with a shard, every byte of which is read; None if nothing is.
-
-    Args:
-        entry: the shard's in the manifest, or in the plan where there is no manifest.
-    """
-    try:
-        path = directory / shard_name(number)
-        shard = check_shard(path, number, plan_checksum, entry["ids_digest"], decode=decode)
-        check_same_shard(number, shard, entry)
-    except InputError as error:
-        return str(error)
-    return None

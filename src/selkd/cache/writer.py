@@ -1,4 +1,4 @@
-"""Building a cache: shard by shard, by one process or several, continued wherever it was interrupted."""
+"""Writing a cache shard by shard, by one process or several; an interrupted build is continued."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -14,7 +14,6 @@ from selkd.cache.manifest import (
     check_fingerprint,
     check_same_fingerprint,
     count_total,
-    describe_shard,
     make_manifest,
     make_plan,
     read_manifest,
@@ -24,8 +23,7 @@ from selkd.cache.manifest import (
 )
 from selkd.cache.rows import Rows, check_totals, checked_rows
 from selkd.cache.sample_index import INDEX_FILE, describe_index, write_sample_index
-from selkd.cache.shard import check_sample_ids, read_shard, shard_name, write_shard
-from selkd.cache.verify import shard_problem
+from selkd.cache.shard import check_sample_ids, read_shard, shard_name, shard_problem, write_shard
 from selkd.errors import InputError, RunError
 from selkd.files import is_temporary, remove_temporaries, replacing
 
@@ -35,8 +33,8 @@ SampleRows = tuple[bytes, np.ndarray, np.ndarray, np.ndarray]
 class CacheWriter:
     """Writes the shards of one cache.
 
-    Every process makes its own writer with the same arguments and writes its share of ``missing_shards()``; once all
-    have written, one of them calls ``finish()``. The same calls continue an interrupted build, or repair a damaged
+    Every process makes its own writer with the same arguments and writes its share of ``missing_shards()``. Once all
+    have written, one of them calls ``finish()``. The same calls continue an interrupted build and repair a damaged
     cache.
     """
 
@@ -48,20 +46,19 @@ class CacheWriter:
         *,
         repair: bool = False,
     ) -> None:
-        """Opens the folder for this plan, or makes it.
+        """Makes the folder for this plan, or opens it.
 
         Args:
             directory: a new or empty folder, or one in which this same cache was begun.
-            fingerprint: everything that determines the content; strings, integers and finite floats, with at least
-                ``draws`` (U) and ``vocabulary`` (V); ``count_total`` where the counts of a row sum to another number
-                than U.
-            shard_ids: the sample ids (16 raw bytes) of each shard in order; a function of the data alone.
-            repair: write ``plan.json`` anew where it is lost or unreadable and no other cache's manifest is there, or
-                where the manifest shows that another plan took its place.
+            fingerprint: everything that determines the content: strings, integers and finite floats, at least
+                ``draws`` (U) and ``vocabulary`` (V), and ``count_total`` if the counts of a row do not sum to U.
+            shard_ids: the sample ids (16 raw bytes) of each shard, in order; a function of the data alone.
+            repair: write ``plan.json`` anew if it is lost or unreadable and the folder has no other cache's manifest,
+                or if the manifest shows that another plan took its place.
 
         Raises:
-            InputError: a bad argument, a folder that is not ours, or one of another fingerprint or plan; it stays
-                untouched.
+            InputError: an argument is bad, or the folder is not a cache's or has another fingerprint or plan; it stays
+                as it was.
             RunError: the folder can't be made or written.
         """
         check_fingerprint(fingerprint)
@@ -77,12 +74,12 @@ class CacheWriter:
         self._claim_folder(repair)
 
     def missing_shards(self, among: Iterable[int] | None = None) -> list[int]:
-        """The numbers of the shards, of all or of ``among``, that are not there or not as they were written.
+        """The numbers of the missing or damaged shards, of all shards or of those ``among``.
 
-        Every byte of each is read, and compared with the manifest where there is one.
+        Every byte of them is read, and compared with the manifest where there is one.
         """
         entries = self._plan["shards"]
-        with suppress(InputError):  # without a manifest, the plan says what there is to be
+        with suppress(InputError):  # without a manifest, the shards are compared with the plan
             manifest = read_manifest(self.directory / MANIFEST)
             entries = manifest["shards"] if manifest["plan"] == self._plan_checksum else entries
         return [
@@ -92,7 +89,7 @@ class CacheWriter:
         ]
 
     def require_writable(self) -> None:
-        """Raises RunError if no file can be made in the folder: better before the teacher runs than after."""
+        """Raises RunError if no file can be made in the folder. Callers ask before they run the teacher."""
         try:
             with TemporaryFile(dir=self.directory):
                 pass
@@ -100,16 +97,16 @@ class CacheWriter:
             raise RunError(f"the teacher cache folder {self.directory} can't be written: {error}") from error
 
     def write_shard(self, number: int, samples: Iterable[SampleRows]) -> None:
-        """Writes one shard: it appears under its name only once it is whole and on disk.
+        """Writes one shard, which appears under its name once it is whole and on disk.
 
         Args:
             number: which shard of the plan.
-            samples: (sample_id, row_lengths, class_ids, counts) of each planned sample in the planned order; the arrays
-                as in ``rows.Rows``. May be a generator; its rows are held in memory until all are there.
+            samples: (sample_id, row_lengths, class_ids, counts) of each planned sample in the planned order, the arrays
+                as in ``rows.Rows``. May be a generator; the rows of the shard are held in memory.
 
         Raises:
-            InputError: other samples than planned, rows that can't be stored exactly, or counts of a row that do not
-                sum to the fingerprint's draws (or its ``count_total``).
+            InputError: the samples are not the planned ones, rows can't be stored without loss, or the counts of a row
+                do not sum to the fingerprint's ``count_total`` (by default ``draws``).
             RunError: the disk refused; finished shards are untouched.
         """
         if not 0 <= number < len(self._shard_ids):
@@ -118,9 +115,9 @@ class CacheWriter:
             write_shard(file, number, self._plan_checksum, self._as_planned(number, samples))
 
     def finish(self) -> None:
-        """Checks that every planned sample is there exactly once, and writes the manifest: the cache is complete.
+        """Checks that every planned sample is there and writes index and manifest, which completes the cache.
 
-        Removes what interrupted writes of this cache left behind, so call it when no process writes any more.
+        Removes what interrupted writes of this cache left behind, so call it once all processes have written.
 
         Raises:
             RunError: shards are missing or damaged, or the disk refused.
@@ -130,13 +127,12 @@ class CacheWriter:
         shards, sample_ids, problems = [], [], []
         for number, planned in enumerate(self._plan["shards"]):
             try:
-                shard = read_shard(self.directory / shard_name(number), number, self._plan_checksum)
+                shard = read_shard(self.directory, number, self._plan_checksum)
+                shard.check(planned)
             except InputError as error:
                 problems.append(str(error))
                 continue
-            if shard.ids_digest != planned["ids_digest"]:
-                problems.append(f"{shard_name(number)} holds other samples than planned")
-            shards.append(describe_shard(number, shard))
+            shards.append(shard.entry)
             sample_ids.append(shard.index["sample_id"].copy())  # the shard itself need not stay in memory
         if problems:
             raise RunError(
@@ -146,7 +142,7 @@ class CacheWriter:
         remove_temporaries(self.directory)
         write_sample_index(self.directory, self._plan_checksum, sample_ids)
         index = describe_index(self.directory / INDEX_FILE)
-        manifest, path = make_manifest(self._plan, self._plan_checksum, shards, index), self.directory / MANIFEST
+        path, manifest = self.directory / MANIFEST, make_manifest(self._plan, self._plan_checksum, shards, index)
         if not path.exists() or path.read_bytes() != render(manifest)[0]:
             write_document(path, manifest)
 
@@ -155,7 +151,7 @@ class CacheWriter:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             names = [path.name for path in self.directory.iterdir()]
-            # Asked after the listing: another process of this build may be a step ahead.
+            # The plan is looked for after the listing, because another process of this build may be a step ahead.
             is_begun = plan_path.exists()
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"{self.directory} is no folder: use another cache.path") from error
@@ -165,7 +161,7 @@ class CacheWriter:
             if is_begun:
                 self._check_same_plan(plan_path)
                 return
-            # Remains of a build that was killed before its plan was in place are ours; anything else is not.
+            # A build that was killed before its plan was in place leaves temporary files; others are not selkd's.
             if foreign := sorted(name for name in names if not is_temporary(name)):
                 raise InputError(
                     f"{self.directory} is not a teacher cache and not empty (it holds {foreign[0]!r}): "
@@ -177,26 +173,20 @@ class CacheWriter:
         write_document(plan_path, self._plan)
 
     def _is_ours(self, plan_path: Path) -> bool:
-        """Whether a folder without this cache's plan is this cache's all the same.
+        """Whether a folder without this cache's plan is nevertheless this cache's.
 
-        The manifest says so; where there is none to read, a shard does, but only while no readable plan says otherwise:
-        one shard that strayed in from another cache does not make a folder that cache's.
+        A readable manifest decides. Without one, a shard of this cache decides, unless another plan can be read: one
+        shard that strayed into another cache's folder does not make the folder this cache's.
         """
-        try:
+        with suppress(InputError):
             return bool(read_manifest(self.directory / MANIFEST)["plan"] == self._plan_checksum)
-        except InputError:
-            pass
-        try:
+        with suppress(InputError):
             read_plan(plan_path)
             return False
-        except InputError:
-            pass
         for number in range(len(self._shard_ids)):
-            try:
-                read_shard(self.directory / shard_name(number), number, self._plan_checksum)
-            except InputError:
-                continue
-            return True
+            with suppress(InputError):
+                read_shard(self.directory, number, self._plan_checksum)
+                return True
         return False
 
     def _check_same_plan(self, plan_path: Path) -> None:

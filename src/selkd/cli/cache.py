@@ -73,8 +73,7 @@ def cache_inspect(
     json_output: Json = False,
 ) -> None:
     """Size, bytes a position against plainer layouts, what was drawn, and what the cache was built from."""
-    from selkd.cache.inspect import contents
     from selkd.cache.reader import TeacherCache
 
     cache = TeacherCache.open(directory)
-    print_answer({**cache.stats(), **contents(cache, samples), "fingerprint": cache.fingerprint}, json_output)
+    print_answer({**cache.stats(), **cache.contents(samples), "fingerprint": cache.fingerprint}, json_output)

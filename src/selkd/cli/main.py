@@ -327,9 +327,8 @@ def tokens(
     json_output: Json = False,
 ) -> None:
     """Show what a policy picks of a text, coloured by a metric, in the terminal and as a page."""
-    from selkd.tokens.page import check_page_path, write_tokens_page
     from selkd.tokens.policy import check_metric, parse_policy
-    from selkd.tokens.views import describe
+    from selkd.tokens.views import check_page_path, describe, write_page
 
     check_metric(metric)
     choices = [parse_policy(policy, metric, fraction) for policy in policies or ["top_k"]]
@@ -349,7 +348,7 @@ def tokens(
     if teacher is not None and looked_at["teacher"] is None:
         typer.echo("--teacher: no metric that was asked for looks at it, so it was not loaded", err=True)
     if html is not None:
-        write_tokens_page(html, describe(looked_at))
+        write_page(html, describe(looked_at))
         typer.echo(f"page {html}", err=True)
     if json_output:
         typer.echo(json.dumps(looked_at, indent=2))

@@ -1,4 +1,4 @@
-"""Hidden states x head, a chunk of positions at a time: [B, T, V] never exists, and [N, V] is never kept.
+"""The product of hidden states and head, a chunk of positions at a time, so that [N, V] is never in memory.
 
 Shapes: N positions, D hidden, V classes.
 """
@@ -12,10 +12,12 @@ from torch import Tensor
 from selkd.maths.divergence import ValueAndGradient, entropy
 from selkd.maths.head import Head
 
-# Logits of one chunk in the dtype of its product. A larger one reads the head, and adds to its gradient, less often.
+# Memory of the logits of one chunk, in the dtype of the product. Larger chunks read the head, and add to its gradient,
+# less often.
 CHUNK_BYTES = {"cpu": 32 << 20, "accelerator": 128 << 20}
-# Logits of one piece of a chunk in float32, of which a criterion holds a handful. On a CPU it is each thread's share,
-# and all of them are to stay in the core's own cache: against 2 MiB, entropy and forward KL take 0.6 of the time.
+# Memory of the float32 logits of one piece of a chunk; a criterion holds a handful of such tensors. On a CPU it is the
+# share of each thread, small enough to stay in the core's own cache: entropy and forward KL take 0.6 of the time that
+# they take with 2 MiB.
 PIECE_BYTES = {"cpu": 512 << 10, "accelerator": 128 << 20}
 
 Compare = Callable[[Tensor, slice], ValueAndGradient]
@@ -42,32 +44,36 @@ def chunks(n: int, size: int) -> list[slice]:
 
 
 def wide(logits: Tensor) -> Tensor:
-    """Logits in the dtype of reductions: float32, or float64 where they came so."""
+    """Logits in the dtype of reductions: float64 if they are float64, else float32."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _chunk_buffer(hidden_states: Tensor, vocab_size: int, chunk: int) -> Tensor:
-    """Where all chunks' logits are written in turn: freed and made anew they need not fit in their old place."""
-    return hidden_states.new_empty(min(chunk, len(hidden_states)), vocab_size)
+def _chunked_logits(hidden_states: Tensor, head: Head, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """The positions and the logits [n, V] of one chunk after the other, in a buffer that the next chunk overwrites."""
+    buffer = hidden_states.new_empty(min(chunk, len(hidden_states)), head.vocab_size)
+    for rows in chunks(len(hidden_states), chunk):
+        yield rows, head.logits(hidden_states[rows], out=buffer[: rows.stop - rows.start])
 
 
 def _pieces(rows: slice, vocab_size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """The chunk ``rows`` cut into pieces: where each lies among all positions, and where within the chunk."""
+    """The pieces of the chunk ``rows``: the slice of each among all positions, and its slice within the chunk."""
     for within in chunks(rows.stop - rows.start, piece_size(vocab_size, device)):
         yield slice(rows.start + within.start, rows.start + within.stop), within
 
 
 class ChunkedLogits:
-    """Logits at hidden states [N, D], handed out in float32 a few positions at a time.
+    """Logits at hidden states [N, D], in float32 and a few positions at a time.
 
-    Their product is made for a whole chunk when its first positions are asked for: the head is read once a chunk.
+    When the first positions of a chunk are asked for, the product is made for the whole chunk: the head is read once.
 
     Args:
-        chunk: positions of one product; by default from the memory that logits take.
+        chunk: positions of one product; by default as many as ``CHUNK_BYTES`` allows.
     """
 
     def __init__(self, hidden_states: Tensor, head: Head, chunk: int | None = None) -> None:
-        self.hidden_states = hidden_states.to(head.weight.device, head.weight.dtype)  # a model may be spread
+        self.hidden_states = hidden_states.to(
+            head.weight.device, head.weight.dtype
+        )  # a model may be spread over devices
         self.head = head
         self.chunk = chunk or chunk_size(head.vocab_size, head.weight.device, head.weight.dtype)
         self._start = self._stop = 0
@@ -75,7 +81,7 @@ class ChunkedLogits:
 
     @torch.no_grad()
     def __call__(self, rows: slice) -> Tensor:
-        """Logits [n, V] of ``rows``, float32 or float64, the caller's own to overwrite."""
+        """Logits [n, V] of ``rows``, float32 or float64, which the caller may overwrite."""
         device = self.hidden_states.device
         if not self._start <= rows.start <= rows.stop <= self._stop or self._start == self._stop:
             size = max(self.chunk, rows.stop - rows.start)
@@ -85,8 +91,8 @@ class ChunkedLogits:
                 self._logits = self.hidden_states.new_empty(n, self.head.vocab_size)
             with torch.autocast(device.type, enabled=False):
                 self.head.logits(self.hidden_states[self._start : self._stop], out=self._logits[:n])
-        found = self._logits[rows.start - self._start : rows.stop - self._start]
-        return wide(found) if found.dtype in (torch.bfloat16, torch.float16) else found.clone()
+        logits = self._logits[rows.start - self._start : rows.stop - self._start]
+        return wide(logits) if logits.dtype in (torch.bfloat16, torch.float16) else logits.clone()
 
 
 @torch.no_grad()
@@ -98,25 +104,23 @@ def chunked_statistics(
     *,
     n_statistics: int = 1,
 ) -> Tensor:
-    """Numbers of single positions, [N, m], reduced from the logits at hidden states [N, D], without gradient.
+    """m numbers for each position, [N, m], computed from the logits at hidden states [N, D], without gradient.
 
     Dense expression: ``compute(head.logits(hidden_states), slice(None))``.
 
     Args:
-        compute: maps student logits [n, V] and the slice of positions to [n, m]. The logits are its own to overwrite.
-        chunk: positions of one product; by default from the memory that logits take.
-        n_statistics: m, which no position tells where N is 0.
+        compute: maps student logits [n, V], which it may overwrite, and the slice of positions to [n, m].
+        chunk: positions of one product; by default as many as ``CHUNK_BYTES`` allows.
+        n_statistics: m, needed where N is 0.
     """
-    device, vocab_size = hidden_states.device, head.vocab_size
-    chunk = chunk or chunk_size(vocab_size, device, head.weight.dtype)
+    device = hidden_states.device
+    chunk = chunk or chunk_size(head.vocab_size, device, head.weight.dtype)
     hidden_states = hidden_states.to(head.weight.dtype)
     parts = []
-    buffer = _chunk_buffer(hidden_states, vocab_size, chunk)
     with torch.autocast(device.type, enabled=False):
-        for rows in chunks(len(hidden_states), chunk):
-            logits = head.logits(hidden_states[rows], out=buffer[: rows.stop - rows.start])
-            for piece, within in _pieces(rows, vocab_size, device):
-                parts.append(compute(wide(logits[within]), piece).clone())  # what is a view would be written over
+        for rows, logits in _chunked_logits(hidden_states, head, chunk):
+            for piece, within in _pieces(rows, head.vocab_size, device):
+                parts.append(compute(wide(logits[within]), piece).clone())  # a view of the logits would be written over
     return torch.cat(parts) if parts else wide(hidden_states.new_zeros(0, n_statistics))
 
 
@@ -137,22 +141,22 @@ def chunked_loss(
     compute_head: Head | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of a per-position criterion, and its values.
+    """The weighted sum of a criterion over positions, and the criterion's values.
 
     Dense expression: ``values, _ = compare(head.logits(hidden_states), slice(None)); (coefficients * values).sum()``.
 
-    Gradients for ``hidden_states`` and the head are formed in the forward pass, chunk by chunk, so the backward pass
-    keeps [N, D] and [V, D] alone. Both are returned through autograd (and multiplied by ``grad_output``), so hooks of
-    DDP and FSDP see them and tied embeddings add up.
+    The gradients of ``hidden_states`` and the head are computed in the forward pass, chunk by chunk, so only [N, D] and
+    [V, D] are kept for the backward pass. They are returned through autograd (and multiplied by ``grad_output``), so
+    hooks of DDP and FSDP see them and tied embeddings add up.
 
     Args:
         hidden_states: [N, D]; may require gradient.
         head: its weight and bias may require gradient.
         coefficients: [N], detached.
-        compare: maps student logits [n, V] and the slice of positions to per-position values [n] in nats and the
-            gradient of their sum [n, V]. The logits are its own to overwrite.
+        compare: maps student logits [n, V], which it may overwrite, and the slice of positions to values [n] in nats
+            and the gradient of their sum [n, V].
         compute_head: ``head`` in the dtype of the products, for callers that need it more than once a step.
-        chunk: positions of one product; by default from the memory that logits take.
+        chunk: positions of one product; by default as many as ``CHUNK_BYTES`` allows.
 
     Returns:
         The scalar sum (float32 or float64), and the values [N], detached.
@@ -168,7 +172,7 @@ def chunked_loss(
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which products with ``tensor`` run: autocast's where it is on, else the tensor's own."""
+    """The dtype in which products with ``tensor`` run: that of autocast where it is on, else that of the tensor."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
@@ -197,9 +201,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias, dtype=wide_dtype) if bias is not None and need_bias else None
             if grad_weight is not None and len(hidden_states) == 0:
                 grad_weight.zero_()
-            buffer = _chunk_buffer(narrow_hidden, head.vocab_size, chunk)
-            for rows in chunks(len(hidden_states), chunk):
-                logits = head.logits(narrow_hidden[rows], out=buffer[: rows.stop - rows.start])
+            for rows, logits in _chunked_logits(narrow_hidden, head, chunk):
                 for piece, within in _pieces(rows, head.vocab_size, logits.device):
                     student_logits = wide(logits[within])
                     output = student_logits.clone() if head.softcap is not None else None
@@ -210,7 +212,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     gradient = _through_transform(gradient, output, head)
                     if grad_bias is not None:
                         grad_bias += gradient.sum(dim=0)
-                    logits[within] = gradient  # in the logits' place
+                    logits[within] = gradient  # takes the logits' place in the buffer
                 if grad_hidden is not None:
                     torch.mm(logits, head.weight, out=grad_hidden[rows])
                 if grad_weight is not None:
@@ -224,7 +226,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "chunked_loss keeps its gradients for one backward pass only"
-        # A pass over [V, D] is spared where it changes nothing; on an accelerator, finding that out would wait.
+        # Multiplying [V, D] by 1 is left out. On an accelerator, reading the number would make the CPU wait.
         is_one = grad_loss.device.type == "cpu" and grad_loss.item() == 1
         scaled = [
             None if gradient is None else (gradient if is_one else gradient.mul_(grad_loss)).to(dtype)
@@ -235,8 +237,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
-    """``total`` [V, D] += ``left`` [n, V].T @ ``right`` [n, D], or = where it is the first; some classes at a time, so
-    that no second [V, D] exists."""
+    """``total`` [V, D] += ``left`` [n, V].T @ ``right`` [n, D], or = if ``is_first``.
+
+    It goes over some classes at a time, so that no second [V, D] is in memory.
+    """
     for classes in chunks(len(total), max(1, chunk_size(total.shape[1], total.device) // 4)):
         product = left[:, classes].T @ right
         if is_first:
@@ -246,7 +250,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool) ->
 
 
 def _through_transform(gradient: Tensor, output: Tensor | None, head: Head) -> Tensor:
-    """The chain rule through ``scale`` and ``softcap``; the head's ``output`` is given if it has a softcap."""
+    """The chain rule through ``scale`` and ``softcap``; ``output``, the head's logits, is needed for a softcap only."""
     if output is not None and head.softcap is not None:
         gradient = gradient * (1 - (output / head.softcap).square())
     return gradient * head.scale if head.scale != 1.0 else gradient

@@ -1,12 +1,10 @@
-"""Criteria on a chunk of logits: per-position values and, in closed form, their gradients.
+"""Criteria on a chunk of logits: the value at each position and, in closed form, the gradient.
 
-Each function returns ``(values [n], gradient [n, V])``, the gradient being that of ``values.sum()`` with respect to
-the student's logits. The gradient is formed here, in the forward pass, because the chunk's logits are alive here.
+Each function returns ``(values [n], gradient [n, V])``: the gradient of ``values.sum()`` with respect to the student's
+logits. It is computed in the forward pass, because only then are the chunk's logits in memory.
 
-Logits that are given are consumed: a chunk of them is the largest thing in memory, so it is worked on in place. The
-temperature is the caller's: logits come divided by it.
-
-Where D depends on q alone through g = dD/dq, the gradient is q * (g - sum q g).
+The functions overwrite the logits: a chunk of them is the largest tensor in memory. Callers divide the logits by the
+temperature. With g = dD/dq, the gradient of a criterion D in the student's logits is q * (g - sum q g).
 
 Shapes: n positions of a chunk, V classes, C distinct drawn classes (padded with count 0). Logits and results are
 float32 or float64; reductions run in that dtype.
@@ -21,14 +19,14 @@ from torch import Tensor
 from selkd.plugins import Criterion
 
 ValueAndGradient = tuple[Tensor, Tensor]
-Weight = float | Tensor  # one for all positions, or [n]
+Weight = float | Tensor  # one number for all positions, or [n]
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:  # noqa: ARG001
     """KL(p || q). Dense expression: ``(p * (log p - log q)).sum(-1)``; its gradient is ``q - p``."""
     log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
     p = log_p.exp()
-    values = log_p.sub_(log_q).mul_(p).sum(dim=-1)  # in place, where vecdot would make another [n, V]
+    values = log_p.sub_(log_q).mul_(p).sum(dim=-1)  # in place; vecdot would need another [n, V]
     return values, log_q.exp_().sub_(p)
 
 
@@ -51,9 +49,9 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, beta: f
     """Generalised Jensen-Shannon: beta * KL(p || m) + (1 - beta) * KL(q || m), m = beta * p + (1 - beta) * q."""
     log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    q, of_q = log_q.exp(), log_q.sub_(log_m)
-    values = beta * torch.linalg.vecdot(log_p.exp(), log_p - log_m) + (1 - beta) * torch.linalg.vecdot(q, of_q)
-    return values, _through_softmax_(q, of_q.mul_(1 - beta))
+    q, log_ratio = log_q.exp(), log_q.sub_(log_m)
+    values = beta * torch.linalg.vecdot(log_p.exp(), log_p - log_m) + (1 - beta) * torch.linalg.vecdot(q, log_ratio)
+    return values, _through_softmax_(q, log_ratio.mul_(1 - beta))
 
 
 Criterion.add(
@@ -105,7 +103,7 @@ Criterion.add(
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:  # noqa: ARG001
-    """0.5 * sum |p - q|; where p = q the subgradient 0 is taken."""
+    """0.5 * sum |p - q|; where p = q, the subgradient is 0."""
     q = log_softmax_(student_logits).exp_()
     difference = q - log_softmax_(teacher_logits).exp_()
     values = 0.5 * difference.abs().sum(dim=-1)
@@ -118,11 +116,10 @@ Criterion.add("total_variation", total_variation, label="total variation distanc
 def decoupled(
     student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: Weight, beta: Weight
 ) -> ValueAndGradient:
-    """alpha * TCKD + beta * NCKD (DKD; with a position's own weights, AT-KD).
+    """alpha * TCKD + beta * NCKD (DKD; with weights for each position, AT-KD).
 
-    TCKD is the KL between (p(y), 1 - p(y)) and (q(y), 1 - q(y)); NCKD the KL between p and q renormalised without y.
-    Their gradients are p(y) (q - onehot(y)) + (1 - p(y)) (q - q') and q' - p', with p' and q' the renormalised ones,
-    0 at y.
+    TCKD is the KL between (p(y), 1 - p(y)) and (q(y), 1 - q(y)); NCKD the KL between p' and q', which are p and q
+    renormalised without y and 0 at y. Their gradients are p(y) (q - onehot(y)) + (1 - p(y)) (q - q') and q' - p'.
     """
     index = targets.unsqueeze(-1)
     log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
@@ -154,12 +151,13 @@ Criterion.add(
 def adaptive_weights(log_p_target: Tensor, sample: Tensor) -> dict[str, Tensor]:
     """AT-KD's weights of TCKD (``alpha``) and NCKD (``beta``) at N picked positions.
 
-    Of the m positions of a sample the ceil(m/2) with the highest 1 - p(y) are hard (equal: earlier), the others easy.
-    Hard: both parts, 0.8 * m / m_hard; easy: NCKD, 0.2 * m / m_easy; an empty half gives its weight to the other.
+    Of the m positions of a sample, the ceil(m/2) with the highest 1 - p(y) are hard (of equal ones the earlier), the
+    others easy. Hard positions get both parts with weight 0.8 * m / m_hard, easy ones NCKD with 0.2 * m / m_easy. An
+    empty half gives its weight to the other.
 
     Args:
-        log_p_target: the teacher's log p(y), [N]; in it, what 1 - p(y) would round to 1 keeps its order.
-        sample: which sample each position is of, int64 [N].
+        log_p_target: the teacher's log p(y), [N]. It orders positions whose 1 - p(y) would round to 1, too.
+        sample: the number of the sample that each position belongs to, int64 [N].
     """
     order = log_p_target.argsort(stable=True)
     order = order[sample[order].argsort(stable=True)]
@@ -170,8 +168,8 @@ def adaptive_weights(log_p_target: Tensor, sample: Tensor) -> dict[str, Tensor]:
     m = sizes[sample]
     m_hard = (m + 1) // 2
     is_hard = rank < m_hard
-    of_hard, of_easy, whole = log_p_target.new_tensor([0.8, 0.2, 1.0])
-    share = torch.where(is_hard, torch.where(m > m_hard, of_hard, whole), of_easy)
+    hard_share, easy_share, full_share = log_p_target.new_tensor([0.8, 0.2, 1.0])
+    share = torch.where(is_hard, torch.where(m > m_hard, hard_share, full_share), easy_share)
     weight = share * m / torch.where(is_hard, m_hard, m - m_hard)
     return {"alpha": weight * is_hard, "beta": weight}
 
@@ -187,11 +185,11 @@ Criterion.add(
 
 
 def differentiated(function: Callable[[Tensor, Tensor, Tensor], Tensor], name: str) -> Callable[..., ValueAndGradient]:
-    """A criterion from values alone, its gradient by autograd on the chunk.
+    """A criterion made of a function that returns values alone; autograd computes the gradient.
 
     Args:
         function: maps student and teacher logits [n, V] and targets [n] to values [n].
-        name: what an error calls it.
+        name: its name in errors.
     """
 
     def compare(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:
@@ -217,7 +215,7 @@ def sampled_forward_kl(student_logits: Tensor, class_ids: Tensor, counts: Tensor
     log_q = log_softmax_(student_logits)
     weights = counts.to(log_q.dtype)
     weights = weights / weights.sum(dim=-1, keepdim=True)
-    log_weights = torch.where(counts > 0, weights, 1.0).log()  # log 1 = 0 where nothing was drawn
+    log_weights = torch.where(counts > 0, weights, 1.0).log()  # log 1 = 0 in the padding
     values = torch.linalg.vecdot(weights, log_weights - log_q.gather(-1, class_ids))
     return values, log_q.exp_().scatter_add_(-1, class_ids, -weights)
 
@@ -231,27 +229,37 @@ def cross_entropy(student_logits: Tensor, targets: Tensor) -> ValueAndGradient:
     return values, gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=gradient.dtype))
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """H(q) = -sum q log q in nats, [n], of logits [n, V]."""
+def entropy(logits: Tensor, n_frequent: int = 0, tail_weight: float = 1.0) -> Tensor:
+    """H(q) = -sum q log q in nats, [n], of logits [n, V]; all classes but the first F count ``tail_weight`` times.
+
+    Args:
+        n_frequent: F.
+        tail_weight: how many classes each of the others stands for.
+    """
     shifted = logits.sub_(logits.amax(dim=-1, keepdim=True))
     weights = shifted.exp()
+    if tail_weight != 1.0:
+        weights[:, n_frequent:].mul_(tail_weight)
     total = weights.sum(dim=-1)
     return (total.log() - weights.mul_(shifted).sum(dim=-1) / total).clamp_(min=0)
 
 
 def log_softmax_(logits: Tensor) -> Tensor:
-    """log softmax over the last dimension, in place; shifted by the maximum first, so that large logits round less."""
+    """log softmax over the last dimension, in place. The maximum is subtracted first, so large logits round less."""
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     return logits.sub_(logits.exp().sum(dim=-1, keepdim=True).log_())
 
 
 def _through_softmax_(q: Tensor, g: Tensor) -> Tensor:
-    """q * (g - sum q g), in place: a gradient in q as one in the logits. A constant in g makes no difference."""
+    """The gradient in the logits, made in place of the gradient ``g`` in q: q * (g - sum q g).
+
+    A constant added to ``g`` makes no difference.
+    """
     return g.sub_(torch.linalg.vecdot(q, g).unsqueeze(-1)).mul_(q)
 
 
 def _without(log_probabilities: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """log of the distribution renormalised without ``index`` [n, V] (-inf there), and log of the mass left [n, 1]."""
+    """The log of a distribution renormalised without class ``index`` [n, 1], -inf there, and the log of its mass."""
     others = log_probabilities.scatter(-1, index, -torch.inf)
     rest = others.logsumexp(dim=-1, keepdim=True)
     return others.sub_(rest), rest

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: named by sample and position, and raised before they reach the optimiser or a disk."""
+"""Errors about numbers that are not finite, raised before such a number reaches the optimiser or the disk."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from selkd.errors import RunError
 
 
 def not_finite(what: str, value: float) -> RunError:
-    """The error that a model's ``what`` has no finite value; the caller raises it."""
+    """The error that ``what`` of a model is ``value``, which is not finite."""
     return RunError(
         f"{what}: expected a finite number, got {value}. The model's weights are damaged, its training diverged, or "
         "its precision is too narrow: measure it in float32, or take weights from before they went wrong."
@@ -17,12 +17,12 @@ def not_finite(what: str, value: float) -> RunError:
 
 
 def require_finite(values: Tensor, index: Tensor, batch: Mapping[str, Tensor], what: str) -> None:
-    """Raises RunError if one of ``values`` [n] is not finite; its sample and position are named.
+    """Raises RunError, which names sample and position, if one of ``values`` [n] is not finite.
 
     Args:
-        index: flat positions [n] into the batch's [B * T].
-        batch: of ``selkd.data.collate.collate``.
-        what: whose logits gave the values, and when: "the teacher's logits, at optimiser step 3".
+        index: the position of each value in the flat batch [B * T].
+        batch: from ``selkd.data.collate.collate``.
+        what: the logits that the values come from, and when: "the teacher's logits, at optimiser step 3".
     """
     bad = (~torch.isfinite(values)).nonzero().flatten()
     if len(bad):

@@ -1,4 +1,4 @@
-"""The language-model head as a plain view: what turns hidden states into logits.
+"""The language-model head, which turns hidden states into logits, as a plain view.
 
 Shapes: V classes, D hidden.
 """
@@ -32,7 +32,7 @@ class Head:
         """Logits [..., V] of hidden states [..., D], in the dtype of the product.
 
         Args:
-            out: [n, V], written over and returned, for hidden states [n, D] and without gradient.
+            out: a tensor [n, V] to write them to, for hidden states [n, D] and without gradient.
         """
         if out is not None:
             weight = self.weight.T
@@ -51,17 +51,17 @@ class Head:
         return logits
 
     def to(self, dtype: torch.dtype) -> "Head":
-        """The same head with weight and bias cast; cast once a step, not once a chunk."""
+        """The same head with weight and bias cast. Callers cast once a step, not once a chunk."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, weight=self.weight.to(dtype), bias=bias)
 
     def rows(self, class_ids: torch.Tensor) -> "Head":
-        """The head of some classes, copied: ``logits`` [..., n] of ``class_ids`` int64 [n], in their order."""
+        """A copy of the head for the classes ``class_ids`` int64 [n]; its ``logits`` are [..., n], in their order."""
         bias = None if self.bias is None else self.bias[class_ids]
         return replace(self, weight=self.weight[class_ids], bias=bias)
 
     def slice_vocab(self, vocab_size: int) -> "Head":
-        """The head over the first ``vocab_size`` classes: families pad their vocabularies with unused rows."""
+        """The head of the first ``vocab_size`` classes. Model families pad their vocabularies with unused rows."""
         if vocab_size == self.vocab_size:
             return self
         bias = None if self.bias is None else self.bias[:vocab_size]

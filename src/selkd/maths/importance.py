@@ -1,7 +1,7 @@
 """Position-importance metrics on a chunk of logits, at temperature 1 whatever the criterion's.
 
-A metric combines statistics of single positions; one pass over the chunks computes those that are needed and no
-others. ``soft_or`` alone looks at the whole sample, when its statistics are combined.
+A metric combines statistics of single positions. One pass over the chunks computes just the statistics that are needed.
+Only ``soft_or`` looks at a whole sample, when its statistics are combined.
 
 Shapes: B batch, T positions, n positions of a chunk, V classes. Statistics are in nats, logits float32 or float64.
 """
@@ -103,7 +103,7 @@ Metric.add(
 def soft_or(student_entropy: Tensor, kl: Tensor, valid_mask: Tensor) -> Tensor:
     """1 - (1 - H/max H) * (1 - KL/max KL), [B, T], maxima over each sample's valid positions; 0 where not valid.
 
-    A maximum of 0 leaves its factor at 1 (method: beyond the paper).
+    Where a maximum is 0, its factor is 1 (not specified by the paper).
     """
 
     def doubt(values: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ Own = Mapping[str, Callable[[Tensor, Tensor | None, Tensor], Tensor]]
 
 OF_STUDENT = frozenset({"student_entropy", "student_ce"})
 OF_TEACHER = frozenset({"teacher_entropy", "teacher_ce"})
-"""Statistics that one model alone decides; all others compare the two."""
+"""Statistics of one model's logits; all others compare the two models."""
 
 
 def statistics(
@@ -144,21 +144,20 @@ def statistics(
     targets: Tensor,
     own: Own | None = None,
 ) -> Tensor:
-    """Statistics ``names`` of n positions, [n, len(names)], without gradient. The logits are consumed.
-
-    ``student_entropy`` H(q), ``teacher_entropy`` H(p), ``student_ce`` -log q(y), ``teacher_ce`` -log p(y), ``kl``
-    KL(p || q), ``reverse_kl`` KL(q || p), ``top1_agreement`` (1 where both rank the same class first, else 0), or one
-    of ``own``.
+    """Statistics of n positions, [n, len(names)], without gradient. The logits are overwritten.
 
     Args:
-        student_logits, teacher_logits: [n, V]; the teacher's are None if no name needs them.
+        names: ``student_entropy`` H(q), ``teacher_entropy`` H(p), ``student_ce`` -log q(y), ``teacher_ce`` -log p(y),
+            ``kl`` KL(p || q), ``reverse_kl`` KL(q || p), ``top1_agreement`` (1 where both models rank the same class
+            first, else 0), and the names in ``own``.
+        student_logits, teacher_logits: [n, V]; the teacher's may be None if no name needs them.
         targets: int64 [n].
-        own: a user's functions of (student_logits, teacher_logits, targets).
+        own: a user's functions of (student_logits, teacher_logits, targets), by name.
     """
     values = {}
     for name, function in (own or {}).items():
-        of_teacher = None if teacher_logits is None else teacher_logits.clone()
-        values[name] = function(student_logits.clone(), of_teacher, targets).to(student_logits.dtype)
+        teacher_copy = None if teacher_logits is None else teacher_logits.clone()
+        values[name] = function(student_logits.clone(), teacher_copy, targets).to(student_logits.dtype)
     built_in = set(names) - values.keys()
     if built_in == {"student_entropy"}:
         values["student_entropy"] = entropy(student_logits)
@@ -178,11 +177,13 @@ def statistics(
 def _of_one_model(
     names: set[str], model: str, divergence: str, log: Tensor | None, other: Tensor | None, index: Tensor
 ) -> dict[str, Tensor]:
-    """What is an expectation under one model's distribution, or its logarithm at the targets ``index`` [n, 1].
+    """Those of the statistics ``names`` that are expectations under one model's distribution, and its cross-entropy.
 
     Args:
+        model: ``student`` or ``teacher``.
         divergence: the name of the KL from this model's distribution to the other's.
-        log, other: log-probabilities [n, V] of this model and of the other; None where ``names`` need none.
+        log, other: log-probabilities [n, V] of this model and of the other; None if ``names`` do not need them.
+        index: the targets, [n, 1].
     """
     values: dict[str, Tensor] = {}
     if log is None:

@@ -21,20 +21,20 @@ from selkd.teacher.live import LiveTeacher
 
 
 def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> TeacherCache | None:
-    """The teacher's drawn classes of ``samples`` on disk, or None for a live teacher."""
+    """The cache with the teacher's drawn classes of ``samples``, built if need be; None for a live teacher."""
     recipe = work.recipe
     if recipe.cache is None:
         return None
     with timed(run, "cache"):
         fingerprint, path = cache_fingerprint(work), recipe.cache.path
         if path is not None and is_remote(path):
-            opened = _copied(work, path, fingerprint, samples)
-            cost = None
+            opened, cost = _copied(work, path, fingerprint, samples), None
         else:
             directory = cache_directory(work, run)
             larger = _larger(work, directory, fingerprint, samples)
             opened = _built(work, run, directory, fingerprint, samples) if larger is None else larger
-            cost = read_cost(directory / CACHE_COST) if larger is None else None  # of these samples alone: not known
+            # The cost of a larger cache is not that of these samples, which nobody measured.
+            cost = read_cost(directory / CACHE_COST) if larger is None else None
         if path is not None:
             note_shared(run, "cache", cost)
     run.record["teacher_cache"] = opened.stats()
@@ -43,23 +43,24 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
 
 
 def _larger(work: Workspace, directory: Path, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache | None:
-    """A complete cache that was built for more samples and holds all of these; None where theirs is to be built.
+    """A complete cache in ``directory`` that was built for more samples, these among them; None if there is none.
 
     Raises:
-        InputError: it is damaged: this recipe can't mend it.
+        InputError: it is damaged, and this recipe can't repair it.
     """
     try:
         larger = TeacherCache.open(directory, fingerprint)
     except InputError:
-        larger = None  # building tells what is wrong
-    wanted = set(samples.ids)
-    is_larger = larger is not None and len(larger) > len(wanted) and all(sample_id in larger for sample_id in wanted)
-    if not all(gather_object([is_larger]) if work.state.num_processes > 1 else [is_larger]):  # all go the same way
+        larger = None  # the build will say what is wrong
+    ids = set(samples.ids)
+    is_larger = larger is not None and len(larger) > len(ids) and all(sample_id in larger for sample_id in ids)
+    # All processes must take the same way.
+    if not all(gather_object([is_larger]) if work.state.num_processes > 1 else [is_larger]):
         return None
     if problems := verify_cache(directory, decode=False):
         raise InputError(
             f"the teacher cache in {directory} holds more samples than this recipe's and is damaged: {problems[0]}. "
-            "`selkd cache verify --repair`, with the recipe that built it, mends it"
+            "repair it by `selkd cache verify --repair`, with the recipe that built it"
         )
     return larger
 
@@ -67,12 +68,12 @@ def _larger(work: Workspace, directory: Path, fingerprint: Fingerprint, samples:
 def _built(
     work: Workspace, run: RunDirectory, directory: Path, fingerprint: Fingerprint, samples: SampleDataset
 ) -> TeacherCache:
-    """The cache of these samples, from the teacher; what an earlier build finished is kept."""
-    # Of shards that a killed build left, nobody knows what they cost.
+    """The cache of these samples, built by running the teacher; shards that an earlier build finished are kept."""
+    # The cost of shards that a killed build left is not known.
     is_cost_known = read_cost(directory / CACHE_COST) is not None or not any(directory.glob("shard-*"))
     started = time.perf_counter()
     if tokens := build(work, directory, samples):
-        earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # of shards that were lost meanwhile
+        earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # for shards that were lost since
         count_teacher_tokens(work, run, cache=earlier + tokens)
         if work.state.is_main_process and is_cost_known:
             add_cost(directory / CACHE_COST, cost_of(time.perf_counter() - started, tokens))
@@ -81,19 +82,19 @@ def _built(
 
 
 def build(work: Workspace, directory: Path, samples: SampleDataset, *, repair: bool = False) -> int:
-    """Build or finish the recipe's cache of ``samples``, as ``build_cache``; the tokens that the teacher ran on."""
+    """Build or finish the recipe's cache of ``samples``. Returns the tokens that the teacher ran on."""
     fingerprint, pad_token_id = cache_fingerprint(work), work.models.pad_token_id
     return build_cache(directory, fingerprint, samples, lambda: live_teacher(work), pad_token_id, repair=repair)
 
 
 def live_teacher(work: Workspace) -> LiveTeacher:
-    """The recipe's teacher, loaded, with its class sampler."""
+    """The recipe's teacher, loaded, with the recipe's class sampler."""
     recipe = work.recipe
     return LiveTeacher(work.models.teacher, recipe.classes, recipe.criterion.temperature, recipe.seed, work.vocab_size)
 
 
 def _copied(work: Workspace, url: str, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache:
-    """A cache that was built elsewhere, copied to this machine; it must hold every sample."""
+    """A cache that was built elsewhere, copied to this machine. Raises InputError unless it holds every sample."""
     with work.state.main_process_first():
         opened = TeacherCache.open(fetch_cache(url, work.cache_dir / "teacher_caches"), fingerprint)
     if missing := [sample_id for sample_id in samples.ids if sample_id not in opened]:
@@ -111,7 +112,7 @@ def cache_directory(work: Workspace, run: RunDirectory) -> Path:
 
 
 def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
-    """Everything but the samples that determines the draws; samples are found by their content."""
+    """Everything that determines the draws but the samples, which the cache finds by their content."""
     recipe = work.recipe
     assert recipe.classes.draws is not None
     return {

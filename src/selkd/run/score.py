@@ -13,7 +13,7 @@ from selkd.run.record import cost_of, count_teacher_tokens, note_shared, timed
 from selkd.run.workspace import Workspace
 from selkd.selection.randomness import sample_generator
 from selkd.selection.samples import SampleScores, highest
-from selkd.selection.two_stage import Estimator, by_frequency, estimator
+from selkd.selection.two_stage import Estimator, by_frequency
 
 COMPARED_SAMPLES = 32  # at least so many approximate sample scores are compared with exact ones
 
@@ -89,7 +89,7 @@ def _estimator(work: Workspace) -> Estimator:
     options = work.recipe.samples
     assert options is not None, "a recipe that scores samples"
     ordered = torch.from_numpy(by_frequency(work.splits.train.token_counts(work.vocab_size))).to(work.device)
-    return estimator(options, ordered, work.recipe.seed)
+    return Estimator(options, ordered, work.recipe.seed)
 
 
 def _scoring_agreement(work: Workspace, scores: np.ndarray) -> dict[str, float | int | None]:

@@ -1,4 +1,4 @@
-"""Checking a teacher cache against its teacher, and rebuilding what is damaged of it: ``selkd cache verify``."""
+"""``selkd cache verify``: compare a cache with its teacher, which runs again, and rebuild damaged shards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,16 +23,15 @@ from selkd.teacher.recheck_cache import compare_again
 
 @dataclass(frozen=True)
 class Rescored:
-    """How many of the stored draws a teacher that ran again draws again.
+    """How many of the stored draws are the same when the teacher runs again.
 
     Attributes:
         samples, positions: how many were compared.
-        identical_positions: those where all draws are the same again; on other hardware or in another precision few
-            are, as a draw tips over by a rounding.
-        same_draws: the share of single draws that are the same again, sum_v min(stored_v, again_v) / U, mean over the
-            positions.
-        worst_sample: id, in hex, of the sample with the lowest such share; ``worst_same_draws`` is its share.
-        agrees: whether the stored draws are this teacher's: enough are the same again, of all and of each sample.
+        identical_positions: positions at which all draws are the same. On other hardware, or in another precision, they
+            are few, because a rounding turns one draw into another.
+        same_draws: the share of draws that are the same, sum_v min(stored_v, again_v) / U, mean over the positions.
+        worst_sample: the id, in hex, of the sample with the lowest share; ``worst_same_draws`` is its share.
+        agrees: whether the stored draws are this teacher's: enough are the same, of all and of each sample.
     """
 
     samples: int
@@ -45,30 +44,33 @@ class Rescored:
 
 
 def recipe_of(directory: Path, recipe: str | None, overrides: list[str] | None = None) -> tuple[Recipe, Path | None]:
-    """The recipe that a cache was built by, and its run: the one given, or that of the run in which the cache lies.
+    """The recipe that a cache was built by: ``recipe`` itself, or that of the run in whose folder the cache is.
+
+    Returns:
+        The recipe, and the run's folder, or None with a recipe of the caller's.
 
     Raises:
-        InputError: none is given and the cache is not in a run.
+        InputError: ``recipe`` is None and the cache is not in a run's folder.
     """
     if recipe is not None:
         return load_recipe(recipe, overrides), None
-    own = directory.resolve().parent / "recipe.yaml"
-    if not own.is_file():
+    run_recipe = directory.resolve().parent / "recipe.yaml"
+    if not run_recipe.is_file():
         raise InputError(
             f"{directory} is not in a run's folder, so the teacher and the data that it was built from are not known: "
             "give --recipe RECIPE"
         )
-    return load_recipe(own, overrides), own.parent
+    return load_recipe(run_recipe, overrides), run_recipe.parent
 
 
 def repair(directory: Path, recipe: Recipe, run_path: Path | None) -> list[str]:
-    """Rebuild the damaged shards of a cache from the teacher and the text of its recipe; the rest is not touched.
+    """Rebuild the damaged shards of a cache from its recipe's teacher and text; whole shards are not touched.
 
     Returns:
-        The problems that are left, as ``verify_cache`` names them: files that selkd did not write are never removed.
+        The problems that are left, as ``verify_cache`` lists them. Files that selkd did not write are never removed.
 
     Raises:
-        InputError: the recipe keeps its cache elsewhere, or is not the one that this cache was built by.
+        InputError: the recipe keeps its cache elsewhere, or this cache was built by another recipe.
         RunError: the disk refused.
     """
     work, samples = _kept(directory, recipe, run_path)
@@ -77,10 +79,10 @@ def repair(directory: Path, recipe: Recipe, run_path: Path | None) -> list[str]:
 
 
 def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: int, seed: int = 0) -> Rescored:
-    """Run the teacher again on random samples of a cache, or all if there are fewer, and compare the draws.
+    """Run the teacher again on random samples of a cache, or on all if there are fewer, and compare the draws.
 
     Raises:
-        InputError: the cache does not open, was not built by this recipe, or a row of it belongs to no position.
+        InputError: the cache does not open, was built by another recipe, or has rows that belong to no position.
     """
     work, samples = _kept(directory, recipe, run_path)
     cache = TeacherCache.open(directory, cache_fingerprint(work))
@@ -93,15 +95,16 @@ def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: i
 
 
 def judged(shares: Mapping[bytes, np.ndarray], least_same_draws: tuple[float, float]) -> Rescored:
-    """The shares of same draws at the positions of each sample, as ``compare_again`` gives them, in a few numbers.
+    """The verdict on the shares of same draws that ``compare_again`` returns.
 
     Args:
-        least_same_draws: the least mean share, of all positions and of each sample, of draws of the same teacher.
+        least_same_draws: the lowest mean share, over all positions and over each sample's, that is taken for the same
+            teacher's.
     """
     least, least_of_sample = least_same_draws
-    of_sample = {sample_id: float(share.mean()) for sample_id, share in shares.items() if len(share)}
+    sample_means = {sample_id: float(share.mean()) for sample_id, share in shares.items() if len(share)}
     everywhere = np.concatenate(list(shares.values()))
-    worst = min(of_sample, key=lambda sample_id: of_sample[sample_id])
+    worst = min(sample_means, key=lambda sample_id: sample_means[sample_id])
     same_draws = float(everywhere.mean())
     return Rescored(
         samples=len(shares),
@@ -109,21 +112,22 @@ def judged(shares: Mapping[bytes, np.ndarray], least_same_draws: tuple[float, fl
         identical_positions=int((everywhere == 1).sum()),
         same_draws=same_draws,
         worst_sample=worst.hex(),
-        worst_same_draws=of_sample[worst],
-        agrees=same_draws >= least and of_sample[worst] >= least_of_sample,
+        worst_same_draws=sample_means[worst],
+        agrees=same_draws >= least and sample_means[worst] >= least_of_sample,
     )
 
 
 def _kept(directory: Path, recipe: Recipe, run_path: Path | None) -> tuple[Workspace, SampleDataset]:
-    """The recipe's workspace and kept samples."""
+    """The recipe's workspace and kept samples. Raises InputError unless the recipe keeps its cache in ``directory``."""
     if recipe.cache is None:
         raise InputError(
             "cache: this recipe keeps the teacher live, so no cache was built by it; give another --recipe"
         )
     work, run = start(recipe, run_path)
-    own = cache_directory(work, run)
-    if own.resolve() != directory.resolve():
+    recipe_cache = cache_directory(work, run)
+    if recipe_cache.resolve() != directory.resolve():
         raise InputError(
-            f"this recipe keeps its cache in {own}, not in {directory}: give --recipe with --set cache.path={directory}"
+            f"this recipe keeps its cache in {recipe_cache}, not in {directory}: "
+            f"give --recipe with --set cache.path={directory}"
         )
     return work, score(work, run)

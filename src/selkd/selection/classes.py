@@ -1,4 +1,4 @@
-"""Class samplers: a teacher's distribution in, drawn class ids and counts out.
+"""Class samplers: probabilities in, drawn class ids and counts out.
 
 Shapes: n positions, V classes, U draws, C distinct drawn classes (rows padded with count 0 and class 0).
 """
@@ -16,15 +16,15 @@ from selkd.recipe.choices import ClassOptions
 Drawn = tuple[Tensor, Tensor]  # class ids int64 [n, C], counts [n, C]
 Draw = Callable[[Tensor, Tensor, int], Drawn]  # probabilities [n, V], uniforms [n, u], draws U
 
-BLOCK = 64  # classes that are searched together
-TOP_K_UNITS = 65_535  # what the probabilities of ``top_k`` are stored in: two bytes a class
+BLOCK = 64  # classes a block; a draw first finds its block, then its class
+TOP_K_UNITS = 65_535  # the probabilities of ``top_k`` are stored as multiples of 1/65,535, two bytes a class
 
 
 def rs_kd(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
     """U draws with replacement from p at each position (RS-KD): distinct class ids and how often each was drawn.
 
-    E[counts / U] = p, so forward KL's gradient stays unbiased. The cumulative sums are float64: in float32 the tail
-    of a large vocabulary would never be drawn.
+    E[counts / U] = p, so forward KL's gradient stays unbiased. The cumulative sums are float64: in float32, the tail of
+    a large vocabulary would never be drawn.
 
     Args:
         probabilities: [n, V], rows summing to 1 up to rounding.
@@ -49,11 +49,10 @@ Sampler.add(
 
 
 def systematic(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
-    """U equally spaced points through the cumulative distribution, shifted together by one uniform offset.
+    """The classes at U equally spaced points of the cumulative distribution, all shifted by one uniform offset.
 
-    Each count is floor or ceil of U * p(v). The expectation is that of ``rs_kd``, the variance a fraction of it.
-
-    Args and returns as ``rs_kd``, but ``uniforms`` [n, 1].
+    Each count is floor or ceil of U * p(v). The expectation is that of ``rs_kd``, the variance a fraction of it. Args
+    and returns are those of ``rs_kd``, except that ``uniforms`` is [n, 1].
     """
     assert uniforms.shape == (len(probabilities), 1)
     steps = torch.arange(draws, dtype=torch.float64, device=uniforms.device)
@@ -72,9 +71,9 @@ Sampler.add(
 
 
 def top_k(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
-    """The U most probable classes and their probabilities, which the loss renormalises; equal ones: the lower id.
+    """The U most probable classes, of equal ones the lower id, with their probabilities, which the loss renormalises.
 
-    Biased: classes of the tail get no mass, and those kept too much; the known baseline, not a recommendation.
+    It is biased: the tail gets no mass and the kept classes too much. It is the known baseline, not a recommendation.
 
     Returns:
         ``class_ids`` int64, ascending within a row, and ``counts``, here probabilities in the given dtype, [n, U].
@@ -99,26 +98,26 @@ Sampler.add(
 def _at_points(probabilities: Tensor, points: Tensor) -> Drawn:
     """The classes in which ascending ``points`` [n, U] in [0, 1) of the cumulative distribution lie, counted.
 
-    Found in two steps, the block of ``BLOCK`` classes and then the class in it: cumulative sums of all V classes in
-    float64 would take twice the time, and four times the memory of the probabilities.
+    The search finds the block of ``BLOCK`` classes, then the class in it. Cumulative sums of all V classes in float64
+    would take twice the time, and four times the memory of the probabilities.
     """
     n, vocab_size = probabilities.shape
     blocks = pad(probabilities, (0, -vocab_size % BLOCK)).view(n, -1, BLOCK)
-    # A block's few classes are summed as exactly in float32 as they are known; all the blocks would not be.
+    # float32 is exact enough for the sum of the few classes of a block, but not for the sums over all blocks.
     cumulative = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    below_all = 1 - torch.finfo(torch.float64).eps  # a point that rounds up to the whole would lie in no class
+    below_all = 1 - torch.finfo(torch.float64).eps  # a point that is rounded up to the total would lie in no class
     points = torch.minimum(points, points.new_tensor(below_all)) * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, points, right=True).clamp_(max=blocks.shape[1] - 1)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).to(torch.float64).cumsum(dim=-1)
     rest = points - pad(cumulative, (1, 0)).gather(1, block)
-    # Two sums of one block differ by a rounding: below its own last sum, no class without probability is drawn.
+    # The two sums of a block differ by a rounding: a point is kept below the second, so that it lies in a class of it.
     rest = torch.minimum(rest, inside[..., -1] * below_all)
     place = torch.searchsorted(inside, rest[..., None], right=True).squeeze(-1)
     return count_distinct(block * BLOCK + place)
 
 
 def count_distinct(drawn: Tensor) -> Drawn:
-    """Distinct ids and counts [n, C] of ids [n, U] that ascend within each row."""
+    """The distinct ids [n, C] and their counts [n, C] of ids [n, U] that ascend within each row."""
     is_new = torch.ones_like(drawn, dtype=torch.bool)
     is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     slot = is_new.cumsum(dim=-1) - 1
@@ -129,9 +128,9 @@ def count_distinct(drawn: Tensor) -> Drawn:
 
 
 def in_units(class_ids: Tensor, probabilities: Tensor) -> Drawn:
-    """Probabilities [n, C] as integer counts that sum to ``TOP_K_UNITS``, by largest remainders; for storing.
+    """Probabilities [n, C], for storing, as integer counts that sum to ``TOP_K_UNITS``, by largest remainders.
 
-    A target moves by less than 1/65,535 in each class; classes that round to 0 have count 0.
+    A class of the target moves by less than 1/65,535; classes that are rounded to 0 have count 0.
     """
     exact = probabilities.double()
     exact = exact / exact.sum(dim=-1, keepdim=True) * TOP_K_UNITS
@@ -149,10 +148,10 @@ class ClassSampler:
     """A sampler with its number of draws.
 
     Attributes:
-        draw: the function.
+        draw: the sampler's function.
         draws: U.
         n_uniforms: how many uniforms a position needs.
-        total: what the integer counts of a stored row sum to.
+        total: the sum of the integer counts of a stored row.
     """
 
     draw: Draw
@@ -163,20 +162,20 @@ class ClassSampler:
     def __call__(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
         """Class ids and counts [n, C] of ``probabilities`` [n, V], with ``uniforms`` float64 [n, n_uniforms].
 
-        ``probabilities`` must be finite: of NaN, a search through cumulative sums makes the last class in silence.
+        ``probabilities`` must be finite: from NaN, the search would silently take the last class.
         """
         return self.draw(probabilities, uniforms, self.draws)
 
     def integers(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
-        """The same with integer counts that sum to ``total``, for storing."""
+        """The same draws, for storing: with integer counts that sum to ``total``."""
         class_ids, counts = self(probabilities, uniforms)
         return in_units(class_ids, counts) if counts.is_floating_point() else (class_ids, counts)
 
 
 def class_sampler(options: ClassOptions) -> ClassSampler:
-    """The sampler that a recipe's classes part names; its sampler is not ``all``."""
+    """The sampler that a recipe's ``classes`` name, which is not ``all``."""
     entry, draws = Sampler.find(options.sampler), options.draws
     draw = entry.drawn if entry.is_own else entry.function
-    assert draws is not None, "a sampler has draws once its options are checked"
+    assert draws is not None, "ClassOptions requires draws with a sampler"
     assert draw is not None, f"{entry.name} draws no classes"
     return ClassSampler(draw, draws, entry.n_uniforms(draws), entry.total(draws))

@@ -1,4 +1,4 @@
-"""Statistics of positions, and a metric at every valid position of a batch, from hidden states, without gradient.
+"""Scores of positions: a metric, and the statistics that it combines, from hidden states and without gradient.
 
 Shapes: B batch, T positions, N positions, n of a chunk, V classes, D hidden.
 """
@@ -23,7 +23,7 @@ LogitsOf = Callable[[slice], Tensor]
 
 @dataclass(frozen=True)
 class PositionScores:
-    """A metric's values u [B, T] and the statistics [B, T] that it was made of, 0 where not valid; detached."""
+    """A metric's values u [B, T] and the statistics [B, T] that it combines, 0 where not valid; detached."""
 
     values: Tensor
     statistics: dict[str, Tensor]
@@ -40,17 +40,17 @@ def position_statistics(
     """Statistics ``names`` of N positions in one pass over the chunks of their logits: name -> [N].
 
     Args:
-        names: as ``selkd.maths.importance.statistics`` has them.
+        names: names that ``selkd.maths.importance.statistics`` knows.
         hidden_states: the student's, [N, D].
         head: its head, in the dtype of the products.
         targets: int64 [N].
-        teacher_logits: of the same positions, on any device; None if no name needs them.
-        own: a user's functions, as ``statistics`` takes them.
+        teacher_logits: gives the teacher's at the same positions, on any device; None if no name needs them.
+        own: a user's functions by name, as ``statistics`` takes them.
     """
 
     def compute(student_logits: Tensor, rows: slice) -> Tensor:
-        of_teacher = None if teacher_logits is None else teacher_logits(rows).to(student_logits.device)
-        return statistics(names, student_logits, of_teacher, targets[rows], own)
+        logits = None if teacher_logits is None else teacher_logits(rows).to(student_logits.device)
+        return statistics(names, student_logits, logits, targets[rows], own)
 
     columns = chunked_statistics(hidden_states, head, compute, n_statistics=len(names))
     return dict(zip(names, columns.unbind(dim=-1), strict=True))
@@ -71,9 +71,9 @@ def score_positions(
         metric: a metric's name; ``random`` is uniform noise; None scores nothing (zeros).
         hidden_states: the student's, [B, T, D].
         head: its head, in the dtype of the products.
-        batch: of ``selkd.data.collate.collate``.
-        teacher_logits: of the valid positions, in their order; None if the metric does not need them.
-        random_stream: the run's seed and the optimiser step; with the samples' ids they make the noise of ``random``.
+        batch: from ``selkd.data.collate.collate``.
+        teacher_logits: gives the teacher's at the valid positions, in order; None if the metric does not need them.
+        random_stream: the run's seed and the optimiser step, for ``random``.
     """
     valid_mask = batch["valid_mask"]
     if metric is None:
@@ -87,10 +87,10 @@ def score_positions(
         return PositionScores(noise.to(hidden_states.device), {})
     own = {metric: entry.values} if entry.is_own else {}
     targets = batch["targets"][valid_mask]
-    of_valid = position_statistics(entry.statistics, hidden_states[valid_mask], head, targets, teacher_logits, own)
+    at_valid = position_statistics(entry.statistics, hidden_states[valid_mask], head, targets, teacher_logits, own)
     placed = {
         name: values.new_zeros(valid_mask.shape).masked_scatter_(valid_mask, values)
-        for name, values in of_valid.items()
+        for name, values in at_valid.items()
     }
     return PositionScores(entry.combine(placed, valid_mask), placed)
 
@@ -98,16 +98,16 @@ def score_positions(
 def choose_positions(
     options: PositionOptions, scores: Tensor, batch: dict[str, Tensor], context: StepContext, *, seed: int
 ) -> Tensor:
-    """The policy's coefficients [B, T] over the eligible positions of a batch, with the sample's own random draws."""
-    mask, uniforms = eligible(options, batch["valid_mask"], batch["position_ids"]), None
-    wanted = Policy.find(options.policy).uniforms
-    if wanted == "of draws":
+    """The policy's coefficients [B, T] over the eligible positions of a batch; draws are a function of each sample."""
+    mask = eligible(options, batch["valid_mask"], batch["position_ids"])
+    use = Policy.find(options.policy).uniforms
+    if use is None:
+        return select(options, scores, mask, context)
+    ids = batch["sample_ids"].cpu().numpy()
+    if use == "of draws":
         assert context.fraction is not None, "a policy that draws has a fraction"
         draws = counts_of(context.fraction, mask.sum(dim=-1)).cpu().numpy()
-        noise = draw_uniforms(seed, batch["sample_ids"].cpu().numpy(), draws, "position draws", context.step)
-        uniforms = torch.from_numpy(noise).to(scores.device)
-    elif wanted == "of positions":
-        ids = batch["sample_ids"].cpu().numpy()
+        noise = draw_uniforms(seed, ids, draws, "position draws", context.step)
+    else:
         noise = position_uniforms(seed, ids, mask.cpu().numpy(), "own policy", context.step)
-        uniforms = torch.from_numpy(noise).to(scores.device)
-    return select(options, scores, mask, context, uniforms)
+    return select(options, scores, mask, context, torch.from_numpy(noise).to(scores.device))

@@ -1,7 +1,7 @@
 """Position policies: scores in, final coefficients out.
 
-A policy returns the coefficients a_it of ``loss_i = sum_t a_it * l_it``; nothing divides by them again. For a policy
-that picks K positions of a sample they are 1/K there and 0 elsewhere.
+A policy returns the coefficients a_it of ``loss_i = sum_t a_it * l_it``, which nothing divides by their sum again. A
+policy that picks K positions of a sample gives 1/K to these and 0 to the others.
 
 Shapes: B batch, T positions, K draws or picked positions of a sample.
 """
@@ -18,13 +18,14 @@ from selkd.selection.queue import ScoreQueue
 
 
 class StepContext(NamedTuple):
-    """Where in the run an optimiser step is, as a policy sees it; the same for all its micro-batches and ranks.
+    """What a policy knows of an optimiser step; the same for all its micro-batches and ranks.
 
     Attributes:
         step: the optimiser step, from 0.
-        fraction: k at this step; None takes every position.
-        progress: how far the curriculum's window has moved, 0 to 1; for other policies the share of the run done.
-        threshold: of gls; None while its queue has seen too little.
+        fraction: k at this step; None: every position is taken.
+        progress: from 0 to 1, how far the curriculum's window has moved; for other policies, the share of the run that
+            is done.
+        threshold: the threshold of gls; None until its queue has enough scores.
     """
 
     step: int
@@ -34,7 +35,7 @@ class StepContext(NamedTuple):
 
 
 def step_context(options: PositionOptions, step: int, total_steps: int, queue: ScoreQueue | None = None) -> StepContext:
-    """The place of optimiser step ``step`` of ``total_steps``."""
+    """The context of optimiser step ``step`` of ``total_steps``."""
     fraction = fraction_at(options.fraction, step, total_steps)
     span: float = total_steps
     if isinstance(options.curriculum_steps, int):
@@ -46,7 +47,7 @@ def step_context(options: PositionOptions, step: int, total_steps: int, queue: S
 
 
 def fraction_at(fraction: float | FractionSchedule | None, step: int, total_steps: int) -> float | None:
-    """The fraction at an optimiser step; a schedule moves over the first ``over`` of all steps."""
+    """The fraction at an optimiser step. A schedule moves during the first share ``over`` of all steps."""
     if not isinstance(fraction, FractionSchedule):
         return fraction
     done = min(1.0, step / max(1e-9, fraction.over * total_steps))
@@ -56,26 +57,26 @@ def fraction_at(fraction: float | FractionSchedule | None, step: int, total_step
 
 
 def counts_of(fraction: float, n_valid: Tensor) -> Tensor:
-    """K = ceil(k * n) of each sample in decimal arithmetic, so that 0.07 of 100 is 7; int64 like ``n_valid`` [B]."""
+    """K = ceil(k * n) of each sample, as in decimal arithmetic: 0.07 of 100 is 7. int64, as ``n_valid`` [B]."""
     return torch.ceil(fraction * n_valid.to(torch.float64) - 1e-9).clamp_(min=0).to(torch.int64)
 
 
 def eligible(options: PositionOptions, valid_mask: Tensor, position_ids: Tensor) -> Tensor:
-    """The valid positions [B, T] without the first ``skip_first`` of each document."""
+    """The mask of the valid positions [B, T] without the first ``skip_first`` of each document."""
     return valid_mask & (position_ids >= options.skip_first) if options.skip_first else valid_mask
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a policy chooses from.
+    """The arguments of a built-in policy's function.
 
     Attributes:
         scores: u [B, T]; finite where valid, anything elsewhere.
         valid_mask: bool [B, T], the eligible positions.
         counts: K of each sample, int64 [B].
-        context: where in the run the step is.
-        options: the policy's.
-        uniforms: float64 [B, at least max K] in [0, 1) for the policies that draw, else None.
+        context: the optimiser step's.
+        options: the recipe's.
+        uniforms: float64 [B, at least max K] in [0, 1) for policies that draw, else None.
     """
 
     scores: Tensor
@@ -86,7 +87,7 @@ class Candidates:
     uniforms: Tensor | None = None
 
 
-# K positions that share one coefficient may be counted either way.
+# A policy that gives K positions the same coefficient goes with either reduction.
 PICKED: tuple[Literal["per_sample", "per_position"], ...] = ("per_sample", "per_position")
 MITIGATIONS = {"smoothing": 1.0, "clip": None, "skip_first": 0, "coverage": 0.0}
 
@@ -108,7 +109,7 @@ Policy.add(
 
 
 def take_top(candidates: Candidates) -> Tensor:
-    """The K valid positions with the highest scores, equal scores to the earlier one; a = 1/K."""
+    """The K valid positions with the highest scores, of equal ones the earlier; a = 1/K."""
     return _spread(mark_highest(candidates.scores, candidates.valid_mask, candidates.counts), candidates.scores.dtype)
 
 
@@ -122,7 +123,7 @@ Policy.add(
 
 Policy.add(
     "random",
-    take_top,  # of uniform noise: K positions without replacement, each set equally likely
+    take_top,  # of uniform noise, so K positions without replacement, all sets equally likely
     ranks=False,
     metric="random",
     label="a random {share} of the positions",
@@ -132,9 +133,9 @@ Policy.add(
 
 
 def take_above(candidates: Candidates) -> Tensor:
-    """gls: the valid positions whose score reaches the threshold; ``take_top`` while there is none.
+    """gls: the valid positions whose score reaches the threshold; ``take_top`` while there is no threshold.
 
-    The step as a whole is divided by its budget, the sum of ceil(k*n), so what is returned only says which.
+    The loss is divided by the whole step's budget, the sum of ceil(k*n), so only the signs of these coefficients count.
     """
     if candidates.context.threshold is None:
         return take_top(candidates)
@@ -154,7 +155,7 @@ Policy.add(
 
 
 def take_window(candidates: Candidates) -> Tensor:
-    """Curriculum: K positions in ascending order of score, from the floor((n - K) * progress)th; a = 1/K."""
+    """Curriculum: of the positions in ascending order of score, K from number floor((n - K) * progress) on; a = 1/K."""
     n_valid = candidates.valid_mask.sum(dim=-1)
     start = (
         torch.floor((n_valid - candidates.counts) * candidates.context.progress + 1e-9).to(torch.int64).unsqueeze(-1)
@@ -176,7 +177,7 @@ Policy.add(
 
 
 def draw(candidates: Candidates) -> Tensor:
-    """Pos RS-KD: K draws with replacement in proportion to u, a = c_t/K. Expectation: weighted KD."""
+    """Pos RS-KD: K draws with replacement in proportion to u; a = c_t/K. Its expectation is weighted KD."""
     return _drawn(candidates, is_corrected=False)
 
 
@@ -194,8 +195,8 @@ Policy.add(
 def draw_corrected(candidates: Candidates) -> Tensor:
     """Pos RS-KD with importance correction: a = c_t / (K * n * r_t).
 
-    Expectation: Full KD's mean, but for positions that are never drawn: those with u = 0, and, where ``coverage``
-    leaves nothing to draw, all but the sure ones.
+    Its expectation is Full KD's mean, except for positions that are never drawn: those with u = 0, and, if ``coverage``
+    leaves nothing to draw, all but those that it takes for sure.
     """
     return _drawn(candidates, is_corrected=True)
 
@@ -232,7 +233,7 @@ def select(
     Args:
         scores: [B, T], the metric's values (noise for ``random``; ignored by ``all``), finite where valid.
         valid_mask: bool [B, T], the eligible positions.
-        uniforms: float64 [B, max K], each sample's own; for the policies that draw.
+        uniforms: float64 [B, max K], random numbers of each sample, for policies that draw.
     """
     n_valid = valid_mask.sum(dim=-1)
     counts = n_valid if context.fraction is None else counts_of(context.fraction, n_valid)
@@ -246,21 +247,21 @@ def select(
 
 
 def _drawn(candidates: Candidates, is_corrected: bool) -> Tensor:
-    assert candidates.uniforms is not None, "a policy that draws is given uniforms"
+    assert candidates.uniforms is not None, "a policy that draws needs uniforms"
     options, counts = candidates.options, candidates.counts
     n_valid = candidates.valid_mask.sum(dim=-1, keepdim=True)
     sure_counts = counts_of(options.coverage or 0.0, counts)
     sure = mark_highest(candidates.scores, candidates.valid_mask, sure_counts)
     drawable, draws = candidates.valid_mask & ~sure, (counts - sure_counts).unsqueeze(-1)
     u = _clipped(candidates.scores, candidates.valid_mask, options).masked_fill(~drawable, 0)
-    # In proportion to u^(1/s); the highest is 1, so that no power overflows.
+    # The probability is in proportion to u^(1/s). Divided by the highest u, no power overflows.
     highest = u.amax(dim=-1, keepdim=True)
     r = _proportional((u / highest.masked_fill(highest == 0, 1.0)) ** (1 / (options.smoothing or 1.0)), drawable)
 
     cumulative = r.cumsum(dim=-1)
     total = cumulative[:, -1:]
     points = candidates.uniforms[:, : int(counts.max()) if len(counts) else 0] * total
-    points = points.minimum(torch.nextafter(total, torch.zeros_like(total)))  # rounding never reaches past the last
+    points = points.minimum(torch.nextafter(total, torch.zeros_like(total)))  # rounding must not reach past the last
     places = torch.searchsorted(cumulative, points.contiguous(), right=True).clamp_(max=r.shape[-1] - 1)
     is_draw = torch.arange(points.shape[-1], device=r.device) < draws
     times = torch.zeros_like(r).scatter_add_(-1, places, is_draw.to(r.dtype))
@@ -271,7 +272,7 @@ def _drawn(candidates: Candidates, is_corrected: bool) -> Tensor:
 
 
 def _clipped(scores: Tensor, valid_mask: Tensor, options: PositionOptions) -> Tensor:
-    """u, not below 0 and cut at its quantile ``clip``; float64 [B, T], 0 where not valid."""
+    """u, at least 0 and cut at its quantile ``clip``, float64 [B, T]; 0 where not valid."""
     u = scores.double().clamp(min=0).masked_fill(~valid_mask, torch.nan)
     if options.clip is not None and u.shape[-1]:
         u = u.minimum(u.nanquantile(options.clip, dim=-1, keepdim=True))
@@ -279,7 +280,7 @@ def _clipped(scores: Tensor, valid_mask: Tensor, options: PositionOptions) -> Te
 
 
 def _proportional(u: Tensor, mask: Tensor) -> Tensor:
-    """u / sum u over ``mask``, 0 elsewhere; uniform in a row where all are 0."""
+    """u / sum u over ``mask``, 0 elsewhere; uniform over ``mask`` in a row where all u are 0."""
     u = u.masked_fill(~mask, 0)
     u = torch.where(u.sum(dim=-1, keepdim=True) > 0, u, mask.to(u.dtype))
     total = u.sum(dim=-1, keepdim=True)
@@ -287,12 +288,12 @@ def _proportional(u: Tensor, mask: Tensor) -> Tensor:
 
 
 def mark_highest(scores: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
-    """bool [B, T]: the ``counts`` [B] highest of each row, equal ones: earlier."""
+    """Marks the ``counts`` [B] highest scores of each row, of equal ones the earlier: bool [B, T]."""
     return (_ranks(scores.masked_fill(~mask, -torch.inf), descending=True) < counts.unsqueeze(-1)) & mask
 
 
 def _ranks(scores: Tensor, descending: bool) -> Tensor:
-    """The place of each position in the stable order of its row, int64 [B, T]."""
+    """The rank of each position in the stable order of its row, int64 [B, T]."""
     order = scores.argsort(dim=-1, descending=descending, stable=True)
     return torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)

@@ -1,6 +1,6 @@
-"""Sample selection: a score a sample in, the kept samples out, and the file in which later runs find both.
+"""Sample selection: which samples are kept by their scores, and the file that keeps both for later runs.
 
-The file is Parquet (columns ``sample_id``, ``score``, ``kept``), its fingerprint in the schema's metadata.
+The file is Parquet with the columns ``sample_id``, ``score`` and ``kept``; the schema's metadata has its fingerprint.
 """
 
 import json
@@ -12,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selkd.errors import InputError, RunError
+from selkd.errors import InputError
+from selkd.files import write_whole
 
 FORMAT = 1
 
 
 def highest(scores: np.ndarray, fraction: float) -> np.ndarray:
-    """Indices, ascending, of the ceil(l * N) samples with the highest of ``scores`` [N]; equal: the lower index.
+    """Ascending indices of the ceil(l * N) samples with the highest of ``scores`` [N]; of equal ones, the lower index.
 
     Raises:
         ValueError: a score is not finite.
@@ -31,13 +32,13 @@ def highest(scores: np.ndarray, fraction: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SampleScores:
-    """Scores of all samples of a training split, in its order, and what determined them.
+    """Scores of all samples of a training split, in its order.
 
     Attributes:
-        sample_ids: 32 hex digits each.
+        sample_ids: ids of 32 hex digits.
         scores: float64 [N].
-        fingerprint: everything the scores depend on, field -> value.
-        cost: ``seconds`` and ``teacher_tokens`` that scoring took, for the runs that share the file; None: not known.
+        fingerprint: everything that the scores depend on, field -> value.
+        cost: ``seconds`` and ``teacher_tokens`` that scoring took, for runs that share the file; None if unknown.
     """
 
     sample_ids: list[str]
@@ -46,28 +47,22 @@ class SampleScores:
     cost: dict[str, float] | None = None
 
     def write(self, path: Path, kept: np.ndarray) -> None:
-        """Write the scores and which samples are ``kept`` (indices), whole or not at all."""
+        """Write the scores, and which samples are ``kept`` (indices), whole or not at all."""
         is_kept = np.zeros(len(self.scores), dtype=bool)
         is_kept[kept] = True
         table = pa.table({"sample_id": self.sample_ids, "score": self.scores, "kept": is_kept})
         meta = {"selkd.format": str(FORMAT), "selkd.fingerprint": json.dumps(self.fingerprint, sort_keys=True)}
         meta |= {"selkd.cost": json.dumps(self.cost)}
-        temporary = path.with_name(path.name + ".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table.replace_schema_metadata(meta), temporary)
-            temporary.replace(path)
-        except OSError as error:
-            raise RunError(
-                f"{path}: the samples' scores can't be written ({error}). Give another samples.path."
-            ) from error
+        content = pa.BufferOutputStream()
+        pq.write_table(table.replace_schema_metadata(meta), content)
+        write_whole(path, content.getvalue().to_pybytes())
 
     @classmethod
     def read(cls, path: Path, expected: dict[str, str] | None = None) -> "SampleScores":
         """The scores in the file at ``path``.
 
         Raises:
-            InputError: not such a file, or its fingerprint differs from ``expected``; the field is named.
+            InputError: it is no such file, or its fingerprint differs from ``expected`` in a field, which is named.
         """
         try:
             table = pq.read_table(path)

@@ -1,8 +1,8 @@
-"""Selection for a fraction of a head pass: entropy estimated at every position, exact at the best of them alone.
+"""Scores for a fraction of the head's cost: entropy is estimated from some classes, and exact at the best positions.
 
-A sample's score needs the estimate alone.
+Approximate scoring of samples uses the estimate alone.
 
-Shapes: B batch, T positions, D hidden, V classes.
+Shapes: B batch, T positions, N positions of one sample, D hidden, V classes, F frequent classes, R of the others.
 """
 
 import math
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selkd.maths.chunked import ChunkedLogits, chunked_entropy, chunks, piece_size, wide
-from selkd.maths.estimate import ClassSubset, estimated_entropy
+from selkd.maths.chunked import ChunkedLogits, chunked_entropy, chunked_statistics, chunks, piece_size, wide
+from selkd.maths.divergence import entropy
 from selkd.maths.head import Head
 from selkd.recipe.choices import PositionOptions, SampleOptions
 from selkd.selection.position_scores import PositionScores
@@ -21,17 +21,49 @@ from selkd.selection.positions import StepContext, counts_of, mark_highest
 from selkd.selection.randomness import sample_generator
 
 
+@dataclass(frozen=True)
+class ClassSubset:
+    """Classes that stand for the whole vocabulary.
+
+    Attributes:
+        ids: int64 [F + R], the frequent classes first, then those that stand for all others. One may occur twice.
+        n_frequent: F.
+        tail_weight: how many classes each of the R stands for, (V - F) / R.
+    """
+
+    ids: Tensor
+    n_frequent: int
+    tail_weight: float
+
+
+def estimated_entropy(hidden_states: Tensor, head: Head, subset: ClassSubset, chunk: int | None = None) -> Tensor:
+    """Entropy in nats, [N], estimated at hidden states [N, D], without gradient.
+
+    Dense expression, with z the logits of ``subset``, w = 1 for its frequent classes and ``tail_weight`` for the
+    others: ``Z = (w * z.exp()).sum(-1)``, ``Z.log() - (w * z.exp() * z).sum(-1) / Z``. Exact if the subset is the whole
+    vocabulary.
+
+    Args:
+        head: in the dtype of the products.
+    """
+
+    def compute(logits: Tensor, _: slice) -> Tensor:
+        return entropy(logits, subset.n_frequent, subset.tail_weight).unsqueeze(-1)
+
+    return chunked_statistics(hidden_states, head.rows(subset.ids), compute, chunk).squeeze(-1)
+
+
 def by_frequency(token_counts: np.ndarray) -> np.ndarray:
-    """All class ids [V], the most frequent first (equally frequent: the lower id), of their counts in a text [V]."""
+    """All class ids [V] in descending order of their counts [V] in a text; of equal ones the lower id comes first."""
     return np.argsort(-token_counts, kind="stable")
 
 
 def class_subset(first: Tensor, ordered: Tensor, tail: int, seed: int, *stream: int | str) -> ClassSubset:
     """The classes ``first`` [F], and about ``tail`` of the others.
 
-    One class is drawn from each of as many equal stretches of ``ordered`` [V], as a function of (seed, stream) alone,
-    and those among ``first`` are left out. So each other class is as likely as any other, and where rounding puts
-    another class into ``first``, the other draws stay.
+    ``ordered`` [V] is cut into equal stretches and one class is drawn from each, as a function of (seed, stream) alone;
+    draws that are among ``first`` are left out. So all other classes are equally likely, and if rounding changes
+    ``first``, the draws stay.
     """
     vocab_size = len(ordered)
     is_first = torch.zeros(vocab_size, dtype=torch.bool, device=ordered.device).index_fill_(0, first, True)
@@ -40,8 +72,7 @@ def class_subset(first: Tensor, ordered: Tensor, tail: int, seed: int, *stream: 
         stretches = round(tail * vocab_size / n_others)
         uniforms = sample_generator(seed, b"", "tail classes", *stream).random(stretches)
         places = (np.arange(stretches) + uniforms) * (vocab_size / stretches)
-        at = torch.from_numpy(places.astype(np.int64).clip(max=vocab_size - 1))
-        drawn = ordered[at.to(ordered.device)]
+        drawn = ordered[torch.from_numpy(places.astype(np.int64).clip(max=vocab_size - 1)).to(ordered.device)]
         drawn = drawn[~is_first[drawn]]
         if len(drawn):
             return ClassSubset(torch.cat([first, drawn]), len(first), n_others / len(drawn))
@@ -50,10 +81,10 @@ def class_subset(first: Tensor, ordered: Tensor, tail: int, seed: int, *stream: 
 
 @torch.no_grad()
 def most_probable(n: int, hidden_states: Tensor, head: Head) -> Tensor:
-    """Ids of the ``n`` classes most probable at a few hidden states [N, D].
+    """Ids of the ``n`` classes that are most probable at a few hidden states [N, D].
 
-    Dense expression: ``softmax(head.logits(hidden_states)).mean(0).topk(n).indices``. A student that is cut or
-    untrained puts its mass on classes that are rare in the text; they are told by a few of its own distributions.
+    Dense expression: ``softmax(head.logits(hidden_states)).mean(0).topk(n).indices``. The text's frequencies would miss
+    the classes of a pruned or untrained student, which puts its mass on classes that are rare in the text.
     """
     logits, vocab_size = ChunkedLogits(hidden_states, head), head.vocab_size
     total = torch.zeros((), device=hidden_states.device)
@@ -64,69 +95,62 @@ def most_probable(n: int, hidden_states: Tensor, head: Head) -> Tensor:
 
 @dataclass(frozen=True)
 class Estimator:
-    """The entropy of a sample's positions from a part of the classes.
+    """Estimates the entropy of a sample's positions from a part of the classes.
 
     Attributes:
-        ordered: class ids, the most frequent of the training text first, [V].
-        frequent, tail: how many classes are counted, and about how many stand for all others.
-        calibration_fraction: the share of the sample's positions, evenly spaced, that tell its frequent classes; 0: the
-            training text tells them.
+        options: a recipe's part whose ``scoring`` estimates.
+        ordered: class ids [V], those most frequent in the training text first.
         seed: the run's.
     """
 
+    options: PositionOptions | SampleOptions
     ordered: np.ndarray | Tensor
-    frequent: int
-    tail: int
-    calibration_fraction: float
     seed: int
 
     @torch.no_grad()
     def __call__(self, hidden_states: Tensor, head: Head, *stream: int | str) -> Tensor:
-        """Entropy in nats, [N], at the hidden states [N, D] of one sample; the classes are a function of (seed, stream)
-        and of them."""
+        """Entropy in nats, [N], at the hidden states [N, D] of one sample.
+
+        The classes are a function of (seed, stream) and, unless ``calibration_fraction`` is 0, of the hidden states.
+        """
+        frequent, tail = self.options.frequent_classes, self.options.tail_classes
+        fraction = self.options.calibration_fraction
+        assert frequent and tail and fraction is not None, "the recipe sets them with the scoring"  # noqa: PT018
         if not len(hidden_states):
             return wide(hidden_states.new_zeros(0))
         ordered = torch.as_tensor(self.ordered, device=hidden_states.device)
-        frequent = min(self.frequent, len(ordered))
-        if self.calibration_fraction:
-            count = math.ceil(self.calibration_fraction * len(hidden_states))
-            probed = hidden_states[torch.linspace(0, len(hidden_states) - 1, count).round().long()]
-            first = most_probable(frequent, probed, head)
+        frequent = min(frequent, len(ordered))
+        if fraction:
+            count = math.ceil(fraction * len(hidden_states))
+            evenly_spaced = torch.linspace(0, len(hidden_states) - 1, count).round().long()
+            first = most_probable(frequent, hidden_states[evenly_spaced], head)
         else:
             first = ordered[:frequent]
-        return estimated_entropy(hidden_states, head, class_subset(first, ordered, self.tail, self.seed, *stream))
-
-
-def estimator(options: PositionOptions | SampleOptions, ordered: np.ndarray | Tensor, seed: int) -> Estimator:
-    """The estimator of a recipe's part, whose ``scoring`` estimates."""
-    frequent, tail, share = options.frequent_classes, options.tail_classes, options.calibration_fraction
-    assert frequent and tail and share is not None, "settled with the scoring"  # noqa: PT018
-    return Estimator(ordered, frequent, tail, share, seed)
+        return estimated_entropy(hidden_states, head, class_subset(first, ordered, tail, self.seed, *stream))
 
 
 @torch.no_grad()
 def score_in_two_stages(
-    options: PositionOptions,
     estimate: Estimator,
     hidden_states: Tensor,
     head: Head,
     batch: dict[str, Tensor],
     context: StepContext,
 ) -> PositionScores:
-    """The student's entropy at the valid positions of a batch: exact at the best, estimated at the others.
+    """The student's entropy at the valid positions of a batch: exact at the best positions, estimated at the others.
 
-    The ceil((fraction + rescored_share) * n) positions of a sample with the highest estimate are rescored exactly. What
-    is estimated is kept below the lowest exact score of its sample, so the highest scores are exact ones.
+    The ceil((fraction + rescored_share) * n) positions of a sample with the highest estimates are scored exactly.
+    Estimates are cut to just below the lowest exact score of their sample, so that the highest scores are exact.
 
     Args:
-        options: with ``scoring: two_stage``.
-        estimate: as ``estimator`` makes it of the same options.
+        estimate: its options are a recipe's positions with ``scoring: two_stage``.
         hidden_states: the student's, [B, T, D].
         head: its head, in the dtype of the products.
-        batch: of ``selkd.data.collate.collate``.
+        batch: from ``selkd.data.collate.collate``.
     """
-    share = options.rescored_share
-    assert share and context.fraction is not None, "top_k has a fraction, two_stage a share"  # noqa: PT018
+    assert isinstance(estimate.options, PositionOptions), "only positions are scored in two stages"
+    share = estimate.options.rescored_share
+    assert share and context.fraction is not None, "the recipe sets them with the scoring"  # noqa: PT018
     valid_mask = batch["valid_mask"]
     scores = wide(hidden_states.new_zeros(valid_mask.shape))
     for row, mask in enumerate(valid_mask):
@@ -135,8 +159,9 @@ def score_in_two_stages(
     is_best = mark_highest(scores, valid_mask, counts)
     best = is_best.flatten().nonzero().flatten()
     exact = chunked_entropy(hidden_states.flatten(0, 1)[best], head)
-    known = exact.nan_to_num(nan=torch.inf)  # so that an error names the position that is not finite, and no other
-    lowest = exact.new_full(valid_mask.shape, torch.inf).masked_scatter_(is_best, known).amin(dim=-1, keepdim=True)
+    # NaN must not become the lowest score, or an error would name other positions than the one that is not finite.
+    finite = exact.nan_to_num(nan=torch.inf)
+    lowest = exact.new_full(valid_mask.shape, torch.inf).masked_scatter_(is_best, finite).amin(dim=-1, keepdim=True)
     below = lowest * (1 - 1e-6) - 1e-6
     scores = scores.minimum(below).masked_fill(~valid_mask, 0).masked_scatter(is_best, exact)
     return PositionScores(scores, {"student_entropy": scores})

@@ -1,1 +1,1 @@
-"""The teacher's targets: from a model in memory, or from a cache that is built and checked here."""
+"""The teacher's targets, from a model in memory or from a cache, which is built and rechecked here."""

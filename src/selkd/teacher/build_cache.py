@@ -1,7 +1,7 @@
-"""Building a teacher cache: the teacher's body once over the kept samples, its head and the draws a chunk at a time.
+"""Building a teacher cache: the teacher runs once over the kept samples, and its draws are written shard by shard.
 
-Draws depend on (seed, sample content) alone and the teacher's batches on the data alone, so a cache built again, or
-by several processes, is the same.
+Draws depend on the seed and the sample's content alone, and the teacher's batches on the data alone. So a cache that is
+built again, or by several processes, is the same.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
 from selkd.teacher.live import LiveTeacher
 
-# A shard stores how often each class is drawn: some 30 kB at 50,000 classes, which a small shard would not repay.
+# A shard stores how often each class was drawn, some 30 kB at 50,000 classes: too much for a small shard.
 SHARD_TOKENS = 2**17
 
 
@@ -32,30 +32,31 @@ def build_cache(
     *,
     repair: bool = False,
 ) -> int:
-    """Build, or finish, the cache of ``samples`` in ``directory``. Shards that are there and whole are kept.
+    """Build, or finish, the cache of ``samples`` in ``directory``. Whole shards that are already there are kept.
 
     Args:
-        fingerprint: everything that determines the draws; ``vocabulary`` is how many classes both models share.
-        teacher: gives the teacher, with a class sampler; called only if a shard is missing.
-        repair: also write a lost or damaged plan anew, where the folder's shards show that it is this cache's.
+        fingerprint: everything that determines the draws; ``vocabulary`` is the number of classes both models share.
+        teacher: loads the teacher, with a class sampler; called only if a shard is missing.
+        repair: also write a lost or damaged plan anew if the folder's shards show that it is this cache's.
 
     Returns:
-        The tokens, padding included, that the teacher's body ran on, all processes together.
+        The tokens, padding included, that the teacher's body ran on in all processes together.
 
     Raises:
-        InputError: the folder is not such a cache's. RunError: the disk refused; finished shards stay.
+        InputError: the folder is another cache's, or not a cache's.
+        RunError: the disk refused; finished shards stay.
     """
     state = PartialState()
     shards = plan_shards(samples)
     with state.main_process_first():  # the first one claims the folder
         shard_ids = [[samples.ids[i] for i in shard] for shard in shards]
         writer = CacheWriter(directory, fingerprint, shard_ids, repair=repair)
-    # Each process reads its share; all have looked before any writes.
+    # Each process checks its share of the shards; all have checked before any of them writes.
     missing = writer.missing_shards(range(state.process_index, len(shards), state.num_processes))
     missing = sorted(gather_object(missing)) if state.num_processes > 1 else missing
-    mine = missing[state.process_index :: state.num_processes]
-    batches = {number: plan_batches(samples, shards[number]) for number in mine}
-    if mine:
+    own_share = missing[state.process_index :: state.num_processes]
+    batches = {number: plan_batches(samples, shards[number]) for number in own_share}
+    if own_share:
         writer.require_writable()
         live = teacher()
         _write_all(writer, batches, lambda batch: draw_rows(live, [samples[index] for index in batch], pad_token_id))
@@ -68,7 +69,7 @@ def build_cache(
 
 
 def plan_shards(samples: SampleDataset) -> list[list[int]]:
-    """Indices of the samples of each shard: the data's order, each content once, ``SHARD_TOKENS`` tokens a shard."""
+    """Indices of the samples of each shard: the data's order, equal samples once, ``SHARD_TOKENS`` tokens a shard."""
     shards: list[list[int]] = [[]]
     seen: set[bytes] = set()
     tokens = 0
@@ -85,13 +86,13 @@ def plan_shards(samples: SampleDataset) -> list[list[int]]:
 
 
 def plan_batches(samples: SampleDataset, shard: list[int]) -> list[list[int]]:
-    """Indices of the samples of each batch of the teacher that makes a shard: a function of their lengths alone."""
+    """Indices of the samples of each batch in which the teacher makes a shard: a function of their lengths alone."""
     groups = group_by_tokens(samples.lengths[shard], TOKENS_AT_ONCE)
     return [[shard[place] for place in group] for group in groups]
 
 
 def draw_rows(teacher: LiveTeacher, samples: list[Sample], pad_token_id: int) -> list[SampleRows]:
-    """The rows that a cache stores of the samples of one batch, in their order."""
+    """The rows that a cache stores for the samples of one batch, in their order."""
     batch = {name: tensor.to(teacher.model.device) for name, tensor in collate(samples, pad_token_id).items()}
     lengths, class_ids, counts = [], [], []
     for drawn in teacher.draws_to_store(batch):
@@ -100,7 +101,7 @@ def draw_rows(teacher: LiveTeacher, samples: list[Sample], pad_token_id: int) ->
         class_ids.append(drawn.class_ids[is_drawn].cpu().numpy())
         counts.append(drawn.counts[is_drawn].cpu().numpy())
     row_lengths = np.concatenate(lengths)
-    # Ragged rows of all positions, cut where each sample ends.
+    # The ragged rows of all positions are cut where each sample ends.
     positions = np.cumsum([sample.n_valid for sample in samples])
     entries = np.concatenate([[0], row_lengths.cumsum()])[positions]
     return list(
@@ -117,9 +118,9 @@ def draw_rows(teacher: LiveTeacher, samples: list[Sample], pad_token_id: int) ->
 def _write_all(
     writer: CacheWriter, shards: dict[int, list[list[int]]], draw: Callable[[list[int]], list[SampleRows]]
 ) -> None:
-    """Write these shards, given by their batches of samples.
+    """Draw and write these shards: number -> batches of samples.
 
-    Each is written while the teacher goes on to the next, so that coding does not keep an accelerator waiting.
+    A shard is written while the teacher draws the next one, so that coding does not keep an accelerator waiting.
     """
     n_samples = sum(len(batch) for batches in shards.values() for batch in batches)
     bar = tqdm(total=n_samples, desc="caching the teacher", unit=" samples", disable=not PartialState().is_main_process)
@@ -132,7 +133,7 @@ def _write_all(
                 bar.update(len(batch))
             if written is not None:
                 written.result()
-            # A shard's samples are in the data's order, which is that of their indices.
+            # The samples of a shard are in the data's order, which is that of their indices.
             written = pool.submit(writer.write_shard, number, [rows[index] for index in sorted(rows)])
         if written is not None:
             written.result()

@@ -18,7 +18,7 @@ from selkd.teacher.targets import Batch, DrawnClasses
 
 
 class CachedTeacher:
-    """A teacher read from disk: its model need not exist any more."""
+    """A teacher whose draws are read from disk; its model is not needed."""
 
     is_live = False
 
@@ -26,14 +26,14 @@ class CachedTeacher:
         self.cache = cache
 
     def targets(self, batch: Batch, step: int) -> "_CachedTargets":  # noqa: ARG002  the draws were made once
-        """What ``CachedCollator`` read for the batch, or what is read now."""
+        """The targets that ``CachedCollator`` put into the batch; if there are none, they are read now."""
         if "teacher_class_ids" not in batch:
             device = batch["input_ids"].device
             batch = {name: tensor.to(device) for name, tensor in self.read(batch).items()}
         return _CachedTargets(batch["teacher_class_ids"].flatten(0, 1), batch["teacher_counts"].flatten(0, 1))
 
     def read(self, batch: Batch) -> Batch:
-        """``teacher_class_ids`` and ``teacher_counts`` of a batch: int32 [B, T, C] on the CPU, padded with count 0."""
+        """``teacher_class_ids`` and ``teacher_counts`` of a batch, int32 [B, T, C] on the CPU, padded with count 0."""
         valid_mask = batch["valid_mask"].cpu().numpy()
         stored = [
             self.rows(sample_id.tobytes(), int(valid.sum())) if valid.any() else None
@@ -42,16 +42,17 @@ class CachedTeacher:
         width = max((int(rows.row_lengths.max()) for rows in stored if rows is not None), default=1)
         class_ids = np.zeros((*valid_mask.shape, width), dtype=np.int32)
         counts = np.zeros_like(class_ids)
-        for at, (valid, rows) in enumerate(zip(valid_mask, stored, strict=True)):
+        for sample, (valid, rows) in enumerate(zip(valid_mask, stored, strict=True)):
             if rows is not None:
                 lengths = rows.row_lengths.astype(np.int64)
                 position = np.repeat(np.flatnonzero(valid), lengths)
                 place = np.arange(len(position)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-                class_ids[at, position, place], counts[at, position, place] = rows.class_ids, rows.counts
+                class_ids[sample, position, place] = rows.class_ids
+                counts[sample, position, place] = rows.counts
         return {"teacher_class_ids": torch.from_numpy(class_ids), "teacher_counts": torch.from_numpy(counts)}
 
     def rows(self, sample_id: bytes, n_valid: int) -> Rows:
-        """The stored rows of one sample. Raises InputError unless they are as many as its valid positions."""
+        """The stored rows of one sample. Raises InputError unless there is one for each of its valid positions."""
         rows = self.cache.get(sample_id)
         if len(rows.row_lengths) != n_valid:
             raise InputError(
@@ -63,11 +64,11 @@ class CachedTeacher:
 
 @dataclass(frozen=True)
 class CachedCollator:
-    """A collator that also reads the teacher's classes, so that a ``DataLoader``'s workers do so ahead of training.
+    """A collator that also reads the teacher's classes, so that a ``DataLoader``'s workers read ahead of training.
 
     Args:
-        collate: samples in, a batch of ``selkd.data.collate.collate`` out.
-        teacher: holds every sample that has a valid position.
+        collate: makes a batch of samples, as ``selkd.data.collate.collate`` does.
+        teacher: its cache holds every sample that has a valid position.
     """
 
     collate: Callable[[list[Sample]], Batch]
@@ -80,14 +81,14 @@ class CachedCollator:
 
 @dataclass(frozen=True)
 class _CachedTargets:
-    class_ids: Tensor  # int32 [B * T, C], or int64 [N, C] once narrowed
+    class_ids: Tensor  # int32 [B * T, C]; after ``at``, int64 [N, C]
     counts: Tensor
 
     def at(self, index: Tensor) -> "_CachedTargets":
         return _CachedTargets(self.class_ids[index].long(), self.counts[index].long())
 
     def logits(self, rows: slice) -> Tensor:  # noqa: ARG002
-        raise AssertionError("what needs the full distribution is refused before a cache is opened for training")
+        raise AssertionError("recipes that need the full distribution are refused before a cache is opened")
 
     def chunk(self, rows: slice) -> DrawnClasses:
         return DrawnClasses(self.class_ids[rows], self.counts[rows])

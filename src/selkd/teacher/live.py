@@ -1,6 +1,7 @@
-"""A teacher model in memory, and the one sampler of its distribution: training and a cache's builder draw with it.
+"""A teacher model in memory. Training, the builder of a cache and its recheck all draw from its distribution here.
 
-Shapes: B batch, T positions, N selected positions, n of a chunk, V classes, D hidden, U draws, C distinct classes.
+Shapes: B batch, T positions, N selected positions, n positions of a chunk, V classes, D hidden, C distinct classes,
+u uniforms a position.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,14 @@ from selkd.teacher.targets import Batch, DrawnClasses, FullDistribution, Target
 
 
 class LiveTeacher:
-    """A teacher model in memory. With a class sampler it draws anew at every optimiser step.
+    """A teacher model in memory. With a class sampler, it draws anew at every optimiser step.
 
     Args:
-        model: in evaluation mode, on any device: what it says is moved to the batch's.
-        classes: the class sampler.
+        model: in evaluation mode, on any device; its logits are moved to the batch's device.
+        classes: which classes are compared: all, or those that a sampler draws.
         temperature: the criterion's; draws come from the distribution at this temperature.
         seed: the run's.
-        vocab_size: classes that teacher and student share; families pad their vocabularies with unused rows.
+        vocab_size: the number of classes that teacher and student share.
     """
 
     is_live = True
@@ -44,26 +45,29 @@ class LiveTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch, step: int, *, draws: bool = True) -> "LiveTargets":
-        """``draws``: False where the full distribution alone will be asked for (``logits``)."""
-        uniforms = self._uniforms(batch, "classes", step) if draws else None
-        return self._targets(batch, uniforms)
+        """The targets of a batch at an optimiser step.
+
+        Args:
+            draws: whether classes will be drawn; False if only ``logits`` will be called.
+        """
+        return self._targets(batch, self._uniforms(batch, "classes", step) if draws else None)
 
     @torch.inference_mode()
     def draws_to_store(self, batch: Batch) -> list[DrawnClasses]:
-        """The draws that a cache keeps of a batch: integer counts at the valid positions in order, a chunk each.
+        """The draws that a cache stores for a batch: integer counts at the valid positions in order, one entry a chunk.
 
-        They are a function of the seed and each sample's content. Raises RunError where a logit is not finite.
+        They are a function of the seed and of the content of each sample. Raises RunError if a logit is not finite.
         """
         assert self.sampler is not None, "a cache holds drawn classes"
         valid = batch["valid_mask"].flatten().nonzero().flatten()
-        # The size of the chunks is a part of what makes a cache built again the same, bit for bit.
+        # The size of the chunks may change how logits are rounded, so it is fixed: a rebuilt cache is the same.
         size = chunk_size(self.head.vocab_size, self.head.weight.device)
         picked = self._targets(batch, self._uniforms(batch, "cache"), size).at(valid)
-        what = "the teacher's logits, for its cache"
-        return [picked.drawn(rows, self.sampler.integers, what) for rows in chunks(len(valid), size)]
+        source = "the teacher's logits, for its cache"
+        return [picked.drawn(rows, self.sampler.integers, source) for rows in chunks(len(valid), size)]
 
     def _uniforms(self, batch: Batch, *stream: int | str) -> Tensor | None:
-        """What the sampler draws with at each position, float64 [B * T, u]; None without a sampler."""
+        """The random numbers that the sampler draws with, float64 [B * T, u]; None without a sampler."""
         if self.sampler is None:
             return None
         ids, valid = batch["sample_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
@@ -79,13 +83,13 @@ class LiveTeacher:
 
 @dataclass(frozen=True)
 class LiveTargets:
-    """A live teacher's targets at some positions of a batch; the head's product is made a chunk at a time.
+    """A live teacher's targets at some positions of a batch. Its head runs a chunk of positions at a time.
 
     Attributes:
         index: int64 [N], the positions in the flat batch [B * T].
         hidden_states: [N, D], on the teacher's device.
-        uniforms: float64 [N, u], or None where nothing is drawn.
-        chunk_positions: positions of one product; None: as many as memory allows.
+        uniforms: float64 [N, u], or None if nothing will be drawn.
+        chunk_positions: the positions of one product with the head; None: as many as memory allows.
     """
 
     teacher: LiveTeacher
@@ -111,15 +115,15 @@ class LiveTargets:
         return FullDistribution(self.logits(rows)) if sampler is None else self.drawn(rows, sampler)
 
     def drawn(
-        self, rows: slice, draw: Callable[[Tensor, Tensor], Drawn], what: str = "the teacher's logits"
+        self, rows: slice, draw: Callable[[Tensor, Tensor], Drawn], source: str = "the teacher's logits"
     ) -> DrawnClasses:
-        """What ``draw`` makes of probabilities [n, V] at the teacher's temperature and uniforms [n, u].
+        """The classes that ``draw`` takes from probabilities [n, V], at the teacher's temperature, by uniforms [n, u].
 
-        Raises RunError where ``what``, so called in the message, is not finite.
+        Raises RunError if a probability is not finite; the message names ``source``.
         """
-        assert self.uniforms is not None, "a sampler's uniforms come with the targets"
+        assert self.uniforms is not None, "targets were made with draws=False"
         probabilities = torch.softmax(self.logits(rows) / self.teacher.temperature, dim=-1)
-        require_finite(probabilities.sum(dim=-1), self.index[rows], self.batch, what)
+        require_finite(probabilities.sum(dim=-1), self.index[rows], self.batch, source)
         return DrawnClasses(*draw(probabilities, self.uniforms[rows]))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Stored draws against those of a teacher that runs again: draws are a function of seed and content."""
+"""Rechecking a cache: the teacher runs again, and its draws, a function of seed and content, are compared."""
 
 from collections.abc import Sequence
 
@@ -14,30 +14,31 @@ from selkd.teacher.live import LiveTeacher
 def compare_again(
     teacher: LiveTeacher, cached: CachedTeacher, samples: SampleDataset, indices: Sequence[int], pad_token_id: int
 ) -> dict[bytes, np.ndarray]:
-    """Draw some samples of a cache again, in the batches in which ``build_cache`` runs the teacher on ``samples``.
+    """Draw the samples ``indices`` again and compare the draws with those in a cache.
 
-    So on the same hardware all draws are the same, where the cache was built for these samples and no others.
+    The teacher's batches are those in which ``build_cache`` runs it on ``samples``. So on the same hardware all draws
+    are the same if the cache was built for just these samples.
 
     Returns:
-        By sample id, float64 [n]: the share of the draws at each of its n positions that are the same again.
+        Sample id -> float64 [n], the share of the draws that are the same again at each of the sample's n positions.
 
     Raises:
         InputError: a sample is not in the cache, or has another number of positions there.
     """
-    wanted = {samples.ids[index] for index in indices}
+    checked_ids = {samples.ids[index] for index in indices}
     shares = {}
     for shard in plan_shards(samples):
         for batch in plan_batches(samples, shard):
-            if wanted.isdisjoint(samples.ids[index] for index in batch):
+            if checked_ids.isdisjoint(samples.ids[index] for index in batch):
                 continue
             for sample_id, *again in draw_rows(teacher, [samples[index] for index in batch], pad_token_id):
-                if sample_id in wanted:
+                if sample_id in checked_ids:
                     shares[sample_id] = same_draws(cached.rows(sample_id, len(again[0])), Rows(*again))
     return shares
 
 
 def same_draws(stored: Rows, again: Rows) -> np.ndarray:
-    """float64 [n]: sum_v min(stored_v, again_v) / U at each of n positions; 1 where all draws are the same."""
+    """The share of same draws at each of n positions, float64 [n]: sum_v min(stored_v, again_v) / U."""
     keys = [
         np.repeat(np.arange(len(rows.row_lengths)), rows.row_lengths) << 32 | rows.class_ids.astype(np.int64)
         for rows in (stored, again)

@@ -1,8 +1,8 @@
-"""What a teacher says at chosen positions, live or from a cache: one protocol for both.
+"""The teacher's targets at chosen positions: one protocol for a live teacher and a cache.
 
-The order is: ``teacher.targets(batch)`` before the student's forward; the student's hidden states choose positions;
-``targets.at(index)`` narrows to them; the loss asks for ``chunk(rows)`` at a time. So a live teacher runs its body
-once over the batch and its head at selected positions alone.
+``teacher.targets(batch)`` comes before the student's forward. Then positions are selected by the student's hidden
+states, ``targets.at(index)`` gives the targets there, and the loss asks for one ``chunk(rows)`` after the other. So a
+live teacher runs its body once over the batch, and its head at selected positions alone.
 
 Shapes: B batch, T positions, N selected positions, n of a chunk, V classes, C distinct drawn classes.
 """
@@ -26,7 +26,7 @@ class FullDistribution:
 class DrawnClasses:
     """Classes drawn from the teacher: ``class_ids`` int64 and ``counts`` [n, C], rows padded with count 0.
 
-    The target is counts / counts.sum(); they are integers, but for ``top_k``'s probabilities.
+    The target is counts / counts.sum(). Counts are integers, except that ``top_k`` has probabilities.
     """
 
     class_ids: Tensor
@@ -41,7 +41,7 @@ class PickedTargets(Protocol):
         """The targets of some of the N selected positions."""
 
     def logits(self, rows: slice) -> Tensor:
-        """The full distribution at some of them, [n, V], at temperature 1; a live teacher's alone."""
+        """The teacher's logits [n, V] at some of them; only a live teacher has them."""
 
 
 class TeacherTargets(Protocol):
@@ -50,9 +50,9 @@ class TeacherTargets(Protocol):
 
 
 class Teacher(Protocol):
-    """Whatever supervises: it turns a batch into targets. ``is_live`` says whether a model runs for it."""
+    """Turns a batch into targets. ``is_live`` says whether it runs a model."""
 
     is_live: bool
 
     def targets(self, batch: Batch, step: int) -> TeacherTargets:
-        """Targets for a batch of ``selkd.data.collate.collate`` at an optimiser step."""
+        """The targets of a batch of ``selkd.data.collate.collate`` at an optimiser step."""

@@ -1,1 +1,1 @@
-"""``selkd tokens``: a text coloured by a metric, with what policies pick of it."""
+"""``selkd tokens``: a text coloured by a metric, with the positions that policies select."""

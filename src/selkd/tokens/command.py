@@ -1,4 +1,4 @@
-"""What a metric and some policies make of a text: the work of ``selkd tokens``.
+"""The work of ``selkd tokens``: take a text, load the models, examine the text.
 
 Shapes: B samples at once, T positions.
 """
@@ -32,10 +32,10 @@ DEFAULT_MAX_LENGTH = 512
 
 
 def text_given(text: str | None, file: Path | None) -> str | None:
-    """``text``, else ``file``'s, else what is piped to standard input; None if there is none of them.
+    """``text``, or else the text in ``file``, or else the text piped to standard input; None if there is none.
 
     Raises:
-        InputError: two texts, an unreadable file, bytes that are not UTF-8, or white space alone.
+        InputError: there are two texts, the file can't be read, the text is not UTF-8, or it is white space alone.
     """
     if text is not None and file is not None:
         raise InputError("TEXT and --file: give one of them.")
@@ -47,7 +47,7 @@ def text_given(text: str | None, file: Path | None) -> str | None:
             text = _piped() or None
             if text is None:
                 return None
-        text.encode()  # half of a surrogate pair is no character, and no tokenizer takes it
+        text.encode()  # tokenizers refuse half a surrogate pair
     except OSError as error:
         raise InputError(f"{where} can't be read ({error.strerror}).") from error
     except UnicodeError as error:
@@ -63,10 +63,10 @@ def demo_passage() -> str:
 
 
 def _piped() -> str | None:
-    """What a pipe or a file sends to standard input; None where there is neither."""
+    """The text that a pipe or a file sends to standard input; None if neither does."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # no standard input at all
+    except (AttributeError, OSError, ValueError):  # there is no standard input
         return None
     if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
         return sys.stdin.buffer.read().decode("utf-8-sig")
@@ -81,25 +81,26 @@ def look(
     max_length: int | None = None,
     seed: int = 1337,
 ) -> dict[str, Any]:
-    """``examine`` of a text, tokenised as for training and cut into samples of at most ``max_length`` tokens.
+    """``examine`` a text, tokenised as for training and cut into samples of at most ``max_length`` tokens.
 
     Args:
-        models: names of the model, which computes in float32, and of a teacher, which computes in the device's native
-            dtype and is not loaded where no metric looks at it.
+        models: the names of the model, which computes in float32, and of a teacher or None. The teacher computes in the
+            device's native dtype and is loaded only if a metric needs it.
 
     Returns:
-        What ``examine`` returns, and ``model``, ``teacher`` (names, the teacher's None if it was not asked), ``seed``
-        and ``options`` (a policy's ``PolicyChoice.described``).
+        The answer of ``examine`` with ``model`` and ``teacher``, their names (None if the teacher was not loaded),
+        ``seed``, and ``options``, the ``PolicyChoice.described`` of each policy.
 
     Raises:
-        InputError: no such model, one that can't be used, another tokenizer, too long samples, too short a text.
-        RunError: a score that is not finite.
+        InputError: a model is not there or can't be used, the two tokenizers differ, ``max_length`` is too large, or
+            the text is too short.
+        RunError: a score is not finite.
     """
-    wanted = {"model": models[0]}
+    names = {"model": models[0]}
     if require_teacher(metric, policies, models[1]):
-        wanted["teacher"] = str(models[1])
+        names["teacher"] = str(models[1])
     cache_dir = default_cache_dir()
-    sources = {role: locate(name, cache_dir) for role, name in wanted.items()}
+    sources = {role: locate(name, cache_dir) for role, name in names.items()}
     tokenizers = [load_tokenizer(source) for source in sources.values()]
     tokenizer = tokenizers[-1]  # the teacher's, which prepares the text of a training
     require_same_tokenizer(tokenizer, tokenizers[0])
@@ -108,7 +109,7 @@ def look(
     if not samples:
         raise InputError("the text is one token long, which predicts nothing; give a longer one.")
 
-    # MPS has no float64, which the draws need: a Mac computes on its CPU.
+    # The draws need float64, which MPS does not have, so a Mac computes on its CPU.
     device = PartialState(cpu=torch.backends.mps.is_available()).device
 
     def teacher() -> PreTrainedModel:
@@ -119,10 +120,10 @@ def look(
     pair = ModelPair(
         lambda: _loaded(sources["model"], torch.float32, device), teacher, tokenizer, vocab_size, torch.float32
     )
-    places = [(choice.options, choice.context) for choice in policies]
-    size = max(1, TOKENS_AT_ONCE // len(samples[0].token_ids))  # samples at once: the first is as long as any
+    in_context = [(choice.options, choice.context) for choice in policies]
+    size = max(1, TOKENS_AT_ONCE // len(samples[0].token_ids))  # samples a batch; none is longer than the first
     parts = [
-        examine(pair, samples[start : start + size], metric, places, seed) for start in range(0, len(samples), size)
+        examine(pair, samples[start : start + size], metric, in_context, seed) for start in range(0, len(samples), size)
     ]
     examined = parts[0] | {"samples": [sample for part in parts for sample in part["samples"]]}
     _require_finite(metric, examined["samples"])
@@ -135,14 +136,14 @@ def look(
     }
 
 
-def _length(asked: int | None, sources: dict[str, ModelSource]) -> int:
+def _length(max_length: int | None, sources: dict[str, ModelSource]) -> int:
     limits = {source.name: limit for source in sources.values() if (limit := n_positions(source)) is not None}
-    if asked is None:
+    if max_length is None:
         return min([DEFAULT_MAX_LENGTH, *limits.values()])
     for name, limit in limits.items():
-        if asked > limit:
-            raise InputError(f"--max-length: {asked} tokens, but {name} has positions for {limit}. Lower it.")
-    return asked
+        if max_length > limit:
+            raise InputError(f"--max-length: {max_length} tokens, but {name} has positions for {limit}. Lower it.")
+    return max_length
 
 
 def _loaded(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

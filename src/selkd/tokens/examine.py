@@ -1,4 +1,4 @@
-"""Real text with what a metric and some policies make of it: for the report's page and for ``selkd tokens``.
+"""The metric and the coefficients of some policies at each position of a text, for reports and ``selkd tokens``.
 
 Shapes: B samples, T positions.
 """
@@ -26,15 +26,14 @@ def examine(
     policies: Sequence[tuple[PositionOptions, StepContext]],
     seed: int,
 ) -> dict[str, Any]:
-    """The samples' tokens, the metric at each position, and what each policy makes of it.
+    """The samples' tokens, the metric at each position, and the coefficients that each policy gives.
 
-    Index t of scores and coefficients is about token t+1. A policy ranks by its own metric, where that is another.
+    Index t of scores and coefficients is about token t+1. A policy ranks by its own metric, which may be another.
 
     Args:
-        models: scores are exact in the student's dtype where the pair's is the same. The teacher is loaded only if a
-            metric needs it.
-        policies: each with its place in a run, all at the same step. gls has no queue here, so its start is shown: the
-            top scores of each sample.
+        models: the teacher is loaded only if a metric needs it.
+        policies: the policies and their contexts, all at the same step. gls has no queue here, so it picks the top
+            scores of each sample, as at the start of a run.
 
     Returns:
         ``metric``; ``policies``, their names; ``samples``, a list of ``sample_id``, ``tokens``, ``scores`` (None where

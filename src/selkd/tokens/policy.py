@@ -1,4 +1,4 @@
-"""A position policy as a command line names it: ``pos_rs,smoothing=2``, with the keys of a recipe's ``positions``."""
+"""Position policies on the command line: ``pos_rs,smoothing=2``, with the keys of a recipe's ``positions``."""
 
 import re
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ from selkd.recipe.choices import PositionOptions
 from selkd.recipe.part import parse_part
 from selkd.selection.positions import StepContext, step_context
 
-# A text has no optimiser steps: a share of the run's, ``progress``, says how far it is. The steps of a run whose
-# steps are as good as continuous:
+# A text has no optimiser steps, so ``progress`` says which share of a run of this length is done.
 _STEPS = 1_000_000
 
 
@@ -23,9 +22,9 @@ class PolicyChoice:
     """A checked policy.
 
     Attributes:
-        label: as the user wrote it.
-        options: what it does.
-        progress: how much of the run is done, 0 to 1: it moves ``curriculum`` and a fraction's schedule.
+        label: the policy as the user wrote it.
+        options: the recipe's part that it stands for.
+        progress: the share of a run that is done, 0 to 1, for ``curriculum`` and a fraction's schedule.
     """
 
     label: str
@@ -34,20 +33,16 @@ class PolicyChoice:
 
     @property
     def context(self) -> StepContext:
-        """The place in the run. Draws are those of the first step wherever it is."""
+        """The context at ``progress``. Its draws are always those of the first step."""
         return step_context(self.options, round(self.progress * _STEPS), _STEPS)._replace(step=0)
 
     def described(self) -> dict[str, Any]:
-        """Plain data: the label, every option, and ``progress``."""
+        """The label, every option and ``progress`` as plain data."""
         return {"label": self.label, **self.options.model_dump(mode="json"), "progress": self.progress}
 
 
 def check_metric(metric: str) -> str:
-    """``metric`` if it is a metric's name or a user's own.
-
-    Raises:
-        InputError: it is neither; the nearest name is told.
-    """
+    """``metric``, if there is such a metric. Raises InputError, which has the nearest name, if not."""
     try:
         return Metric.check(metric)
     except ValueError as error:
@@ -55,15 +50,15 @@ def check_metric(metric: str) -> str:
 
 
 def parse_policy(label: str, metric: str, fraction: float) -> PolicyChoice:
-    """``name`` or ``name,key=value,…`` with the options of a recipe's ``positions``, and ``progress``.
+    """The policy that ``name`` or ``name,key=value,…`` stands for; keys are those of ``positions``, and ``progress``.
 
     Args:
-        metric, fraction: the policy's own, unless it says otherwise.
+        metric, fraction: used unless the label has them.
 
     Raises:
-        InputError: anything that a recipe would refuse.
+        InputError: the label can't be read, or a recipe would refuse these options.
     """
-    name, *pairs = (part.strip() for part in re.split(r",(?![^{]*\})", label))  # no comma within {from: …, to: …}
+    name, *pairs = (part.strip() for part in re.split(r",(?![^{]*\})", label))  # not at commas within {from: …, to: …}
     options: dict[str, Any] = {"policy": name}
     for pair in pairs:
         key, equals, value = (part.strip() for part in pair.partition("="))
@@ -93,13 +88,9 @@ def parse_policy(label: str, metric: str, fraction: float) -> PolicyChoice:
 
 
 def require_teacher(metric: str, policies: Sequence[PolicyChoice], teacher: str | None) -> bool:
-    """Whether what is asked for looks at the teacher.
-
-    Raises:
-        InputError: it does, and there is none.
-    """
-    asked = {"--metric": metric} | {f"--policy {choice.label}: metric": choice.options.metric for choice in policies}
-    for key, name in asked.items():
+    """Whether one of these metrics needs the teacher. Raises InputError if so and ``teacher`` is None."""
+    metrics = {"--metric": metric} | {f"--policy {choice.label}: metric": choice.options.metric for choice in policies}
+    for key, name in metrics.items():
         if name is not None and Metric.find(name).needs_teacher:
             if teacher is None:
                 raise InputError(

@@ -1,7 +1,7 @@
-"""What policies pick of a text, in the terminal: one block a policy, coloured by the metric.
+"""The terminal output of ``selkd tokens``: one block a policy, coloured by the metric.
 
-Tokens are untrusted text: they reach the terminal as ``visible`` text without control characters, and as
-``rich.text.Text``, in which nothing is markup.
+Tokens are untrusted text. They are printed without control characters (``visible``), and as ``rich.text.Text``, which
+reads no markup.
 """
 
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.text import Text
 from selkd.reporting.coloured_text import HEAVY, LIGHT, PLAIN, WEIGHTS, TokenView, marked_part
 from selkd.tokens.views import TextView
 
-# From cold to hot at one brightness, so that each is readable on a dark and on a light ground.
+# From cold to hot, all of one brightness, to be readable on dark and on light backgrounds.
 HEAT = ("#7d7d7d", "#6a7d9b", "#5578bd", "#6b6bd6", "#9160d2", "#b353b3", "#cf4a80", "#dd4444")
 _MARKS = {LIGHT: "underline", PLAIN: "reverse", HEAVY: "bold reverse underline"}
 
@@ -37,17 +37,17 @@ def print_policies(console: Console, view: TextView) -> None:
 
 
 def has_colour(console: Console) -> bool:
-    """Whether colours reach the reader: not with NO_COLOR, a dumb terminal, a pipe or a file."""
+    """Whether the output has colours: not with NO_COLOR, on a dumb terminal, in a pipe or in a file."""
     return console.color_system is not None and not console.no_color
 
 
 def _print(console: Console, text: Text) -> None:
-    # A pipe or a file gets the text's own lines.
+    # In a pipe or a file, lines are not wrapped.
     console.print(text, soft_wrap=not console.is_terminal, highlight=False)
 
 
 def _legend(view: TextView, coloured: bool, encoding: str) -> Text:
-    """The scale and the marks that occur; without colour a low weight looks like any other."""
+    """The scale and the marks that occur. Without colours, a low weight has the mark of a plain one."""
     legend = Text(f"{view.low} ")
     if coloured:
         for colour in HEAT:
@@ -80,7 +80,7 @@ def _block(tokens: list[TokenView], coloured: bool, encoding: str) -> Text:
 
 
 def _bracketed(text: str, weight: int, encoding: str) -> str:
-    """Between marks that source code seldom holds, where they can be written; a high weight has them twice."""
+    """The text between «», which source code seldom has, or [] if the encoding lacks them; twice for a high weight."""
     left, right = "«»"
     try:
         "«»".encode(encoding)

@@ -1,18 +1,31 @@
-"""What several policies pick of one text, in words: what the terminal and the page of ``selkd tokens`` share."""
+"""The answer of ``selkd tokens`` in words, which its terminal output and its page show, and the page itself."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from selkd.errors import InputError
+from selkd.files import write_whole
 from selkd.plugins import Policy
 from selkd.reporting import formats, words
-from selkd.reporting.coloured_text import TokenView, heat_scale, token_views, visible
+from selkd.reporting.coloured_text import (
+    HEAVY,
+    LIGHT,
+    WEIGHTS,
+    TokenView,
+    heat_scale,
+    marked_part,
+    token_views,
+    visible,
+)
+from selkd.reporting.rendering import render
 
 
 @dataclass(frozen=True)
 class PolicyView:
-    """One policy: what it is, and a list of tokens for each sample.
+    """One policy, and what it picks: the tokens of each sample.
 
-    ``counts`` has "20 of 99 positions" for each sample, ``count`` the same for all together.
+    ``counts`` has "20 of 99 positions" for each sample, ``count`` the same for all samples together.
     """
 
     label: str
@@ -25,7 +38,7 @@ class PolicyView:
 
 @dataclass(frozen=True)
 class TextView:
-    """Policies side by side on one text, and the scale of the colours: ``low`` to ``high`` of ``metric``."""
+    """Policies side by side on one text. The colours range from ``low`` to ``high`` of ``metric``."""
 
     model: str
     teacher: str | None
@@ -37,12 +50,12 @@ class TextView:
 
     @property
     def weights(self) -> set[int]:
-        """Which of LIGHT, PLAIN and HEAVY some selected positions have."""
+        """Those of LIGHT, PLAIN and HEAVY that occur."""
         return {token.weight for policy in self.policies for sample in policy.samples for token in sample}
 
 
 def describe(looked_at: dict[str, Any]) -> TextView:
-    """The view of what ``selkd tokens --json`` prints."""
+    """The view of the answer that ``selkd tokens --json`` prints."""
     samples, unit = looked_at["samples"], words.metric_unit(looked_at["metric"])
     low, high = scale = heat_scale(samples)
     n_valid = [sum(sample["valid"]) for sample in samples]
@@ -76,16 +89,34 @@ def describe(looked_at: dict[str, Any]) -> TextView:
     )
 
 
+def check_page_path(page: Path) -> None:
+    """Raises InputError, before anything is computed, if no page can be written at this path."""
+    if page.is_dir():
+        raise InputError(f"--html {page}: this is a folder; give a file's name, as in --html tokens.html.")
+    if not page.absolute().parent.is_dir():
+        raise InputError(f"--html {page}: there is no folder {page.parent}; make it, or give another file.")
+
+
+def write_page(page: Path, view: TextView) -> None:
+    """Write the view as one HTML file that needs no script and no network; every value is escaped.
+
+    A file of that name is replaced. Raises RunError if it can't be written.
+    """
+    classes = {HEAVY: "heavy", LIGHT: "light"}
+    html = render("tokens.html.j2", compared=view, classes=classes, words=WEIGHTS, marked_part=marked_part)
+    write_whole(page, html)
+
+
 def _count(selected: int, valid: int) -> str:
     return f"{formats.count(selected)} of {formats.count(valid)} positions"
 
 
 def _notes(options: dict[str, Any], seed: int) -> list[str]:
-    """What the rule alone does not say."""
+    """What the reader must know beside the policy's rule."""
     policy, progress = options["policy"], formats.percent(options["progress"], 0)
     notes = []
     if policy == "gls":
-        notes.append("no run, so no queue of scores: the top of each sample stands in, as at the start of a run")
+        notes.append("a text has no queue of scores: the top of each sample is picked, as at the start of a run")
     if policy == "curriculum" or options["progress"] or isinstance(options["fraction"], dict):
         notes.append(f"at {progress} of the run (progress={options['progress']:g})")
     if Policy.find(policy).uniforms is not None or options["metric"] == "random":

@@ -20,7 +20,7 @@ from selkd.maths.head import Head
 from selkd.recipe.choices import CriterionOptions, PositionOptions
 from selkd.selection.position_scores import PositionScores, choose_positions, score_positions
 from selkd.selection.positions import StepContext, counts_of, eligible
-from selkd.selection.two_stage import estimator, score_in_two_stages
+from selkd.selection.two_stage import Estimator, score_in_two_stages
 from selkd.teacher.targets import Batch, TeacherTargets
 from selkd.training.criterion import Comparison
 
@@ -135,8 +135,8 @@ class Objective:
         if options.scoring == "two_stage":
             ordered = self.classes_by_frequency
             assert ordered is not None, "two-stage scoring is given the classes in the order of their frequency"
-            estimate = estimator(options, torch.as_tensor(ordered, device=hidden_states.device), self.seed)
-            return score_in_two_stages(options, estimate, hidden_states, head, batch, context)
+            estimate = Estimator(options, torch.as_tensor(ordered, device=hidden_states.device), self.seed)
+            return score_in_two_stages(estimate, hidden_states, head, batch, context)
         logits = None
         if teacher is not None and options.needs_teacher:
             logits = teacher.at(batch["valid_mask"].flatten().nonzero().flatten()).logits
