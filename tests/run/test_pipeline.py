@@ -340,7 +340,7 @@ def test_what_the_first_positions_skip_is_held_against_the_recipes_length(tmp_pa
     recipe["data"] |= {"max_length": 600}
     recipe["positions"] = {"policy": "pos_rs", "fraction": 0.2, "skip_first": 520}
     arguments = Workspace(parse_part(Recipe, recipe), tmp_path / "run").arguments
-    assert (arguments.max_length, arguments.packing) == (600, True)
+    assert (arguments.data.max_length, arguments.data.packing) == (600, True)
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
