@@ -23,7 +23,7 @@ from selkd.recipe.choices import ClassOptions
 from selkd.selection.positions import step_context
 from selkd.teacher.targets import LiveTeacher
 from selkd.training.arguments import DistillArguments
-from selkd.training.objective import Budget
+from selkd.training.objective import Budget, Objective
 from selkd.training.student import bind_distillation
 
 
@@ -44,7 +44,7 @@ def ddp(out: Path, arguments: DistillArguments) -> None:
             "log": trainer.state.log_history[-2],  # the last step's; the training's summary follows
             "totals": vars(trainer.totals),
             "world": trainer.args.world_size,
-            "rollouts": None if trainer.answers is None else trainer.rollouts.figures(),
+            "rollouts": None if trainer.answering is None else trainer.rollouts.figures(),
             "queue": None if trainer.queue is None else trainer.queue.scores.tolist(),
         }
         (out / "answer.json").write_text(json.dumps(answer))
@@ -76,7 +76,7 @@ def fsdp2(out: Path, arguments: DistillArguments) -> None:  # the arguments have
     for layer in student.model.layers:
         fully_shard(layer)
     fully_shard(student)
-    objective = arguments.objective
+    objective = Objective(arguments.criterion, arguments.positions, arguments.seed)
     samples = list(make_samples(7))
     mine = collate(samples[dist.get_rank() :: dist.get_world_size()], 1)
     context = step_context(objective.positions, 0, 1)

@@ -136,7 +136,7 @@ def result_of(trainer: DistillTrainer) -> dict[str, Any]:
         "logs": logs,
         "totals": dict(vars(trainer.totals)),
         "queue": None if trainer.queue is None else trainer.queue.scores.tolist(),
-        "rollouts": None if trainer.answers is None else {**trainer.rollouts.figures(), "seconds": None},
+        "rollouts": None if trainer.answering is None else {**trainer.rollouts.figures(), "seconds": None},
     }
 
 

@@ -1,4 +1,4 @@
-"""Recipes as files: the named ones that come with the package, YAML, and ``--set`` overrides."""
+"""Recipes in files: the named recipes of the package, YAML files, and ``--set`` overrides."""
 
 from importlib import resources
 from pathlib import Path
@@ -12,7 +12,7 @@ from selkd.recipe.recipe import Recipe
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice; plain YAML would let the last one win in silence."""
+    """Refuses a mapping with one key twice, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -34,36 +34,40 @@ def named_recipes() -> dict[str, str]:
 
 
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe named or filed as ``source``, with ``key.path=value`` overrides, checked.
+    """The checked recipe of that name or file, with ``key.path=value`` overrides.
 
     Raises:
-        InputError: no such recipe, unreadable YAML, or anything that the recipe's models refuse.
+        InputError: there is no such recipe, it is not readable as YAML, or ``Recipe`` refuses its content.
     """
-    given = recipe_content(source)
+    content = recipe_content(source)
     for override in overrides or []:
-        _apply(given, override)
-    return parse_part(Recipe, given)
+        _apply(content, override)
+    return parse_part(Recipe, content)
 
 
 def recipe_content(source: str | Path) -> dict[str, Any]:
-    """The keys of the recipe named or filed as ``source``, as they stand there, not yet checked; with a name.
+    """The unchecked content of the recipe of that name or file, with its ``name``.
 
     Raises:
-        InputError: no such recipe, or unreadable YAML.
+        InputError: there is no such recipe, or it is not readable as YAML.
     """
     name, text = _read(source)
     return {"name": name, **read_mapping(text, str(source), "a recipe")}
 
 
 def read_mapping(text: str, source: str, what: str) -> dict[str, Any]:
-    """YAML that has to be a mapping, a key twice refused. Raises InputError, which names ``source``."""
+    """The mapping in a YAML text.
+
+    Raises:
+        InputError: the text is no YAML or no mapping, or a key stands twice; the message names ``source``.
+    """
     try:
-        given = yaml.load(text, _StrictLoader)
+        content = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not readable as YAML: {error}") from None
-    if not isinstance(given, dict):
-        raise InputError(f"{source}: {what} is a mapping of keys to values, but this is {type(given).__name__}.")
-    return given
+    if not isinstance(content, dict):
+        raise InputError(f"{source}: {what} is a mapping of keys to values, but this is {type(content).__name__}.")
+    return content
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -87,7 +91,7 @@ def _read(source: str | Path) -> tuple[str, str]:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """``key.path=value`` as key and value. Raises InputError where it is not of that form."""
+    """Key and value of ``key.path=value``. Raises InputError for another form."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise InputError(f"--set {override}: expected key.path=value, as in --set positions.fraction=0.1.")
@@ -97,10 +101,10 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise InputError(f"--set {override}: the value is not readable as YAML: {error}") from None
 
 
-def _apply(given: dict[str, Any], override: str) -> None:
+def _apply(content: dict[str, Any], override: str) -> None:
     key, value = parse_override(override)
     steps = key.split(".")
-    part = given
+    part = content
     for step in steps[:-1]:
         if part.get(step) is None:
             part[step] = {}

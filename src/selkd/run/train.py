@@ -82,7 +82,7 @@ def _record_training(run: RunDirectory, trainer: DistillTrainer, peaks: PeakMemo
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
     }
-    if trainer.answers is not None:
+    if trainer.answering is not None:
         run.record["on_policy"] = trainer.rollouts.figures()
     totals = trainer.totals
     run.record["counts"].update(positions_valid=totals.positions_valid, positions_selected=totals.positions_selected)
