@@ -471,7 +471,7 @@ def test_two_processes_answer_what_one_does(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_new_tokens": 10, "fraction": 0.7}
     alone = trainer(tmp_path / "alone", make_prompts(7), options, per_device_train_batch_size=7)
     alone.train()
-    given = {"criterion": {"name": "reverse_kl"}, "positions": POSITIONS, "on_policy": options, "max_steps": 1}
+    given = {"criterion": {"name": "reverse_kl"}, "positions": POSITIONS, "data": PROMPTS, "on_policy": options}
     done = torchrun(str(WORKER), str(tmp_path), "ddp", json.dumps(given))
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads((tmp_path / "answer.json").read_text())
