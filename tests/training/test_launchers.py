@@ -188,4 +188,4 @@ def test_a_recipe_whose_answering_student_a_launcher_shards_is_refused(
 def test_one_process_that_a_launcher_shards_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"training\.fsdp: shards over several processes, and this is one"):
-        _ = workspace(tmp_path).arguments
+        workspace(tmp_path).check()

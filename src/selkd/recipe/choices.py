@@ -34,26 +34,16 @@ class CriterionOptions(Part):
     name: CriterionName = Field(
         "forward_kl", description="The criterion D: one of the table below, or your own as module:function."
     )
-    temperature: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="The temperature: it divides both models' logits."
-    )
-    temperature_squared: bool = Field(
-        True, description="Whether the divergence is multiplied by the square of the temperature."
-    )
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Divides the logits of both models.")
+    temperature_squared: bool = Field(True, description="Multiply the divergence by the square of the temperature.")
     kd_weight: float = Field(
         1.0, ge=0, le=1, description="lambda: the weight of the divergence; cross-entropy with the text gets the rest."
     )
     alpha: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="For skew_kl and skew_reverse_kl alpha of the mixture; for dkd the weight of TCKD.",
+        None, ge=0, allow_inf_nan=False, description="The alpha of skew_kl and skew_reverse_kl; for dkd, TCKD's weight."
     )
     beta: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="For jsd the teacher's weight in the mixture; for dkd the weight of NCKD.",
+        None, ge=0, allow_inf_nan=False, description="The teacher's weight in jsd's mixture; for dkd, NCKD's weight."
     )
 
     @model_validator(mode="after")
@@ -228,9 +218,7 @@ class ClassOptions(Part):
     sampler: SamplerName = Field(
         "all", description="The class sampler: one of the table below, or your own as module:function."
     )
-    draws: int | None = Field(
-        64, ge=1, le=65535, description="U: the draws at a position, for top_k the classes; null for the sampler all."
-    )
+    draws: int | None = Field(64, ge=1, le=65535, description="Draws at a position; for top_k, classes; null for all.")
 
     @model_validator(mode="after")
     def _complete(self) -> "ClassOptions":
@@ -293,15 +281,11 @@ class OnPolicyOptions(Part):
     temperature: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="The temperature of the draws; 0: always the most likely token."
     )
-    top_p: Fraction = Field(
-        1.0, description="Draw only from the most likely classes that together have this probability."
-    )
+    top_p: Fraction = Field(1.0, description="Draw from the most likely classes that together have this probability.")
     at_once: int | None = Field(
         None, ge=1, description="How many prompts a device answers at once; null: all of an optimiser step."
     )
-    log_rollouts: int = Field(
-        2, ge=0, description="How many answers are written to rollouts.jsonl at each logged step."
-    )
+    log_rollouts: int = Field(2, ge=0, description="How many answers go to rollouts.jsonl at each logged step.")
 
 
 def _settle_estimate(part: PositionOptions | SampleOptions, name: str, scoring: str, **defaults: float) -> None:

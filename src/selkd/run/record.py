@@ -49,8 +49,8 @@ class PeakMemory:
 
     @staticmethod
     def _note(run: RunDirectory) -> dict[str, Any]:
-        of_run: dict[str, Any] = run.record.setdefault("peak_memory_bytes", dict.fromkeys(PLACES))
-        return _raise_to(of_run, _peaks())
+        run_peaks: dict[str, Any] = run.record.setdefault("peak_memory_bytes", dict.fromkeys(PLACES))
+        return _raise_to(run_peaks, _peaks())
 
 
 def _peaks() -> dict[str, int | None]:

@@ -15,7 +15,7 @@ from selkd.run.evaluate import FIGURES, benchmarks_record, forget_after, measure
 from selkd.run.record import PeakMemory, add_seconds, count_teacher_tokens, size
 from selkd.run.workspace import Workspace
 from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress
-from selkd.training.checkpoints import last_whole_checkpoint
+from selkd.training.checkpoints import last_complete_checkpoint
 from selkd.training.trainer import DistillTrainer
 
 
@@ -39,7 +39,7 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: Tea
         trainer.add_callback(
             EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=cache is not None), also_last)
         )
-    last = last_whole_checkpoint(Path(work.arguments.output_dir))
+    last = last_complete_checkpoint(Path(work.arguments.output_dir))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     student = _save(work, run, trainer)
     trained = sum(parameter.numel() for parameter in work.models.student.parameters() if parameter.requires_grad)

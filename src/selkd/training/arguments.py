@@ -145,7 +145,9 @@ def _as_input_error(message: str) -> Iterator[None]:
         raise InputError(message.format(error)) from None
 
 
-def require_realised(state: AcceleratorState, args: DistillArguments, is_sharded: bool, has_adapters: bool) -> None:
+def require_accelerate_state(
+    state: AcceleratorState, args: DistillArguments, is_sharded: bool, has_adapters: bool
+) -> None:
     """Check how Accelerate was set up, be it by arguments, by a launcher or by a state made earlier.
 
     Args:

@@ -93,7 +93,7 @@ def stored_schedule(checkpoint: Path) -> dict[str, Any] | None:
     return None if kept is None else dict(kept["attributes"]["stored"])
 
 
-def last_whole_checkpoint(folder: Path) -> Path | None:
+def last_complete_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint in ``folder`` that was written to its end, or None.
 
     The first process writes ``trainer_state.json`` last, so a checkpoint without it, or with a part of it, was

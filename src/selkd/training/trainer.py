@@ -32,9 +32,9 @@ from selkd.selection.positions import StepContext, step_context
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
 from selkd.teacher.targets import Batch, CachedCollator, CachedTeacher
-from selkd.training.arguments import DistillArguments, require_realised
+from selkd.training.arguments import DistillArguments, require_accelerate_state
 from selkd.training.callbacks import CheckpointAfterStep
-from selkd.training.checkpoints import Queue, ScheduleKept, Totals, last_whole_checkpoint
+from selkd.training.checkpoints import Queue, ScheduleKept, Totals, last_complete_checkpoint
 from selkd.training.evaluation import EvaluatingTrainer
 from selkd.training.inputs import (
     as_evaluated,
@@ -120,7 +120,7 @@ class DistillTrainer(EvaluatingTrainer):
             processing_class=processing_class,
             **kwargs | {"data_collator": collator if args.on_policy is None else PromptCollator(self._pad_token_id)},
         )
-        require_realised(self.accelerator.state, args, self.is_fsdp_enabled, has_adapters(self.model))
+        require_accelerate_state(self.accelerator.state, args, self.is_fsdp_enabled, has_adapters(self.model))
         checkpoints_at_once = self.pop_callback(JITCheckpointCallback)
         if checkpoints_at_once is not None:
             self.add_callback(CheckpointAfterStep(checkpoints_at_once))
@@ -263,9 +263,9 @@ class DistillTrainer(EvaluatingTrainer):
             raise InputError("model: none of its weights is trained; set requires_grad on those that are to learn.")
         self._fill_train_dataset()
         if resume_from_checkpoint is True:
-            last = last_whole_checkpoint(Path(self.args.output_dir))
+            last = last_complete_checkpoint(Path(self.args.output_dir))
             if last is None:
-                raise InputError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}.")
+                raise InputError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}.")
             resume_from_checkpoint = str(last)
         if resume_from_checkpoint and not any(Path(resume_from_checkpoint).glob("optimizer*")):
             raise InputError(
@@ -292,7 +292,7 @@ class DistillTrainer(EvaluatingTrainer):
             raise InputError("hp_space: how rows become samples is no part of a search; they were made before it.")
         self.args.check()
         # A trial has an accelerator of its own.
-        require_realised(self.accelerator.state, self.args, self.is_fsdp_enabled, has_adapters(self.model))
+        require_accelerate_state(self.accelerator.state, self.args, self.is_fsdp_enabled, has_adapters(self.model))
         self._set_up()
 
     @property
