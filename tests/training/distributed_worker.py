@@ -23,7 +23,7 @@ from selkd.recipe.choices import ClassOptions
 from selkd.selection.positions import step_context
 from selkd.teacher.targets import LiveTeacher
 from selkd.training.arguments import DistillArguments
-from selkd.training.objective import Budget, Objective
+from selkd.training.objective import Budget
 from selkd.training.student import bind_distillation
 
 
@@ -76,7 +76,7 @@ def fsdp2(out: Path, arguments: DistillArguments) -> None:  # the arguments have
     for layer in student.model.layers:
         fully_shard(layer)
     fully_shard(student)
-    objective = Objective(arguments.criterion, arguments.positions, arguments.seed)
+    objective = arguments.objective
     samples = list(make_samples(7))
     mine = collate(samples[dist.get_rank() :: dist.get_world_size()], 1)
     context = step_context(objective.positions, 0, 1)

@@ -18,6 +18,7 @@ from selkd.recipe.data import RowOptions
 from selkd.recipe.models import check_device
 from selkd.recipe.part import Part, parse_part
 from selkd.recipe.training import check_accelerator, check_supported
+from selkd.training.objective import Objective
 
 # What ``accelerate launch`` sets to split the student in another way than by data-parallel ranks or FSDP -> the reason
 # why selkd refuses it.
@@ -134,6 +135,11 @@ class DistillArguments(TrainingArguments):
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the student's products, which these arguments or the launcher set."""
         return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
+
+    @property
+    def objective(self) -> Objective:
+        """The loss that these arguments describe."""
+        return Objective(self.criterion, self.positions, self.seed)
 
 
 @contextmanager

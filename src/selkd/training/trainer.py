@@ -45,7 +45,7 @@ from selkd.training.inputs import (
     vocab_sizes,
     without_autocast,
 )
-from selkd.training.objective import Budget, Objective
+from selkd.training.objective import Budget
 from selkd.training.on_policy import Answering, PromptCollator, RolloutLog, require_answers_fit, require_prompts
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.selection_log import SelectionLog
@@ -152,7 +152,7 @@ class DistillTrainer(EvaluatingTrainer):
         self._is_teacher_checked = False
         for name, samples in self._samples.items():
             self._require_usable(samples, name)
-        self.distillation_loss = Objective(args.criterion, args.positions, args.seed)
+        self.distillation_loss = args.objective
         if self.distillation_loss.positions.scoring == "two_stage":
             if not self._samples:
                 raise InputError("positions.scoring: two_stage counts the classes of train_dataset, and there is none.")
@@ -166,7 +166,7 @@ class DistillTrainer(EvaluatingTrainer):
         self._begin()
 
     def _make_answering(self, options: OnPolicyOptions) -> Answering:
-        """Raises InputError unless the student can answer the training's samples."""
+        """What answers prompts in this training. Raises InputError unless the student can answer them."""
         if not self.teacher.is_live:
             raise InputError(
                 "on_policy: a TeacherCache holds the classes of the data's own tokens, and what the student will "
