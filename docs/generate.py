@@ -18,8 +18,8 @@ from pydantic import BaseModel
 
 from selkd.cli.main import app
 from selkd.plugins import Criterion, Entry, Metric, Policy, Sampler
-from selkd.recipe.errors import _models_in
 from selkd.recipe.files import named_recipes
+from selkd.recipe.part import models_in
 from selkd.recipe.recipe import Recipe
 from selkd.recipe.training import OWNED, RECIPE_RANGES, REFUSED
 
@@ -88,7 +88,7 @@ def keys_of(part: str) -> list[list[str]]:
     """A row for each key of a part of the recipe, or of the recipe itself."""
     if part == "recipe":
         return rows_of(Recipe, "", nested=False)
-    (model,) = _models_in(Recipe.model_fields[part].annotation)
+    (model,) = models_in(Recipe.model_fields[part].annotation)
     return rows_of(model, f"{part}.")
 
 
@@ -102,7 +102,7 @@ def rows_of(model: type[BaseModel], prefix: str, nested: bool = True) -> list[li
         default = "see below" if field.default_factory else default_of(schema[key].get("default"))
         default = "required" if field.is_required() else default
         rows.append([f"`{prefix}{key}`", type_of(schema[key]), default, escape(field.description)])
-        for inner in _models_in(field.annotation) if nested else ():
+        for inner in models_in(field.annotation) if nested else ():
             rows += rows_of(inner, f"{prefix}{key}.")
     return rows
 

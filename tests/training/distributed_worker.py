@@ -44,7 +44,7 @@ def ddp(out: Path, arguments: DistillArguments) -> None:
             "log": trainer.state.log_history[-2],  # the last step's; the training's summary follows
             "totals": vars(trainer.totals),
             "world": trainer.args.world_size,
-            "rollouts": None if trainer.answers is None else trainer.rollouts.figures(),
+            "rollouts": None if trainer.answering is None else trainer.rollouts.figures(),
             "queue": None if trainer.queue is None else trainer.queue.scores.tolist(),
         }
         (out / "answer.json").write_text(json.dumps(answer))

@@ -27,7 +27,7 @@ from selkd.recipe.choices import ClassOptions
 from selkd.recipe.models import LoraOptions
 from selkd.teacher.build_cache import build_cache
 from selkd.teacher.live import LiveTeacher
-from selkd.training.checkpoints import last_whole_checkpoint
+from selkd.training.checkpoints import last_complete_checkpoint
 
 ENTROPY = {"metric": "student_entropy", "fraction": 0.4}
 DRAWN = {"sampler": "rs_kd", "draws": 6}
@@ -120,7 +120,7 @@ def kill_at(trainer: DistillTrainer, step: int, place: str) -> None:
 
 def go_on(trainer: DistillTrainer) -> None:
     """Train from the newest whole checkpoint, or from the start where there is none."""
-    has_checkpoint = last_whole_checkpoint(Path(trainer.args.output_dir)) is not None
+    has_checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir)) is not None
     trainer.train(resume_from_checkpoint=True if has_checkpoint else None)
 
 
@@ -138,7 +138,7 @@ def result_of(trainer: DistillTrainer) -> dict[str, Any]:
         "logs": logs,
         "totals": dict(vars(trainer.totals)),
         "queue": None if trainer.queue is None else trainer.queue.scores.tolist(),
-        "rollouts": None if trainer.answers is None else {**trainer.rollouts.figures(), "seconds": None},
+        "rollouts": None if trainer.answering is None else {**trainer.rollouts.figures(), "seconds": None},
     }
 
 

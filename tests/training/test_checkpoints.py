@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from selkd.training.checkpoints import last_whole_checkpoint
+from selkd.training.checkpoints import last_complete_checkpoint
 
 STATE = '{"global_step": 1}'
 
@@ -46,14 +46,14 @@ def test_the_latest_whole_checkpoint_is_found(
     checkpoints: dict[str, str | None], expected: str | None, tmp_path: Path
 ) -> None:
     write(tmp_path, checkpoints)
-    assert last_whole_checkpoint(tmp_path) == (expected and tmp_path / expected)
+    assert last_complete_checkpoint(tmp_path) == (expected and tmp_path / expected)
 
 
 def test_files_and_folders_that_are_not_there_are_no_checkpoints(tmp_path: Path) -> None:
-    assert last_whole_checkpoint(tmp_path / "none") is None
+    assert last_complete_checkpoint(tmp_path / "none") is None
     write(tmp_path, {"checkpoint-2": STATE})
     (tmp_path / "checkpoint-11").touch()
-    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_a_checkpoint_that_lacks_a_processs_random_state_is_not_whole(tmp_path: Path) -> None:
@@ -64,6 +64,6 @@ def test_a_checkpoint_that_lacks_a_processs_random_state_is_not_whole(tmp_path: 
         (tmp_path / name / "optimizer.pt").touch()
         for rank in range(ranks):
             (tmp_path / name / f"rng_state_{rank}.pth").touch()
-    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     (tmp_path / "checkpoint-6" / "rng_state_1.pth").touch()
-    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"

@@ -108,7 +108,7 @@ def test_a_student_answers_in_the_launchers_precision(
     prompts = SampleDataset.from_samples(make_prompts(8))
     trainer = Bench(tmp_path, monkeypatch, **ON_POLICY).trainer(train_dataset=prompts, eval_dataset=None)
     seen = set()
-    answered = trainer.answers.answering._answers
+    answered = trainer.answering._answers
 
     def watched(*args: Any) -> Any:
         hook = trainer.model.model.layers[0].mlp.gate_proj.register_forward_hook(
@@ -117,7 +117,7 @@ def test_a_student_answers_in_the_launchers_precision(
         yield from answered(*args)
         hook.remove()
 
-    object.__setattr__(trainer.answers.answering, "_answers", watched)
+    object.__setattr__(trainer.answering, "_answers", watched)
     trainer.train()
     assert seen == {dtype}
 
@@ -188,4 +188,4 @@ def test_a_recipe_whose_answering_student_a_launcher_shards_is_refused(
 def test_one_process_that_a_launcher_shards_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"training\.fsdp: shards over several processes, and this is one"):
-        _ = workspace(tmp_path).arguments
+        workspace(tmp_path).check()

@@ -35,8 +35,8 @@ PROMPTS = {"prompt_field": "question", "completion_field": "answer", "packing": 
 POSITIONS = {"metric": "student_entropy", "policy": "top_k", "fraction": 0.5}
 
 
-def answering(**options: Any) -> Answering:
-    return Answering(OnPolicyOptions(**({"max_new_tokens": 10} | options)), 3, [1], 1, V)
+def answering(dtype: torch.dtype = torch.float32, **options: Any) -> Answering:
+    return Answering(OnPolicyOptions(**({"max_new_tokens": 10} | options)), 3, [1], 1, V, dtype)
 
 
 def trainer(path: Path, samples: list[Sample], on_policy: dict[str, Any] | None, **changes: Any) -> DistillTrainer:
@@ -79,7 +79,7 @@ def test_a_prompt_is_what_stands_before_the_last_answer() -> None:
 
 def test_generated_tokens_alone_are_valid_and_fillers_stay() -> None:
     samples = [*make_prompts(3), EMPTY_SAMPLE]
-    (batch,), rollouts, _ = answering()(make_model(3), [PromptCollator(1)(samples)], 0, torch.float32)
+    (batch,), rollouts, _ = answering()(make_model(3), [PromptCollator(1)(samples)], 0)
     assert len(rollouts) == 3
     for row, (sample, rollout) in enumerate(zip(samples[:3], rollouts, strict=True)):
         n = prompt_length(sample)
@@ -97,7 +97,7 @@ def test_answers_do_not_depend_on_how_a_step_is_cut_and_change_with_it_and_the_s
 
     def found(cut: list[slice], step: int = 5, **options: Any) -> list[list[int]]:
         batches = [collate(samples[part]) for part in cut]
-        return [rollout.answer for rollout in answering(**options)(model, batches, step, torch.float32)[1]]
+        return [rollout.answer for rollout in answering(**options)(model, batches, step)[1]]
 
     whole = found([slice(0, 8)])
     assert found([slice(0, 3), slice(3, 8)]) == whole
@@ -130,7 +130,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, samples: list[Sample], at_once: int | 
 
     with monkeypatch.context() as patch:
         patch.setattr("selkd.models.generation._Draw", Watched)
-        (_, rollouts, _) = answering(at_once=at_once)(make_model(3), [PromptCollator(1)(samples)], 5, dtype)
+        (_, rollouts, _) = answering(dtype, at_once=at_once)(make_model(3), [PromptCollator(1)(samples)], 5)
     order = np.argsort([len(rollout.prompt) for rollout in rollouts], kind="stable")  # as they are answered
     found = Seen([rollout.answer for rollout in rollouts], [np.empty(0)] * len(rollouts), [[] for _ in rollouts])
     rows = iter(order.tolist())
@@ -211,7 +211,7 @@ def test_the_fraction_is_kept_on_average_and_the_rest_keeps_its_completion() -> 
     chosen = [some.is_answered(sample, 0) for sample in samples]
     assert 0.2 < np.mean(chosen) < 0.4
     assert chosen != [some.is_answered(sample, 1) for sample in samples]
-    (batch,), rollouts, _ = some(make_model(3), [PromptCollator(1)(samples[:8])], 0, torch.float32)
+    (batch,), rollouts, _ = some(make_model(3), [PromptCollator(1)(samples[:8])], 0)
     assert len(rollouts) == sum(chosen[:8])
     for row, sample in enumerate(samples[:8]):
         assert (batch["sample_ids"][row].numpy().tobytes() == sample.id) != chosen[row]
@@ -221,7 +221,7 @@ def test_a_step_is_the_off_policy_step_on_the_answers(tmp_path: Path) -> None:
     samples = make_prompts()
     on = trainer(tmp_path, samples, {"max_new_tokens": 10})
     answered: list[Rollout] = []
-    original = on.answers.answering.__class__.__call__  # type: ignore[union-attr]
+    original = on.answering.__class__.__call__  # type: ignore[union-attr]
 
     def watched(self: Answering, *arguments: Any) -> Any:
         found = original(self, *arguments)
@@ -471,13 +471,7 @@ def test_two_processes_answer_what_one_does(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_new_tokens": 10, "fraction": 0.7}
     alone = trainer(tmp_path / "alone", make_prompts(7), options, per_device_train_batch_size=7)
     alone.train()
-    given = {
-        "criterion": {"name": "reverse_kl"},
-        "positions": POSITIONS,
-        "on_policy": options,
-        "data": PROMPTS,
-        "max_steps": 1,
-    }
+    given = {"criterion": {"name": "reverse_kl"}, "positions": POSITIONS, "data": PROMPTS, "on_policy": options}
     done = torchrun(str(WORKER), str(tmp_path), "ddp", json.dumps(given))
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads((tmp_path / "answer.json").read_text())
@@ -535,6 +529,6 @@ def test_a_cache_and_packed_samples_are_refused_by_the_trainer(tmp_path: Path, m
         make_arguments(tmp_path, on_policy={}, data=PROMPTS, criterion={"kd_weight": 0.5})
     off = trainer(tmp_path, make_prompts(), None)
     monkeypatch.setattr("selkd.training.trainer.as_teacher", lambda *_: type("Cached", (), {"is_live": False})())
-    assert off.answers is None
+    assert off.answering is None
     with pytest.raises(InputError, match="on_policy: a TeacherCache holds the classes of the data's own tokens"):
         trainer(tmp_path, make_prompts(), {})

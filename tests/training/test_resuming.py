@@ -13,7 +13,7 @@ from test_distributed import WORKER, torchrun
 from tiny import make_samples
 
 from selkd.errors import InputError
-from selkd.training.checkpoints import last_whole_checkpoint
+from selkd.training.checkpoints import last_complete_checkpoint
 from selkd.training.sampling import FilledDataset
 
 
@@ -34,7 +34,7 @@ def test_whatever_is_killed_when_the_student_is_the_same(case: str, tmp_path: Pa
 
     chosen = random.Random(kill_seed())
     for place in ("step", "save", "step"):  # each later than the one before: what is done stays done
-        last = last_whole_checkpoint(tmp_path / "killed")
+        last = last_complete_checkpoint(tmp_path / "killed")
         begun = 0 if last is None else int(last.name.rpartition("-")[2])
         killed = make_trainer(case, tmp_path / "killed", tmp_path)
         kill_at(killed, chosen.randrange(begun, EPOCHS * 4 - 2), place)
@@ -102,7 +102,7 @@ def test_another_number_of_processes_goes_on_with_the_same_samples_or_is_refused
         one.train(resume_from_checkpoint=True)
     one = make_trainer("top_k", folder, tmp_path, save_steps=1, gradient_accumulation_steps=2)
     one.train(resume_from_checkpoint=True)
-    assert last_whole_checkpoint(folder) == folder / "checkpoint-6", "its own checkpoints are one process's"
+    assert last_complete_checkpoint(folder) == folder / "checkpoint-6", "its own checkpoints are one process's"
     found, expected = result_of(one), found_by("straight", "top_k", tmp_path)
     for name, value in expected["student"].items():  # up to the order of sums
         torch.testing.assert_close(found["student"][name], value, rtol=0, atol=2e-5)
@@ -153,7 +153,7 @@ def test_samples_that_another_cut_would_drop_are_no_schedule_to_go_on_with(tmp_p
 
 
 def test_a_checkpoint_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="resume_from_checkpoint: no whole checkpoint in"):
+    with pytest.raises(InputError, match="resume_from_checkpoint: no complete checkpoint in"):
         make_trainer("top_k", tmp_path / "run", tmp_path).train(resume_from_checkpoint=True)
 
 

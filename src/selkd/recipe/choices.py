@@ -1,8 +1,8 @@
-"""The choices that make up a distillation, each with the options that belong to it.
+"""The choices that make up a distillation, each with its options.
 
 criterion (how to compare) x positions (metric, policy, fraction) x classes (sampler, draws) x samples (metric,
-fraction). Any goes with any, but for what ``selkd.recipe.recipe`` refuses with a reason. A key that a choice makes
-meaningless (a fraction beside ``policy: all``) is null once read.
+fraction). They combine freely, except where ``selkd.recipe.combinations`` and ``selkd.recipe.recipe`` refuse a
+combination and say why. A key that another choice makes meaningless (a fraction beside ``policy: all``) becomes null.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from selkd.plugins import Criterion, Metric, Policy, Sampler, unknown
 from selkd.recipe.part import Fraction, Part
 
 
-def _of_samples(name: str) -> str:
+def _sample_metric(name: str) -> str:
     allowed = [*Metric.of_samples(), "all"]
     if name not in allowed:
         raise ValueError(unknown(name, allowed))
@@ -25,23 +25,25 @@ CriterionName = Annotated[str, AfterValidator(Criterion.check)]
 MetricName = Annotated[str, AfterValidator(Metric.check)]
 PolicyName = Annotated[str, AfterValidator(Policy.check)]
 SamplerName = Annotated[str, AfterValidator(Sampler.check)]
-SampleMetric = Annotated[str, AfterValidator(_of_samples)]
+SampleMetric = Annotated[str, AfterValidator(_sample_metric)]
 
 
 class CriterionOptions(Part):
-    """How teacher and student are compared. ``kd_weight`` is lambda: the rest is cross-entropy with the text."""
+    """How teacher and student are compared at a position."""
 
     name: CriterionName = Field(
-        "forward_kl", description="a criterion of the table below, or your own as module:function"
+        "forward_kl", description="The criterion D: one of the table below, or your own as module:function."
     )
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides both models' logits")
-    temperature_squared: bool = Field(True, description="multiply the divergence by the temperature's square")
-    kd_weight: float = Field(1.0, ge=0, le=1, description="lambda: the divergence's share, the rest is cross-entropy")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Divides the logits of both models.")
+    temperature_squared: bool = Field(True, description="Multiply the divergence by the square of the temperature.")
+    kd_weight: float = Field(
+        1.0, ge=0, le=1, description="lambda: the weight of the divergence; cross-entropy with the text gets the rest."
+    )
     alpha: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="skew_kl, skew_reverse_kl: the mixture's share; dkd: TCKD's weight"
+        None, ge=0, allow_inf_nan=False, description="The alpha of skew_kl and skew_reverse_kl; for dkd, TCKD's weight."
     )
     beta: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="jsd: the teacher's weight in the mixture; dkd: NCKD's weight"
+        None, ge=0, allow_inf_nan=False, description="The teacher's weight in jsd's mixture; for dkd, NCKD's weight."
     )
 
     @model_validator(mode="after")
@@ -63,14 +65,14 @@ class CriterionOptions(Part):
 
 
 class FractionSchedule(Part):
-    """A fraction that moves: from ``from`` to ``to`` over the first share ``over`` of the optimiser steps."""
+    """A fraction that changes during the run."""
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
-    start: Fraction = Field(alias="from", description="the fraction at the first step")
-    to: Fraction = Field(description="the fraction from the end of the schedule on")
-    over: Fraction = Field(1.0, description="the share of the run's optimiser steps that the schedule takes")
-    shape: Literal["linear", "cosine"] = Field("linear", description="how it moves in between")
+    start: Fraction = Field(alias="from", description="The fraction at the first optimiser step.")
+    to: Fraction = Field(description="The fraction when the schedule has ended.")
+    over: Fraction = Field(1.0, description="The share of the run's optimiser steps after which the schedule ends.")
+    shape: Literal["linear", "cosine"] = Field("linear", description="The curve between the two fractions.")
 
 
 MaybeScheduled = Annotated[
@@ -91,56 +93,65 @@ def _steps_or_share(value: Any) -> Any:
 
 
 class PositionOptions(Part):
-    """Which positions of a sample are supervised, and how strongly."""
+    """Which positions of a sample count in its loss, and how much."""
 
     renamed: ClassVar[Mapping[str, str]] = {"probed_share": "calibration_fraction"}
 
     metric: MetricName | None = Field(
-        "student_entropy", description="a metric of the table below, or your own as module:function"
+        "student_entropy", description="The metric u: one of the table below, or your own as module:function."
     )
-    policy: PolicyName = Field("top_k", description="a policy of the table below, or your own as module:function")
+    policy: PolicyName = Field(
+        "top_k", description="The policy: one of the table below, or your own as module:function."
+    )
     fraction: MaybeScheduled | None = Field(
-        0.20, description="k: a share of the valid positions, or a schedule {from, to, over, shape: linear or cosine}"
+        0.20, description="k: the share of the valid positions to select, or a schedule {from, to, over, shape}."
     )
     reduction: Literal["per_sample", "per_position"] | None = Field(
         None,
-        description="per_sample (default): the mean over samples of each one's mean; per_position: the mean over all "
-        "picked positions of the step (hard policies; gls always)",
+        description="per_sample averages over samples, per_position over all selected positions of the step. The "
+        "default is per_sample; gls is always per_position.",
     )
-    queue_size: int | None = Field(None, ge=10, description="gls: how many recent scores set the threshold; 30000")
+    queue_size: int | None = Field(
+        None, ge=10, description="For gls, how many recent scores set the threshold; default 30000."
+    )
     curriculum_steps: Annotated[int | float | None, BeforeValidator(_steps_or_share)] = Field(
-        None, description="curriculum: optimiser steps from easy to hard, or a share of the run's (1.0, the default)"
+        None,
+        description="For curriculum, the optimiser steps from easy to hard, or their share of the run's; default 1.0.",
     )
     smoothing: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="pos_rs: probability in proportion to u^(1/smoothing); 1"
+        None, gt=0, allow_inf_nan=False, description="For pos_rs, draw in proportion to u^(1/smoothing); default 1."
     )
-    clip: Fraction | None = Field(None, description="pos_rs: u is cut at this quantile; null: not cut")
+    clip: Fraction | None = Field(None, description="For pos_rs, the quantile at which u is cut; null: not cut.")
     skip_first: int | None = Field(
-        None, ge=0, description="pos_rs: the first positions of each document that are not eligible; 0"
+        None, ge=0, description="For pos_rs, how many first positions of each document are not eligible; default 0."
     )
     coverage: float | None = Field(
-        None, ge=0, le=1, description="pos_rs: the share of the draws that goes to the highest for sure; 0"
+        None,
+        ge=0,
+        le=1,
+        description="For pos_rs, the share of the draws that the highest scores get for sure; default 0.",
     )
     scoring: Literal["exact", "two_stage"] | None = Field(
         None,
-        description="exact (default), or two_stage for top_k of student_entropy: estimated at every position, exact at "
-        "the best of them",
+        description="exact, the default, or two_stage, which for top_k of student_entropy estimates every score and "
+        "computes the highest exactly.",
     )
     frequent_classes: int | None = Field(
-        None, ge=1, description="two_stage: how many of the most frequent classes are counted; 4096"
+        None, ge=1, description="For two_stage, how many of the most frequent classes are counted; default 4096."
     )
     tail_classes: int | None = Field(
-        None, ge=1, description="two_stage: about how many of the other classes stand for all of them; 1024"
+        None, ge=1, description="For two_stage, about how many other classes stand for all of them; default 1024."
     )
     rescored_share: Fraction | None = Field(
-        None, description="two_stage: the share of the valid positions, beyond `fraction`, that are rescored; 0.15"
+        None,
+        description="For two_stage, the share of the positions that are rescored beyond `fraction`; default 0.15.",
     )
     calibration_fraction: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="two_stage: the share of each sample's positions whose exact distributions tell its frequent "
-        "classes; 1/32; 0: the training text tells them",
+        description="For two_stage, the share of each sample's positions whose exact distributions decide which "
+        "classes are frequent; default 1/32. With 0 the training text decides.",
     )
 
     @model_validator(mode="after")
@@ -158,11 +169,11 @@ class PositionOptions(Part):
             raise ValueError(f"positions.policy: {policy.name} picks a share; give positions.fraction")
         if self.reduction is None:
             self._settle(reduction=policy.reductions[0])
-        elif self.reduction not in policy.reductions and self.reduction == "per_sample":
-            raise ValueError(
-                f"positions.reduction: {policy.name} counts over the whole step, per_position; leave it out"
-            )
         elif self.reduction not in policy.reductions:
+            if self.reduction == "per_sample":
+                raise ValueError(
+                    f"positions.reduction: {policy.name} counts over the whole step, per_position; leave it out"
+                )
             hard = [name for name, entry in Policy.builtin().items() if len(entry.reductions) > 1]
             raise ValueError(
                 f"positions.reduction: {policy.name} gives its positions weights of their own; only policies that pick "
@@ -171,7 +182,7 @@ class PositionOptions(Part):
         return self
 
     def _settle_scoring(self, policy: Policy) -> None:
-        """``scoring`` and the options of ``two_stage``, where a metric is computed."""
+        """Check and complete ``scoring`` and the options of ``two_stage``."""
         if self.scoring == "two_stage":
             if self.policy != "top_k" or self.metric != "student_entropy":
                 raise ValueError(
@@ -184,15 +195,15 @@ class PositionOptions(Part):
         _settle_estimate(self, "positions", "two_stage", rescored_share=0.15, calibration_fraction=1 / 32)
 
     def _settle_options(self, policy: Policy) -> None:
-        """The options that only some policies have: their defaults there, refused elsewhere."""
+        """Check the options that only some policies have, and complete those of this one."""
         for key in {key: None for entry in Policy.builtin().values() for key in entry.options}:
             if key in policy.options:
                 if getattr(self, key) is None:
                     self._settle(**{key: policy.options[key]})
             elif getattr(self, key) is not None:
-                having = " and ".join(name for name, entry in Policy.builtin().items() if key in entry.options)
+                owners = " and ".join(name for name, entry in Policy.builtin().items() if key in entry.options)
                 raise ValueError(
-                    f"positions.{key}: an option of {having}, without effect on {policy.name}; leave it out"
+                    f"positions.{key}: an option of {owners}, without effect on {policy.name}; leave it out"
                 )
 
     @property
@@ -202,10 +213,12 @@ class PositionOptions(Part):
 
 
 class ClassOptions(Part):
-    """Which vocabulary classes of the teacher's distribution are compared: all, or ``draws`` from it a position."""
+    """Which vocabulary classes of the teacher's distribution are compared."""
 
-    sampler: SamplerName = Field("all", description="a sampler of the table below, or your own as module:function")
-    draws: int | None = Field(64, ge=1, le=65535, description="draws a position (top_k: classes); null with all")
+    sampler: SamplerName = Field(
+        "all", description="The class sampler: one of the table below, or your own as module:function."
+    )
+    draws: int | None = Field(64, ge=1, le=65535, description="Draws at a position; for top_k, classes; null for all.")
 
     @model_validator(mode="after")
     def _complete(self) -> "ClassOptions":
@@ -217,30 +230,30 @@ class ClassOptions(Part):
 
 
 class SampleOptions(Part):
-    """Which samples are trained on: the highest share by the frozen initial student's score."""
+    """Which samples are trained on: those that the frozen initial student scores highest."""
 
     renamed: ClassVar[Mapping[str, str]] = {"probed_share": "calibration_fraction"}
 
     metric: SampleMetric = Field(
-        "student_entropy", description="a metric of the table below, what a sample is scored by; all: no filter"
+        "student_entropy", description="The metric that scores samples, one of the table below; all: keep every sample."
     )
-    fraction: Fraction = Field(0.20, description="l: the share of the samples that is kept")
-    path: str | None = Field(None, description="the scores' file, written or reused; null: inside the run")
+    fraction: Fraction = Field(0.20, description="l: the share of the samples to keep.")
+    path: str | None = Field(None, description="The file of the scores, written or reused; null: in the run's folder.")
     scoring: Literal["exact", "approximate"] = Field(
-        "exact", description="exact, or approximate for student_entropy: estimated from a part of the classes"
+        "exact", description="exact, or approximate, which estimates student_entropy from a part of the classes."
     )
     frequent_classes: int | None = Field(
-        None, ge=1, description="approximate: how many of the most frequent classes are counted; 4096"
+        None, ge=1, description="For approximate, how many of the most frequent classes are counted; default 4096."
     )
     tail_classes: int | None = Field(
-        None, ge=1, description="approximate: about how many of the other classes stand for all of them; 1024"
+        None, ge=1, description="For approximate, about how many other classes stand for all of them; default 1024."
     )
     calibration_fraction: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="approximate: the share of each sample's positions whose exact distributions tell its frequent "
-        "classes; 1/16; 0: the training text tells them",
+        description="For approximate, the share of each sample's positions whose exact distributions decide which "
+        "classes are frequent; default 1/16. With 0 the training text decides.",
     )
 
     @model_validator(mode="after")
@@ -259,22 +272,24 @@ class SampleOptions(Part):
 
 
 class OnPolicyOptions(Part):
-    """How the student's own answers (rollouts) are drawn, and how many samples of a step they replace."""
+    """How the student's own answers (rollouts) are drawn, and how many completions of the data they replace."""
 
     fraction: Fraction = Field(
-        1.0, description="share of the samples that the student answers; the others keep the data's completion"
+        1.0, description="The share of the samples that the student answers; the others keep the data's completion."
     )
-    max_new_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
-    temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="of the draw; 0: the most likely token")
-    top_p: Fraction = Field(1.0, description="draw from the most likely classes that make up this probability")
+    max_new_tokens: int = Field(256, ge=1, description="How many tokens an answer has at most.")
+    temperature: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="The temperature of the draws; 0: always the most likely token."
+    )
+    top_p: Fraction = Field(1.0, description="Draw from the most likely classes that together have this probability.")
     at_once: int | None = Field(
-        None, ge=1, description="prompts that are answered together on a device; null: all of an optimiser step"
+        None, ge=1, description="How many prompts a device answers at once; null: all of an optimiser step."
     )
-    log_rollouts: int = Field(2, ge=0, description="answers that are written to rollouts.jsonl at each logged step")
+    log_rollouts: int = Field(2, ge=0, description="How many answers go to rollouts.jsonl at each logged step.")
 
 
 def _settle_estimate(part: PositionOptions | SampleOptions, name: str, scoring: str, **defaults: float) -> None:
-    """The options of an estimate: their defaults with ``scoring``, refused without it."""
+    """Check the options of a ``scoring`` that estimates, and complete them with their defaults."""
     for key, default in {"frequent_classes": 4096, "tail_classes": 1024, **defaults}.items():
         value = getattr(part, key)
         if part.scoring == scoring and value is None:

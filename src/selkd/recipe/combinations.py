@@ -1,4 +1,4 @@
-"""What the choices of one training ask of each other: the one check, for a recipe and for ``DistillArguments``."""
+"""Which choices of one training go together: one check for recipes and for ``DistillArguments``."""
 
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions
 from selkd.recipe.data import RowOptions
@@ -11,10 +11,10 @@ def check_combination(
     on_policy: OnPolicyOptions | None,
     data: RowOptions,
 ) -> None:
-    """Refuse parts that can't work together.
+    """Refuse parts that do not go together.
 
     Raises:
-        ValueError: two parts exclude each other; the key, the reason and the way out are named.
+        ValueError: two parts exclude each other; the message has the key, the reason and the way out.
     """
     check_loss(criterion, classes)
     if (positions.skip_first or 0) >= data.max_length - 1:
@@ -32,7 +32,7 @@ def check_combination(
 
 
 def check_loss(criterion: CriterionOptions, classes: ClassOptions) -> None:
-    """Refuse drawn classes with a criterion whose gradient they would bias. Raises ValueError."""
+    """Raises ValueError for drawn classes with a criterion whose gradient they would bias."""
     if classes.sampler != "all" and criterion.name != "forward_kl":
         raise ValueError(
             f"criterion.name: {criterion.name} of drawn classes would be a biased estimate: drawn classes give forward "
@@ -42,7 +42,7 @@ def check_loss(criterion: CriterionOptions, classes: ClassOptions) -> None:
 
 
 def check_cached(positions: PositionOptions) -> None:
-    """Refuse a metric that a cache of drawn classes can't give. Raises ValueError."""
+    """Raises ValueError for a metric that can't be computed from a cache of drawn classes."""
     if positions.needs_teacher:
         raise ValueError(
             f"positions.metric: {positions.metric} needs the teacher's full distribution at every position, and a "
@@ -52,7 +52,7 @@ def check_cached(positions: PositionOptions) -> None:
 
 
 def check_sharded(on_policy: OnPolicyOptions | None, has_adapters: bool) -> None:
-    """Refuse what a student that FSDP shards can't do. Raises ValueError."""
+    """Raises ValueError for what can't be done with a student that FSDP shards."""
     if has_adapters:
         raise ValueError("training.fsdp: adapters (student.lora) are trained on one GPU or with DDP")
     if on_policy is not None:
@@ -60,7 +60,7 @@ def check_sharded(on_policy: OnPolicyOptions | None, has_adapters: bool) -> None
 
 
 def on_policy_criterion(criterion: CriterionOptions) -> CriterionOptions:
-    """The criterion of an on-policy training: reverse KL where none is named."""
+    """The criterion of an on-policy training: reverse KL, unless another one is named."""
     if "name" in criterion.model_fields_set:
         return criterion
     return CriterionOptions.model_validate({**criterion.model_dump(exclude_unset=True), "name": "reverse_kl"})

@@ -1,4 +1,4 @@
-"""The recipe's ``data`` part: where the text is, what a row of it holds, and how it becomes samples."""
+"""The recipe's ``data`` part: where the text is, what its rows hold, and how they become samples."""
 
 from typing import Literal
 
@@ -78,17 +78,16 @@ class RowOptions(Part):
 
     @staticmethod
     def _require_places(template: str) -> None:
-        before, _, after = template.partition("{prompt}")
+        before = template.partition("{prompt}")[0]
         if template.count("{prompt}") != 1 or template.count("{completion}") != 1 or "{completion}" in before:
             raise ValueError(
                 f"data.template: expected {CHAT}, or a text with {{prompt}} once and then {{completion}} once, but got "
                 f"{template!r}"
             )
-        del after
 
     @property
     def has_prompts(self) -> bool:
-        """Whether rows ask for an answer: prompts or conversations."""
+        """Whether rows are prompts or conversations, which ask for an answer."""
         return self.text_field is None
 
     @property

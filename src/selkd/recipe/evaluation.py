@@ -1,4 +1,4 @@
-"""The names that ``evaluation.suite`` and ``selkd eval --suite`` take: suites, benchmarks, the harness's tasks."""
+"""The recipe's ``evaluation`` part, and the names that it and ``selkd eval --suite`` take for suites and benchmarks."""
 
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from selkd.errors import InputError, nearest
 from selkd.recipe.part import Part
 
-# Suite -> its benchmarks. The paper's are test rows, to report; the validation suite's are not, to choose by.
+# Suite -> its benchmarks. Those of the paper use test rows and are for reports; the validation suite is for choices.
 SUITES: dict[str, tuple[str, ...]] = {
     "fidelity": (),
     "paper": ("hellaswag", "piqa", "arc_easy", "gsm8k", "lambada", "ifeval"),
@@ -27,7 +27,7 @@ def has_harness() -> bool:
 
 @cache
 def task_manager() -> Any:
-    """The harness's index of its own tasks. It reads thousands of files, in some ten seconds, once a process."""
+    """The harness's index of its own tasks; the first call reads thousands of files, for about ten seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -39,7 +39,7 @@ def harness_tasks() -> list[str]:
 
 
 def benchmarks_of(suite: Sequence[str]) -> list[str]:
-    """The benchmarks and harness tasks that ``suite`` names, each once, in order; ``fidelity`` is none of them."""
+    """The benchmarks and harness tasks that ``suite`` names, without repetitions, in order; without ``fidelity``."""
     names = [name for entry in suite for name in SUITES.get(entry, (entry,))]
     return list(dict.fromkeys(names))
 
@@ -56,12 +56,11 @@ def check_suite(suite: Iterable[str]) -> list[str]:
     others = [name for name in names if name not in allowed]
     if others and not has_harness():
         raise InputError(_unknown(others[0], allowed, f" (and, after `{INSTALL}`, lm-evaluation-harness's tasks)"))
-    if others:
-        tasks = harness_tasks()
-        for name in others:
-            if name not in tasks:
-                also = f" and the {len(tasks):,} tasks of lm-evaluation-harness"
-                raise InputError(_unknown(name, allowed, also, tasks))
+    tasks = harness_tasks() if others else []
+    for name in others:
+        if name not in tasks:
+            also = f" and the {len(tasks):,} tasks of lm-evaluation-harness"
+            raise InputError(_unknown(name, allowed, also, tasks))
     if benchmarks_of(names) and not has_harness():
         raise InputError(f"{benchmarks_of(names)[0]} is measured by lm-evaluation-harness: {INSTALL}")
     return names
@@ -80,32 +79,31 @@ def _as_list(value: Any) -> Any:
 
 
 class EvaluationOptions(Part):
-    """What is measured before and after training, and every so many steps if asked.
-
-    ``suite``: ``fidelity`` (on the held-out split), ``paper``, ``validation``, single benchmarks, or tasks of
-    lm-evaluation-harness by name.
-    """
+    """What is measured before and after training, and perhaps on the way."""
 
     suite: Annotated[list[str], AfterValidator(check_suite)] = Field(
         ["fidelity"],
-        description="fidelity, paper, validation, single benchmarks, or tasks of lm-evaluation-harness; []: nothing",
+        description="What to measure: fidelity (on the held-out split), paper, validation, single benchmarks, or tasks "
+        "of lm-evaluation-harness; []: nothing.",
     )
-    every_steps: int | None = Field(None, ge=1, description="measure also every so many optimiser steps; null: don't")
+    every_steps: int | None = Field(
+        None, ge=1, description="How many optimiser steps lie between measurements on the way; null: none."
+    )
     keep_best: KeepBest | None = Field(
-        None, description="keep the student that measured best by this, in best_student/"
+        None, description="The figure by which the best student on the way is kept, in best_student/."
     )
     data: Annotated[list[str], BeforeValidator(_as_list)] | None = Field(
-        None, description="folders of local benchmark files; null: the hub"
+        None, description="Folders of local benchmark files; null: the hub."
     )
-    limit: int | None = Field(None, ge=1, description="rows of a benchmark at most, spread evenly")
-    shots: int = Field(0, ge=0, description="solved examples before each question, where a benchmark has some")
-    chat_template: bool = Field(False, description="put a benchmark's prompts into the tokenizer's chat template")
+    limit: int | None = Field(None, ge=1, description="How many rows of a benchmark are used at most, evenly spaced.")
+    shots: int = Field(0, ge=0, description="How many solved examples precede a question, where a benchmark has some.")
+    chat_template: bool = Field(False, description="Whether prompts are put into the tokenizer's chat template.")
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> "EvaluationOptions":
         if self.every_steps is not None and not self.suite:
             raise ValueError("evaluation.every_steps measures evaluation.suite, which is empty; give [fidelity]")
-        if not benchmarks_of(self.suite):
+        if not self.has_benchmarks:
             for key in ("data", "limit", "shots", "chat_template"):
                 if getattr(self, key):
                     raise ValueError(
@@ -115,6 +113,11 @@ class EvaluationOptions(Part):
         if self.keep_best is not None:
             self._require_measured(self.keep_best)
         return self
+
+    @property
+    def has_benchmarks(self) -> bool:
+        """Whether the suite asks for more than fidelity."""
+        return bool(benchmarks_of(self.suite))
 
     def _require_measured(self, keep_best: str) -> None:
         if self.every_steps is None:

@@ -1,4 +1,4 @@
-"""Recipes as files: the named ones that come with the package, YAML, and ``--set`` overrides."""
+"""Recipes in files: the named recipes of the package, YAML files, and ``--set`` overrides."""
 
 from collections.abc import Mapping
 from importlib import resources
@@ -15,7 +15,7 @@ _PLURAL = {"recipe": "recipes", "study": "studies"}
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice; plain YAML would let the last one win in silence."""
+    """Refuses a mapping with one key twice, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -41,37 +41,41 @@ def named_texts(folder: str) -> dict[str, str]:
 
 
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe named or filed as ``source``, with ``key.path=value`` overrides, checked.
+    """The checked recipe of that name or file, with ``key.path=value`` overrides.
 
     Raises:
-        InputError: no such recipe, unreadable YAML, or anything that the recipe's models refuse.
+        InputError: there is no such recipe, it is not readable as YAML, or ``Recipe`` refuses its content.
     """
-    given = recipe_content(source)
+    content = recipe_content(source)
     for override in overrides or []:
         key, value = parse_override(override)
-        put_key(given, key, value, f"--set {override}")
-    return parse_part(Recipe, given)
+        put_key(content, key, value, f"--set {override}")
+    return parse_part(Recipe, content)
 
 
 def recipe_content(source: str | Path) -> dict[str, Any]:
-    """The keys of the recipe named or filed as ``source``, as they stand there, not yet checked; with a name.
+    """The unchecked content of the recipe of that name or file, with its ``name``.
 
     Raises:
-        InputError: no such recipe, or unreadable YAML.
+        InputError: there is no such recipe, or it is not readable as YAML.
     """
     name, text = read_text(source, named_recipes(), "recipe")
     return {"name": name, **read_mapping(text, str(source), "a recipe")}
 
 
 def read_mapping(text: str, source: str, what: str) -> dict[str, Any]:
-    """YAML that has to be a mapping, a key twice refused. Raises InputError, which names ``source``."""
+    """The mapping in a YAML text.
+
+    Raises:
+        InputError: the text is no YAML or no mapping, or a key stands twice; the message names ``source``.
+    """
     try:
-        given = yaml.load(text, _StrictLoader)
+        content = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not readable as YAML: {error}") from None
-    if not isinstance(given, dict):
-        raise InputError(f"{source}: {what} is a mapping of keys to values, but this is {type(given).__name__}.")
-    return given
+    if not isinstance(content, dict):
+        raise InputError(f"{source}: {what} is a mapping of keys to values, but this is {type(content).__name__}.")
+    return content
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -100,7 +104,7 @@ def read_text(source: str | Path, named: Mapping[str, str], what: str) -> tuple[
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """``key.path=value`` as key and value. Raises InputError where it is not of that form."""
+    """Key and value of ``key.path=value``. Raises InputError for another form."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise InputError(f"--set {override}: expected key.path=value, as in --set positions.fraction=0.1.")

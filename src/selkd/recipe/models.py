@@ -1,4 +1,4 @@
-"""The recipe's ``teacher`` and ``student`` parts: which models, in which form, where."""
+"""The recipe's ``teacher`` and ``student`` parts."""
 
 import re
 from importlib.util import find_spec
@@ -10,47 +10,47 @@ from selkd.recipe.part import Part
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 INSTALL_PEFT = "pip install 'selkd[peft]'"
-# Names that families give to the embeddings and to the head: the loss reads the head's weight, and both may be one.
+# The names of heads and embeddings, which may share one weight; the loss reads the head's weight without an adapter.
 EMBEDDINGS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
 
 
 def check_device(name: str) -> str:
-    """``name``, if it is one of a device that a teacher can be put on. Raises ValueError otherwise."""
+    """The name of a device for the teacher. Raises ValueError for another name."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"expected cpu, cuda, or one of several as cuda:1, got {name!r}")
     return name
 
 
 class TeacherOptions(Part):
-    """The large model. ``model``: ``demo``, a local folder, a .gguf file or a hub id."""
+    """The large model."""
 
     model: str = Field(
         description="The large model: demo, a local folder, a .gguf file (read dequantised) or a hub id."
     )
     dtype: Dtype = Field(
-        "auto", description="The dtype of its weights; auto: bfloat16 where the device computes in it."
+        "auto", description="The dtype of the weights; auto: bfloat16 where the device computes in it."
     )
     quantization: Literal["torchao_int8", "bitsandbytes_8bit", "bitsandbytes_4bit"] | None = Field(
         None,
-        description="Quantise its layers when it is loaded, on the CPU or CUDA; 4bit is NF4. The head stays as it is.",
+        description="Quantise the layers, but not the head, when the model is loaded, on the CPU or CUDA; 4bit is NF4.",
     )
     device: Annotated[str, AfterValidator(check_device)] | None = Field(
-        None, description="Where it is put: cpu, cuda or cuda:1; null: the student's device."
+        None, description="The teacher's device: cpu, cuda or cuda:1; null: the student's device."
     )
 
 
 class PruneOptions(Part):
-    """A student cut from the teacher: ``layers`` is how many are kept; those with the least block influence go."""
+    """A student cut from the teacher, without the layers that have the least block influence."""
 
     layers: int = Field(ge=1, description="How many of the teacher's layers are kept.")
 
 
-def _as_list(given: Any) -> Any:
-    return [given] if isinstance(given, str) and given != "all-linear" else given
+def _as_list(names: Any) -> Any:
+    return [names] if isinstance(names, str) and names != "all-linear" else names
 
 
 class LoraOptions(Part):
-    """The low-rank adapters (PEFT) that are trained in place of the student's weights."""
+    """The low-rank adapters (LoRA, of PEFT) that are trained in place of the student's weights."""
 
     rank: int = Field(16, ge=1, description="LoRA rank.")
     alpha: float = Field(

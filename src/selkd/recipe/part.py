@@ -1,60 +1,106 @@
-"""What every part of a recipe is: keys that are checked, values that never change after reading."""
+"""The base class of a recipe's parts, and Pydantic's validation errors in the user's words."""
 
 import logging
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from selkd.errors import InputError
-from selkd.recipe.errors import explain
+from selkd.errors import InputError, nearest
 
 P = TypeVar("P", bound=BaseModel)
+_TAGS = ("<number>", "<schedule>")  # in Pydantic's paths the branch of a choice that was read, which is no key
 _logger = logging.getLogger(__name__)
 
 
-def _no_boolean(given: Any) -> Any:
-    if isinstance(given, bool):
-        raise ValueError(f"expected a number, but got {str(given).lower()}")
-    return given
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, but got {str(value).lower()}")
+    return value
 
 
 Fraction = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0, le=1)]
 
 
 class Part(BaseModel):
-    """A part of a recipe: unknown keys are errors, values never change after reading."""
+    """A part of a recipe: unknown keys are errors, and values never change after they are read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    renamed: ClassVar[Mapping[str, str]] = {}  # a key's former name, under which it is still read -> its name
+    renamed: ClassVar[Mapping[str, str]] = {}  # former name of a key, which is still read -> its name now
 
     @model_validator(mode="before")
     @classmethod
-    def _read_former_names(cls, given: Any) -> Any:
+    def _read_former_names(cls, content: Any) -> Any:
         for former, name in cls.renamed.items():
-            if isinstance(given, dict) and former in given:
-                if name in given:
+            if isinstance(content, dict) and former in content:
+                if name in content:
                     raise ValueError(f"{former} is the former name of {name}, which is given too; leave {former} out")
-                given = {name if key == former else key: value for key, value in given.items()}
-                if given[name] is not None:
+                content = {name if key == former else key: value for key, value in content.items()}
+                if content[name] is not None:
                     _logger.warning("%s is now called %s; the former name is still read.", former, name)
-        return given
+        return content
 
     def _settle(self, **values: Any) -> None:
-        """Set what a choice decides, while the part is still being read."""
+        """Set values that follow from other keys, while the part is being read."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
 
-def parse_part(part: type[P], given: Any, prefix: str = "") -> P:
-    """``given`` as a checked ``part`` of a recipe.
+def parse_part(part: type[P], content: Any, prefix: str = "") -> P:
+    """``content`` as a checked ``part`` of a recipe; errors put ``prefix`` before its keys.
 
     Raises:
-        InputError: names each faulty key, what was given, what is allowed and the nearest valid name.
+        InputError: names all faults, as ``explain`` puts them.
     """
-    if isinstance(given, part):
-        return given
+    if isinstance(content, part):
+        return content
     try:
-        return part.model_validate(given)
+        return part.model_validate(content)
     except ValidationError as error:
         raise InputError(explain(error, part, prefix)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One message for all faults of the input of ``model``, one line for each.
+
+    A line names the key, the value, what is allowed and the nearest valid name.
+    """
+    lines = [_explain_one(detail, model, prefix) for detail in error.errors()]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _explain_one(detail: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
+    path = [str(step) for step in detail["loc"] if step not in _TAGS]
+    key = ".".join(([prefix] if prefix else []) + path) or "recipe"
+    value, context = detail["input"], detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            names = [field.alias or name for name, field in _model_at(model, path[:-1]).model_fields.items()]
+            return f"{key}: unknown key. Allowed here: {', '.join(names)}.{nearest(path[-1], names)}"
+        case "missing":
+            return f"{key}: required, but not given."
+        case "literal_error":
+            names = [name.strip("' ") for name in context["expected"].replace(" or ", ", ").split(",")]
+            return f"{key}: {value!r} is not known. Allowed: {', '.join(names)}.{nearest(value, names)}"
+        case "value_error":
+            message = str(context["error"])
+            return message if re.match(r"[a-z_]+\.[a-z]", message) or not path else f"{key}: {message}"
+        case _:
+            return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}, but got {value!r}."
+
+
+def _model_at(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    """The model class that validates the part of ``model`` at ``path``."""
+    for step in path:
+        model = next(models_in(model.model_fields[step].annotation))
+    return model
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The model classes that an annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for choice in get_args(annotation):
+        yield from models_in(choice)

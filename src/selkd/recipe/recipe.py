@@ -1,8 +1,4 @@
-"""The recipe: one description of a distillation, read from YAML, checked whole before anything runs.
-
-A recipe factorises into choices that combine freely: criterion x positions x classes x samples. Every key has an
-effect; a key that a choice makes meaningless (a fraction beside ``policy: all``) is null in the resolved recipe.
-"""
+"""The recipe: the whole description of a distillation, which is checked before anything runs."""
 
 from typing import Annotated, Any
 
@@ -17,7 +13,7 @@ from selkd.recipe.part import Part
 
 
 class CacheOptions(Part):
-    """The teacher's drawn classes on disk. ``path`` null: inside the run."""
+    """The teacher's drawn classes on disk."""
 
     path: str | None = Field(
         None,
@@ -29,19 +25,22 @@ class HubOptions(Part):
     """Where the finished student is pushed."""
 
     repo: str = Field(
-        pattern=r"^[\w][\w.-]*/[\w][\w.-]*$", description="The repository, owner/name; it is made if it is not there."
+        pattern=r"^[\w][\w.-]*/[\w][\w.-]*$", description="The repository, owner/name; it is made if it does not exist."
     )
     private: bool = Field(True, description="Whether a new repository is private.")
 
 
-def _checked_training(given: Any) -> Any:
-    from selkd.recipe.training import check_training  # late: it needs transformers, `selkd --help` does not
+def _checked_training(content: Any) -> Any:
+    from selkd.recipe.training import check_training  # imported here, as it needs transformers: `selkd --help` is fast
 
-    return check_training(given)
+    return check_training(content)
 
 
 class Recipe(Part):
-    """One distillation, read top to bottom."""
+    """One distillation. It factorises into choices that combine freely: criterion x positions x classes x samples.
+
+    A key that a choice makes meaningless (a fraction beside ``policy: all``) is null in the resolved recipe.
+    """
 
     name: str | None = Field(
         None, pattern=r"^[\w][\w.-]*$", description="The name of the run's folder below runs/, if no folder is given."
@@ -49,7 +48,7 @@ class Recipe(Part):
     teacher: TeacherOptions = Field(description="The large model.")
     student: StudentOptions = Field(description="The small model.")
     data: DataOptions = Field(description="The text.")
-    # Made when a recipe is read: to check them is to look names up, which imports torch.
+    # Default factories, as checking these parts imports torch.
     criterion: CriterionOptions = Field(
         default_factory=CriterionOptions, description="How teacher and student are compared."
     )
@@ -59,21 +58,22 @@ class Recipe(Part):
     classes: ClassOptions = Field(default_factory=ClassOptions, description="Which vocabulary classes are compared.")
     samples: SampleOptions | None = Field(None, description="Which samples are trained on; null: all.")
     on_policy: OnPolicyOptions | None = Field(
-        None, description="How the student answers prompts itself, to learn at its answers; null: it learns the data's."
+        None,
+        description="How the student answers prompts itself, to learn at its answers; null: it does not.",
     )
     cache: CacheOptions | None = Field(
         None, description="Where the teacher's drawn classes are kept; null: a live teacher."
     )
     training: Annotated[dict[str, Any], BeforeValidator(_checked_training)] = Field(
-        {}, description="How it is trained, by the names of transformers.TrainingArguments."
+        {}, description="How the student is trained, with keys of transformers.TrainingArguments."
     )
     evaluation: EvaluationOptions = Field(EvaluationOptions(), description="What is measured, and when.")
-    hub: HubOptions | None = Field(None, description="Where the finished student is pushed; null: it stays here.")
+    hub: HubOptions | None = Field(None, description="Where the finished student is pushed; null: nowhere.")
     seed: int = Field(1337, ge=0, lt=2**32, description="The seed of everything that is random.")
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
-        if self.samples is not None and self.samples.metric == "all":  # no filter
+        if self.samples is not None and self.samples.metric == "all":  # keeps every sample
             self._settle(samples=None)
         if self.teacher.quantization is not None and self.student.prune_from_teacher is not None:
             raise ValueError(
@@ -121,11 +121,7 @@ class Recipe(Part):
             )
 
     def check_sharded(self) -> None:
-        """Refuse what a student that FSDP shards can't do, whether the recipe or a launcher says that it is sharded.
-
-        Raises:
-            ValueError: adapters, measurements on the way, or the student's own answers.
-        """
+        """Raises ValueError for what can't be done with a sharded student; a launcher may ask for sharding, too."""
         check_sharded(self.on_policy, has_adapters=self.student.lora is not None)
         if self.evaluation.every_steps is not None:
             raise ValueError(
@@ -133,5 +129,5 @@ class Recipe(Part):
             )
 
     def resolved(self) -> dict[str, Any]:
-        """The whole recipe as plain data, every default written out; reading it back gives an equal recipe."""
+        """The whole recipe as plain data, with every default; reading it back gives an equal recipe."""
         return self.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""The recipe's ``training`` part: ``transformers.TrainingArguments``' own names, less those that the recipe owns."""
+"""The recipe's ``training`` part: the keys of ``transformers.TrainingArguments``, and which of them are refused."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -12,12 +12,11 @@ from selkd.errors import nearest
 Accepted = Callable[[Any], bool]
 
 
-def _only(value: Any) -> Accepted:
-    return lambda given: given == value
+def _only(accepted: Any) -> Accepted:
+    return lambda value: value == accepted
 
 
-# What no training of selkd can do, in a recipe or in ``DistillArguments``: key -> (the values that ask for nothing,
-# what to do instead).
+# Keys that neither a recipe nor ``DistillArguments`` may change: key -> (which values are accepted, the reason).
 REFUSED: dict[str, tuple[Accepted, str]] = {
     "fp16": (_only(False), "gradients of single classes underflow in float16; use bf16, or neither for float32"),
     "fp16_full_eval": (_only(False), "it would round the student's weights; evaluation runs in the run's precision"),
@@ -34,7 +33,7 @@ REFUSED: dict[str, tuple[Accepted, str]] = {
     "average_tokens_across_devices": (_only(True), "the loss is always divided by the count of the whole step"),
     "neftune_noise_alpha": (_only(None), "its noise would depend on how a step is cut into micro-batches"),
     "train_sampling_strategy": (
-        lambda given: str(given) in ("random", "sequential"),
+        lambda value: str(value) in ("random", "sequential"),
         "random is shuffled by the seed, sequential keeps the data's order; batches by length are not made",
     ),
     "length_column_name": (_only("length"), "batches by length are not made"),
@@ -52,45 +51,41 @@ _ACCELERATOR = {
     "use_seedable_sampler": (True, "the order of samples is a function of the seed"),
 }
 
-# What the recipe says elsewhere, or what a run leaves without effect: key -> what to do instead.
+# Keys that a recipe may not set, as it has other keys for them or a run ignores them: key -> what to do instead.
 OWNED = {
     "output_dir": "give the command's --out",
-    "seed": "set the recipe's seed",
-    "data_seed": "set the recipe's seed",
+    **dict.fromkeys(("seed", "data_seed"), "set the recipe's seed"),
     "do_train": "selkd distill trains",
-    "do_eval": "set evaluation.suite",
-    "do_predict": "set evaluation.suite",
-    "eval_strategy": "set evaluation.every_steps",
-    "eval_steps": "set evaluation.every_steps",
-    "eval_delay": "set evaluation.every_steps",
+    **dict.fromkeys(("do_eval", "do_predict"), "set evaluation.suite"),
+    **dict.fromkeys(("eval_strategy", "eval_steps", "eval_delay"), "set evaluation.every_steps"),
     "eval_on_start": "fidelity is always measured before training",
-    "eval_accumulation_steps": "evaluation keeps no predictions",
-    "eval_do_concat_batches": "evaluation keeps no predictions",
-    "eval_use_gather_object": "evaluation keeps no predictions",
-    "batch_eval_metrics": "evaluation keeps no predictions",
-    "prediction_loss_only": "evaluation keeps no predictions",
-    "include_for_metrics": "evaluation keeps no predictions",
+    **dict.fromkeys(
+        (
+            "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics",
+            "prediction_loss_only", "include_for_metrics",
+        ),
+        "evaluation keeps no predictions",
+    ),
     "per_device_eval_batch_size": "evaluation batches by tokens",
-    "load_best_model_at_end": "set evaluation.keep_best",
-    "metric_for_best_model": "set evaluation.keep_best",
-    "greater_is_better": "set evaluation.keep_best",
+    **dict.fromkeys(
+        ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), "set evaluation.keep_best"
+    ),
     "resume_from_checkpoint": "run the same recipe into the same folder again",
-    "push_to_hub": "give the recipe's hub",
-    "hub_model_id": "give the recipe's hub",
-    "hub_strategy": "give the recipe's hub",
-    "hub_token": "give the recipe's hub",
-    "hub_private_repo": "give the recipe's hub",
-    "hub_always_push": "give the recipe's hub",
-    "hub_revision": "give the recipe's hub",
+    **dict.fromkeys(
+        (
+            "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push",
+            "hub_revision",
+        ),
+        "give the recipe's hub",
+    ),
     "train_sampling_strategy": "samples are shuffled by the seed",
     "auto_find_batch_size": "a batch size found by failing would not be reproducible; set per_device_train_batch_size",
     "dataloader_drop_last": "the last batch is filled with samples that count nowhere",
     "save_only_model": "a run is continued from its checkpoints, which need the optimiser",
-}
+}  # fmt: skip
 
-
-# What Transformers takes and trips over hours later, trains nothing with or counts wrongly: key -> (allowed, how it is
-# said).
+# Values that Transformers accepts although they fail later, train nothing or count wrongly: key -> (which values are
+# allowed, in words).
 RANGES: dict[str, tuple[Accepted, str]] = {
     "per_device_train_batch_size": (lambda value: value >= 1, "at least 1"),
     "gradient_accumulation_steps": (lambda value: value >= 1, "at least 1"),
@@ -110,22 +105,22 @@ RECIPE_RANGES: dict[str, tuple[Accepted, str]] = RANGES | {
 }
 
 
-def check_supported(given: Mapping[str, Any]) -> None:
-    """What any training refuses of ``TrainingArguments``, by their names, as the user gave them.
+def check_supported(arguments: Mapping[str, Any]) -> None:
+    """Check values of ``TrainingArguments`` by their keys.
 
     Raises:
-        ValueError: a value that selkd can't honour, or that no training could run with; the key is named.
+        ValueError: selkd can't honour a value, or no training could run with it; the message names the key.
     """
     for key, (is_accepted, instead) in REFUSED.items():
-        if key in given and not is_accepted(given[key]):
-            raise ValueError(f"{key}: {given[key]!r} can't be honoured; {instead}.")
+        if key in arguments and not is_accepted(arguments[key]):
+            raise ValueError(f"{key}: {arguments[key]!r} can't be honoured; {instead}.")
     for key, (is_allowed, allowed) in RANGES.items():
-        if key in given and not is_allowed(given[key]):
-            raise ValueError(f"{key}: expected {allowed}, but got {given[key]!r}.")
+        if key in arguments and not is_allowed(arguments[key]):
+            raise ValueError(f"{key}: expected {allowed}, but got {arguments[key]!r}.")
 
 
 def check_accelerator(config: Any) -> None:
-    """The same of ``accelerator_config``, an ``AcceleratorConfig``. Raises ValueError."""
+    """Raises ValueError for a value of an ``AcceleratorConfig`` that selkd can't honour."""
     for key, (kept, instead) in _ACCELERATOR.items():
         if getattr(config, key) != kept:
             raise ValueError(f"accelerator_config.{key}: {getattr(config, key)!r} can't be honoured; {instead}.")
@@ -139,18 +134,18 @@ def _adapters() -> dict[str, TypeAdapter[Any]]:
     return {field.name: TypeAdapter(hints[field.name]) for field in fields(TrainingArguments) if field.init}
 
 
-def check_training(given: Any) -> dict[str, Any]:
-    """``given`` with every value coerced to its type (YAML reads ``1e-5`` as text).
+def check_training(content: Any) -> dict[str, Any]:
+    """The recipe's ``training`` with every value coerced to its type (YAML reads ``1e-5`` as text).
 
     Raises:
-        ValueError: a key that TrainingArguments lacks or that the recipe owns, or a value of the wrong type.
+        ValueError: TrainingArguments lacks a key, a recipe may not set it, or its value is of the wrong type.
     """
-    if given is None:
+    if content is None:
         return {}
-    if not isinstance(given, dict):
-        raise ValueError(f"expected keys of transformers.TrainingArguments, but got {given!r}")
+    if not isinstance(content, dict):
+        raise ValueError(f"expected keys of transformers.TrainingArguments, but got {content!r}")
     adapters, checked = _adapters(), {}
-    for key, value in given.items():
+    for key, value in content.items():
         if key in OWNED or key in REFUSED:
             instead = OWNED[key] if key in OWNED else REFUSED[key][1]
             raise ValueError(f"training.{key}: not set here; {instead}.")

@@ -1,4 +1,4 @@
-"""Benchmarks inside a run: before, every so many steps, after; and the student that measured best on the way."""
+"""Benchmarks in a run, before, during and after training, and the student that measured best during training."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from selkd.models.adapters import merged
 from selkd.models.head import evaluating
 from selkd.models.loading import window_of
 from selkd.models.pair import ModelSlot
-from selkd.recipe.evaluation import EvaluationOptions, benchmarks_of
+from selkd.recipe.evaluation import EvaluationOptions
 from selkd.run.workspace import Workspace
 
 BEST = "best_student"
@@ -24,27 +24,22 @@ LOGGED = "benchmark_"
 HIGHER_IS_BETTER = {"perplexity": False, "kl_nats": False, "top1_agreement": True, "validation": True}
 
 
-def has_benchmarks(options: EvaluationOptions) -> bool:
-    """Whether the suite asks for more than fidelity."""
-    return bool(benchmarks_of(options.suite))
-
-
 def require_benchmarks(options: EvaluationOptions) -> None:
-    """Raises InputError if local benchmark files that the suite needs are not there; nothing is loaded."""
-    if has_benchmarks(options):
+    """Raises InputError if local benchmark files of the suite are missing; nothing is loaded."""
+    if options.has_benchmarks:
         _benchmark_options(options).left_out()
 
 
 def measure(
     work: Workspace, student: PreTrainedModel, when: str, fingerprint: str, reuse: bool = True
 ) -> dict[str, Any] | None:
-    """The suite's benchmarks on ``student``, as ``selkd.evaluation.summary.summarise`` gives them.
+    """Measure ``student`` on the suite's benchmarks.
 
-    The main process measures, the others wait. Every example is kept in the run's ``benchmarks/<when>``. Training is
-    not disturbed: modules go back to their mode, random states are put back.
+    The main process measures while the others wait. Every example is written to the run's ``benchmarks/<when>``.
+    Afterwards modules have their mode and generators their state again, so training is not disturbed.
 
     Returns:
-        None on the other processes.
+        What ``selkd.evaluation.summary.summarise`` returns; None on the other processes.
     """
     summary = None
     if work.state.is_main_process:
@@ -72,7 +67,7 @@ def measure(
 
 
 def figures(summary: dict[str, Any]) -> dict[str, float]:
-    """What a summary says in a few numbers, for the metrics' file: each task's counted metric, the suites' means."""
+    """The figures of a summary for the metrics' file: the main metric of each task, and the means of the suites."""
     estimates = {
         task: result["metrics"][result["counts"] or next(iter(result["metrics"]))]
         for task, result in summary["tasks"].items()
@@ -81,17 +76,19 @@ def figures(summary: dict[str, Any]) -> dict[str, float]:
         estimates["paper_acc"] = summary["paper"]["acc"]
     if "validation" in summary:
         estimates["validation"] = summary["validation"]
-    return {f"{LOGGED}{name}": one["value"] for name, one in estimates.items() if one["value"] is not None}
+    values = {f"{LOGGED}{name}": estimate["value"] for name, estimate in estimates.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def keep_if_best(work: Workspace, student: PreTrainedModel, step: int, measured: dict[str, float]) -> None:
-    """Save ``student`` as the run's ``best_student`` if ``evaluation.keep_best`` is better than ever before.
+    """Save ``student`` as the run's ``best_student`` if the figure of ``evaluation.keep_best`` is its best so far.
 
     Args:
-        measured: fidelity's figures by their names, and the validation suite's mean as ``benchmark_validation``.
+        measured: the figures of fidelity by their names, and the mean of the validation suite as
+            ``benchmark_validation``.
 
     Raises:
-        RunError: the disk refused.
+        RunError: the student can't be written.
     """
     metric = work.recipe.evaluation.keep_best
     if metric is None or not work.state.is_main_process:
@@ -100,24 +97,20 @@ def keep_if_best(work: Workspace, student: PreTrainedModel, step: int, measured:
     sign = 1 if HIGHER_IS_BETTER[metric] else -1
     best = read_best(work.run_path)
     if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
-        _save(work, student, {"metric": metric, "value": value, "step": step})
+        best = {"metric": metric, "value": value, "step": step}
+        with new_folder(work.run_path / BEST, replace=True) as new:
+            merged(student).save_pretrained(new)
+            work.tokenizer.save_pretrained(new)
+            (new / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
 
 
 def read_best(run_path: Path) -> dict[str, Any] | None:
-    """``metric``, ``value`` and ``step`` of the run's best student, None if there is none."""
+    """``metric``, ``value`` and ``step`` of the run's best student; None if there is none."""
     try:
         content: dict[str, Any] = json.loads((run_path / BEST / "best.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content
-
-
-def _save(work: Workspace, student: PreTrainedModel, best: dict[str, Any]) -> None:
-    """Replace the best student by this one; the old one goes only when the new one is whole."""
-    with new_folder(work.run_path / BEST, replace=True) as new:
-        merged(student).save_pretrained(new)
-        work.tokenizer.save_pretrained(new)
-        (new / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
 
 
 def _benchmark_options(options: EvaluationOptions) -> Any:
@@ -128,10 +121,10 @@ def _benchmark_options(options: EvaluationOptions) -> Any:
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    """The harness and its tasks draw from the shared generators of Python and numpy; training must not notice."""
-    python, legacy = random.getstate(), np.random.get_state()
+    """Restore the shared generators of Python and numpy, which the harness and its tasks draw from."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,4 +1,4 @@
-"""A run's folder: claimed for one recipe, never taken from another, its record written whole after each stage."""
+"""A run's folder, which belongs to one recipe, and the record in it."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,13 @@ from selkd.recipe.recipe import Recipe
 
 
 class RunDirectory:
-    """Where a run keeps everything.
+    """The folder of a run.
 
     Attributes:
         path: the folder.
+        recipe: the recipe that it belongs to.
         record: the content of ``record.json``.
-        is_writer: whether this process writes it; of several one does.
+        is_writer: whether this process writes the files; of several processes one does.
     """
 
     def __init__(self, path: Path, recipe: Recipe, record: dict[str, Any], is_writer: bool) -> None:
@@ -27,12 +28,12 @@ class RunDirectory:
 
     @classmethod
     def claim(cls, path: Path, recipe: Recipe, *, is_writer: bool) -> "RunDirectory":
-        """The folder for this recipe: new, or continued where the same resolved recipe began it.
+        """The folder at ``path``: a new one, or one that a run of the same resolved recipe began.
 
-        Nothing is written before ``save``: a recipe whose models or text are not found leaves no trace.
+        Nothing is written before ``save``, so a recipe whose models or text are not found leaves no trace.
 
         Raises:
-            InputError: the folder holds another recipe's run, or something that is no run.
+            InputError: the folder holds a run of another recipe, or something else.
         """
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: a file; a run needs a folder. Give another --out.")
@@ -45,10 +46,10 @@ class RunDirectory:
         return cls(path, recipe, _read(record) if record.exists() else {}, is_writer)
 
     def save(self) -> None:
-        """Write the record, and before the first one the recipe, each whole or not at all; the writer does.
+        """Write the record, and the first time the recipe, too; each file whole or not at all.
 
         Raises:
-            RunError: the disk refused.
+            RunError: a file can't be written.
         """
         if not self.is_writer:
             return
@@ -65,8 +66,8 @@ def _read(path: Path) -> dict[str, Any]:
     return record
 
 
-def _require_same(path: Path, stored: Recipe, given: Recipe) -> None:
-    differences = list(_differences(stored.resolved(), given.resolved()))
+def _require_same(path: Path, stored: Recipe, current: Recipe) -> None:
+    differences = _differences(stored.resolved(), current.resolved())
     if differences:
         raise InputError(
             f"{path}: the run of another recipe ({'; '.join(differences[:5])}). Give another --out, or the same recipe "
@@ -74,9 +75,9 @@ def _require_same(path: Path, stored: Recipe, given: Recipe) -> None:
         )
 
 
-def _differences(stored: Any, given: Any, key: str = "") -> list[str]:
-    if isinstance(stored, dict) and isinstance(given, dict):
-        names = list(dict.fromkeys([*stored, *given]))
-        inner = (_differences(stored.get(n), given.get(n), f"{key}.{n}" if key else n) for n in names)
+def _differences(stored: Any, current: Any, key: str = "") -> list[str]:
+    if isinstance(stored, dict) and isinstance(current, dict):
+        names = dict.fromkeys([*stored, *current])
+        inner = (_differences(stored.get(name), current.get(name), f"{key}.{name}" if key else name) for name in names)
         return [line for lines in inner for line in lines]
-    return [] if stored == given else [f"{key}: there {stored!r}, here {given!r}"]
+    return [] if stored == current else [f"{key}: there {stored!r}, here {current!r}"]

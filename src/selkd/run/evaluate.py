@@ -14,72 +14,70 @@ from selkd.run.directory import RunDirectory
 from selkd.run.record import count_teacher_tokens, size, timed
 from selkd.run.workspace import Workspace
 
+FIGURES = ("perplexity", "kl_nats", "top1_agreement")  # of fidelity, for the record and the metrics' file
+
 
 def is_measured(work: Workspace, run: RunDirectory, when: str) -> bool:
     """Whether all of ``evaluation.suite`` was measured ``before`` or ``after`` training."""
     options = work.recipe.evaluation
-    wanted = {"fidelity": "fidelity" in options.suite, "benchmarks": benchmarks.has_benchmarks(options)}
+    wanted = {"fidelity": "fidelity" in options.suite, "benchmarks": options.has_benchmarks}
     return all((run.record[part] or {}).get(when) for part, is_wanted in wanted.items() if is_wanted)
 
 
 def forget_after(run: RunDirectory) -> None:
-    """The student has been trained anew: what was measured after training counts no more."""
+    """Remove what was measured after training, as the student has been trained again."""
     for part in ("fidelity", "benchmarks"):
         if run.record[part]:
             run.record[part]["after"] = None
 
 
 def evaluate(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
-    """Measure ``student`` ``before`` or ``after`` training, into ``record.fidelity`` and ``record.benchmarks``."""
+    """Measure ``student`` ``before`` or ``after`` training, and record fidelity and benchmarks."""
     options = work.recipe.evaluation
     with timed(run, "evaluate"):
         run.record["student"] |= size(student)
         if "fidelity" in options.suite:
             _record_fidelity(work, run, student, when)
-        if benchmarks.has_benchmarks(options):
-            stored = run.record["student"]
-            fingerprint = stored["initial_fingerprint"] if when == "before" else stored["fingerprint"]
+        if options.has_benchmarks:
+            fingerprint = run.record["student"]["initial_fingerprint" if when == "before" else "fingerprint"]
             measured = benchmarks.measure(work, student, when, fingerprint)
             benchmarks_record(run)[when] = measured
     run.save()
 
 
 def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
-    found = measure_fidelity(work, student, f"evaluating {when} training")
+    measured = measure_fidelity(work, student, f"evaluating {when} training")
     record = run.record["fidelity"] or {"before": None, "after": None}
-    record[when] = {
-        "perplexity": found.perplexity,
-        "kl_nats": found.kl_nats,
-        "top1_agreement": found.top1_agreement,
-    }
-    record["teacher"] = {"perplexity": found.teacher_perplexity}
-    record["positions"] = found.positions
-    record.setdefault("by_entropy", {})[when] = found.by_entropy()
+    record[when] = {name: getattr(measured, name) for name in FIGURES}
+    record["teacher"] = {"perplexity": measured.teacher_perplexity}
+    record["positions"] = measured.positions
+    record.setdefault("by_entropy", {})[when] = measured.by_entropy()
     run.record["fidelity"] = record
     run.record["teacher"] |= size(work.models.teacher)
-    count_teacher_tokens(work, run, **{f"evaluate_{when}": found.teacher_tokens})
+    count_teacher_tokens(work, run, **{f"evaluate_{when}": measured.teacher_tokens})
     if when == "before" and work.state.is_main_process:
         (run.path / "selection").mkdir(exist_ok=True)
-        write_whole(run.path / "selection" / "overlap.json", json.dumps(_overlaps(work, found)) + "\n")
+        write_whole(run.path / "selection" / "overlap.json", json.dumps(_overlaps(work, measured)) + "\n")
 
 
-def _overlaps(work: Workspace, found: Fidelity) -> dict[str, Any]:
-    """How far the metrics agree on the held-out split under the initial student, at the recipe's fractions."""
+def _overlaps(work: Workspace, measured: Fidelity) -> dict[str, Any]:
+    """How far the metrics of the initial student agree on the held-out split, at the recipe's fractions."""
     recipe = work.recipe
     fraction = recipe.positions.fraction
     if isinstance(fraction, FractionSchedule):
         fraction = fraction.to
-    kept = SampleOptions().fraction if recipe.samples is None else recipe.samples.fraction
-    usual = PositionOptions.model_fields["fraction"].default
-    return overlaps(found.statistics, found.sample_of, fraction or usual, kept)
+    if fraction is None:
+        fraction = PositionOptions.model_fields["fraction"].default
+    samples = recipe.samples or SampleOptions()
+    return overlaps(measured.statistics, measured.sample_of, fraction, samples.fraction)
 
 
 def benchmarks_record(run: RunDirectory) -> dict[str, Any]:
-    """``record.benchmarks``, made when there is something to write."""
+    """``record.benchmarks``, which is made when there is something to write."""
     if run.record["benchmarks"] is None:
         run.record["benchmarks"] = {"before": None, "after": None, "steps": [], "best": None}
-    benchmarks: dict[str, Any] = run.record["benchmarks"]
-    return benchmarks
+    record: dict[str, Any] = run.record["benchmarks"]
+    return record
 
 
 def measure_fidelity(work: Workspace, student: PreTrainedModel, description: str) -> Fidelity:

@@ -1,4 +1,4 @@
-"""``distill``: score -> cache -> train -> evaluate -> report, into one folder, continued where it was interrupted."""
+"""``distill``: score, cache, train, evaluate and report, in one folder; an interrupted run continues."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ from selkd.run.workspace import CALIBRATION_SAMPLES, Workspace
 from selkd.selection.positions import step_context
 from selkd.tokens.examine import examine
 
-EXAMPLES = 8  # held-out samples whose scores are kept: the page shows the text of some, the histogram counts all
+EXAMPLES = 8  # how many held-out samples the report's page shows, or counts in its histogram
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,19 @@ class Run:
 
 
 def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | None = None) -> Run:
-    """Run a recipe into ``out`` (``runs/<recipe name>`` if not given), or finish what was begun there.
+    """Run a recipe, or finish a run of it that was interrupted.
 
     Args:
-        recipe: a Recipe, a mapping of its keys, a named recipe or a YAML file.
+        recipe: a Recipe, a mapping of its keys, or the name or the YAML file of a recipe.
+        out: the run's folder; None: ``runs/<recipe name>``.
 
     Raises:
-        InputError: anything about the recipe, the models, the data or the folder that can't be used.
+        InputError: the recipe, the models, the data or the folder can't be used.
         RunError: a stage failed; finished stages are kept, and the same call continues.
     """
-    checked, path = as_recipe(recipe), None if out is None else Path(out)
-    work, run = start(checked, path, pushes=checked.hub is not None)
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else parse_part(Recipe, dict(recipe))
+    work, run = start(recipe, None if out is None else Path(out), pushes=recipe.hub is not None)
     samples = score(work, run)
     if not is_trained(work, run):
         if not is_measured(work, run, "before"):
@@ -74,28 +76,21 @@ def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | N
 
 
 def score_only(recipe: Recipe, out: Path | None = None) -> Run:
-    """The scoring stage by itself; ``distill`` into the same folder goes on from it."""
+    """Run the scoring stage only; ``distill`` into the same folder goes on from there."""
     work, run = start(recipe, out)
     score(work, run)
     return Run(run.path, run.record)
 
 
 def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
-    """Scoring and caching by themselves; ``distill`` into the same folder goes on from them."""
+    """Run the scoring and caching stages only; ``distill`` into the same folder goes on from there."""
     work, run = start(recipe, out)
     cache(work, run, score(work, run))
     return Run(run.path, run.record)
 
 
-def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-    """A checked recipe from whatever describes one."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    return load_recipe(recipe) if isinstance(recipe, str | Path) else parse_part(Recipe, dict(recipe))
-
-
 def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> tuple[Workspace, RunDirectory]:
-    """Claim the run's folder and find its inputs. ``pushes``: a student will go to the hub at the end."""
+    """Claim the run's folder and find its inputs. ``pushes``: whether the student will be pushed to the hub."""
     path = out or Path("runs") / (recipe.name or "recipe")
     work = Workspace(recipe, path)
     work.check()
@@ -103,34 +98,34 @@ def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> tuple[Wo
     run = RunDirectory.claim(path, recipe, is_writer=work.state.is_main_process)
     if pushes and not run.record.get("hub"):
         require_login()
-    work.state.wait_for_everyone()  # all have looked before the main process writes
+    work.state.wait_for_everyone()  # all have read the folder before the main process writes
     prepare(work, run)
     return work, run
 
 
 def _finish(work: Workspace, run: RunDirectory) -> None:
-    """Measure the saved student and write what people read."""
+    """Measure the saved student; write its card, the examples and the report; push it to the hub."""
     unmeasured = not is_measured(work, run, "after")
     examples = run.path / "selection" / "examples.json"
     if unmeasured or not examples.exists():
-        work.models.release_student()  # the trained one; what is measured is what was saved
+        work.models.release_student()  # measure the saved student, not the one in memory
         student = load_model(locate(str(run.path / "student"), work.cache_dir), torch.float32, work.device)
         if unmeasured:
             evaluate(work, run, student, "after")
         if work.state.is_main_process:
-            shown = work.splits.held_out if len(work.splits.held_out) else work.splits.train
+            samples = work.splits.held_out if len(work.splits.held_out) else work.splits.train
             positions, steps = work.recipe.positions, run.record["train"]["steps"]
-            looked_at = examine(
+            examined = examine(
                 ModelPair(lambda: student, lambda: work.models.teacher, work.tokenizer, work.vocab_size, torch.float32),
-                [shown[index] for index in range(min(EXAMPLES, len(shown)))],
+                [samples[index] for index in range(min(EXAMPLES, len(samples)))],
                 positions.metric if positions.metric not in (None, "random") else "student_entropy",
                 [(positions, step_context(positions, steps, steps))],
                 work.recipe.seed,
             )
-            write_whole(examples, json.dumps(looked_at) + "\n")
+            write_whole(examples, json.dumps(examined) + "\n")
     card = run.path / "student" / "README.md"
     if work.state.is_main_process:
-        if unmeasured or not card.exists():  # a finished student's card may have been edited
+        if unmeasured or not card.exists():  # keep a card that the user may have edited
             write_whole(card, model_card(run.record))
         write_page(run.path)
         _push(work, run)
@@ -138,7 +133,7 @@ def _finish(work: Workspace, run: RunDirectory) -> None:
 
 
 def _push(work: Workspace, run: RunDirectory) -> None:
-    """To the hub, if the recipe says so, and this student is not there yet."""
+    """Push the student to the hub, if the recipe asks for it and this student is not there yet."""
     options = work.recipe.hub
     fingerprint = run.record["student"]["fingerprint"]
     if options is None or (run.record.get("hub") or {}).get("student") == fingerprint:
@@ -148,14 +143,14 @@ def _push(work: Workspace, run: RunDirectory) -> None:
 
 
 def full_kd_on_same_samples(run: Run) -> Run:
-    """Full KD with a live teacher on the samples that ``run`` kept, beside it, for comparison."""
+    """Run Full KD with a live teacher on the samples that ``run`` kept, in a folder beside it, for comparison."""
     recipe = load_recipe(run.path / "recipe.yaml")
     changed = recipe.resolved() | {
         "name": f"{recipe.name}-full-kd",
         "positions": {"policy": "all", "reduction": recipe.positions.reduction},
         "classes": {"sampler": "all"},
         "cache": None,
-        "hub": None,  # the student that is compared is the one to publish
+        "hub": None,  # only the student of `run` is published
     }
     if recipe.samples is not None:
         scores = run.path / "selection" / "samples.parquet"
@@ -167,7 +162,7 @@ def prune_into(teacher: str, layers: int, data: str, out: Path) -> dict[str, Any
     """Cut a student of ``layers`` layers from ``teacher`` into the new folder ``out``.
 
     Raises:
-        InputError: ``out`` is there already, or what ``distill`` refuses of teacher, layers and text.
+        InputError: ``out`` exists, or ``distill`` would refuse teacher, layers or text.
     """
     if out.exists():
         raise InputError(f"{out}: exists. Give a new folder; nothing was changed.")

@@ -1,15 +1,15 @@
-"""The stage that finds the models, tokenises the text, cuts the student and writes down what there is."""
+"""The stage that finds the models, tokenises the text, cuts the student and records all of them."""
 
 from selkd.errors import InputError
 from selkd.run.directory import RunDirectory
 from selkd.run.record import COUNTS, count_teacher_tokens, environment, timed
 from selkd.run.workspace import Workspace
 
-STUDENT_KEYS = ("fingerprint", "parameters", "layers", "trained_parameters")  # told by later stages
+STUDENT_KEYS = ("fingerprint", "parameters", "layers", "trained_parameters")  # later stages record these
 
 
 def prepare(work: Workspace, run: RunDirectory) -> None:
-    """Find the models, tokenise the text, cut the student; write down what there is."""
+    """Find the models, tokenise the text, cut the student, and record them."""
     with timed(run, "prepare"):
         work.require_positions()
         splits, recipe = work.splits, work.recipe

@@ -1,4 +1,4 @@
-"""What the stages of a run write into its record: seconds, peak memory, teacher tokens, the cost of shared parts."""
+"""The record of a run: seconds, peak memory, teacher tokens, the cost of shared parts, the machine."""
 
 import json
 import platform
@@ -26,9 +26,9 @@ _PROC = Path("/proc/self")
 
 
 class PeakMemory:
-    """The largest memory of a run in its record, of the whole run and of each stage, in bytes.
+    """Records the peak memory in bytes, of the whole run and of each stage.
 
-    Made when a stage begins: the peak of what went before is noted, and the system begins a new one if it can.
+    It is made when a stage begins: it records the peak so far, and resets the system's peak where that is possible.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -36,25 +36,25 @@ class PeakMemory:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
-            (_PROC / "clear_refs").write_text("5")  # proc(5): resets the peak of the resident set
+            (_PROC / "clear_refs").write_text("5")  # resets the peak of the resident set, see proc(5)
             self._is_new = True
-        except OSError:  # the stage's can't be told from the whole run's
+        except OSError:  # the peak of the stage stays unknown
             self._is_new = False
 
     def note(self, run: RunDirectory, stage: str) -> None:
-        """Note the peak of the stage that ends."""
+        """Record the peak of the stage that ends."""
         by_stage = self._note(run).setdefault("by_stage", {}).setdefault(stage, dict.fromkeys(PLACES))
         if self._is_new:
             _raise_to(by_stage, _peaks())
 
     @staticmethod
     def _note(run: RunDirectory) -> dict[str, Any]:
-        whole: dict[str, Any] = run.record.setdefault("peak_memory_bytes", dict.fromkeys(PLACES))
-        return _raise_to(whole, _peaks())
+        run_peaks: dict[str, Any] = run.record.setdefault("peak_memory_bytes", dict.fromkeys(PLACES))
+        return _raise_to(run_peaks, _peaks())
 
 
 def _peaks() -> dict[str, int | None]:
-    """The process's largest resident set since the last reset, and what tensors held on the accelerator."""
+    """The process's largest resident set and the accelerator's largest memory of tensors, since the last reset."""
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
@@ -71,14 +71,14 @@ def _raise_to(noted: dict[str, Any], peaks: dict[str, int | None]) -> dict[str, 
 
 @contextmanager
 def timed(run: RunDirectory, stage: str) -> Iterator[None]:
-    """Record the seconds and the peak of memory of the stage inside."""
+    """Record the seconds and the peak memory of the block, which runs a stage."""
     peaks, started = PeakMemory(run), time.perf_counter()
     yield
     add_seconds(run, stage, time.perf_counter() - started, peaks)
 
 
 def add_seconds(run: RunDirectory, stage: str, seconds: float, peaks: PeakMemory) -> None:
-    """Add to a stage's time in the record, and keep the total and the peaks of memory up to date."""
+    """Add to a stage's time in the record, and update the total time and the peak memory."""
     times = run.record.setdefault("seconds", dict.fromkeys(("prepare", "score", "cache", "train", "evaluate", "total")))
     times[stage] = round((times[stage] or 0.0) + seconds, 3)
     times["total"] = round(sum(value or 0.0 for name, value in times.items() if name != "total"), 3)
@@ -86,7 +86,7 @@ def add_seconds(run: RunDirectory, stage: str, seconds: float, peaks: PeakMemory
 
 
 def count_teacher_tokens(work: Workspace, run: RunDirectory, **tokens: int) -> None:
-    """Record the tokens that the teacher ran on, by stage; a stage that ran again replaces its count."""
+    """Record by stage the tokens that the teacher ran on; a stage that runs again replaces its count."""
     by_stage = run.record.setdefault("teacher_tokens", {})
     by_stage.update(work.teacher_tokens | tokens)
     run.record["counts"]["teacher_tokens"] = sum(by_stage.values())
@@ -106,7 +106,7 @@ def note_shared(run: RunDirectory, stage: str, cost: Cost | None) -> None:
 
 
 def read_cost(path: Path) -> Cost | None:
-    """The cost in a file; None where there is no such file, or it is damaged."""
+    """The cost in a file; None if the file is missing or damaged."""
     try:
         cost: Cost = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -115,19 +115,19 @@ def read_cost(path: Path) -> Cost | None:
 
 
 def add_cost(path: Path, cost: Cost) -> None:
-    """Add to the cost in a file, for a cache that is built in several goes."""
+    """Add to the cost in a file, for a cache that is built in several runs."""
     earlier = read_cost(path) or {}
     write_whole(path, json.dumps({key: round(earlier.get(key, 0) + more, 3) for key, more in cost.items()}) + "\n")
 
 
 def size(model: PreTrainedModel) -> dict[str, int]:
-    """How many parameters and layers a model has, for the record."""
+    """The number of parameters and layers of a model."""
     config = model.config.get_text_config(decoder=True)
     return {"parameters": n_parameters(model), "layers": int(config.num_hidden_layers)}
 
 
 def environment(workspace: Workspace) -> dict[str, Any]:
-    """The versions and the machine, for the record."""
+    """The versions of packages, and the machine."""
     names = ("selkd", "torch", "transformers", "accelerate", "datasets", "numpy")
     return {
         **{name: version(name) for name in names},

@@ -1,4 +1,4 @@
-"""The stage that trains the student, from its last checkpoint if there is one, and saves it."""
+"""The stage that trains the student, from its last checkpoint if it has one, and saves it."""
 
 from pathlib import Path
 
@@ -11,16 +11,16 @@ from selkd.models.adapters import merged
 from selkd.models.sources import locate
 from selkd.run import benchmarks
 from selkd.run.directory import RunDirectory
-from selkd.run.evaluate import benchmarks_record, forget_after, measure_fidelity
+from selkd.run.evaluate import FIGURES, benchmarks_record, forget_after, measure_fidelity
 from selkd.run.record import PeakMemory, add_seconds, count_teacher_tokens, size
 from selkd.run.workspace import Workspace
 from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress
-from selkd.training.checkpoints import last_whole_checkpoint
+from selkd.training.checkpoints import last_complete_checkpoint
 from selkd.training.trainer import DistillTrainer
 
 
 def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: TeacherCache | None) -> None:
-    """Train the student, from its last checkpoint if there is one, save it, and record what it learned from."""
+    """Train the student on ``samples``, from its last checkpoint if it has one; save it and record the training."""
     peaks = PeakMemory(run)
     if cache is not None:
         work.models.release_teacher()
@@ -32,19 +32,19 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: Tea
         processing_class=work.tokenizer,
         callbacks=[MetricsFile("../metrics.jsonl"), TrainingProgress()],
     )
-    for callback in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the answer
+    for callback in (PrinterCallback, ProgressCallback):  # both write to standard output, where only the answer belongs
         trainer.remove_callback(callback)
     if (every := work.recipe.evaluation.every_steps) is not None:
         also_last = work.recipe.evaluation.keep_best is not None
         trainer.add_callback(
             EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=cache is not None), also_last)
         )
-    last = last_whole_checkpoint(Path(work.arguments.output_dir))
+    last = last_complete_checkpoint(Path(work.arguments.output_dir))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     student = _save(work, run, trainer)
     trained = sum(parameter.numel() for parameter in work.models.student.parameters() if parameter.requires_grad)
     run.record["student"] |= size(work.models.student) | {"trained_parameters": trained}
-    if work.recipe.student.lora is not None:  # the adapters are none of the saved student's own
+    if work.recipe.student.lora is not None:  # the saved student has no adapters
         run.record["student"]["parameters"] -= trained
     _record_training(run, trainer, peaks)
     count_teacher_tokens(work, run, train=trainer.totals.teacher_tokens)
@@ -55,14 +55,16 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: Tea
 
 
 def _save(work: Workspace, run: RunDirectory, trainer: DistillTrainer) -> Path:
-    """Save the student, its adapters merged into it; its folder."""
+    """Save the student with its adapters merged, and return its folder."""
     student = run.path / "student"
-    if trainer.is_fsdp_enabled:  # a sharded state is no student that Transformers loads
+    if trainer.is_fsdp_enabled:  # Transformers can't load a sharded state
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     saved = run.path / "adapter" if work.recipe.student.lora is not None else student
     trainer.save_model(str(saved))
     if work.state.is_main_process:
-        (saved / "training_args.bin").unlink(missing_ok=True)  # the Trainer's pickle: a student needs none
+        (saved / "training_args.bin").unlink(
+            missing_ok=True
+        )  # a pickle of the Trainer's, which a student does not need
         if saved != student:
             merged(work.models.student).save_pretrained(student)
             work.tokenizer.save_pretrained(student)
@@ -70,8 +72,8 @@ def _save(work: Workspace, run: RunDirectory, trainer: DistillTrainer) -> Path:
 
 
 def _record_training(run: RunDirectory, trainer: DistillTrainer, peaks: PeakMemory) -> None:
-    """Record steps, losses, counts, time, and what was measured on the way."""
-    # Looked up now: resuming has replaced the callback by the checkpoint's.
+    """Record steps, losses, counts, time, and the measurements on the way."""
+    # Looked up here, as resuming replaces the callback by the checkpoint's.
     metrics = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, MetricsFile))
     add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0), peaks)
     lines = metrics.lines.read()
@@ -82,7 +84,7 @@ def _record_training(run: RunDirectory, trainer: DistillTrainer, peaks: PeakMemo
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
     }
-    if trainer.answers is not None:
+    if trainer.answering is not None:
         run.record["on_policy"] = trainer.rollouts.figures()
     totals = trainer.totals
     run.record["counts"].update(positions_valid=totals.positions_valid, positions_selected=totals.positions_selected)
@@ -104,7 +106,7 @@ def is_trained(work: Workspace, run: RunDirectory) -> bool:
         return False
     try:
         fingerprint = locate(str(student), work.cache_dir).fingerprint
-    except InputError:  # weights are gone: train again, from the last checkpoint
+    except InputError:  # the weights are gone: train again from the last checkpoint
         return False
     if fingerprint != stored:
         raise InputError(
@@ -115,18 +117,18 @@ def is_trained(work: Workspace, run: RunDirectory) -> bool:
 
 
 def _log_held_out(work: Workspace, trainer: DistillTrainer, is_cached: bool) -> None:
-    """Measure the student as it is now, log the figures, and keep it if it is the best so far."""
+    """Measure the current student, log the figures, and keep it if it is the best so far."""
     options, step = work.recipe.evaluation, trainer.state.global_step
     logs: dict[str, float] = {}
     measured: dict[str, float] = {}
     if "fidelity" in options.suite:
-        found = measure_fidelity(work, work.models.student, "evaluating")
-        if is_cached:  # the teacher is not to stay in memory while the student trains
+        fidelity = measure_fidelity(work, work.models.student, "evaluating")
+        if is_cached:  # training needs no teacher in memory
             work.models.release_teacher()
-        trainer.totals.teacher_tokens += found.teacher_tokens
-        measured = {name: getattr(found, name) for name in ("perplexity", "kl_nats", "top1_agreement")}
+        trainer.totals.teacher_tokens += fidelity.teacher_tokens
+        measured = {name: getattr(fidelity, name) for name in FIGURES}
         logs = {f"held_out_{name}": value for name, value in measured.items()}
-    if benchmarks.has_benchmarks(options):
+    if options.has_benchmarks:
         summary = benchmarks.measure(work, work.models.student, f"step-{step}", f"step {step}", reuse=False)
         if summary is not None:
             logs |= benchmarks.figures(summary)

@@ -1,4 +1,4 @@
-"""What the stages of a run share: its models, loaded when first needed, its samples, device and precision."""
+"""What the stages of a run share: its models, samples, device and precision, each loaded when first needed."""
 
 import json
 import os
@@ -49,10 +49,14 @@ class Workspace:
     """The inputs of one recipe. Each is found, checked and loaded when it is first asked for.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
         run_path: the run's folder.
-        splits, teacher_source, student_source: taken in place of what the recipe names: a few samples for a probe, or
-            models' files without weights for an estimate.
+        splits: replaces the recipe's data, as a probe does with a few samples.
+        teacher_source: replaces the recipe's teacher, as an estimate does with a model without weights.
+        student_source: replaces the recipe's student in the same way.
+
+    Attributes:
+        teacher_tokens: how many tokens the teacher ran on while inputs were made, by stage.
     """
 
     def __init__(
@@ -69,25 +73,24 @@ class Workspace:
         self._splits, self._teacher_source, self._student_source = splits, teacher_source, student_source
         # MPS has no float64, which the class draws need: a Mac computes on its CPU.
         self._on_cpu = bool(recipe.training.get("use_cpu")) or torch.backends.mps.is_available()
-        # Processes wait for the one that tokenises, prunes or converts, which may take longer than the default allows.
-        timeout = timedelta(seconds=recipe.training.get("ddp_timeout", 24 * 3600))
-        together: dict[str, Any] = {}
+        process_group: dict[str, Any] = {}
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            together = {"timeout": timeout}
+            # Processes wait for the main one to tokenise, prune or convert, which may take longer than the default.
+            process_group["timeout"] = timedelta(seconds=recipe.training.get("ddp_timeout", 24 * 3600))
             if "ddp_backend" in recipe.training:
-                together["backend"] = recipe.training["ddp_backend"]
-        self.state = PartialState(cpu=self._on_cpu, **together)
+                process_group["backend"] = recipe.training["ddp_backend"]
+        self.state = PartialState(cpu=self._on_cpu, **process_group)
         self.cache_dir = default_cache_dir()
         self.teacher_tokens: dict[str, int] = {}
 
     def check(self) -> None:
-        """Refuse what this machine and these processes can't do, before anything is loaded or written.
+        """Check that this machine and these processes can run the recipe; nothing is loaded or written.
 
         Raises:
-            InputError: an optimiser or a logging package that is not here, sharding in one process or of what can't be
-                sharded, a device for the teacher that is not here, or one that can't run it quantised.
+            InputError: an optimiser or a logging package is not installed, the student can't be sharded, the teacher's
+                device is not here, or it can't run the teacher quantised.
         """
-        with _refusals_told():
+        with _as_input_error():
             Trainer.get_optimizer_cls_and_kwargs(self.arguments)
             for callback in get_reporting_integration_callbacks(self.arguments.report_to):
                 callback()
@@ -104,10 +107,10 @@ class Workspace:
 
     @cached_property
     def arguments(self) -> DistillArguments:
-        """The trainer's arguments; ``check`` tells whether they can train here.
+        """The trainer's arguments; ``check`` checks whether they can train here.
 
-        Unless the recipe says, precision is bfloat16 where the device computes in it, and a process of the data loader
-        reads a teacher cache ahead where an accelerator trains.
+        Unless the recipe says otherwise, products run in bfloat16 if the device computes in it, and beside an
+        accelerator a process of the data loader reads the teacher cache ahead.
         """
         recipe = self.recipe
         options: dict[str, Any] = {
@@ -117,11 +120,11 @@ class Workspace:
             **recipe.training,
         }
         if self.device.type == "cpu":
-            options["use_cpu"] = True  # Transformers takes bfloat16 on a CPU only where the CPU was asked for
-        elif recipe.cache is not None:  # a CPU's own cores are busy with the steps
+            options["use_cpu"] = True  # without it Transformers refuses bfloat16 on a CPU
+        elif recipe.cache is not None:  # on a CPU all cores are busy with the steps
             options.setdefault("dataloader_num_workers", 1)
         options.setdefault("bf16", native_dtype(self.device) == torch.bfloat16)
-        with _refusals_told():
+        with _as_input_error():
             arguments = DistillArguments(
                 output_dir=str(self.run_path / "checkpoints"),
                 seed=recipe.seed,
@@ -142,12 +145,12 @@ class Workspace:
 
     @property
     def device(self) -> torch.device:
-        """Where the models are: an accelerator if there is one and training.use_cpu does not say otherwise."""
+        """The models' device: an accelerator, if there is one and training.use_cpu is not set."""
         return torch.device("cpu") if self._on_cpu else self.state.device
 
     @cached_property
     def own_parts(self) -> dict[str, str]:
-        """A digest of the source of each part that is a user's own."""
+        """The digest of the source of each part that is a user's own: its kind -> the digest."""
         recipe = self.recipe
         return plugins.digests(
             metric=recipe.positions.metric,
@@ -163,7 +166,9 @@ class Workspace:
 
     @cached_property
     def teacher_source(self) -> ModelSource:
-        return self._teacher_source or self._first(lambda: locate(self.recipe.teacher.model, self.cache_dir))
+        return self._teacher_source or self._main_process_first(
+            lambda: locate(self.recipe.teacher.model, self.cache_dir)
+        )
 
     @property
     def teacher_device(self) -> torch.device:
@@ -191,10 +196,12 @@ class Workspace:
         if self._splits is not None:
             return self._splits
         fingerprint = tokenizer_fingerprint(self.tokenizer)
-        return self._first(lambda: load_splits(self.recipe.data, self.tokenizer, fingerprint, self.cache_dir))
+        return self._main_process_first(
+            lambda: load_splits(self.recipe.data, self.tokenizer, fingerprint, self.cache_dir)
+        )
 
     def require_positions(self) -> None:
-        """Raises InputError if a sample, or a prompt with its answer, may be longer than a model has positions for."""
+        """Raises InputError if a sample, or a prompt with its answer, may exceed the positions of a model."""
         sources = [self.teacher_source] + ([self.student_source] if self.recipe.student.model is not None else [])
         windows = {source.name: n_positions(source) for source in sources}
         length = self.recipe.data.max_length
@@ -208,7 +215,7 @@ class Workspace:
 
     @cached_property
     def models(self) -> ModelPair:
-        """The student, initial until training changes it, and its teacher; each is loaded when it is asked for."""
+        """The student, which is the initial one until it is trained, and its teacher; each is loaded when asked for."""
         return ModelPair(self._load_student, self._load_teacher, self.tokenizer, self.vocab_size, self.dtype)
 
     def _load_teacher(self) -> PreTrainedModel:
@@ -228,31 +235,31 @@ class Workspace:
 
     @cached_property
     def student_source(self) -> ModelSource:
-        """The initial student's files; one that is cut from the teacher is made once and kept in the cache folder."""
+        """The initial student's files; a student cut from the teacher is made once and kept in the cache folder."""
         if self._student_source is not None:
             return self._student_source
         model = self.recipe.student.model
         if model is not None:
-            return self._first(lambda: locate(model, self.cache_dir))
-        samples = self.splits.train  # every process reads the text before the main one goes ahead to prune
-        return self._first(lambda: self._pruned(samples))
+            return self._main_process_first(lambda: locate(model, self.cache_dir))
+        samples = self.splits.train  # before the block: all processes take part in reading the text
+        return self._main_process_first(lambda: self._pruned(samples))
 
     @cached_property
     def vocab_size(self) -> int:
         """How many classes teacher and student share, read from their configurations: no weights are needed."""
         sizes = {"teacher": n_rows(self.teacher_source)}
-        if self.recipe.student.model is not None:  # one that is cut from the teacher has its classes
+        if self.recipe.student.model is not None:  # a student cut from the teacher has the teacher's classes
             sizes["student"] = n_rows(self.student_source)
         return shared_classes(sizes, self.tokenizer)
 
-    def _first(self, make: Callable[[], T]) -> T:
-        """``make()`` on the main process first, so that the others find what it left on disk."""
+    def _main_process_first(self, make: Callable[[], T]) -> T:
+        """``make()`` on the main process first, so that the others find its result on disk."""
         with self.state.main_process_first():
             return make()
 
     @cached_property
     def pruning(self) -> dict[str, Any] | None:
-        """Which layers a pruned student kept, and every layer's block influence."""
+        """Which layers a student that was cut from the teacher kept, and the block influence of every layer."""
         if self.recipe.student.prune_from_teacher is None:
             return None
         content: dict[str, Any] = json.loads((self.student_source.path / "pruning.json").read_text(encoding="utf-8"))
@@ -262,7 +269,7 @@ class Workspace:
         options = self.recipe.student.prune_from_teacher
         assert options is not None, "a student has exactly one source"
         samples = [train[i] for i in range(min(CALIBRATION_SAMPLES, len(train)))]
-        if self.recipe.data.is_prompt_only:  # influence is measured on the prompts themselves
+        if self.recipe.data.is_prompt_only:  # measure the influence on the prompts themselves
             samples = [Sample(sample.token_ids, sample.document_starts) for sample in samples]
         key = (STUDENT_FORMAT, self.teacher_source.fingerprint, self.teacher_precision, options.layers)
         digest = xxhash.xxh3_128_hexdigest(repr((key, [sample.id for sample in samples])).encode())
@@ -271,26 +278,20 @@ class Workspace:
             batches = [collate(samples[i : i + 4], int(self.tokenizer.pad_token_id)) for i in range(0, len(samples), 4)]
             student, kept, influence = prune(self.models.teacher, options.layers, batches)
             self.teacher_tokens["prune"] = sum(batch["input_ids"].numel() for batch in batches)
-            save_model(student, self.tokenizer, folder, {"kept_layers": kept, "influence": influence})
+            pruning = {"kept_layers": kept, "influence": influence}
+            with new_folder(folder) as new:
+                student.save_pretrained(new)
+                self.tokenizer.save_pretrained(new)
+                (new / "pruning.json").write_text(json.dumps(pruning, indent=1) + "\n", encoding="utf-8")
         return locate(str(folder), self.cache_dir)
 
 
 @contextmanager
-def _refusals_told() -> Iterator[None]:
-    """What Transformers refuses of ``training``, as bad input."""
+def _as_input_error() -> Iterator[None]:
+    """Turn the errors by which Transformers refuses a value of ``training`` into an InputError."""
     try:
         yield
-    except InputError:  # our own words
+    except InputError:
         raise
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         raise InputError(f"training: Transformers refuses it: {error}") from error
-
-
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, pruning: dict[str, Any]
-) -> None:
-    """Save model, tokenizer and ``pruning.json`` as a new folder, whole or not at all."""
-    with new_folder(folder) as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        (new / "pruning.json").write_text(json.dumps(pruning, indent=1) + "\n", encoding="utf-8")

@@ -13,9 +13,8 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from selkd.errors import InputError, nearest
-from selkd.recipe.errors import explain
 from selkd.recipe.files import named_texts, put_key, read_mapping, read_text, recipe_content
-from selkd.recipe.part import parse_part
+from selkd.recipe.part import explain, parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import comparable
 

@@ -1,4 +1,4 @@
-"""``DistillArguments``: ``transformers.TrainingArguments`` and what a recipe says about the loss."""
+"""``DistillArguments``: ``transformers.TrainingArguments`` and the recipe's parts that decide the loss."""
 
 import os
 from collections.abc import Iterator
@@ -20,13 +20,14 @@ from selkd.recipe.part import Part, parse_part
 from selkd.recipe.training import check_accelerator, check_supported
 from selkd.training.objective import Objective
 
-# How ``accelerate launch`` asks for what splits the student in other ways than data-parallel ranks and FSDP do.
+# What ``accelerate launch`` sets to split the student in another way than by data-parallel ranks or FSDP -> the reason
+# why selkd refuses it.
 _LAUNCHERS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: the loss reads the whole head, which ZeRO splits; use FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: it splits the head, which the loss reads whole; use FSDP",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism: samples are spread over data-parallel ranks",
 }
-# The parts of a recipe that a training takes, by the names that both give them.
+# The recipe's parts that are arguments of a training, too.
 PARTS: dict[str, type[Part]] = {
     "criterion": CriterionOptions,
     "positions": PositionOptions,
@@ -38,48 +39,34 @@ PARTS: dict[str, type[Part]] = {
 
 @dataclass
 class DistillArguments(TrainingArguments):
-    """Arguments of ``DistillTrainer``: those of ``TrainingArguments``, and what a recipe says about the loss.
+    """Arguments of ``DistillTrainer``: those of ``TrainingArguments``, and the recipe's parts that decide the loss.
 
-    What selkd can't honour of ``TrainingArguments`` is refused by name (``selkd.recipe.training.REFUSED``), whether it
-    comes as an argument or from ``accelerate launch``.
+    Arguments of ``TrainingArguments`` that selkd can't honour are refused by name (``selkd.recipe.training.REFUSED``),
+    also where ``accelerate launch`` sets them. A part is passed as the recipe's part or as a mapping of its keys.
 
     Attributes:
-        criterion, positions, classes: how teacher and student are compared, and where. These and the two parts below
-            are given as the recipe's parts of those names or as mappings of their keys, and are checked parts once the
-            arguments are made.
+        criterion: how teacher and student are compared.
+        positions: which positions of a sample count, and how much.
+        classes: which vocabulary classes are compared.
         on_policy: how the student answers prompts itself; None: it learns the data's completions.
-        data: what the rows of a data set hold, and how they become samples (``RowOptions``).
-        rollouts_file: where some of the student's answers are written; None: ``rollouts.jsonl`` in ``output_dir``.
-        teacher_device: where a live teacher is put; None: the student's device.
+        data: what the rows of a data set hold, and how they become samples.
+        teacher_device: the device of a live teacher; None: the student's device.
+        rollouts_file: the file for some of the student's answers; None: ``rollouts.jsonl`` in ``output_dir``.
 
     Raises:
         InputError: a part that a recipe would refuse, or an argument that selkd can't honour.
     """
 
-    # A loss that is not finite stops the training, and callbacks hold what a resumed one needs.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Always False."})
-    restore_callback_states_from_checkpoint: bool = field(default=True, metadata={"help": "Always True."})
-    criterion: CriterionOptions = field(
-        default_factory=CriterionOptions, metadata={"help": "How teacher and student are compared."}
-    )
-    positions: PositionOptions = field(
-        default_factory=PositionOptions, metadata={"help": "Which positions of a sample count, and how much."}
-    )
-    classes: ClassOptions = field(
-        default_factory=lambda: ClassOptions.model_validate({}),
-        metadata={"help": "Which vocabulary classes are compared."},
-    )
-    on_policy: OnPolicyOptions | None = field(
-        default=None, metadata={"help": "How the student answers prompts itself; None: it does not."}
-    )
-    data: RowOptions = field(
-        default_factory=lambda: RowOptions.model_validate({}),
-        metadata={"help": "What rows hold, and how they become samples."},
-    )
-    teacher_device: str | None = field(
-        default=None, metadata={"help": "Where a live teacher is put; None: the student's device."}
-    )
-    rollouts_file: str | None = field(default=None, metadata={"help": "Where some of the student's answers go."})
+    # A loss that is not finite stops the training, and callbacks hold what a resumed training needs.
+    logging_nan_inf_filter: bool = False
+    restore_callback_states_from_checkpoint: bool = True
+    criterion: CriterionOptions = field(default_factory=CriterionOptions)
+    positions: PositionOptions = field(default_factory=PositionOptions)
+    classes: ClassOptions = field(default_factory=lambda: ClassOptions.model_validate({}))
+    on_policy: OnPolicyOptions | None = None
+    data: RowOptions = field(default_factory=lambda: RowOptions.model_validate({}))
+    teacher_device: str | None = None
+    rollouts_file: str | None = None
 
     def __post_init__(self) -> None:
         for name, reason in _LAUNCHERS.items():
@@ -88,20 +75,22 @@ class DistillArguments(TrainingArguments):
         compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
         if compiler.lower() != "no":
             raise InputError(f"ACCELERATE_DYNAMO_BACKEND={compiler} is not supported: the chunked loss isn't compiled.")
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # looked at here: bf16 would hide it
+        launched = os.environ.get(
+            "ACCELERATE_MIXED_PRECISION", "no"
+        )  # checked here, before the arguments' bf16 hides it
         if launched not in ("no", "bf16"):
             raise InputError(
                 f"ACCELERATE_MIXED_PRECISION={launched} is not supported: gradients of single classes underflow. "
                 "Launch with bf16, or no for float32."
             )
-        with _told():
+        with _as_input_error("DistillArguments: {}"):
             check_supported(vars(self))
         super().__post_init__()
         self.check()
 
     def check(self) -> None:
-        """What ``__post_init__`` checks, anew where a trial of a search has changed something. Raises InputError."""
-        with _told():
+        """Check the arguments again, as after a trial of a search has changed some. Raises InputError."""
+        with _as_input_error("DistillArguments: {}"):
             check_supported(vars(self))
             check_accelerator(self.accelerator_config)
         if self.bf16 and self.mixed_precision != "bf16":
@@ -110,70 +99,69 @@ class DistillArguments(TrainingArguments):
                 "with bf16=True; it is no part of a search."
             )
         if self.teacher_device is not None:
-            try:
+            with _as_input_error("teacher_device: {}."):
                 check_device(self.teacher_device)
-            except ValueError as error:
-                raise InputError(f"teacher_device: {error}.") from None
         for name, part in PARTS.items():
             options = getattr(self, name)
             if options is not None or name != "on_policy":
                 setattr(self, name, parse_part(part, {} if options is None else options, name))
         if self.on_policy is not None:
             self.criterion = on_policy_criterion(self.criterion)
-        try:
+        with _as_input_error("{}."):
             check_combination(self.criterion, self.positions, self.classes, self.on_policy, self.data)
             if self.is_sharded:
-                check_sharded(self.on_policy, has_adapters=False)  # the model is not there yet to tell
-        except ValueError as error:
-            raise InputError(f"{error}.") from None
+                check_sharded(self.on_policy, has_adapters=False)  # the trainer checks again when it has the model
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``TrainingArguments.to_dict``, the parts as plain data, for whoever logs or stores them."""
+        """As ``TrainingArguments.to_dict``, with the parts as plain data, for logging and storing."""
         return super().to_dict() | self.plain_parts()
 
     def plain_parts(self) -> dict[str, dict[str, Any] | None]:
-        """Each part as plain data; None for one that is not there."""
+        """Each part's name with its content as plain data; None for a part that is None."""
         parts = {name: getattr(self, name) for name in PARTS}
         return {name: None if part is None else part.model_dump() for name, part in parts.items()}
 
     @property
     def n_gpu(self) -> int:
-        """A process trains on one device: DataParallel over the others would split the loss wrongly."""
+        """1 at most: a process trains on one device, as DataParallel would split the loss wrongly."""
         return min(1, super().n_gpu)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP shards the student, as these arguments or the launcher say."""
+        """Whether these arguments or the launcher ask FSDP to shard the student."""
         return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the student's products, as these arguments or the launcher say."""
+        """The dtype of the student's products, which these arguments or the launcher set."""
         return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
 
     @property
     def objective(self) -> Objective:
+        """The loss that these arguments describe."""
         return Objective(self.criterion, self.positions, self.seed)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What can't be honoured, as bad input."""
+def _as_input_error(message: str) -> Iterator[None]:
+    """Turn a ValueError of the block into an InputError with its text in place of the message's ``{}``."""
     try:
         yield
     except ValueError as error:
-        raise InputError(f"DistillArguments: {error}") from None
+        raise InputError(message.format(error)) from None
 
 
-def require_realised(state: AcceleratorState, args: DistillArguments, is_sharded: bool, has_adapters: bool) -> None:
-    """What Accelerate became, wherever it was said: in arguments, by a launcher or by a state made before.
+def require_accelerate_state(
+    state: AcceleratorState, args: DistillArguments, is_sharded: bool, has_adapters: bool
+) -> None:
+    """Check how Accelerate was set up, be it by arguments, by a launcher or by a state made earlier.
 
     Args:
-        is_sharded: whether FSDP shards the student, as Accelerate has it.
+        is_sharded: whether Accelerate shards the student with FSDP.
         has_adapters: whether adapters are trained.
 
     Raises:
-        InputError: it is no place for a training of selkd, or another one than the arguments say.
+        InputError: selkd can't train with this set-up, or it is not the one that the arguments ask for.
     """
     if state.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise InputError(
@@ -194,7 +182,5 @@ def require_realised(state: AcceleratorState, args: DistillArguments, is_sharded
             "nothing. Start several processes on accelerators, or leave fsdp out."
         )
     if is_sharded:
-        try:
+        with _as_input_error("{}."):
             check_sharded(args.on_policy, has_adapters)
-        except ValueError as error:
-            raise InputError(f"{error}.") from None

@@ -1,4 +1,4 @@
-"""What happens beside the training steps: metrics' file, progress, held-out fidelity every so many steps."""
+"""Callbacks of a training: the metrics' file, the progress bar, measurements on the way, checkpoints on a signal."""
 
 import json
 import os
@@ -13,9 +13,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from selkd.files import write_whole
-from selkd.training.on_policy import RolloutSums
 
-_KEPT = ("loss", "held_out_", "benchmark_")  # how the names of what is worth a line begin
+_WRITTEN = ("loss", "held_out_", "benchmark_")  # logs with a name that begins so are written to the metrics' file
 
 
 class StepLines:
@@ -25,7 +24,7 @@ class StepLines:
         self.path = path
 
     def read(self, up_to_step: int | None = None) -> list[dict[str, Any]]:
-        """The lines of the steps up to one; a last line that was cut off while it was written is left out."""
+        """The lines of the steps up to ``up_to_step``, without a last line that was cut off while it was written."""
         lines: list[dict[str, Any]] = []
         if self.path.exists():
             for text in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -34,7 +33,7 @@ class StepLines:
         return [line for line in lines if up_to_step is None or line["step"] <= up_to_step]
 
     def cut(self, step: int) -> None:
-        """Drop the lines after a step, from which a resumed training goes on: it runs the steps after it again."""
+        """Drop the lines after ``step``, at which a resumed training begins: it runs the later steps again."""
         write_whole(self.path, "".join(_line(line) for line in self.read(step)))
 
     def append(self, lines: list[dict[str, Any]]) -> None:
@@ -47,19 +46,22 @@ def _line(content: dict[str, Any]) -> str:
 
 
 class MetricsFile(TrainerCallback, ExportableState):
-    """Appends one line to ``metrics.jsonl`` for each logged step, and keeps the training time, in every checkpoint."""
+    """Writes one line of metrics for each logged step, and counts the training time, in every checkpoint.
 
-    lines: StepLines  # located as training begins: a run that was moved goes on where it is now
+    Args:
+        place: the file's path, relative to the trainer's ``output_dir``.
+    """
+
+    lines: StepLines  # opened when training begins, so that a run that was moved goes on where it is now
 
     def __init__(self, place: str) -> None:
-        """``place``: the file's, from the trainer's ``output_dir``."""
         self.place = place
         self.earlier_seconds = 0.0
         self._started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Training time so far, over all sessions that led here."""
+        """Training time so far in seconds, over all interrupted and resumed trainings."""
         return self.earlier_seconds + time.perf_counter() - self._started
 
     def state(self) -> dict[str, Any]:
@@ -72,47 +74,19 @@ class MetricsFile(TrainerCallback, ExportableState):
             self.lines.cut(state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **__: Any) -> None:
-        if state.is_world_process_zero and logs and any(name.startswith(_KEPT) for name in logs):
+        if state.is_world_process_zero and logs and any(name.startswith(_WRITTEN) for name in logs):
             self.lines.append([{"step": state.global_step, **logs, "seconds": round(self.seconds, 3)}])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
-            control.should_log = True  # the last step's loss is always told
-
-
-class RolloutLog(TrainerCallback, ExportableState):
-    """Sums over the student's answers so far, in every checkpoint, and a file with some of them, one a line."""
-
-    lines: StepLines  # located as training begins, as ``MetricsFile.lines``
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = dict(vars(RolloutSums()))
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"sums": self.sums}}
-
-    def add(self, sums: RolloutSums) -> None:
-        total = RolloutSums(**self.sums)  # type: ignore[arg-type]
-        total.add(sums)
-        self.sums = dict(vars(total))
-
-    def figures(self) -> dict[str, float | int | None]:
-        """Means and shares over all answers of the run."""
-        return RolloutSums(**self.sums).figures()  # type: ignore[arg-type]
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        file = getattr(args, "rollouts_file", None)
-        self.lines = StepLines(Path(file or Path(args.output_dir) / "rollouts.jsonl"))
-        if state.is_world_process_zero:
-            self.lines.cut(state.global_step)
+            control.should_log = True  # always log the last step's loss
 
 
 class EverySteps(TrainerCallback):
-    """Measures the student every ``every_steps`` optimiser steps and logs it.
+    """Calls ``measure_and_log`` on every process each ``every_steps`` optimiser steps.
 
     Args:
-        measure_and_log: called on every process.
-        also_last: measure after the last step, too.
+        also_last: call it after the last step, too.
     """
 
     def __init__(self, every_steps: int, measure_and_log: Callable[[], None], also_last: bool = False) -> None:
@@ -127,7 +101,7 @@ class EverySteps(TrainerCallback):
 
 
 class TrainingProgress(TrainerCallback):
-    """One progress bar on standard error, with rate, time left and the last loss; standard output stays free."""
+    """A progress bar on standard error, with rate, time left and the last loss; nothing goes to standard output."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -152,18 +126,18 @@ class TrainingProgress(TrainerCallback):
 
 
 class CheckpointAfterStep(JITCheckpointCallback):
-    """``enable_jit_checkpoint``, once the step that runs is over.
+    """Writes the checkpoint of ``enable_jit_checkpoint`` when the current optimiser step is over.
 
-    The Trainer's own also writes amid a step, whose positions, answers and scores are counted by then: a training that
-    went on from there would count them twice.
+    The Trainer's own callback also writes in the middle of a step, after the step's positions, answers and scores have
+    been counted; a training that resumed from that checkpoint would count them twice.
+
+    Args:
+        replaced: the Trainer's own callback, which this one takes the signal from.
     """
 
-    @classmethod
-    def instead_of(cls, asked: JITCheckpointCallback) -> "CheckpointAfterStep":
-        """The same signal, heard by ``asked``, told to another callback."""
-        waiting = cls()
-        waiting.trainer, waiting.jit_manager = asked.trainer, asked.jit_manager
-        return waiting
+    def __init__(self, replaced: JITCheckpointCallback) -> None:
+        super().__init__()
+        self.trainer, self.jit_manager = replaced.trainer, replaced.jit_manager
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         pass

@@ -1,9 +1,8 @@
-"""What a checkpoint of ``DistillTrainer`` holds besides the Trainer's own, and which one training resumes from."""
+"""What a checkpoint of ``DistillTrainer`` holds beside the Trainer's own state, and from which one training resumes."""
 
 import base64
 import json
 import re
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,40 +44,31 @@ class Queue(TrainerCallback, ExportableState):
         self.scores.scores = np.frombuffer(base64.b64decode(text), dtype="<f8").astype(np.float64)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """What the steps of a training see and learn: a training that goes on has the schedule that it began with.
+class ScheduleKept(TrainerCallback, ExportableState):
+    """What the steps of a training see and learn; a resumed training must agree with it. Part of every checkpoint.
 
-    Attributes:
-        data: a digest of the samples and their order in the data set.
-        samples_per_step: of an optimiser step, over all micro-batches and processes.
-        samples_per_epoch: less than the data set's, where the last of them are dropped.
-        order_seed: shuffles the samples; None: they come in the data's order.
-        seed: of every random draw.
-        criterion, positions, classes, on_policy: the recipe's parts.
-        processes: that trained; another number may go on.
+    Args:
+        stored: ``data``, the digest of the samples in their order; ``samples_per_step``, over all micro-batches and
+            processes; ``samples_per_epoch``, fewer than the data set's where its last ones are dropped; ``order_seed``,
+            which shuffles the samples (None: the data's order); ``seed``, of all other randomness; ``processes``, whose
+            number may change; and the recipe's parts that decide the loss, as plain data.
     """
 
-    data: str
-    samples_per_step: int
-    samples_per_epoch: int
-    order_seed: int | None
-    seed: int
-    criterion: dict[str, Any] | None
-    positions: dict[str, Any] | None
-    classes: dict[str, Any] | None
-    on_policy: dict[str, Any] | None
-    processes: int
+    def __init__(self, stored: dict[str, Any] | None = None) -> None:
+        self.stored = stored or {}
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"stored": self.stored}}
 
     def require_same(self, checkpoint: Path) -> None:
         """Raises InputError where the training of ``checkpoint`` had another schedule; one without any passes."""
-        stored = stored_schedule(checkpoint)
-        for name, advice in _ADVICE.items():
-            mine = getattr(self, name)
-            if stored is not None and stored[name] != mine:
+        earlier = stored_schedule(checkpoint)
+        for name, current in self.stored.items():
+            if earlier is not None and name != "processes" and earlier[name] != current:
+                advice = _ADVICE.get(name, "set it to what it was")
                 raise InputError(
-                    f"{checkpoint}: its training has {name} = {stored[name]!r}, this one {mine!r}: the steps to come "
-                    f"would differ. To continue it, {advice}; nothing was changed."
+                    f"{checkpoint}: its training has {name} = {earlier[name]!r}, this one {current!r}: the steps to "
+                    f"come would differ. To continue it, {advice}; nothing was changed."
                 )
 
 
@@ -89,16 +79,11 @@ _ADVICE = {
     "samples_per_epoch": "set dataloader_drop_last, per_device_train_batch_size and the number of processes to what "
     "they were",
     "order_seed": "set seed, data_seed and train_sampling_strategy to what they were",
-    "seed": "set it to what it was",
-    "criterion": "set it to what it was",
-    "positions": "set it to what it was",
-    "classes": "set it to what it was",
-    "on_policy": "set it to what it was",
 }
 
 
 def stored_schedule(checkpoint: Path) -> dict[str, Any] | None:
-    """The fields of ``Schedule`` that a checkpoint holds, None where another Trainer wrote it.
+    """``ScheduleKept.stored`` of a checkpoint; None if another Trainer wrote the checkpoint.
 
     Raises:
         OSError, ValueError: its ``trainer_state.json`` can't be read.
@@ -108,32 +93,16 @@ def stored_schedule(checkpoint: Path) -> dict[str, Any] | None:
     return None if kept is None else dict(kept["attributes"]["stored"])
 
 
-class ScheduleKept(TrainerCallback, ExportableState):
-    """The ``Schedule`` of a training. Part of every checkpoint."""
-
-    def __init__(self) -> None:
-        self.stored: dict[str, Any] = {}
-
-    @classmethod
-    def of(cls, schedule: Schedule) -> "ScheduleKept":
-        kept = cls()
-        kept.stored = asdict(schedule)
-        return kept
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"stored": self.stored}}
-
-
-def last_whole_checkpoint(folder: Path) -> Path | None:
+def last_complete_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint in ``folder`` that was written to its end, or None.
 
-    The first process writes ``trainer_state.json`` last; a checkpoint without it, or with half of it, was interrupted.
-    It does not wait for the others' random states, so these are looked for, too.
+    The first process writes ``trainer_state.json`` last, so a checkpoint without it, or with a part of it, was
+    interrupted. That process does not wait for the others' random states, so these must be there, too.
     """
-    found = {
+    by_step = {
         int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
-    for _, path in sorted(found.items(), reverse=True):
+    for _, path in sorted(by_step.items(), reverse=True):
         try:
             schedule = stored_schedule(path)
         except (OSError, ValueError):
@@ -144,7 +113,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def _has_random_states(checkpoint: Path, processes: int) -> bool:
-    """Whether every process left its random state; of a model saved alone (``save_only_model``) there is none."""
+    """Whether every process left its random state; a model saved alone (``save_only_model``) needs none."""
     if not any(checkpoint.glob("optimizer*")):
         return True
     names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]

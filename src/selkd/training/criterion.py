@@ -16,14 +16,17 @@ from selkd.teacher.targets import DrawnClasses, FullDistribution, PickedTargets
 
 
 class Comparison:
-    """Called with a chunk's student logits and its slice; keeps the sums that are logged.
+    """Compares teacher and student at the N selected positions of a micro-batch; ``chunked_loss`` calls it.
 
     Args:
         options: the criterion.
-        teacher: its targets at the N selected positions.
+        teacher: the teacher's targets at the N positions.
         targets: the true next tokens, int64 [N].
-        sample_of: the row of the batch that each position is of, int64 [N].
+        sample_of: the batch row of each position, int64 [N].
         vocab_size: V.
+
+    Attributes:
+        sums: ``divergence_nats`` and, if it is part of the criterion, ``cross_entropy_nats``, for logging.
     """
 
     def __init__(
@@ -39,13 +42,13 @@ class Comparison:
             self.compare = differentiated(criterion.values, f"{criterion.key}: {criterion.name}")
         self.weights: dict[str, float | Tensor] = {name: getattr(options, name) for name in criterion.options}
         if criterion.position_weights is not None:
-            self.weights |= criterion.position_weights(self._teachers_log_p_target(), sample_of)
+            self.weights |= criterion.position_weights(self._teacher_log_p(), sample_of)
         self.sums = {"divergence_nats": torch.zeros((), device=targets.device)}
         if options.kd_weight < 1:
             self.sums["cross_entropy_nats"] = torch.zeros_like(self.sums["divergence_nats"])
 
     def __call__(self, student_logits: Tensor, rows: slice) -> ValueAndGradient:
-        """Values [n] and the gradient of their sum [n, V] of student logits [n, V], which are consumed."""
+        """Values [n], and the gradient of their sum, [n, V], at the student logits [n, V], which are overwritten."""
         weight, temperature = self.options.kd_weight, self.options.temperature
         if weight < 1:
             text_values, text_gradient = cross_entropy(student_logits.clone(), self.targets[rows])
@@ -60,11 +63,11 @@ class Comparison:
         return values, gradient
 
     def _divergence(self, student_logits: Tensor, rows: slice) -> ValueAndGradient:
-        """D at the criterion's temperature, and its gradient in the logits before they are divided by it."""
+        """D at the criterion's temperature, and its gradient in the undivided logits."""
         target, temperature = self.teacher.chunk(rows), self.options.temperature
         if temperature != 1.0:
             student_logits.div_(temperature)
-        if isinstance(target, DrawnClasses):  # drawn at this temperature already
+        if isinstance(target, DrawnClasses):  # they were drawn at this temperature
             values, gradient = sampled_forward_kl(student_logits, target.class_ids, target.counts)
         else:
             weights = {name: w[rows] if isinstance(w, Tensor) else w for name, w in self.weights.items()}
@@ -73,8 +76,8 @@ class Comparison:
         return values, gradient.div_(temperature) if temperature != 1.0 else gradient
 
     @torch.no_grad()
-    def _teachers_log_p_target(self) -> Tensor:
-        """log p(y) at the criterion's temperature, [N]."""
+    def _teacher_log_p(self) -> Tensor:
+        """The teacher's log p(y) at the criterion's temperature, [N]."""
         parts = []
         for rows in chunks(len(self.targets), chunk_size(self.vocab_size, self.targets.device)):
             target = self.teacher.chunk(rows)

@@ -1,4 +1,4 @@
-"""What a trainer is given, brought to one form or refused: the student, the samples, the teacher."""
+"""The inputs of a trainer, checked and brought to one form: the student, the samples, the teacher."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +21,11 @@ from selkd.training.arguments import DistillArguments
 from selkd.training.sampling import FilledDataset
 
 
-def require_given(args: DistillArguments, teacher: Any, tokenizer: Any, others: Mapping[str, Any]) -> None:
-    """Raises InputError for what a trainer lacks, or takes from nobody, or can't find on this machine.
+def require_parameters(args: DistillArguments, teacher: Any, tokenizer: Any, others: Mapping[str, Any]) -> None:
+    """Raises InputError for a parameter of the trainer that is missing or not supported, or a device that is not here.
 
     Args:
-        others: what else it was given, by the Trainer's names.
+        others: the trainer's other parameters, by the Trainer's names.
     """
     if teacher is None:
         raise InputError("teacher: expected a model or a TeacherCache, got None.")
@@ -48,19 +48,18 @@ def require_given(args: DistillArguments, teacher: Any, tokenizer: Any, others: 
 
 
 def require_trainable(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) -> None:
-    """Raises InputError for a student that can't learn as it is: low precision, several devices, its own teacher."""
+    """Raises InputError for a student in low precision, on several devices, with a prompt adapter or as teacher."""
     if teacher is student:
         raise InputError("teacher: the student itself can't be its own teacher; give another model.")
-    prompt = getattr(getattr(student, "active_peft_config", None), "is_prompt_learning", False)
-    if prompt:
+    if getattr(getattr(student, "active_peft_config", None), "is_prompt_learning", False):
         raise InputError(
             "model: its adapter learns a prompt (prefix or prompt tuning), which moves every position of the text. "
             "Take adapters of layers (LoRA, IA3)."
         )
-    places = set((getattr(student, "hf_device_map", None) or {}).values())
-    if len(places) > 1:
+    devices = set((getattr(student, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
         raise InputError(
-            f"model: its device_map spreads it over {len(places)} devices, and a student trains on one. Load it "
+            f"model: its device_map spreads it over {len(devices)} devices, and a student trains on one. Load it "
             "without device_map; the teacher may be spread, and FSDP shards a student over processes."
         )
     low = {str(p.dtype) for p in student.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
@@ -72,12 +71,12 @@ def require_trainable(student: PreTrainedModel, teacher: PreTrainedModel | Teach
 
 
 def without_autocast(model: PreTrainedModel) -> None:
-    """Take off the autocast that Accelerate puts around a student's forward for good: this training has its own."""
+    """Remove the autocast that an earlier training's Accelerate left around the model's forward."""
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
-def sizes(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) -> dict[str, int]:
-    """How many classes each side has."""
+def vocab_sizes(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) -> dict[str, int]:
+    """How many classes the student and the teacher, or its cache, have; by the names that errors give them."""
     if isinstance(teacher, TeacherCache):
         return {"student": head_of(student).vocab_size, "teacher cache": int(teacher.fingerprint["vocabulary"])}
     return {"student": head_of(student).vocab_size, "teacher": head_of(teacher).vocab_size}
@@ -86,7 +85,11 @@ def sizes(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCache) -> 
 def as_samples(
     dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: DistillArguments
 ) -> SampleDataset | None:
-    """The samples of ``dataset``, called ``name``: as they are, or made of its rows. Raises InputError as a recipe."""
+    """The samples of ``dataset``, which errors call ``name``; made of its rows where it is not samples already.
+
+    Raises:
+        InputError: rows that a recipe's data file would be refused for.
+    """
     if dataset is None or isinstance(dataset, SampleDataset):
         return dataset
     if isinstance(dataset, FilledDataset):
@@ -94,28 +97,27 @@ def as_samples(
     return samples_of_rows(dataset, name, args.data, tokenizer)
 
 
-def require_completions(samples: SampleDataset, name: str) -> None:
-    """Raises InputError where an evaluation would have nothing to measure."""
-    if not samples.n_valid.any():
-        raise InputError(f"{name}: prompts alone. The evaluation is on completions of the data; give some, or None.")
+def as_evaluated(dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: DistillArguments) -> Any:
+    """The samples of an evaluation as a ``FilledDataset``, or as one for each name of a mapping; None for None.
 
-
-def as_evaluated(given: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: DistillArguments) -> Any:
-    """The samples of an evaluation, a ``FilledDataset``, or several of them by name; None for None."""
-    if isinstance(given, Mapping):
-        return {key: as_evaluated(each, f"{name}[{key!r}]", tokenizer, args) for key, each in given.items()}
-    samples = as_samples(given, name, tokenizer, args)
+    Raises:
+        InputError: as ``as_samples``, or no sample has a position to measure.
+    """
+    if isinstance(dataset, Mapping):
+        return {key: as_evaluated(rows, f"{name}[{key!r}]", tokenizer, args) for key, rows in dataset.items()}
+    samples = as_samples(dataset, name, tokenizer, args)
     if samples is None:
         return None
-    require_completions(samples, name)
+    if not samples.n_valid.any():
+        raise InputError(f"{name}: prompts alone. The evaluation is on completions of the data; give some, or None.")
     return FilledDataset(samples)
 
 
 def require_window(samples: SampleDataset, name: str, models: list[Any], args: DistillArguments) -> None:
-    """Raises InputError where a sample is longer than a model has positions for."""
+    """Raises InputError if a sample is longer than a model has positions for."""
     on_policy = args.on_policy
     if on_policy is not None and on_policy.fraction == 1 and name == "train_dataset":
-        return  # no completion of the data is learned: `Answers` looks at prompts and answers
+        return  # answers replace all completions: `require_answers_fit` checks their length
     longest = int(samples.lengths.max(initial=0))
     for model in models:
         limit = window_of(model)
@@ -126,16 +128,12 @@ def require_window(samples: SampleDataset, name: str, models: list[Any], args: D
             )
 
 
-def as_teacher(
-    teacher: PreTrainedModel | TeacherCache,
-    args: DistillArguments,
-    vocab_size: int,
-) -> Teacher:
-    """The teacher, put on its device; a cache, checked against the arguments.
+def as_teacher(teacher: PreTrainedModel | TeacherCache, args: DistillArguments, vocab_size: int) -> Teacher:
+    """A model as a ``LiveTeacher`` on its device, a cache as a ``CachedTeacher`` that agrees with the arguments.
 
     Raises:
-        InputError: the cache is of other classes or another sampler; the metric needs a live teacher; the model's head
-            can't be read; both a ``device_map`` and ``teacher_device`` say where the model is.
+        InputError: the cache holds classes that the student lacks, or was drawn otherwise than the arguments say; the
+            metric needs a live teacher; the head can't be read; ``teacher_device`` contradicts a ``device_map``.
     """
     temperature = args.criterion.temperature
     if isinstance(teacher, TeacherCache):
@@ -158,12 +156,12 @@ def as_teacher(
                 )
         return CachedTeacher(teacher)
     teacher.eval().requires_grad_(False)
-    teacher = _placed(teacher, args)
+    teacher = _on_device(teacher, args)
     check_head(teacher)
     return LiveTeacher(teacher, args.classes, temperature, args.seed, vocab_size)
 
 
-def _placed(teacher: PreTrainedModel, args: DistillArguments) -> PreTrainedModel:
+def _on_device(teacher: PreTrainedModel, args: DistillArguments) -> PreTrainedModel:
     """The teacher on ``teacher_device``, else where its ``device_map`` put it, else on the student's device."""
     device_map = getattr(teacher, "hf_device_map", None)
     if device_map and args.teacher_device is None:
@@ -175,14 +173,14 @@ def _placed(teacher: PreTrainedModel, args: DistillArguments) -> PreTrainedModel
         )
     device = args.device if args.teacher_device is None else torch.device(args.teacher_device)
     without_autocast(teacher)
-    # A quantised model can't be moved, and need not be: cuda:0 is cuda.
+    # A quantised model can't be moved, and need not be moved from cuda:0 to cuda.
     if teacher.device.type != device.type or device.index not in (None, teacher.device.index):
         teacher = teacher.to(device)
     return teacher
 
 
 def require_stored(teacher: Teacher, samples: SampleDataset) -> None:
-    """Raises InputError where a cache lacks some of the samples."""
+    """Raises InputError if a cached teacher lacks some of the samples."""
     if isinstance(teacher, CachedTeacher):
         missing = [sample_id for sample_id in samples.ids if sample_id not in teacher.cache]
         if missing:

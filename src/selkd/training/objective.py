@@ -4,7 +4,9 @@
     loss_i = sum_t a_it * l_it
     loss   = mean of loss_i over the counted samples of the whole optimiser step
 
-Shapes: B batch, T positions, N selected positions, n of a chunk, V classes, D hidden.
+D is the criterion's divergence, CE the cross-entropy with the text, a_it the coefficient of the policy.
+
+Shapes: B batch, T positions, V classes, D hidden.
 """
 
 from dataclasses import dataclass
@@ -24,11 +26,12 @@ from selkd.selection.two_stage import Estimator, score_in_two_stages
 from selkd.teacher.targets import Batch, TeacherTargets
 from selkd.training.criterion import Comparison
 
-AGREEMENT_EVERY = 50  # optimiser steps between two measurements of two-stage against exact selection
+AGREEMENT_EVERY = 50  # optimiser steps between two comparisons of two-stage with exact selection
 
 
 class Budget(NamedTuple):
-    """What a step counts for: samples with an eligible position, valid positions, and ceil(k*n) summed."""
+    """How many samples have an eligible position, how many positions are valid, and how many are to be selected (the
+    sum of ceil(k * n) over the samples)."""
 
     samples: int
     valid: int
@@ -37,9 +40,13 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What a recipe says about the loss. One instance serves a whole run.
+    """The loss that a recipe describes. One instance serves a whole run.
 
-    ``classes_by_frequency``: class ids [V], the most frequent of the training text first, for two-stage scoring.
+    Attributes:
+        criterion: how teacher and student are compared.
+        positions: which positions count, and how much.
+        seed: the run's seed.
+        classes_by_frequency: class ids [V], the most frequent of the training text first; two-stage scoring needs them.
     """
 
     criterion: CriterionOptions
@@ -48,7 +55,7 @@ class Objective:
     classes_by_frequency: np.ndarray | None = None
 
     def budget(self, batch: Batch, context: StepContext) -> Budget:
-        """What a batch counts for, known before the forward pass."""
+        """How much a batch counts; this is known before the forward pass."""
         n_valid = eligible(self.positions, batch["valid_mask"], batch["position_ids"]).sum(dim=-1)
         selected = n_valid if context.fraction is None else counts_of(context.fraction, n_valid)
         return Budget(
@@ -56,7 +63,7 @@ class Objective:
         )
 
     def normaliser(self, step_budget: Budget) -> int:
-        """What the loss of a whole optimiser step is divided by: counted samples, or picked positions."""
+        """What divides the loss of a whole optimiser step: its number of samples, or of positions to select."""
         return step_budget.samples if self.positions.reduction == "per_sample" else step_budget.selected
 
     def __call__(
@@ -69,63 +76,59 @@ class Objective:
         context: StepContext,
         normaliser: Tensor | int,
     ) -> dict[str, Tensor]:
-        """The share of one micro-batch in the step's loss, with what was selected.
+        """The part of one micro-batch in the loss of its optimiser step, and the sums that are logged.
 
         Args:
-            hidden_states: [B, T, D], the student's, with gradient.
+            hidden_states: the student's, [B, T, D], with gradient.
             head: the student's head over the classes that it shares with the teacher.
-            batch: of ``selkd.data.collate.collate``.
-            teacher: the targets of the same batch.
+            batch: a batch of ``selkd.data.collate.collate``.
+            teacher: the teacher's targets for that batch.
             context: where in the run the step is.
-            normaliser: of the whole step, all its micro-batches and ranks.
+            normaliser: the normaliser of the whole step, over all its micro-batches and ranks.
 
         Returns:
             ``loss``, a scalar with gradient; ``scores`` [B, T], detached; and detached sums for logging:
-            ``positions_selected``; over the selected positions ``divergence_nats``, ``cross_entropy_nats`` (if it is
-            in the criterion) and ``selected_score``, over the valid ones ``valid_score`` (of exact scoring); the same
-            of the student's entropy (``selected_entropy_nats``, ``valid_entropy_nats``) if the metric is made of it;
-            on some steps of two-stage scoring, of its float32 selection, how much of it is exact selection's
-            (``agreeing_positions`` of ``compared_positions``).
+            ``positions_selected``; over the selected positions ``divergence_nats``, ``cross_entropy_nats`` (if the
+            criterion has it) and ``selected_score``; over the valid positions ``valid_score`` (if scoring is exact);
+            the same two of the student's entropy, ``selected_entropy_nats`` and ``valid_entropy_nats``, if the metric
+            uses it; on some steps of two-stage scoring ``agreeing_positions`` and ``compared_positions``.
 
         Raises:
-            RunError: a logit is not finite; the sample and position are named.
+            RunError: a logit is not finite; the message names the sample and the position.
         """
         valid_mask = batch["valid_mask"]
         valid = valid_mask.flatten().nonzero().flatten()
-        flat_hidden = hidden_states.flatten(0, 1)
+        when = f"of the student's or the teacher's logits at optimiser step {context.step}, before its update"
         with torch.no_grad():
             compute_head = head.to(compute_dtype(hidden_states))
 
+        # Score every valid position.
         scored = self.score(hidden_states.detach(), compute_head, batch, teacher, context)
         if scored.statistics:
-            of_all = torch.stack([each.flatten()[valid] for each in scored.statistics.values()])
-            what = f"positions.metric: {self.positions.metric}, of the student's or the teacher's logits"
-            require_finite(of_all.sum(dim=0), valid, batch, f"{what} {_before(context)}")
+            statistics = torch.stack([values.flatten()[valid] for values in scored.statistics.values()])
+            require_finite(statistics.sum(dim=0), valid, batch, f"positions.metric: {self.positions.metric}, {when}")
+
+        # Select the positions that count.
         coefficients = choose_positions(self.positions, scored.values, batch, context, seed=self.seed).flatten()
-        picked = coefficients.nonzero().flatten()
-        weights = coefficients[picked]
+        selected = coefficients.nonzero().flatten()
+        weights = coefficients[selected]
         if self.positions.reduction == "per_position":
             weights = torch.ones_like(weights)
-
-        sample_of = picked // valid_mask.shape[1]
-        targets = batch["targets"].flatten()[picked]
-        comparison = Comparison(self.criterion, teacher.at(picked), targets, sample_of, head.vocab_size)
         weights = weights / max(1, int(normaliser))
-        total, values = chunked_loss(flat_hidden[picked], head, weights, comparison, compute_head=compute_head)
-        what = f"criterion.name: {self.criterion.name}, of the student's or the teacher's logits"
-        require_finite(values, picked, batch, f"{what} {_before(context)}")
 
-        sums = {"positions_selected": torch.tensor(len(picked), device=values.device), **comparison.sums}
-        logged = {"score": scored.values} if scored.statistics else {}
-        if "student_entropy" in scored.statistics:
-            logged["entropy_nats"] = scored.statistics["student_entropy"]
-        for name, each in logged.items():
-            sums[f"selected_{name}"] = each.flatten()[picked].sum()
-            if self.positions.scoring == "exact":  # else those of the other positions are estimates
-                sums[f"valid_{name}"] = each.flatten()[valid].sum()
-        if self.positions.scoring == "two_stage" and total.requires_grad and context.step % AGREEMENT_EVERY == 0:
+        # Compare teacher and student there, and sum.
+        sample_of = selected // valid_mask.shape[1]
+        targets = batch["targets"].flatten()[selected]
+        comparison = Comparison(self.criterion, teacher.at(selected), targets, sample_of, head.vocab_size)
+        hidden = hidden_states.flatten(0, 1)[selected]
+        loss, values = chunked_loss(hidden, head, weights, comparison, compute_head=compute_head)
+        require_finite(values, selected, batch, f"criterion.name: {self.criterion.name}, {when}")
+
+        sums = {"positions_selected": torch.tensor(len(selected), device=values.device), **comparison.sums}
+        sums |= self._score_sums(scored, selected, valid)
+        if self.positions.scoring == "two_stage" and loss.requires_grad and context.step % AGREEMENT_EVERY == 0:
             sums |= self.agreement(hidden_states.detach(), head, batch, context)
-        return {"loss": total, "scores": scored.values, **sums}
+        return {"loss": loss, "scores": scored.values, **sums}
 
     def score(
         self, hidden_states: Tensor, head: Head, batch: Batch, teacher: TeacherTargets | None, context: StepContext
@@ -133,30 +136,43 @@ class Objective:
         """The scores of a batch, in the dtype of ``head``."""
         options = self.positions
         if options.scoring == "two_stage":
-            ordered = self.classes_by_frequency
-            assert ordered is not None, "two-stage scoring is given the classes in the order of their frequency"
-            estimate = Estimator(options, torch.as_tensor(ordered, device=hidden_states.device), self.seed)
-            return score_in_two_stages(estimate, hidden_states, head, batch, context)
+            assert self.classes_by_frequency is not None, "two-stage scoring needs classes_by_frequency"
+            ordered = torch.as_tensor(self.classes_by_frequency, device=hidden_states.device)
+            return score_in_two_stages(Estimator(options, ordered, self.seed), hidden_states, head, batch, context)
         logits = None
         if teacher is not None and options.needs_teacher:
             logits = teacher.at(batch["valid_mask"].flatten().nonzero().flatten()).logits
         return score_positions(options.metric, hidden_states, head, batch, logits, (self.seed, context.step))
 
+    def _score_sums(self, scored: PositionScores, selected: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """The sums of the scores over the selected positions and, if scoring is exact, over the valid ones."""
+        logged = {"score": scored.values} if scored.statistics else {}
+        if "student_entropy" in scored.statistics:
+            logged["entropy_nats"] = scored.statistics["student_entropy"]
+        sums = {}
+        for name, values in logged.items():
+            sums[f"selected_{name}"] = values.flatten()[selected].sum()
+            if self.positions.scoring == "exact":  # two-stage scoring only estimates most of the others
+                sums[f"valid_{name}"] = values.flatten()[valid].sum()
+        return sums
+
     @torch.no_grad()
     def agreement(self, hidden_states: Tensor, head: Head, batch: Batch, context: StepContext) -> dict[str, Tensor]:
-        """How many positions exact selection picks (``compared_positions``), and how many of them this scoring does.
+        """How far two-stage selection agrees with exact selection at the hidden states [B, T, D].
 
-        Both in float32 at the same hidden states [B, T, D], so that rounding decides nothing.
+        Both compute in float32, so that rounding makes no difference.
+
+        Returns:
+            ``compared_positions``, how many positions exact selection takes, and ``agreeing_positions``, how many of
+            these two-stage selection takes, too.
         """
         hidden = wide(hidden_states)
-        exact_head = head.to(hidden.dtype)
-        of_all = score_positions(self.positions.metric, hidden, exact_head, batch, None)
-        found, exact = (
+        wide_head = head.to(hidden.dtype)
+        two_stage, exact = (
             choose_positions(self.positions, scored.values, batch, context, seed=self.seed) > 0
-            for scored in (self.score(hidden, exact_head, batch, None, context), of_all)
+            for scored in (
+                self.score(hidden, wide_head, batch, None, context),
+                score_positions(self.positions.metric, hidden, wide_head, batch, None),
+            )
         )
-        return {"agreeing_positions": (found & exact).sum(), "compared_positions": exact.sum()}
-
-
-def _before(context: StepContext) -> str:
-    return f"at optimiser step {context.step}, before its update"
+        return {"agreeing_positions": (two_stage & exact).sum(), "compared_positions": exact.sum()}

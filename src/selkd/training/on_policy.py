@@ -1,33 +1,35 @@
-"""On-policy distillation: of a step's prompts some are answered by the student as it is, and it learns there.
+"""On-policy distillation: the current student answers some of a step's prompts, and learns at its own answers.
 
-Which samples are answered, and the uniforms that an answer is drawn by, are a function of (seed, sample, optimiser
-step), not of how the step is cut into micro-batches or ranks. So are the answers but for rounding: prompts that are
-padded otherwise have other last digits in their logits, and a uniform between the places that the border of two classes
-then has draws another class. In float32 that is next to never. In bfloat16 it is common, and the answer goes on
-otherwise from there: attention on the CPU rounds the keys that fill whole vector registers otherwise than the rest of
-a row, and padding moves keys from one to the other. Of 256 answers of 10 tokens from the tests' toy, 6 differed with
-AVX-512 and 57 with AVX2; of 40 answers of up to 64 tokens from the demo's teacher 28, one draw in 16.
+Which samples are answered, and which uniform numbers an answer is drawn with, depends on (seed, sample, optimiser step)
+alone, not on how the step is cut into micro-batches or ranks. The answers depend on that cut through rounding only:
+other padding gives other last digits in the logits, and then a uniform number that lies at the border of two classes
+can draw the other class. In float32 this hardly ever happens. In bfloat16 it is common, and the rest of the answer
+then differs, too. Measured on CPUs: of 256 answers of 10 tokens by the tests' toy model, 6 differed with AVX-512 and 57
+with AVX2; of 40 answers of up to 64 tokens by the demo's teacher, 28 differed, about one draw in 16.
 """
 
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from selkd.data.collate import collate
 from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
 from selkd.errors import InputError
-from selkd.models.generation import Decoding, generate, stop_ids
+from selkd.models.generation import Decoding, generate
 from selkd.recipe.choices import OnPolicyOptions
 from selkd.selection.randomness import sample_generator
-from selkd.teacher.targets import Batch, Teacher
-from selkd.training.arguments import DistillArguments
+from selkd.teacher.targets import Batch
+from selkd.training.callbacks import StepLines
 
 LENGTHS = "lengths"
 
@@ -37,9 +39,9 @@ class Rollout:
     """One answer of the student.
 
     Attributes:
-        prompt: its token ids.
-        answer: those that the student gave, the stop token included.
-        is_ended: whether it came to a stop token; else it was cut at ``max_new_tokens``.
+        prompt: the prompt's token ids.
+        answer: the answer's token ids, the stop token included.
+        is_ended: whether the answer ended with a stop token; otherwise it was cut at ``max_new_tokens``.
     """
 
     prompt: np.ndarray
@@ -48,14 +50,14 @@ class Rollout:
 
     @property
     def sample(self) -> Sample:
-        """What is learned from: the answer's tokens alone are targets."""
+        """The sample to learn from: only the answer's tokens are targets."""
         tokens = np.concatenate([self.prompt, np.array(self.answer, dtype=np.int64)])
         return Sample(tokens, np.zeros(1, np.int32), np.arange(len(tokens)) >= len(self.prompt))
 
 
 @dataclass(frozen=True)
 class PromptCollator:
-    """A collator whose batches also say how long each sample is: a prompt alone has no valid position to tell."""
+    """A collator that also stores each sample's length: a prompt alone has no valid position that would show it."""
 
     pad_token_id: int
 
@@ -66,14 +68,15 @@ class PromptCollator:
 
 @dataclass(frozen=True)
 class Answering:
-    """Puts the student's answers in the place of the data's.
+    """Replaces completions of the data by the student's answers.
 
     Attributes:
         options: how answers are drawn, and how many.
-        seed: the run's.
-        stop: tokens that end an answer.
-        pad_token_id: pads.
-        vocab_size: of the vocabulary, those that the models share.
+        seed: the run's seed.
+        stop: the tokens that end an answer.
+        pad_token_id: the token that pads batches.
+        vocab_size: how many classes the models share; only these are drawn.
+        dtype: the dtype of the student's products, which run under autocast.
     """
 
     options: OnPolicyOptions
@@ -81,34 +84,37 @@ class Answering:
     stop: Sequence[int]
     pad_token_id: int
     vocab_size: int
+    dtype: torch.dtype
 
     def __call__(
-        self, model: PreTrainedModel, batches: Sequence[Batch], step: int, dtype: torch.dtype
+        self, model: PreTrainedModel, batches: Sequence[Batch], step: int
     ) -> tuple[list[Batch], list[Rollout], float]:
-        """The micro-batches of an optimiser step with answers in place, the rollouts, the seconds that they took.
+        """Answer the prompts of one optimiser step.
 
         Args:
-            batches: of ``PromptCollator``.
-            dtype: of the products (autocast).
+            model: the student.
+            batches: the step's micro-batches, made by ``PromptCollator``.
+            step: the optimiser step.
+
+        Returns:
+            The micro-batches with the answers in place, the rollouts, and the seconds that the student took.
         """
         device = batches[0]["input_ids"].device if batches else torch.device("cpu")
-        samples = [list(_samples_of(batch)) for batch in batches]
-        flat = [sample for of_batch in samples for sample in of_batch]
-        chosen = [index for index, sample in enumerate(flat) if self.is_answered(sample, step)]
+        groups = [list(_samples_of(batch)) for batch in batches]
+        answered = [sample for group in groups for sample in group if self.is_answered(sample, step)]
         started = time.perf_counter()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            rollouts = dict(zip(chosen, self._answers(model, [flat[index] for index in chosen], step), strict=True))
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            rollouts = list(self._answers(model, answered, step))
         seconds = time.perf_counter() - started
-        done, index = [], 0
-        for of_batch in samples:
-            places = range(index, index + len(of_batch))
-            index += len(of_batch)
-            group = [rollouts[place].sample if place in rollouts else flat[place] for place in places]
-            done.append({name: tensor.to(device) for name, tensor in collate(group, self.pad_token_id).items()})
-        return done, [rollouts[index] for index in chosen], seconds
+        next_rollout = iter(rollouts)
+        filled = []
+        for group in groups:
+            samples = [next(next_rollout).sample if self.is_answered(sample, step) else sample for sample in group]
+            filled.append({name: tensor.to(device) for name, tensor in collate(samples, self.pad_token_id).items()})
+        return filled, rollouts, seconds
 
     def is_answered(self, sample: Sample, step: int) -> bool:
-        """Whether the student answers this sample at this step; fillers are never answered."""
+        """Whether the student answers this sample at this step; it never answers fillers."""
         if sample.id == EMPTY_SAMPLE.id:
             return False
         return bool(sample_generator(self.seed, sample.id, "on_policy", step).random() < self.options.fraction)
@@ -116,7 +122,7 @@ class Answering:
     def _answers(self, model: PreTrainedModel, samples: Sequence[Sample], step: int) -> Iterator[Rollout]:
         options, at_once = self.options, self.options.at_once or max(1, len(samples))
         prompts = [sample.token_ids[: prompt_length(sample)] for sample in samples]
-        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")  # little padding where there are several
+        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")  # prompts of one length need no padding
         answers: dict[int, list[int]] = {}
         for begin in range(0, len(order), at_once):
             rows = order[begin : begin + at_once].tolist()
@@ -125,14 +131,22 @@ class Answering:
                 for row in rows
             ]
             decoding = Decoding(options.temperature, options.top_p, self.stop, self.pad_token_id, self.vocab_size)
-            found = generate(model, [prompts[row] for row in rows], np.stack(uniforms), decoding)
-            answers.update(zip(rows, found, strict=True))
+            generated = generate(model, [prompts[row] for row in rows], np.stack(uniforms), decoding)
+            answers.update(zip(rows, generated, strict=True))
         for row, prompt in enumerate(prompts):
             yield Rollout(prompt, answers[row], answers[row][-1] in self.stop)
 
 
+def _samples_of(batch: Batch) -> Iterator[Sample]:
+    """The samples, one document each, of a batch that is padded on the right."""
+    tokens, valid = batch["input_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
+    for row, length in enumerate(batch[LENGTHS].tolist()):
+        is_target = np.append(False, valid[row, : length - 1])
+        yield Sample(tokens[row, :length], np.zeros(1, np.int32), is_target)
+
+
 def prompt_length(sample: Sample) -> int:
-    """The tokens before the last answer: all of them where there is none."""
+    """How many tokens stand before the last answer; all of the sample's tokens if it has no answer."""
     if sample.is_target is None:
         return 1
     targets = np.flatnonzero(sample.is_target)
@@ -142,17 +156,32 @@ def prompt_length(sample: Sample) -> int:
     return int(targets[gaps[-1] + 1] if len(gaps) else targets[0])
 
 
+def require_prompts(samples: SampleDataset, options: OnPolicyOptions) -> None:
+    """Raises InputError unless every sample is one prompt, with a completion where the student may not answer it."""
+    if (samples.n_documents > 1).any():
+        raise InputError(
+            "on_policy: samples of several documents. The student answers one prompt a sample: no packing."
+        )
+    if len(samples) and (samples.n_valid == samples.lengths - samples.n_documents).all():
+        raise InputError("on_policy: samples of plain text, without a prompt to answer. Give prompts.")
+    if options.fraction < 1 and not samples.n_valid.all():
+        raise InputError(
+            "on_policy.fraction: below 1 the other samples keep their completion, and some samples have none. Give "
+            "completions, or 1.0."
+        )
+
+
 def require_answers_fit(samples: SampleDataset, options: OnPolicyOptions, windows: Mapping[str, int | None]) -> None:
     """Raises InputError if a prompt with its answer may be longer than a model has positions for.
 
     Args:
-        windows: a model's name -> how many positions it has; None: no limit.
+        windows: for each model's name the number of its positions; None: no limit.
     """
     answer = options.max_new_tokens
     for name, window in windows.items():
         if window is None:
             continue
-        # The answer takes the completion's place, so only long samples are read for where their prompt ends.
+        # A prompt is no longer than its sample, so short samples need not be read.
         long = np.flatnonzero(samples.lengths > window - answer).tolist()
         longest = max((prompt_length(samples[index]) for index in long), default=0)
         if longest + answer > window:
@@ -162,17 +191,9 @@ def require_answers_fit(samples: SampleDataset, options: OnPolicyOptions, window
             )
 
 
-def _samples_of(batch: Batch) -> Iterator[Sample]:
-    """The samples of one document that a batch, padded on the right, is made of."""
-    tokens, valid = batch["input_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
-    for row, length in enumerate(batch[LENGTHS].tolist()):
-        is_target = np.append(False, valid[row, : length - 1])
-        yield Sample(tokens[row, :length], np.zeros(1, np.int32), is_target)
-
-
 @dataclass
 class RolloutSums:
-    """What can be said of answers without judging them. Sums, so that ranks and steps add up."""
+    """Counts over answers, to be added up over ranks and steps; ``longest`` is a maximum."""
 
     rollouts: int = 0
     tokens: int = 0
@@ -184,8 +205,8 @@ class RolloutSums:
 
     def add(self, other: "RolloutSums") -> None:
         for name, value in vars(other).items():
-            mine = getattr(self, name)
-            setattr(self, name, max(mine, value) if name == "longest" else mine + value)
+            combine = max if name == "longest" else operator.add
+            setattr(self, name, combine(getattr(self, name), value))
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], seconds: float) -> "RolloutSums":
@@ -193,96 +214,74 @@ class RolloutSums:
         for rollout in rollouts:
             answer = rollout.answer
             grams = [tuple(answer[begin : begin + 4]) for begin in range(len(answer) - 3)]
-            sums.add(
-                cls(1, len(answer), rollout.is_ended, len(answer), len(grams), len(grams) - len(set(grams)))
-            )  # fmt: skip
+            repeated = len(grams) - len(set(grams))
+            sums.add(cls(1, len(answer), rollout.is_ended, len(answer), len(grams), repeated))
         return sums
 
     def figures(self) -> dict[str, float | int | None]:
         """Means and shares; None where there is nothing to divide by."""
-        each, grams = self.rollouts or None, self.grams or None
+        rollouts, grams = self.rollouts or None, self.grams or None
         return {
             "rollouts": self.rollouts,
             "tokens": self.tokens,
-            "mean_tokens": self.tokens / each if each else None,
+            "mean_tokens": self.tokens / rollouts if rollouts else None,
             "longest_tokens": self.longest,
-            "ended_share": self.ended / each if each else None,
+            "ended_share": self.ended / rollouts if rollouts else None,
             "repeated_share": self.repeated_grams / grams if grams else None,
             "seconds": round(self.seconds, 3),
         }
 
 
-class Answers:
-    """The student's answers in a training.
+class RolloutLog(TrainerCallback, ExportableState):
+    """Counts the student's answers, in every checkpoint, and writes some of them to a file, one a line."""
 
-    Args:
-        args: with ``on_policy``.
-        model: the student.
-        tokenizer: the one that both models share.
-        vocab_size: classes that they share.
-    """
+    lines: StepLines  # opened when training begins, so that a run that was moved goes on where it is now
 
-    def __init__(
-        self, args: DistillArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-    ) -> None:
-        options = args.on_policy
-        assert options is not None, "made for on-policy runs alone"
-        pad_token_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-        self.answering = Answering(options, args.seed, stop_ids(model, tokenizer), pad_token_id, vocab_size)
-        self.tokenizer = tokenizer
-        self.dtype = args.compute_dtype
-        self._window = RolloutSums()  # since the last logged step
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = dict(vars(RolloutSums()))  # over the whole run
+        self._since_logged = RolloutSums()
         self._last: list[Rollout] = []
 
-    def require_prompts(self, dataset: SampleDataset | None, teacher: Teacher) -> None:
-        """Raises InputError unless the student can answer: a live teacher, prompts one a sample."""
-        if not teacher.is_live:
-            raise InputError(
-                "on_policy: a TeacherCache holds the classes of the data's own tokens, and what the student will "
-                "answer is not known before. Give a live teacher."
-            )
-        if dataset is None:
-            return
-        if (dataset.n_documents > 1).any():
-            raise InputError(
-                "on_policy: samples of several documents. The student answers one prompt a sample: no packing."
-            )
-        if len(dataset) and (dataset.n_valid == dataset.lengths - dataset.n_documents).all():
-            raise InputError("on_policy: samples of plain text, without a prompt to answer. Give prompts.")
-        if self.answering.options.fraction < 1 and not dataset.n_valid.all():
-            raise InputError(
-                "on_policy.fraction: below 1 the other samples keep their completion, and some samples have none. Give "
-                "completions, or 1.0."
-            )
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"sums": self.sums}}
 
-    def __call__(self, model: PreTrainedModel, batches: Sequence[Batch], step: int) -> tuple[list[Batch], RolloutSums]:
-        """The micro-batches of a step with the student's answers, and what was answered, over all ranks."""
-        answered, rollouts, seconds = self.answering(model, batches, step, self.dtype)
+    def add(self, rollouts: list[Rollout], seconds: float) -> None:
+        """Add the rollouts of a step, which every rank passes its own of."""
         sums = RolloutSums.of(rollouts, seconds)
-        if PartialState().num_processes > 1:
-            of_ranks, sums = gather_object([sums]), RolloutSums()
-            for each in of_ranks:
-                sums.add(each)
-        self._window.add(sums)
-        self._last = rollouts
-        return answered, sums
+        total = RolloutSums(**self.sums)  # type: ignore[arg-type]
+        for rank_sums in gather_object([sums]) if PartialState().num_processes > 1 else [sums]:
+            total.add(rank_sums)
+            self._since_logged.add(rank_sums)
+        self.sums, self._last = dict(vars(total)), rollouts
 
-    def logs(self) -> dict[str, float]:
-        """Figures of the answers since the last logged step."""
-        figures, self._window = self._window.figures(), RolloutSums()
+    def figures(self) -> dict[str, float | int | None]:
+        """Means and shares over all answers of the run."""
+        return RolloutSums(**self.sums).figures()  # type: ignore[arg-type]
+
+    def take(self) -> dict[str, float]:
+        """Figures over the answers since the last logged step."""
+        figures, self._since_logged = self._since_logged.figures(), RolloutSums()
         names = ("mean_tokens", "ended_share", "repeated_share", "seconds")
         return {f"rollout_{name}": value for name in names if (value := figures[name]) is not None}
 
-    def shown(self, step: int) -> list[dict[str, Any]]:
-        """Some answers of the last step, to read."""
-        return [
-            {
-                "step": step,
-                "prompt": self.tokenizer.decode(rollout.prompt),
-                "answer": self.tokenizer.decode(rollout.answer),
-                "prompt_tokens": len(rollout.prompt),
-                "answer_tokens": len(rollout.answer),
-                "ended": rollout.is_ended,
-            }
-            for rollout in self._last[: self.answering.options.log_rollouts]
-        ]
+    def write(self, tokenizer: PreTrainedTokenizerBase, count: int, step: int) -> None:
+        """Write the texts of ``count`` answers of the last step."""
+        self.lines.append(
+            [
+                {
+                    "step": step,
+                    "prompt": tokenizer.decode(rollout.prompt),
+                    "answer": tokenizer.decode(rollout.answer),
+                    "prompt_tokens": len(rollout.prompt),
+                    "answer_tokens": len(rollout.answer),
+                    "ended": rollout.is_ended,
+                }
+                for rollout in self._last[:count]
+            ]
+        )
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        file = getattr(args, "rollouts_file", None)
+        self.lines = StepLines(Path(file or Path(args.output_dir) / "rollouts.jsonl"))
+        if state.is_world_process_zero:
+            self.lines.cut(state.global_step)

@@ -1,4 +1,4 @@
-"""The order of the samples, a function of seed and epoch alone, every rank's batches full."""
+"""The order in which samples are trained on: a function of seed and epoch alone, in which every batch is full."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,7 +9,7 @@ from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
 
 
 class FilledDataset(Dataset[Sample]):
-    """A data set and, at the index ``len(dataset)``, a filler: a sample without a valid position."""
+    """A data set with one more item, at the index ``len(dataset)``: the filler, a sample without a valid position."""
 
     def __init__(self, samples: SampleDataset) -> None:
         self.samples = samples
@@ -22,17 +22,16 @@ class FilledDataset(Dataset[Sample]):
 
 
 class FilledSampler(Sampler[int]):
-    """Indices in the order of an epoch, then filled up with the filler's to a multiple of ``multiple``.
+    """The samples' indices in the order of an epoch, then the filler's index up to a multiple of ``multiple``.
 
-    Accelerate would fill the last batch by repeating samples, which then count twice; a filler counts nowhere.
+    Accelerate would fill the last batch with repeated samples, which would count twice; a filler counts nowhere.
 
     Args:
-        n_samples: of the data set.
-        multiple: samples of a micro-batch, over all ranks.
-        seed: shuffles anew each epoch; None: the data set's order.
-        epoch: tells the epoch that begins. It is asked, and never set: a resumed training wraps its sampler, where
-            ``set_epoch`` would not reach it.
-        drop_last: leave out the samples of a last micro-batch that is not full, instead of filling it.
+        n_samples: how many samples the data set has.
+        multiple: how many samples a micro-batch has over all ranks.
+        seed: shuffles the samples anew each epoch; None: the data set's order.
+        epoch: returns the current epoch. A resumed training wraps the sampler, where ``set_epoch`` would not reach it.
+        drop_last: leave out the last micro-batch if it is not full, instead of filling it.
     """
 
     def __init__(

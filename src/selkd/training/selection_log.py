@@ -1,4 +1,4 @@
-"""What is logged of selection: sums since the last logged step, brought to means."""
+"""The logs of selection: sums since the last logged step, and the means that are logged of them."""
 
 from collections.abc import Callable, Mapping
 
@@ -24,11 +24,12 @@ class SelectionLog:
     def take(
         self, reduce: Callable[[Tensor], Tensor], positions: PositionOptions, context: StepContext
     ) -> dict[str, float]:
-        """Means in nats and the selected share, over all processes; the sums begin anew.
+        """Means in nats and the selected share, over all processes. The sums start again at zero.
 
         Args:
-            reduce: adds a tensor up over the processes.
-            positions, context: of the step that is logged.
+            reduce: sums a tensor over the processes.
+            positions: the recipe's part.
+            context: where in the run the logged step is.
         """
         names = sorted(self.sums)
         totals = reduce(torch.stack([self.sums[name].float() for name in names])).tolist()
@@ -46,7 +47,7 @@ class SelectionLog:
         if total.get("compared_positions"):
             logs["selection_agreement"] = total["agreeing_positions"] / total["compared_positions"]
         if isinstance(positions.fraction, FractionSchedule):
-            assert context.fraction is not None, "a schedule gives a fraction at every step"
+            assert context.fraction is not None, "a schedule has a fraction at every step"
             logs["fraction"] = context.fraction
         if context.threshold is not None:
             logs["threshold"] = context.threshold

@@ -1,4 +1,4 @@
-"""The student's forward with the loss inside it, where DDP, FSDP2 and autocast see it."""
+"""The student's forward with the loss inside it, so that DDP, FSDP2 and autocast apply to the loss, too."""
 
 import functools
 import inspect
@@ -27,18 +27,21 @@ _VOCAB_SIZE, _OWN_FORWARD, _MARK = "_selkd_vocab_size", "_selkd_own_forward", "_
 
 
 def bind_distillation(model: PreTrainedModel, vocab_size: int) -> None:
-    """Teach ``model.forward`` one more argument: ``distillation``, a function of hidden states and head.
+    """Give ``model.forward`` one more argument: ``distillation``, a function of hidden states and head.
 
-    ``model(input_ids, position_ids, distillation=f)`` runs the body and returns ``f(hidden_states, head)``, never the
-    full logits. Without the argument the forward is what it was, so ``generate``, PEFT and saving are untouched, and
-    parameter names stay. ``vocab_size``: how many classes the student shares with the teacher.
+    ``model(input_ids, position_ids, distillation=f)`` runs the body and returns ``f(hidden_states, head)``, and never
+    computes the full logits. Without the argument the forward is the model's own, so ``generate``, PEFT and saving work
+    as before, and parameters keep their names.
 
-    The forward knows the model by its ``self`` alone, so that a copy of the model (an average of weights, the best so
-    far, a frozen reference) computes with its own weights.
+    The forward reaches the model through ``self`` only, so that a copy of the model (an average of weights, the best
+    student so far, a frozen reference) computes with its own weights.
+
+    Args:
+        vocab_size: how many classes the student shares with the teacher; the head passed to ``f`` has only these.
     """
     setattr(model, _VOCAB_SIZE, vocab_size)
-    own = vars(model).get("forward")  # of this object, where Accelerate's hooks have replaced its class's
-    if _is_distillations(own):
+    own = vars(model).get("forward")  # the object's own: Accelerate's hooks have replaced its class's forward
+    if _is_bound(own):
         return
     setattr(model, _OWN_FORWARD, own)
     replaced = type(model).forward if own is None else getattr(own, "__func__", own)
@@ -51,15 +54,15 @@ def bind_distillation(model: PreTrainedModel, vocab_size: int) -> None:
         hidden = hidden_states(self, kwargs["input_ids"], kwargs["position_ids"])
         return distillation(hidden, head_of(self).slice_vocab(vars(self)[_VOCAB_SIZE]))
 
-    # Accelerate unwraps a forward down to what has no `__wrapped__`: that is this one.
+    # Accelerate unwraps a forward until one has no `__wrapped__`; it must stop at this one.
     forward.__signature__ = inspect.signature(replaced)  # type: ignore[attr-defined]
     del forward.__wrapped__
     setattr(forward, _MARK, True)
     model.forward = MethodType(forward, model)
 
 
-def _is_distillations(forward: Any) -> bool:
-    """Whether this is a forward of ``bind_distillation``, as it is or wrapped. A pickle of the model has lost it."""
+def _is_bound(forward: Any) -> bool:
+    """Whether ``bind_distillation`` made this forward, which may be wrapped. Unpickled models have lost it."""
     function = getattr(forward, "__func__", forward)
     while function is not None and not getattr(function, _MARK, False):
         function = getattr(function, "__wrapped__", None)
@@ -67,25 +70,27 @@ def _is_distillations(forward: Any) -> bool:
 
 
 def check_student(model: nn.Module, student: PreTrainedModel, precision: torch.dtype, is_packed: bool) -> None:
-    """What ``check_head`` and ``check_packing`` ask, of a student as it trains: on its device, wrapped, in autocast.
+    """Repeat ``check_head`` and ``check_packing`` on the student as it trains: on its device, wrapped, in autocast.
 
     Args:
         model: ``student``, prepared and perhaps wrapped by Accelerate.
-        precision: of its products.
-        is_packed: whether samples of several documents come.
+        precision: the dtype of its products.
+        is_packed: whether samples hold several documents.
 
     Raises:
-        InputError: its halves don't give its logits, or packed documents see each other.
+        InputError: the student's body and head don't give its logits, or packed documents see each other.
     """
     name, (ids, positions) = type(student).__name__, probe(student)
     with evaluating(model), torch.autocast(ids.device.type, dtype=precision, enabled=precision != torch.float32):
-        actual = model(input_ids=ids, position_ids=positions, distillation=_whole)["logits"]
+        actual = model(input_ids=ids, position_ids=positions, distillation=_hidden_and_logits)["logits"]
         expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits[..., : actual.shape[-1]]
         require_same_logits(name, actual.to(expected.dtype), expected, precision)
         if is_packed:
             packed, positions = packed_probe(student)
-            require_apart(name, model(input_ids=packed, position_ids=positions, distillation=_whole)["hidden"])
+            require_apart(
+                name, model(input_ids=packed, position_ids=positions, distillation=_hidden_and_logits)["hidden"]
+            )
 
 
-def _whole(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+def _hidden_and_logits(hidden: Tensor, head: Head) -> dict[str, Tensor]:
     return {"hidden": hidden, "logits": head.logits(hidden)}

@@ -1,8 +1,8 @@
 """``DistillTrainer``: a ``transformers.Trainer`` whose loss is selective distillation.
 
 Everything else is the Trainer's: arguments, logging, checkpoints, resuming, schedules, mixed precision, DDP, FSDP.
-The rules of a training live here, for recipes and Python alike: what is refused, in what precision products run, in
-which order samples come, what a checkpoint must agree with.
+Recipes and Python train through this class, so it holds the rules of a training for both: what is refused, in which
+precision products run, in which order samples come, and what a checkpoint must agree with.
 """
 
 from collections.abc import Callable
@@ -24,28 +24,30 @@ from selkd.data.collate import collate
 from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.models.adapters import has_adapters
+from selkd.models.generation import stop_ids
 from selkd.models.loading import window_of
 from selkd.models.tokenizers import shared_classes
+from selkd.recipe.choices import OnPolicyOptions
 from selkd.selection.positions import StepContext, step_context
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
 from selkd.teacher.cached import CachedCollator, CachedTeacher
 from selkd.teacher.targets import Batch
-from selkd.training.arguments import DistillArguments, require_realised
-from selkd.training.callbacks import CheckpointAfterStep, RolloutLog
-from selkd.training.checkpoints import Queue, Schedule, ScheduleKept, Totals, last_whole_checkpoint
+from selkd.training.arguments import DistillArguments, require_accelerate_state
+from selkd.training.callbacks import CheckpointAfterStep
+from selkd.training.checkpoints import Queue, ScheduleKept, Totals, last_complete_checkpoint
 from selkd.training.evaluation import EvaluatingTrainer
 from selkd.training.inputs import (
     as_evaluated,
     as_samples,
     as_teacher,
-    require_given,
+    require_parameters,
     require_trainable,
-    sizes,
+    vocab_sizes,
     without_autocast,
 )
 from selkd.training.objective import Budget
-from selkd.training.on_policy import Answers, PromptCollator, require_answers_fit
+from selkd.training.on_policy import Answering, PromptCollator, RolloutLog, require_answers_fit, require_prompts
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.selection_log import SelectionLog
 from selkd.training.student import bind_distillation
@@ -54,30 +56,29 @@ C = TypeVar("C", bound=TrainerCallback)
 
 
 class DistillTrainer(EvaluatingTrainer):
-    """Distils ``teacher`` into ``model``.
-
-    ``evaluate`` and ``predict`` are told in ``EvaluatingTrainer``.
+    """Distils ``teacher`` into ``model``. ``EvaluatingTrainer`` documents ``evaluate`` and ``predict``.
 
     Args:
-        model: the student, float32 weights (with ``bf16=True`` products run in bfloat16 under autocast), on one device.
-        teacher: a model on any device or several, or a ``TeacherCache`` that holds every sample.
-        args: a ``DistillArguments``; None: its defaults, into ``tmp_trainer``.
+        model: the student on one device, with float32 weights; with ``bf16=True`` its products run in bfloat16.
+        teacher: a model on one or several devices of any kind, or a ``TeacherCache`` that holds every sample.
+        args: the arguments; None: the defaults, with ``tmp_trainer`` as output directory.
         train_dataset: a ``datasets.Dataset`` or a list of rows, whose fields the arguments name (texts, prompts with
             or without completions, conversations), or a ``SampleDataset``.
-        eval_dataset: the same, or several of them by name.
+        eval_dataset: a data set of the same kind, or a mapping of names to several.
         processing_class: the tokenizer, shared by both models.
-        **kwargs: what else ``transformers.Trainer`` takes. ``model_init`` makes the student, in place of ``model``,
-            anew when a training begins. ``data_collator`` and ``compute_loss_func`` are refused: selkd puts samples
-            together and compares them.
+        **kwargs: other parameters of ``transformers.Trainer``. ``model_init``, in place of ``model``, makes a new
+            student when a training begins. ``data_collator`` and ``compute_loss_func`` are refused, as selkd has its
+            own collator and loss.
 
     Raises:
-        InputError: what can't be honoured, by its name: an argument, a launcher's setting, a student in low precision
-            or on several devices, a head that can't be read, no class in common, samples that the cache lacks.
+        InputError: something that can't be honoured, which the message names: an argument, a launcher's setting, a
+            student in low precision or on several devices, a head that can't be read, models without a common
+            vocabulary, samples that the cache lacks.
     """
 
     data_collator: Callable[[list[Sample]], Batch]
-    train_dataset: Any  # a FilledDataset, once it is settled
-    _train_batch_size: int  # the arguments', or the one that auto_find_batch_size found
+    train_dataset: Any  # a FilledDataset, once its rows have become samples
+    _train_batch_size: int  # from the arguments, or the size that auto_find_batch_size arrived at
 
     def __init__(
         self,
@@ -94,47 +95,49 @@ class DistillTrainer(EvaluatingTrainer):
             raise InputError(f"args: expected a DistillArguments, got a {type(args).__name__}.")
         if (model is None) == (kwargs.get("model_init") is None):
             raise InputError("model: give the student, or model_init, which makes it: exactly one of them.")
-        require_given(args, teacher, processing_class, kwargs)
-        assert teacher is not None, "refused just now"
-        assert processing_class is not None, "likewise"
-        self._given_teacher, self._tokenizer = teacher, processing_class
-        args.check()  # they may have been changed since they were made
+        require_parameters(args, teacher, processing_class, kwargs)
+        assert teacher is not None, "require_parameters refuses None"
+        assert processing_class is not None, "require_parameters refuses None"
+        self._teacher_input, self._tokenizer = teacher, processing_class
+        args.check()  # the caller may have changed them after they were made
         if model is not None:
             self._adopt(model)
         train_samples = as_samples(train_dataset, "train_dataset", processing_class, args)
         evaluated = as_evaluated(eval_dataset, "eval_dataset", processing_class, args)
-        self._samples = {} if train_samples is None else {"train_dataset": train_samples}  # as errors call them
+        # The names are those that errors give to the data sets.
+        self._samples = {} if train_samples is None else {"train_dataset": train_samples}
         if isinstance(evaluated, dict):
-            self._samples |= {f"eval_dataset[{name!r}]": each.samples for name, each in evaluated.items()}
+            self._samples |= {f"eval_dataset[{name!r}]": filled.samples for name, filled in evaluated.items()}
         elif evaluated is not None:
             self._samples["eval_dataset"] = evaluated.samples
-        pad_token_id = 0 if processing_class.pad_token_id is None else processing_class.pad_token_id  # never told by id
-        collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=pad_token_id)
+        # Any token can pad: masks, not token ids, tell padding from text.
+        self._pad_token_id = 0 if processing_class.pad_token_id is None else int(processing_class.pad_token_id)
+        collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=self._pad_token_id)
         super().__init__(
             model=model,
             args=args,
             train_dataset=None if train_samples is None else FilledDataset(train_samples),
             eval_dataset=evaluated,
             processing_class=processing_class,
-            **kwargs | {"data_collator": collator if args.on_policy is None else PromptCollator(pad_token_id)},
+            **kwargs | {"data_collator": collator if args.on_policy is None else PromptCollator(self._pad_token_id)},
         )
-        require_realised(self.accelerator.state, args, self.is_fsdp_enabled, has_adapters(self.model))
-        asked = self.pop_callback(JITCheckpointCallback)
-        if asked is not None:
-            self.add_callback(CheckpointAfterStep.instead_of(asked))
-        if self._use_cache is None:  # the Trainer switches it off, and would save the student so
+        require_accelerate_state(self.accelerator.state, args, self.is_fsdp_enabled, has_adapters(self.model))
+        checkpoints_at_once = self.pop_callback(JITCheckpointCallback)
+        if checkpoints_at_once is not None:
+            self.add_callback(CheckpointAfterStep(checkpoints_at_once))
+        if self._use_cache is None:  # the Trainer switches it off, and would save the student that way
             del self.model.config.use_cache
         else:
             self.model.config.use_cache = self._use_cache
-        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the whole step's count
+        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the normaliser of the whole step
         self._set_up()
 
     def _adopt(self, model: PreTrainedModel) -> None:
-        """Take a student: refused, if it can't learn as it is, or taught the distillation's forward."""
-        require_trainable(model, self._given_teacher)
+        """Make ``model`` the student: give its forward the distillation. Raises InputError if it can't be trained."""
+        require_trainable(model, self._teacher_input)
         without_autocast(model)
-        self._vocab_size = shared_classes(sizes(model, self._given_teacher), self._tokenizer)
-        self._use_cache = getattr(model.config, "use_cache", None)  # None: nested, in the text's configuration
+        self._vocab_size = shared_classes(vocab_sizes(model, self._teacher_input), self._tokenizer)
+        self._use_cache = getattr(model.config, "use_cache", None)  # None: it stands in a nested configuration
         bind_distillation(model, self._vocab_size)
         self._checked_packing = set()
 
@@ -144,10 +147,10 @@ class DistillTrainer(EvaluatingTrainer):
         return model
 
     def _set_up(self) -> None:
-        """What the arguments say of loss, teacher and answers; anew where a trial of a search has changed them."""
+        """Make loss, teacher and answers as the arguments say, and again when a trial of a search has changed them."""
         args = self.args
-        self.teacher = as_teacher(self._given_teacher, args, self._vocab_size)
-        self._keeps_apart = False
+        self.teacher = as_teacher(self._teacher_input, args, self._vocab_size)
+        self._is_teacher_checked = False
         for name, samples in self._samples.items():
             self._require_usable(samples, name)
         self.distillation_loss = args.objective
@@ -158,33 +161,41 @@ class DistillTrainer(EvaluatingTrainer):
             self.distillation_loss = replace(
                 self.distillation_loss, classes_by_frequency=by_frequency(text.token_counts(self._vocab_size))
             )
-        train_samples = self._samples.get("train_dataset")
-        self.answers = None
-        if args.on_policy is not None:
-            self.answers = Answers(args, self.model, self._tokenizer, self._vocab_size)
-            self.answers.require_prompts(train_samples, self.teacher)
-            if train_samples is not None:
-                windows = {type(model).__name__: window_of(model) for model in (self.model, self._given_teacher)}
-                require_answers_fit(train_samples, args.on_policy, windows)
+        self.answering = None if args.on_policy is None else self._make_answering(args.on_policy)
         if isinstance(self.teacher, CachedTeacher) and not isinstance(self.data_collator, CachedCollator):
-            self.data_collator = CachedCollator(self.data_collator, self.teacher)  # read by the loader's workers, ahead
+            self.data_collator = CachedCollator(self.data_collator, self.teacher)  # the loader's workers read the cache
         self._begin()
 
+    def _make_answering(self, options: OnPolicyOptions) -> Answering:
+        """What answers prompts in this training. Raises InputError unless the student can answer them."""
+        if not self.teacher.is_live:
+            raise InputError(
+                "on_policy: a TeacherCache holds the classes of the data's own tokens, and what the student will "
+                "answer is not known before. Give a live teacher."
+            )
+        train_samples = self._samples.get("train_dataset")
+        if train_samples is not None:
+            windows = {type(model).__name__: window_of(model) for model in (self.model, self._teacher_input)}
+            require_prompts(train_samples, options)
+            require_answers_fit(train_samples, options, windows)
+        stop = stop_ids(self.model, self._tokenizer)
+        return Answering(options, self.args.seed, stop, self._pad_token_id, self._vocab_size, self.args.compute_dtype)
+
     def _begin(self) -> None:
-        """Nothing is counted yet: before a training, and before an attempt of ``auto_find_batch_size`` at it."""
+        """Reset all counts before a training, and before another attempt of ``auto_find_batch_size``."""
         self._epoch = 0
         self._context = StepContext(0, None, 0.0, None)
         self._log = SelectionLog()
-        self._micro_batches = 0  # of this step, still to come
-        self._selected: list[Tensor] = []  # of this step, a count a micro-batch
-        self._scores: list[np.ndarray] = []  # of this step, the valid scores of each micro-batch
+        self._micro_batches = 0  # how many of this step are still to come
+        self._selected: list[Tensor] = []  # the selected positions of each micro-batch of this step
+        self._scores: list[np.ndarray] = []  # the valid scores of each micro-batch of this step
         kept: list[TrainerCallback] = [Totals()]
-        if self.answers is not None:
+        if self.answering is not None:
             kept.append(RolloutLog())
         if self.distillation_loss.positions.queue_size is not None:
             kept.append(Queue(self.distillation_loss.positions.queue_size))
         if self.train_dataset is not None:
-            kept.append(ScheduleKept.of(self._schedule()))
+            kept.append(self._schedule())
         for callback in kept:
             self._renew(callback)
 
@@ -192,34 +203,37 @@ class DistillTrainer(EvaluatingTrainer):
         self.remove_callback(type(callback))
         self.add_callback(callback)
 
-    def _schedule(self) -> Schedule:
-        """Which samples an optimiser step sees, with the batch size, accumulation and processes that there are."""
+    def _schedule(self) -> ScheduleKept:
+        """What the optimiser steps see with the current batch size, accumulation and number of processes."""
         args, parts, sampler = self.args, self.args.plain_parts(), self._get_train_sampler()
         if len(sampler) == 0:
             raise InputError(
                 f"train_dataset: {len(self.train_dataset)} samples don't fill a micro-batch of "
                 f"{self._train_batch_size * args.world_size}. Give more, or a smaller batch."
             )
-        return Schedule(
-            data=self.train_dataset.samples.digest,
-            samples_per_step=self._train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            samples_per_epoch=min(len(sampler), len(self.train_dataset)),
-            order_seed=sampler.seed,
-            seed=args.seed,
-            processes=args.world_size,
-            **{name: parts[name] for name in ("criterion", "positions", "classes", "on_policy")},
+        return ScheduleKept(
+            {
+                "data": self.train_dataset.samples.digest,
+                "samples_per_step": self._train_batch_size * args.world_size * args.gradient_accumulation_steps,
+                "samples_per_epoch": min(len(sampler), len(self.train_dataset)),
+                "order_seed": sampler.seed,
+                "seed": args.seed,
+                **{name: parts[name] for name in ("criterion", "positions", "classes", "on_policy")},
+                "processes": args.world_size,
+            }
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's; ``train_dataset`` may have been given anew, as rows too."""
-        self._settle_train_dataset()
+        """As the Trainer's; ``train_dataset`` may have been set to other rows since the trainer was made."""
+        self._fill_train_dataset()
         return super().get_train_dataloader()
 
-    def _settle_train_dataset(self) -> None:
+    def _fill_train_dataset(self) -> None:
+        """Make samples of a ``train_dataset`` that was set to rows."""
         if self.train_dataset is None or isinstance(self.train_dataset, FilledDataset):
             return
         samples = as_samples(self.train_dataset, "train_dataset", self._tokenizer, self.args)
-        assert samples is not None, "a data set was given"
+        assert samples is not None, "train_dataset is not None"
         self._samples["train_dataset"], self.train_dataset = samples, FilledDataset(samples)
         self._set_up()
 
@@ -232,27 +246,27 @@ class DistillTrainer(EvaluatingTrainer):
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         epochs_and_steps: tuple[int, int] = super()._init_training_state(*args)
-        self._renew(ScheduleKept.of(self._schedule()))  # a checkpoint's may tell of another number of processes
+        self._renew(self._schedule())  # the checkpoint may name another number of processes
         return epochs_and_steps
 
-    def _run_epoch(self, model: nn.Module, epoch: int, **given: Any) -> None:
-        self._epoch = epoch  # the sampler's: the state's own is written after steps alone
-        super()._run_epoch(model=model, epoch=epoch, **given)
+    def _run_epoch(self, model: nn.Module, epoch: int, **kwargs: Any) -> None:
+        self._epoch = epoch  # for the sampler, as the Trainer's state is only updated after a step
+        super()._run_epoch(model=model, epoch=epoch, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``. ``True`` resumes from the newest checkpoint that was written to its end.
 
         Raises:
-            InputError: no such checkpoint, one without its optimiser (``save_only_model``), or its training had other
-                samples in its steps.
+            InputError: there is no such checkpoint, it has no optimiser (``save_only_model``), or its training's steps
+                saw other samples or another loss.
         """
         if self.model is not None and not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError("model: none of its weights is trained; set requires_grad on those that are to learn.")
-        self._settle_train_dataset()
+        self._fill_train_dataset()
         if resume_from_checkpoint is True:
-            last = last_whole_checkpoint(Path(self.args.output_dir))
+            last = last_complete_checkpoint(Path(self.args.output_dir))
             if last is None:
-                raise InputError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}.")
+                raise InputError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}.")
             resume_from_checkpoint = str(last)
         if resume_from_checkpoint and not any(Path(resume_from_checkpoint).glob("optimizer*")):
             raise InputError(
@@ -260,31 +274,31 @@ class DistillTrainer(EvaluatingTrainer):
                 "not go on. Resume from a checkpoint that was saved without save_only_model, or train from its model."
             )
         if resume_from_checkpoint and self.train_dataset is not None:
-            if self.args.auto_find_batch_size:  # the Trainer goes on with the one that was found
+            if self.args.auto_find_batch_size:  # the Trainer goes on with the checkpoint's
                 state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
                 self._train_batch_size = state.train_batch_size or self._train_batch_size
-            Schedule.require_same(self._schedule(), Path(resume_from_checkpoint))
+            self._schedule().require_same(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
         if trial is None:
             super()._hp_search_setup(trial)
             return
-        rows_become, parts = self.args.data, self.args.plain_parts()
+        row_options, parts = self.args.data, self.args.plain_parts()
         for name, part in parts.items():
-            setattr(self.args, name, part)  # the Trainer makes a trial's value of the type that stands there
+            setattr(self.args, name, part)  # the Trainer converts a trial's value to the type of the current one
         super()._hp_search_setup(trial)
-        is_changed, self.args.data = self.args.data != parts["data"], rows_become
-        if is_changed:
+        is_data_changed, self.args.data = self.args.data != parts["data"], row_options
+        if is_data_changed:
             raise InputError("hp_space: how rows become samples is no part of a search; they were made before it.")
         self.args.check()
-        sharded, adapted = self.is_fsdp_enabled, has_adapters(self.model)
-        require_realised(self.accelerator.state, self.args, sharded, adapted)  # of a new accelerator
+        # A trial has an accelerator of its own.
+        require_accelerate_state(self.accelerator.state, self.args, self.is_fsdp_enabled, has_adapters(self.model))
         self._set_up()
 
     @property
     def totals(self) -> Totals:
-        """Sums over the steps so far."""
+        """Counts over the steps so far."""
         return self._kept(Totals)
 
     @property
@@ -294,15 +308,15 @@ class DistillTrainer(EvaluatingTrainer):
 
     @property
     def rollouts(self) -> RolloutLog:
-        """The student's answers so far, in sums."""
+        """Counts over the student's answers so far."""
         return self._kept(RolloutLog)
 
     def _kept(self, kind: type[C]) -> C:
-        """The callback of a kind; looked up each time, as resuming replaces it by the checkpoint's."""
+        """The callback of that class. It is looked up each time, as resuming replaces it by the checkpoint's."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
 
     def _step_context(self) -> StepContext:
-        """Where the run is: the same for all micro-batches and ranks of the optimiser step that begins."""
+        """Where in the run the next optimiser step is; the same for all its micro-batches and ranks."""
         return step_context(self.distillation_loss.positions, self.state.global_step, self.state.max_steps, self.queue)
 
     def compute_loss(
@@ -312,9 +326,10 @@ class DistillTrainer(EvaluatingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The micro-batch's share of the step's loss; DDP and FSDP average over ranks, so times their number.
+        """The micro-batch's part in the step's loss, times the number of ranks, over which DDP and FSDP average.
 
-        ``num_items_in_batch``: what the loss of the whole step is divided by; None: the batch is a step of its own.
+        Args:
+            num_items_in_batch: the normaliser of the whole step; None: the batch is a step of its own.
         """
         if num_items_in_batch is None:
             num_items_in_batch = self.distillation_loss.normaliser(self._step_budget([inputs], self.args.device)[0])
@@ -335,7 +350,7 @@ class DistillTrainer(EvaluatingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch; after the last one of a step, what the step as a whole leaves behind."""
+        """Train on one micro-batch; after a step's last one, count what the step selected."""
         self._check_student(model, self.train_dataset.samples.is_packed)
         loss = super().training_step(model, *args, **kwargs)
         self._micro_batches -= 1
@@ -347,14 +362,15 @@ class DistillTrainer(EvaluatingTrainer):
         """Count what was selected and push the step's scores, in the order of its samples over all ranks."""
         self.totals.positions_selected += int(self._over_processes(torch.stack(self._selected).sum()))
         if self.queue is not None:
-            # Rank r's micro-batch m holds batch m * ranks + r of the step, so this is the order of one process.
-            of_ranks = gather_object([self._scores]) if self.accelerator.num_processes > 1 else [self._scores]
-            for scores in (scores for micro_batch in zip(*of_ranks, strict=True) for scores in micro_batch):
-                self.queue.push(scores)
+            by_rank = gather_object([self._scores]) if self.accelerator.num_processes > 1 else [self._scores]
+            # Micro-batch m of rank r is batch m * ranks + r of the step, so this is the order that one process has.
+            for micro_batch in zip(*by_rank, strict=True):
+                for scores in micro_batch:
+                    self.queue.push(scores)
         self._selected, self._scores = [], []
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Batch], int]:
-        """The micro-batches of one optimiser step, and what its loss is divided by."""
+        """The micro-batches of one optimiser step, and the normaliser of its loss."""
         batches = []
         for _ in range(num_batches):
             batch = next(epoch_iterator, None)
@@ -363,9 +379,9 @@ class DistillTrainer(EvaluatingTrainer):
             batches.append(batch)
         self._context = self._step_context()
         self._micro_batches = len(batches)
-        if self.answers is not None:
-            batches, sums = self.answers(self.model, batches, self._context.step)
-            self.rollouts.add(sums)
+        if self.answering is not None:
+            batches, rollouts, seconds = self.answering(self.model, batches, self._context.step)
+            self.rollouts.add(rollouts, seconds)
         budget, tokens = self._step_budget(batches, device)
         self.totals.positions_valid += budget.valid
         if self.teacher.is_live:
@@ -374,7 +390,7 @@ class DistillTrainer(EvaluatingTrainer):
         return batches, self.distillation_loss.normaliser(budget)
 
     def _step_budget(self, batches: list[Batch], device: torch.device) -> tuple[Budget, int]:
-        """The budget of some micro-batches over all ranks, and their tokens."""
+        """The budget and the number of tokens of some micro-batches, over all ranks."""
         budgets = [self.distillation_loss.budget(batch, self._context) for batch in batches]
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         counts = torch.tensor([*map(sum, zip(*budgets, strict=True)), tokens], device=device)
@@ -393,11 +409,11 @@ class DistillTrainer(EvaluatingTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what was selected since the last logged step: means in nats, the selected share."""
+        """Log also the selection and the answers since the last logged step."""
         if "loss" in logs and self._log.sums:
             logs.update(self._log.take(self._over_processes, self.distillation_loss.positions, self._context))
-            if self.answers is not None:
-                logs.update(self.answers.logs())
+            if self.answering is not None:
+                logs.update(self.rollouts.take())
                 if self.is_world_process_zero():
-                    self.rollouts.lines.append(self.answers.shown(self.state.global_step))
+                    self.rollouts.write(self._tokenizer, self.answering.options.log_rollouts, self.state.global_step)
         super().log(logs, start_time)
