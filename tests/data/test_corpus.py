@@ -207,7 +207,7 @@ def test_a_dataset_folder_gives_its_splits(dataset_folder: Path, changes: dict) 
 
 @pytest.mark.parametrize(
     ("changes", "downloads"),
-    [({}, True), ({"tokens": 1000}, False), ({"streaming": True}, False), ({"tokens": 9, "streaming": False}, True)],
+    [({}, True), ({"tokens": 1000}, False), ({"streaming": True}, False), ({"tokens": 1000, "streaming": False}, True)],
 )
 def test_a_budget_or_the_option_makes_it_a_stream(
     dataset_folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, downloads: bool

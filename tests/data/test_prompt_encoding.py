@@ -20,7 +20,7 @@ from selkd.data.chat_encoding import encode_conversation
 from selkd.data.collate import collate
 from selkd.data.documents import Conversation, Exchange
 from selkd.data.encoding import Encoder
-from selkd.data.packing import Fitting, Misfits
+from selkd.data.packing import Misfits, SampleMaker
 from selkd.data.prompt_encoding import PartEncoder
 from selkd.errors import InputError
 from selkd.recipe.choices import PositionOptions
@@ -166,7 +166,7 @@ def test_only_what_the_assistant_says_is_ever_valid_or_selected(
         messages = messages_of(turns, system, template)
         documents += encode_conversation(encode, messages)
         said += [SAYS[template].format(m["content"]) for m in messages if m["role"] == "assistant"]
-    samples = list(Fitting(options(messages_field="m", max_length=400, packing=packing))(documents))
+    samples = list(SampleMaker(options(messages_field="m", max_length=400, packing=packing))(documents))
     width = max(len(sample.token_ids) for sample in samples) + extra
     given = {"policy": policy} | ({} if policy == "weighted" else {"fraction": fraction})
     chosen = PositionOptions.model_validate(given | ({"curriculum_steps": 9} if policy == "curriculum" else {}))
@@ -270,18 +270,18 @@ def test_loss_on_all_learns_every_message_to_the_last(kind: str, template: str) 
     prompt = plain_spaces(prompt_of(tokenizer, UNENDED[:2], template), kind)
     assert prompt.startswith(plain_spaces(text_of(tokenizer, document.token_ids[:first]), kind))
     assert not prompt.startswith(plain_spaces(text_of(tokenizer, document.token_ids[: first + 1]), kind))
-    (sample,) = Fitting(options(**chosen, max_length=400))([document])
+    (sample,) = SampleMaker(options(**chosen, max_length=400))([document])
     assert sample.n_valid == len(sample.token_ids) - 1
-    fitting = Fitting(options(**chosen, max_length=first))
-    assert list(fitting([document])) == []
-    assert fitting.misfits == Misfits(too_long=1)
+    maker = SampleMaker(options(**chosen, max_length=first))
+    assert list(maker([document])) == []
+    assert maker.misfits == Misfits(too_long=1)
 
 
 def test_a_conversation_without_an_answer_is_none_to_learn_from() -> None:
     chosen = options(messages_field="m", loss_on="all")
-    encode, fitting = Encoder(chosen, chat_tokenizer()), Fitting(chosen)
-    assert list(fitting(encode(Conversation(tuple(UNENDED[:2]))))) == []
-    assert fitting.misfits == Misfits(unanswered=1)
+    encode, maker = Encoder(chosen, chat_tokenizer()), SampleMaker(chosen)
+    assert list(maker(encode(Conversation(tuple(UNENDED[:2]))))) == []
+    assert maker.misfits == Misfits(unanswered=1)
 
 
 def test_a_space_that_the_template_puts_before_an_answer_is_the_answers() -> None:

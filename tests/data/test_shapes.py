@@ -14,8 +14,8 @@ from selkd.data.chat_encoding import encode_conversation
 from selkd.data.collate import collate
 from selkd.data.documents import Conversation, Exchange, document_of
 from selkd.data.encoding import Encoder
-from selkd.data.packing import Fitting, Misfits
-from selkd.data.prompt_encoding import Marked, PartEncoder
+from selkd.data.packing import Misfits, SampleMaker
+from selkd.data.prompt_encoding import EncodedDocument, PartEncoder
 from selkd.data.samples import Sample, SampleDataset
 from selkd.data.splits import Splits, load_splits
 from selkd.errors import InputError
@@ -25,7 +25,7 @@ from selkd.recipe.data import DataOptions
 from selkd.recipe.part import parse_part
 
 
-def learned(tokenizer: PreTrainedTokenizerFast, document: Marked) -> list[str]:
+def learned(tokenizer: PreTrainedTokenizerFast, document: EncodedDocument) -> list[str]:
     """The text of each run of targets."""
     runs: list[list[int]] = []
     for index, (token, wanted) in enumerate(zip(document.token_ids, document.is_target, strict=True)):
@@ -111,7 +111,7 @@ def test_loss_on_all_learns_the_prompt_too() -> None:
         document = Conversation(tuple(CHAT)) if "messages_field" in fields else Exchange("a?", "b")
         chosen = options(**fields, loss_on="all", packing=False)
         documents = Encoder(chosen, tokenizer)(document)
-        (sample,) = Fitting(chosen)(documents)
+        (sample,) = SampleMaker(chosen)(documents)
         assert sample.n_valid == len(sample.token_ids) - 1
 
 
@@ -121,10 +121,10 @@ def test_loss_on_all_counts_no_turn_twice_and_cuts_no_prompt_to_nothing() -> Non
     documents = Encoder(options(messages_field="m", loss_on="all"), tokenizer)(Conversation(tuple(CHAT)))
     assert len(documents) == 1
     assert all(message["content"] in tokenizer.decode(documents[0].token_ids) for message in CHAT[:-1])
-    fitting = Fitting(options(messages_field="m", loss_on="all", packing=False, max_length=12))
-    long_prompt = Marked(list(range(40)), [False] * 30 + [True] * 10)
-    assert list(fitting([long_prompt])) == []
-    assert fitting.misfits == Misfits(too_long=1)
+    maker = SampleMaker(options(messages_field="m", loss_on="all", packing=False, max_length=12))
+    long_prompt = EncodedDocument(list(range(40)), [False] * 30 + [True] * 10)
+    assert list(maker([long_prompt])) == []
+    assert maker.misfits == Misfits(too_long=1)
 
 
 def test_a_template_of_ones_own_puts_white_space_to_the_completion() -> None:
@@ -270,9 +270,9 @@ def test_packing_keeps_documents_whole_and_apart() -> None:
     documents = []
     for number in range(200):
         size = int(generator.integers(2, 40))
-        documents.append(Marked([number] * size, [index >= size // 2 for index in range(size)]))
+        documents.append(EncodedDocument([number] * size, [index >= size // 2 for index in range(size)]))
     chosen = options(messages_field="m", max_length=48)
-    samples = list(Fitting(chosen)(documents))
+    samples = list(SampleMaker(chosen)(documents))
     pieces = [
         (int(piece[0]), len(piece), int(wanted.sum()))
         for sample in samples
@@ -284,7 +284,7 @@ def test_packing_keeps_documents_whole_and_apart() -> None:
     ]
     assert sorted(pieces) == [(n, len(d.token_ids), sum(d.is_target)) for n, d in enumerate(documents)]
     assert sum(len(d.token_ids) for d in documents) / (48 * len(samples)) > 0.9
-    assert [s.id for s in Fitting(chosen)(documents)] == [s.id for s in samples]
+    assert [s.id for s in SampleMaker(chosen)(documents)] == [s.id for s in samples]
 
 
 def test_the_targets_are_part_of_a_samples_id_and_all_of_them_are_none() -> None:
@@ -304,7 +304,7 @@ def test_the_targets_are_part_of_a_samples_id_and_all_of_them_are_none() -> None
 def test_a_message_with_more_than_its_content_is_refused() -> None:
     """The template would show it, and it would not be learned."""
     said = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}], "id": 7}
-    with pytest.raises(InputError, match="a message with tool_calls, which selkd does not give to the chat template"):
+    with pytest.raises(InputError, match="a message with tool_calls, which selkd does not pass to the chat template"):
         document_of({"messages": [said]}, options(messages_field="messages"), "row 1")
     harmless = {"role": "assistant", "content": "4", "tool_calls": None, "id": 7}
     assert document_of({"messages": [harmless]}, options(messages_field="messages"), "row 1") is not None

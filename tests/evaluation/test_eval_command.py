@@ -214,7 +214,7 @@ def test_a_model_may_be_a_runs_student_and_have_a_sign_in_its_path(tmp_path: Pat
     assert len({model.fingerprint for model in found}) == 1
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "record.json").write_text("{}")
-    with pytest.raises(InputError, match="a run without a finished student"):
+    with pytest.raises(InputError, match="is a run without a finished student"):
         find_model(str(tmp_path / "empty"), "float32", device)
     for nameless in ("", "x=", f"={folder}"):
         with pytest.raises(InputError, match=r"expected MODEL or NAME=MODEL\."):

@@ -142,7 +142,7 @@ def test_the_published_nested_shape_of_arc_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 7: not valid JSON"),
+        ("{", "line 7 is not valid JSON"),
         ("[1]", "line 7: expected an object with goal, sol1, sol2, label"),
         ('{"goal": "x", "sol1": "a", "label": 0}', "line 7: piqa rows have .*; missing: sol2"),
     ],
@@ -165,7 +165,7 @@ def test_rows_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.M
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match=r"rows can't be had .*Couldn't reach.*a folder that holds piqa_valid.jsonl"):
+    with pytest.raises(InputError, match=r"can't load its rows .*Couldn't reach.*a folder that holds piqa_valid.jsonl"):
         load_tasks("piqa", None, 0)
     with pytest.raises(InputError, match="has no local form"):
         load_tasks("boolq", [tmp_path], 0)

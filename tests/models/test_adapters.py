@@ -51,7 +51,7 @@ def test_an_adapter_on_the_head_is_refused_loudly() -> None:
         options(target_modules=[])
     model = make_model(3)
     taken_in = LoraOptions.model_construct(rank=4, alpha=8.0, dropout=0.0, target_modules=["lm_head"])
-    with pytest.raises(InputError, match="takes in the head or an embedding"):
+    with pytest.raises(InputError, match="includes the head or an embedding"):
         with_adapters(model, taken_in, seed=1)
     with pytest.raises(InputError, match=r"student.lora.target_modules: \['nothing'\]"):
         with_adapters(make_model(3), options(target_modules=["nothing"]), seed=1)

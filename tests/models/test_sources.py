@@ -188,7 +188,7 @@ def _fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_demo_package_without_its_file_is_told(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fake_package(tmp_path, monkeypatch)
-    with pytest.raises(InputError, match=r"carries no \.gguf file"):
+    with pytest.raises(InputError, match=r"contains no \.gguf file"):
         locate("demo", cache)
 
 

@@ -1,12 +1,13 @@
 """Conversations through a tokenizer's chat template: token ids, and which of them the assistant says.
 
-A template with ``{% generation %}`` marks shows it. With one that has none, the assistant's turn is what its rendering
-adds to the rendering of the messages before it, generation prompt included.
+A template may mark the assistant's text with ``{% generation %}``. Without such marks, the assistant's turn is the text
+that it adds to the rendering of the messages before it, generation prompt included.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from selkd.data.documents import Message
-from selkd.data.prompt_encoding import Marked, PartEncoder
+from selkd.data.prompt_encoding import EncodedDocument, PartEncoder
 from selkd.errors import InputError
 
-_NO_TEXT = "\ue000selkd\ue000"  # stands in no conversation: private characters
+_PLACEHOLDER = "\ue000selkd\ue000"  # private characters, which no conversation contains
 _MARKS = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -33,16 +34,18 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         ) from error
 
 
-def encode_conversation(encode: PartEncoder, messages: Sequence[Message], *, learns_all: bool = False) -> list[Marked]:
-    """One document of a conversation, or several: where the template shows an earlier turn otherwise once others
-    follow (without its reasoning, say), one for each of the assistant's turns, which alone is its target.
+def encode_conversation(
+    encode: PartEncoder, messages: Sequence[Message], *, learns_all: bool = False
+) -> list[EncodedDocument]:
+    """Encode a conversation as one document, or as several if the template renders an earlier turn in another way once
+    messages follow (without its reasoning, say): then each of the assistant's turns is the target of its own document.
 
-    Messages after the assistant's last turn are left out: nothing is learned from them. A conversation without such a
-    turn is a prompt alone, and ends with the generation prompt.
+    Messages after the assistant's last turn are left out, because nothing is learned from them. A conversation without
+    such a turn is a prompt alone and ends with the generation prompt.
 
     Args:
-        learns_all: the loss is on all messages: all are one document, also those after the assistant's last turn. Its
-            targets are what follows the first prompt, so that ``Fitting`` sees where that prompt alone fills a sample.
+        learns_all: whether the loss is on all messages. Then one document holds all of them. Its targets are what
+            follows the first prompt, so that ``SampleMaker`` can tell whether that prompt fills a sample alone.
 
     Raises:
         InputError: the template refuses the messages, or it doesn't show where a turn begins.
@@ -52,28 +55,27 @@ def encode_conversation(encode: PartEncoder, messages: Sequence[Message], *, lea
     if not turns:
         return [encode([(_text(tokenizer, messages, add_generation_prompt=True), False)], special=False)]
     if learns_all:
-        whole = _text(tokenizer, messages).rstrip()
-        return [encode.from_on(whole, _first_answer(tokenizer, messages, turns[0], whole))]
+        rendering = _text(tokenizer, messages).rstrip()
+        return [encode.with_targets_after(rendering, _first_answer(tokenizer, messages, turns[0], rendering))]
     learned = messages[: turns[-1] + 1]
     if _is_marked(tokenizer):
-        whole, marks = _marked_text(tokenizer, learned)
-        return [encode(_cut(whole, marks), special=False)]
-    whole = _text(tokenizer, learned)
+        rendering, marks = _marked_text(tokenizer, learned)
+        return [encode(_parts(rendering, marks), special=False)]
+    rendering = _text(tokenizer, learned)
     spans = [_turn(tokenizer, learned, turn) for turn in turns]
-    if all(whole.startswith(text) for text, _ in spans):
-        return [encode(_cut(whole, [(begin, len(text)) for text, begin in spans]), special=False)]
-    return [encode(_cut(text, [(begin, len(text))]), special=False) for text, begin in spans]
+    if all(rendering.startswith(text) for text, _ in spans):
+        return [encode(_parts(rendering, [(begin, len(text)) for text, begin in spans]), special=False)]
+    return [encode(_parts(text, [(begin, len(text))]), special=False) for text, begin in spans]
 
 
-def _first_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, whole: str) -> int:
-    """Where in the rendering of all messages the assistant's first turn begins."""
+def _first_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, rendering: str) -> int:
+    """Where the assistant's first turn begins in the rendering of all messages."""
     if _is_marked(tokenizer):
         _, marks = _marked_text(tokenizer, messages)
-        return marks[0][0] if marks else len(whole)
+        return marks[0][0] if marks else len(rendering)
     text, begin = _turn(tokenizer, messages, turn)
-    # As far as the two agree: the generation prompt may hold more than the turn shows once others follow.
-    agreed = zip(whole, text[:begin], strict=False)
-    return next((at for at, (one, other) in enumerate(agreed) if one != other), min(begin, len(whole)))
+    # The generation prompt may contain more than the turn shows once messages follow: take their common beginning.
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(rendering, text[:begin], strict=False)))
 
 
 def _is_marked(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -81,10 +83,10 @@ def _is_marked(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _marked_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """The rendering, and where the template's marks begin and end.
+    """The rendering, and where the text between the template's marks begins and ends.
 
-    The tokenizer's own mask of the assistant's tokens is not taken: it counts a token across a mark as the
-    assistant's, and of a tokenizer whose offsets leave out white space it misses whole turns.
+    The tokenizer's own mask of the assistant's tokens is not used: it counts a token that crosses a mark as the
+    assistant's, and it misses entire turns of a tokenizer whose offsets leave out white space.
     """
     with _refusals(messages):
         (text,), (marks,) = render_jinja_template(
@@ -97,33 +99,34 @@ def _marked_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int) -> tuple[str, int]:
-    """The rendering up to the assistant's turn, its end of turn included, and where what the assistant says begins."""
+    """The rendering up to the assistant's turn, its end of turn included, and where the assistant's text begins."""
     before, text = messages[:turn], _text(tokenizer, messages[: turn + 1]).rstrip()
     plain = _text(tokenizer, before) if before else ""
-    asked = _text(tokenizer, before, add_generation_prompt=True) if before else ""
-    if asked != plain and text.startswith(asked):
-        return text, len(asked)
-    # No generation prompt, or none that the turn goes on from: what stands before the content is the template's.
-    header, separator, _ = _text(tokenizer, [*before, {**messages[turn], "content": _NO_TEXT}]).partition(_NO_TEXT)
+    prompted = _text(tokenizer, before, add_generation_prompt=True) if before else ""
+    if prompted != plain and text.startswith(prompted):
+        return text, len(prompted)
+    # There is no generation prompt that the turn continues, so the template's header is what precedes the content.
+    placeheld = _text(tokenizer, [*before, {**messages[turn], "content": _PLACEHOLDER}])
+    header, separator, _ = placeheld.partition(_PLACEHOLDER)
     if separator and header.rstrip() == text:
-        return text, len(text)  # an empty turn, of which the template shows no end
+        return text, len(text)  # an empty turn, whose end the template does not show
     if not separator or not text.startswith(header):
         raise InputError(
             "data: the chat template does not show where an assistant's turn begins: the text with the turn does not "
             "continue the text before it. Take a template with {% generation %} marks."
         )
     if before and header.startswith(plain) and not header[len(plain) :].strip():
-        return text, len(plain)  # white space is no header: an answer is asked for without it
+        return text, len(plain)  # white space is no header, and a prompt that asks for an answer lacks it
     return text, len(header)
 
 
-def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
-    """The text in parts, and whether each is the assistant's."""
-    parts, done = [], 0
+def _parts(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
+    """The text up to the last span in parts, and whether a part is the assistant's: whether it is one of the spans."""
+    parts, previous_end = [], 0
     for begin, end in spans:
-        parts += [(text[done:begin], False), (text[begin:end], True)]
-        done = end
-    return parts  # what follows the last turn's end is the template's, and predicts nothing that is learned
+        parts += [(text[previous_end:begin], False), (text[begin:end], True)]
+        previous_end = end
+    return parts
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:

@@ -1,4 +1,4 @@
-"""Batches of samples, and which samples share a batch where nothing is trained: their lengths alone decide.
+"""Batches of samples, and which samples share a batch by their lengths where nothing is trained.
 
 Legend: B batch, T positions.
 """
@@ -13,7 +13,7 @@ from selkd.data.samples import ID_BYTES, Sample
 from selkd.errors import InputError
 
 TOKENS_AT_ONCE = 4096
-"""Tokens of one batch, padding included, where nothing is trained: of scoring, measuring and caching."""
+"""The tokens of one batch, padding included, in scoring, measuring and caching."""
 
 
 def collate(
@@ -25,16 +25,16 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """One batch of B samples, padded to the longest or to ``pad_to``.
 
-    There is no attention mask, on purpose: Transformers keeps packed documents apart by their ``position_ids``, and
-    only while ``attention_mask`` is None. Padding is a document of its own, so no real token sees it.
+    There is no attention mask, because Transformers keeps packed documents apart by their ``position_ids`` only while
+    ``attention_mask`` is None. Padding is a document of its own, so no real token sees it.
 
     Returns:
-        ``input_ids``, ``position_ids`` (from 0 in each document), ``targets`` (the next token; the pad token where
-        there is none): int64 [B, T]; ``valid_mask``: bool [B, T], True where ``targets`` is to be predicted;
-        ``sample_ids``: uint8 [B, 16].
+        ``input_ids``, ``position_ids`` (from 0 in each document) and ``targets`` (the next token, or the pad token if
+        there is none), int64 [B, T]; ``valid_mask``, bool [B, T], True where ``targets`` is to be predicted;
+        ``sample_ids``, uint8 [B, 16].
 
     Raises:
-        InputError: no sample, an unknown side, or ``pad_to`` is less than the longest sample.
+        InputError: there is no sample, the side is unknown, or ``pad_to`` is less than the longest sample.
     """
     if not samples:
         raise InputError("collate: expected at least one sample, got none.")
@@ -70,9 +70,9 @@ def collate(
 
 
 def group_by_tokens(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Indices in groups of at most ``max_tokens`` tokens, padding included, or of one sample that is longer.
+    """Indices in groups of at most ``max_tokens`` tokens, padding included; a longer sample is a group by itself.
 
-    Samples are taken from the shortest to the longest (equal lengths in their order), so little is padded.
+    Samples are taken from the shortest to the longest (equal lengths in their order), which needs little padding.
     """
     groups: list[list[int]] = []
     for index in np.argsort(np.asarray(lengths), kind="stable").tolist():

@@ -1,4 +1,4 @@
-"""Where the text comes from: the demo's, local files, or a Hugging Face dataset."""
+"""The text's source: the demo's text, local files, or a Hugging Face dataset."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -17,12 +17,12 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, and what identifies them.
+    """Documents in a fixed order, and a fingerprint of them.
 
     Args:
         path: ``data.path``, for messages.
         fingerprint: changes whenever the content may have changed.
-        read: starts reading from the first document.
+        read: iterates over the documents from the first one.
     """
 
     path: str
@@ -30,7 +30,7 @@ class Corpus:
     read: Callable[[], Iterator[Document]]
 
     def documents(self) -> Iterator[Document]:
-        """The documents, less those without a visible character; InputError at the end if none was left."""
+        """The documents that have a visible character. Raises InputError at the end if there was none."""
         empty = True
         for document in self.read():
             if has_text(document):
@@ -41,16 +41,15 @@ class Corpus:
 
 
 def open_corpus(options: DataOptions) -> Corpus:
-    """Find the text that ``data.path`` names. A local path comes before a hub id of the same name,
-    ``demo`` before both.
+    """Find the text of ``data.path``. ``demo`` takes precedence over a local path, and that over a hub id.
 
-    A folder with .txt, .jsonl or .parquet files directly inside is read file by file, in the order of their names;
-    one with a dataset card (a README.md with a YAML header) or with such files only further down is loaded as a
+    A folder that directly contains .txt, .jsonl or .parquet files is read file by file, in the order of their names.
+    A folder with a dataset card (a README.md with a YAML header), or with such files only in subfolders, is loaded as a
     Hugging Face dataset, whose splits and configurations ``data.split`` and ``data.name`` choose.
 
     Raises:
-        InputError: there is nothing there, it is of an unknown kind, or ``data.name``, ``data.split``,
-            ``data.streaming`` or a field is given for text that has no such thing.
+        InputError: nothing exists at the path, its kind is unknown, or ``data.name``, ``data.split``,
+            ``data.streaming`` or a field is set for text that has no such thing.
     """
     if options.path == "demo":
         _refuse_what_has_no_effect(options, "the demo text", has_fields=False)
@@ -62,7 +61,8 @@ def open_corpus(options: DataOptions) -> Corpus:
         return _files_corpus(options, [path])
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in SUFFIXES)
-        if files and not _has_dataset_card(path):
+        card = path / "README.md"
+        if files and not (card.is_file() and card.read_bytes().startswith(b"---")):
             return _files_corpus(options, files)
     elif path.suffix in SUFFIXES or not _HUB_ID.fullmatch(options.path):
         raise InputError(
@@ -75,21 +75,13 @@ def open_corpus(options: DataOptions) -> Corpus:
 
 def _files_corpus(options: DataOptions, files: list[Path]) -> Corpus:
     _refuse_what_has_no_effect(options, options.path, has_fields=any(file.suffix != ".txt" for file in files))
-    digest = content_digest((file.suffix.encode(), file) for file in files)  # the names play no part, the order does
+    digest = content_digest((file.suffix.encode(), file) for file in files)  # names count only by the order they give
 
     def read() -> Iterator[Document]:
         for file in files:
             yield from file_documents(file, options)
 
     return Corpus(options.path, f"files {digest}", read)
-
-
-def _has_dataset_card(folder: Path) -> bool:
-    card = folder / "README.md"
-    if not card.is_file():
-        return False
-    with card.open("rb") as file:
-        return file.read(3) == b"---"
 
 
 def _refuse_what_has_no_effect(options: DataOptions, what: str, has_fields: bool) -> None:

@@ -1,4 +1,4 @@
-"""The text that every Python carries: the language's manual, then the standard library's docstrings."""
+"""The text that comes with every Python: the language's manual, then the standard library's docstrings."""
 
 import ast
 import sys
@@ -17,12 +17,10 @@ _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def demo_documents() -> Iterator[str]:
-    """The manual's topics in the order of their names, in sections of about 10,000 characters, then the docstrings of
-    each module that has some, one document a module.
+    """The manual's topics by name, in sections of about 10,000 characters, then one document of docstrings a module.
 
-    A topic that stands within another (``with`` is a section of ``compound``) is left out: held-out text must not be
-    training text too. The text differs a little from one Python version to another. Nothing is imported: modules are
-    read with ``ast``.
+    A topic that another topic contains (``with`` is a section of ``compound``) is left out, so that held-out text is
+    never training text. The text differs a little between Python versions. Modules are read with ``ast``, not imported.
     """
     texts = [topics[name] for name in sorted(topics)]
     for text in texts:
@@ -34,12 +32,12 @@ def demo_documents() -> Iterator[str]:
 
 
 def _body(topic: str) -> str:
-    """A topic without its title and the line under it, which differ in level where it stands within another."""
+    """A topic without its title and the line under it, whose level differs within another topic."""
     return topic.strip().partition("\n\n")[2]
 
 
 def demo_digest() -> str:
-    """xxh3_128 (hex) of all that ``demo_documents`` reads."""
+    """xxh3_128 (hex) of everything that ``demo_documents`` reads."""
     digest = xxhash.xxh3_128()
     for name in sorted(topics):
         digest.update(topics[name].encode() + b"\0")
@@ -60,8 +58,7 @@ def _stdlib_modules() -> Iterator[tuple[str, Path]]:
 def _docstrings(module: str, source: bytes) -> str:
     """The module's docstring and those of its classes and functions, each under its name, in the source's order."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # some old modules hold invalid escapes; not ours to mend
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # some old modules contain invalid escapes
         tree = ast.parse(source)
     return "\n\n".join(f"{name}\n\n{docstring}" for name, docstring in _named_docstrings(module, tree))
 

@@ -1,8 +1,9 @@
-"""What a row of data holds: a text, a prompt with its completion, or a conversation."""
+"""A row of data as a document: a text, a prompt with its completion, or a conversation."""
 
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from selkd.errors import InputError
@@ -15,7 +16,7 @@ _PARTS_OF_A_TURN = ("reasoning_content", "thinking", "tool_calls", "tool_call_id
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and what is to be learned to answer; ``completion`` None: a prompt alone."""
+    """A prompt and the completion that is learned; ``completion`` is None for a prompt alone."""
 
     prompt: str
     completion: str | None
@@ -23,7 +24,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turn, each with ``role`` and ``content``."""
+    """Messages in order, each with ``role`` and ``content``."""
 
     messages: tuple[Message, ...]
 
@@ -32,16 +33,16 @@ Document = str | Exchange | Conversation
 
 
 def columns_of(options: RowOptions) -> dict[str, str]:
-    """The recipe's key -> the field of a row that it names."""
+    """The fields of a row that the recipe names, by the recipe's key."""
     return {f"data.{key}": column for key in _FIELDS if (column := getattr(options, key)) is not None}
 
 
 def document_of(row: Any, options: RowOptions, where: str) -> Document | None:
-    """The document of a row; None where its text, or its prompt, is null. A null completion is none.
+    """The document of a row, or None if its text or prompt is null. A null completion makes a prompt alone.
 
     Raises:
-        InputError: the row is no object, it has no such field (the message lists those that it has), or the field holds
-            something else. The message begins with the key or with ``where``.
+        InputError: the row is not an object, a field is missing (the message lists the fields that exist), or a field
+            has another type. The message begins with the key or with ``where``.
     """
     columns = columns_of(options)
     if not isinstance(row, dict):
@@ -61,11 +62,11 @@ def document_of(row: Any, options: RowOptions, where: str) -> Document | None:
 
 
 def require_columns(columns: dict[str, str], names: Collection[str], where: str) -> None:
-    """Raises InputError where one of ``columns`` (see ``columns_of``) is not among the ``names`` of a row's fields."""
+    """Raises InputError if one of ``columns`` (see ``columns_of``) is not among ``names``, a row's fields."""
     for key, column in columns.items():
         if column not in names:
-            there = ", ".join(sorted(map(str, names))) or "none"
-            raise InputError(f"{key}: {where} has no field {column!r}; it has {there}.")
+            available = ", ".join(sorted(map(str, names))) or "none"
+            raise InputError(f"{key}: {where} has no field {column!r}; it has {available}.")
 
 
 def _conversation(value: Any, column: str, where: str) -> Conversation:
@@ -73,17 +74,17 @@ def _conversation(value: Any, column: str, where: str) -> Conversation:
         raise InputError(
             f"data.messages_field: {column!r} of {where} is {type(value).__name__}, expected a list of messages."
         )
-    return Conversation(tuple(_message(one, f"data.messages_field: {column!r} of {where}") for one in value))
+    return Conversation(tuple(_message(item, f"data.messages_field: {column!r} of {where}") for item in value))
 
 
 def _message(value: Any, where: str) -> Message:
     role, content = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, str):
         raise InputError(f"{where} holds {value!r:.80}, expected messages with role and content, both text.")
-    if more := [key for key in _PARTS_OF_A_TURN if value.get(key)]:
+    if ignored := [key for key in _PARTS_OF_A_TURN if value.get(key)]:
         raise InputError(
-            f"{where} holds a message with {more[0]}, which selkd does not give to the chat template: what is learned "
-            "would lack it. Put it into the content, or take it out."
+            f"{where} holds a message with {ignored[0]}, which selkd does not pass to the chat template: the student "
+            "would not learn it. Put it into the content, or remove it."
         )
     return {"role": role, "content": content}
 
@@ -104,13 +105,12 @@ def has_text(document: Document) -> bool:
 
 
 def split_key(document: Document) -> str:
-    """What decides whether a document is held out: its text, or what is asked, so that no question lies in both
-    splits with different answers."""
+    """The text by which a document is held out: its own, or its prompt, so that a prompt with several answers lies in
+    one split only."""
     match document:
         case str():
             return document
         case Exchange():
             return document.prompt
-    roles = [message["role"] for message in document.messages]
-    asked = document.messages[: roles.index("assistant") if "assistant" in roles else len(roles)]
-    return json.dumps([[message["role"], message["content"]] for message in asked], ensure_ascii=False)
+    prompt = takewhile(lambda message: message["role"] != "assistant", document.messages)
+    return json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)

@@ -17,15 +17,14 @@ from selkd.recipe.data import DataOptions
 
 
 class HubDataset:
-    """The split and configuration that ``options`` name, not yet read. ``datasets`` runs no code of a dataset's.
+    """The split and configuration that ``options`` name, read lazily. The ``datasets`` library runs no dataset's code.
 
     Args:
-        path: hub id or local folder.
-        options: ``streaming`` null reads rows as they come where ``tokens`` is given; else the split is downloaded
-            before it is read.
+        path: a hub id or a local folder.
+        options: if ``streaming`` is null, rows are streamed if ``tokens`` is set, and downloaded otherwise.
 
     Raises:
-        InputError: no such dataset, configuration, split or column, or the hub can't be reached.
+        InputError: the dataset, configuration, split or column does not exist, or the hub can't be reached.
         RunError: reading broke off.
     """
 
@@ -42,9 +41,9 @@ class HubDataset:
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the content: the hub's commit, or the digest of a local folder's files; with name and split.
+        """The content's identity: the hub's commit or the digest of a local folder's files, with name and split.
 
-        The rows come from the builder that was asked, so they are of this very commit.
+        The rows are read from the same builder, so they are of this commit.
         """
         folder = Path(self.path)
         revision = _folder_digest(folder) if folder.is_dir() else f"{self.path}@{self._builder.hash}"
@@ -53,15 +52,15 @@ class HubDataset:
     def documents(self) -> Iterator[Document]:
         """The documents, in the dataset's order. A null text is no document."""
         rows = self._rows()
-        read = 0
+        n_read = 0
         try:
             for row in rows:
                 document = document_of(row, self.options, f"the dataset {self._shown}")
-                read += 1
+                n_read += 1
                 if document is not None:
                     yield document
         except (DatasetsError, HTTPError, OSError, pa.ArrowException) as error:
-            raise RunError(f"Reading the dataset {self._shown} broke off after {read} rows ({error}).") from error
+            raise RunError(f"Reading the dataset {self._shown} broke off after {n_read} rows ({error}).") from error
 
     def _rows(self) -> Iterable[dict[str, Any]]:
         options, split = self.options, self.options.split
@@ -72,13 +71,13 @@ class HubDataset:
                 self._builder.download_and_prepare()
                 rows = self._builder.as_dataset(split=split)
         except (DatasetsError, HTTPError, OSError, ValueError) as error:
-            reason = error.__cause__ or error  # a generation error names no file, its cause does
+            reason = error.__cause__ or error  # of a generation error, only the cause names the file
             raise InputError(f"data.split: can't load {split!r} of {self._shown} ({reason}).") from error
-        # Other columns may hold images or audio that would be decoded; a stream need not know its columns beforehand.
+        # Other columns may hold images or audio, which would be decoded. A stream may not know its columns beforehand.
         columns = list(columns_of(options).values())
         return rows.select_columns(columns) if set(columns) <= set(rows.column_names or ()) else rows
 
 
 def _folder_digest(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return content_digest((os.fsencode(path.relative_to(folder)), path) for path in files)  # names decide the splits
+    return content_digest((os.fsencode(path.relative_to(folder)), path) for path in files)  # names decide splits

@@ -1,13 +1,18 @@
-"""Documents to samples: packed together, or split one by one."""
+"""Documents become samples: packed together, or split one by one."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from selkd.data.prompt_encoding import Marked
-from selkd.data.samples import Sample
+from selkd.data.documents import document_of, has_text
+from selkd.data.encoding import Encoder
+from selkd.data.prompt_encoding import EncodedDocument
+from selkd.data.samples import Sample, SampleDataset
+from selkd.errors import InputError
 from selkd.recipe.data import RowOptions
 
 _logger = logging.getLogger(__name__)
@@ -16,12 +21,12 @@ _logger = logging.getLogger(__name__)
 def pack(token_streams: Iterable[Sequence[int]], max_length: int) -> Iterator[Sample]:
     """Lay documents end to end and cut windows of exactly ``max_length`` tokens.
 
-    A document that meets the end of a window goes on in the next one, as a document that starts there. Nothing is
-    lost but the tail: what remains at the end, shorter than a window.
+    A document that reaches the end of a window continues in the next one, as a document that starts there. Only the
+    tail that does not fill a window is lost.
 
     Args:
         token_streams: the token ids of each document.
-        max_length: tokens of a sample, at least 2: a token and its target.
+        max_length: the tokens of a sample, at least 2: a token and its target.
     """
     tokens: list[int] = []
     starts: list[int] = []
@@ -40,7 +45,7 @@ def pack(token_streams: Iterable[Sequence[int]], max_length: int) -> Iterator[Sa
 def split(token_streams: Iterable[Sequence[int]], max_length: int) -> Iterator[Sample]:
     """Cut each document by itself into consecutive samples of at most ``max_length`` tokens.
 
-    Nothing is lost but pieces of a single token, which predict nothing. Arguments as for ``pack``.
+    Only pieces of a single token, which predict nothing, are lost. Arguments as for ``pack``.
     """
     for document in token_streams:
         for begin in range(0, len(document), max_length):
@@ -54,42 +59,42 @@ OPEN_WINDOWS = 64
 
 @dataclass
 class Misfits:
-    """How many documents with prompts are not whole in the samples.
+    """How many documents with prompts are not in the samples, or only in part.
 
     Attributes:
-        cut: their end was cut off.
-        too_long: left out, since the prompt alone fills a sample; a prompt is never cut.
-        unanswered: left out, since they hold nothing to learn.
+        cut: documents whose end was cut off.
+        too_long: documents left out because the prompt alone fills a sample; a prompt is never cut.
+        unanswered: documents left out because they hold nothing to learn.
     """
 
     cut: int = 0
     too_long: int = 0
     unanswered: int = 0
 
-    def tell(self, name: str, documents: int, max_length: int) -> None:
+    def warn(self, name: str, documents: int, max_length: int) -> None:
         """Log a warning for each kind of misfit among the ``documents`` of ``name``."""
-        for count, what in (
+        for count, sentence in (
             (self.too_long, f"prompts are longer than data.max_length = {max_length} and were left out"),
             (self.cut, f"documents were cut at data.max_length = {max_length}"),
             (self.unanswered, "documents hold nothing to learn and were left out"),
         ):
             if count:
-                _logger.warning("%s: %d of %d %s.", name, count, documents, what)
+                _logger.warning("%s: %d of %d %s.", name, count, documents, sentence)
 
 
-class Fitting:
-    """Documents to samples of at most ``max_length`` tokens; counts the misfits.
+class SampleMaker:
+    """Makes samples of at most ``max_length`` tokens from documents, and counts the misfits.
 
-    Texts are continued from sample to sample. What asks for an answer stays whole, as far as it fits: continued in
-    another sample it would miss its prompt.
+    A text may continue in the next sample. A document with a prompt may not, because the rest would lack its prompt:
+    what exceeds a sample is cut off.
     """
 
     def __init__(self, options: RowOptions) -> None:
         self.options = options
         self.misfits = Misfits()
 
-    def __call__(self, documents: Iterable[Marked]) -> Iterator[Sample]:
-        """The samples. Which tokens of a text are targets is not asked: all are."""
+    def __call__(self, documents: Iterable[EncodedDocument]) -> Iterator[Sample]:
+        """The samples. Every token of a text is a target, whatever ``is_target`` says."""
         options = self.options
         if not options.has_prompts:
             cut = pack if options.packing else split
@@ -97,44 +102,71 @@ class Fitting:
         fitted = (fitted for document in documents if (fitted := self._fitted(document)) is not None)
         return map(_window_sample, self._windows(fitted) if options.packing else ([document] for document in fitted))
 
-    def _windows(self, documents: Iterable[Marked]) -> Iterator[list[Marked]]:
-        """Each document goes where it leaves the least room, among the 64 windows that are open (equal: the older one);
-        a window that would be the 65th closes the fullest one."""
-        windows: list[list[Marked]] = []
+    def _windows(self, documents: Iterable[EncodedDocument]) -> Iterator[list[EncodedDocument]]:
+        """Each document goes into the fullest of 64 open windows that has room for it (the oldest of equals). A 65th
+        window closes the fullest one."""
+        windows: list[list[EncodedDocument]] = []
         for document in documents:
             room = self.options.max_length - len(document.token_ids)
-            if fitting := [window for window in windows if _length(window) <= room]:
-                max(fitting, key=_length).append(document)
+            if roomy := [window for window in windows if _length(window) <= room]:
+                max(roomy, key=_length).append(document)
                 continue
             if len(windows) == OPEN_WINDOWS:
                 yield windows.pop(max(range(len(windows)), key=lambda index: _length(windows[index])))
             windows.append([document])
         yield from windows
 
-    def _fitted(self, document: Marked) -> Marked | None:
-        """The part of a document that a sample holds; None, and counted, where that is nothing to learn from."""
+    def _fitted(self, document: EncodedDocument) -> EncodedDocument | None:
+        """The part of a document that fits in a sample, or None, counted as a misfit, if it holds nothing to learn."""
         options, is_cut = self.options, len(document.token_ids) > self.options.max_length
         is_kept_prompt = options.is_prompt_only and document.token_ids
         if not document.has_target and not is_kept_prompt:
             self.misfits.unanswered += 1
             return None
-        fitted = Marked(document.token_ids[: options.max_length], document.is_target[: options.max_length])
+        fitted = EncodedDocument(document.token_ids[: options.max_length], document.is_target[: options.max_length])
         if is_cut and not fitted.has_target:
             self.misfits.too_long += 1
             return None
         self.misfits.cut += is_cut
-        # Once a document is known to hold more than its prompt, its prompt may be learned, too.
-        return Marked(fitted.token_ids, [True] * len(fitted.token_ids)) if options.loss_on == "all" else fitted
+        # The document holds more than its prompt, so the prompt may be learned, too.
+        return EncodedDocument(fitted.token_ids, [True] * len(fitted.token_ids)) if options.loss_on == "all" else fitted
 
 
-def _length(window: list[Marked]) -> int:
+def _length(window: list[EncodedDocument]) -> int:
     return sum(len(document.token_ids) for document in window)
 
 
-def _window_sample(window: list[Marked]) -> Sample:
+def _window_sample(window: list[EncodedDocument]) -> Sample:
     lengths = [len(document.token_ids) for document in window]
     return Sample(
         np.concatenate([np.array(document.token_ids) for document in window]),
         np.cumsum([0, *lengths[:-1]]),
         np.concatenate([np.array(document.is_target, dtype=bool) for document in window]),
     )
+
+
+def samples_of_rows(rows: Any, name: str, options: RowOptions, tokenizer: PreTrainedTokenizerBase) -> SampleDataset:
+    """The samples of rows in memory: of a ``datasets.Dataset`` or a list of objects, read as the lines of a data file.
+
+    Args:
+        name: the name of the rows in messages.
+
+    Raises:
+        InputError: ``rows`` is not a collection of rows, a row lacks a field that ``options`` names, or the rows give
+            fewer tokens than one sample.
+    """
+    if isinstance(rows, str | dict) or not hasattr(rows, "__len__") or not hasattr(rows, "__iter__"):
+        raise InputError(
+            f"{name}: expected a SampleDataset, a datasets.Dataset or a list of rows, got {type(rows).__name__}."
+        )
+    documents = (document_of(row, options, f"{name}, row {number}") for number, row in enumerate(rows))
+    encoded = Encoder(options, tokenizer).encoded(row for row in documents if row and has_text(row))
+    maker = SampleMaker(options)
+    samples = list(maker(document for _, parts in encoded for document in parts))
+    maker.misfits.warn(name, len(rows), options.max_length)
+    if not samples:
+        raise InputError(
+            f"{name}: {len(rows)} rows give fewer tokens than one sample of data.max_length = {options.max_length}, "
+            "or nothing to learn. Give more of them, completions, or another data.max_length."
+        )
+    return SampleDataset.from_samples(samples)

@@ -1,4 +1,4 @@
-"""A document as tokens, and which of them are to be learned."""
+"""Texts made of parts, such as a prompt and its answer, as tokens, and which of the tokens are learned."""
 
 import json
 from bisect import bisect_left
@@ -12,27 +12,28 @@ from transformers import PreTrainedTokenizerBase
 
 from selkd.errors import InputError
 
-_Changes = dict[str, dict[str, Any]]  # a component's type -> what is set in it
+_Changes = dict[str, dict[str, Any]]  # new settings by a component's type
 
-# Trimmed offsets leave out the white space that a token begins or ends with.
+# Trimmed offsets leave out the white space at a token's beginning or end.
 _TRUE_SPANS: _Changes = {"ByteLevel": {"trim_offsets": False}, "RobertaProcessing": {"trim_offsets": False}}
-# What makes a text's beginning (or, of some, what follows a special token) other tokens than the same text further on.
+# Without these, the beginning of a text (or the text after a special token) becomes other tokens than the same text
+# further on.
 _NO_PREFIX: _Changes = {
     "ByteLevel": {"add_prefix_space": False},
     "Metaspace": {"prepend_scheme": "never"},
     "Prepend": {"prepend": ""},
     "Strip": {"strip_left": False, "strip_right": False},
 }
-_BEFORE = "x"  # any letter: what a part is decoded after
+_PRECEDING = "x"  # a part is decoded after this letter; any letter would do
 
 
 @dataclass(frozen=True)
-class Marked:
-    """A document's tokens, marked: which of them are to be learned.
+class EncodedDocument:
+    """A document's tokens, and which of them are learned.
 
     Attributes:
-        token_ids: its tokens.
-        is_target: for each token, whether it is to be learned; the others are a prompt's or a template's.
+        token_ids: the tokens.
+        is_target: for each token, whether it is learned; the others belong to a prompt or a template.
     """
 
     token_ids: list[int]
@@ -40,18 +41,18 @@ class Marked:
 
     @property
     def has_target(self) -> bool:
-        """Whether a position predicts a token to be learned; the first token is predicted by none."""
+        """Whether a position predicts a learned token; none predicts the first token."""
         return any(self.is_target[1:])
 
 
 class PartEncoder:
-    """The tokens of texts that are made of parts, such as a prompt and its answer.
+    """Encodes texts that are made of parts, such as a prompt and its answer.
 
     Args:
-        tokenizer: a fast one.
+        tokenizer: a fast tokenizer.
 
     Raises:
-        InputError: it has no fast form, so it does not tell where in the text each token stands.
+        InputError: the tokenizer has no fast form, so it does not tell where in the text a token stands.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -64,61 +65,63 @@ class PartEncoder:
         self.tokenizer = tokenizer
         self._exact, self._continuing = exact_and_continuing(tokenizer)
 
-    def __call__(self, parts: Sequence[tuple[str, bool]], *, special: bool = True, ended: bool = True) -> Marked:
-        """The tokens of the parts of one text, those of the parts marked True as targets.
+    def __call__(
+        self, parts: Sequence[tuple[str, bool]], *, special: bool = True, ended: bool = True
+    ) -> EncodedDocument:
+        """Encode the parts of one text. The tokens of parts marked True are targets.
 
-        They are those of the text as a whole, except:
+        The tokens are those of the joined text, with two exceptions:
 
-        - Where a token would lie across the border of two parts. The part before it then ends as in a text that ends
-          there, so that a prompt is the same tokens here as where it is to be answered; the part after it goes on.
-        - Of a tokenizer that puts a space before a text, or after a special token: a part marked True goes on without.
+        - A token would cross the border of two parts. The first part is then encoded as a text that ends there, so
+          that a prompt has the same tokens here as when it is answered, and the second part continues it.
+        - The tokenizer puts a space before a text or after a special token. A part marked True continues without it.
 
         Args:
-            special: with the special tokens that the tokenizer puts around a text; those before it are never targets,
-                those after it are the last part's.
-            ended: those after it, too; False: the text is to go on.
+            special: whether to add the special tokens that the tokenizer puts around a text. Those before the text are
+                never targets; those after it belong to the last part.
+            ended: whether to add the special tokens after the text, too; False if the text will be continued.
 
         Raises:
-            InputError: the tokenizer can't go on with a part without changing its text.
+            InputError: the tokenizer can't continue with a part without changing its text.
         """
         text = "".join(part for part, _ in parts)
-        whole = _TokenSpans(self._exact, text, special)
-        ids, is_target, begin = [*whole.before], [False] * len(whole.before), 0
-        for part, wanted in parts:
-            part_ids = self._part(whole, begin, begin + len(part), wanted)
+        spans = _TokenSpans(self._exact, text, special)
+        ids, is_target, begin = [*spans.before], [False] * len(spans.before), 0
+        for part, is_learned in parts:
+            part_ids = self._part(spans, begin, begin + len(part), is_learned)
             ids += part_ids
-            is_target += [wanted] * len(part_ids)
+            is_target += [is_learned] * len(part_ids)
             begin += len(part)
-        after = whole.after if ended else []
-        return Marked([*ids, *after], [*is_target, *[bool(parts) and parts[-1][1]] * len(after)])
+        after = spans.after if ended else []
+        return EncodedDocument([*ids, *after], [*is_target, *[bool(parts) and parts[-1][1]] * len(after)])
 
-    def from_on(self, text: str, begin: int) -> Marked:
-        """The tokens of a text as a whole; targets are those that end after ``begin``."""
-        whole = _TokenSpans(self._exact, text, special=False)
-        return Marked(whole.ids, [end > begin for end in whole.ends])
+    def with_targets_after(self, text: str, begin: int) -> EncodedDocument:
+        """Encode a text without parts. The tokens that end after ``begin`` are targets."""
+        spans = _TokenSpans(self._exact, text, special=False)
+        return EncodedDocument(spans.ids, [end > begin for end in spans.ends])
 
-    def _part(self, whole: "_TokenSpans", begin: int, end: int, wanted: bool) -> list[int]:
-        goes_on = wanted and begin > 0
-        if goes_on and self._continuing is not self._exact:
-            return self._continued(whole.text[begin:end])
-        ids = whole.between(begin, end)
-        if ids is None and not goes_on:
-            ids = _TokenSpans(self._exact, whole.text[:end]).between(begin, end)
-        return self._continued(whole.text[begin:end]) if ids is None else ids
+    def _part(self, spans: "_TokenSpans", begin: int, end: int, is_learned: bool) -> list[int]:
+        continues = is_learned and begin > 0
+        if continues and self._continuing is not self._exact:
+            return self._continued(spans.text[begin:end])
+        ids = spans.between(begin, end)
+        if ids is None and not continues:
+            ids = _TokenSpans(self._exact, spans.text[:end]).between(begin, end)
+        return self._continued(spans.text[begin:end]) if ids is None else ids
 
     def _continued(self, part: str) -> list[int]:
         """The tokens of a part that follows others."""
         ids = self._ids(self._continuing, part)
-        before = self._ids(self._exact, _BEFORE)
-        said = self._decoded(before + ids).removeprefix(self._decoded(before))
-        if said != part:
-            # What the tokenizer makes of any text (normal forms, unknown characters) is no change; its beginning is.
-            read = self._decoded(self._ids(self._exact, part)).lstrip()
-            if said != part[: len(part) - len(part.lstrip())] + read:
+        preceding = self._ids(self._exact, _PRECEDING)
+        decoded = self._decoded(preceding + ids).removeprefix(self._decoded(preceding))
+        if decoded != part:
+            # Normal forms and unknown characters change any text, so only a changed beginning counts.
+            decoded_alone = self._decoded(self._ids(self._exact, part)).lstrip()
+            if decoded != part[: len(part) - len(part.lstrip())] + decoded_alone:
                 raise InputError(
-                    f"data: after a prompt, the tokenizer ({type(self.tokenizer).__name__}) makes {said[:40]!r} of "
+                    f"data: after a prompt, the tokenizer ({type(self.tokenizer).__name__}) makes {decoded[:40]!r} of "
                     f"the text {part[:40]!r}. Let prompt and completion meet at white space (data.template), or take a "
-                    "tokenizer whose tokens say the text they were made from."
+                    "tokenizer whose tokens decode to the text that they were made from."
                 )
         return ids
 
@@ -131,25 +134,25 @@ class PartEncoder:
 
 
 class _TokenSpans:
-    """A text's tokens, where each begins and ends, and the special ones put before and after them."""
+    """A text's tokens, where they begin and end, and the special tokens before and after them."""
 
     def __init__(self, backend: Tokenizer, text: str, special: bool = False) -> None:
         encoding = backend.encode(text, add_special_tokens=special)
-        ids, put = encoding.ids, encoding.special_tokens_mask
-        first = len(list(takewhile(bool, put)))
-        last = len(ids) - len(list(takewhile(bool, reversed(put[first:]))))
+        ids, is_special = encoding.ids, encoding.special_tokens_mask
+        first = len(list(takewhile(bool, is_special)))
+        last = len(ids) - len(list(takewhile(bool, reversed(is_special[first:]))))
         self.text = text
         self.before, self.ids, self.after = ids[:first], ids[first:last], ids[last:]
         self.begins = [begin for begin, _ in encoding.offsets[first:last]]
         self.ends = [end for _, end in encoding.offsets[first:last]]
 
     def between(self, begin: int, end: int) -> list[int] | None:
-        """The tokens of a part of the text; None where one lies across its borders."""
+        """The tokens of a part of the text; None if a token crosses the part's borders."""
         first, last = self._count(begin), self._count(end)
         return None if first is None or last is None else self.ids[first:last]
 
     def _count(self, border: int) -> int | None:
-        """How many tokens stand before a border; None where one lies across it."""
+        """The number of tokens before a border; None if a token crosses it."""
         if border == len(self.text):
             return len(self.ids)
         count = bisect_left(self.begins, border)
@@ -157,9 +160,9 @@ class _TokenSpans:
 
 
 def exact_and_continuing(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, Tokenizer]:
-    """The same tokens with true spans; and those of a text that goes on from another, without a prefix.
+    """Two forms of the tokenizer: with the same tokens and true spans; and without a prefix, for continued text.
 
-    Both are the same object where the tokenizer puts nothing before a text. Neither cuts or pads, whatever the
+    Both are the same object if the tokenizer puts nothing before a text. Neither cuts or pads, whatever settings the
     tokenizer was last called with.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
@@ -176,7 +179,7 @@ def _loaded(state: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokeni
 
 
 def _changed(component: Any, changes: _Changes) -> Any:
-    """A component, or a sequence of them, with the changes of its types."""
+    """A component of a tokenizer, or a list of them, with the changes for its type."""
     if isinstance(component, list):
         return [_changed(part, changes) for part in component]
     if not isinstance(component, dict):

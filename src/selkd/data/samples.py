@@ -1,4 +1,4 @@
-"""A sample: one training sequence of tokens, its documents' borders, and an id made from nothing else.
+"""A sample: one training sequence of tokens, its documents' borders, and an id of this content.
 
 Legend: L tokens of a sample, n documents in it, N samples.
 """
@@ -39,8 +39,8 @@ class Sample:
         token_ids: [L] integers, L >= 1, each in 0 ... 2^31 - 1.
         document_starts: [n] integers, ascending, the first 0, all below L: where each document begins. A document
             does not see the others, and no target crosses a border.
-        is_target: [L] booleans: the tokens to be learned, where the others are a prompt or a template's. None: all.
-            None once read, too, where all but the documents' first tokens are; those are no targets in any case.
+        is_target: [L] booleans, the tokens that are learned; the others belong to a prompt or a template. None: all
+            tokens. It becomes None, too, if only first tokens of documents are False, for these are never targets.
 
     Raises:
         InputError: the arrays are not as above.
@@ -60,9 +60,9 @@ class Sample:
                 f"(the number of tokens), got {starts[:8].tolist()}."
             )
         if self.is_target is not None:
-            object.__setattr__(self, "is_target", self._settled(np.asarray(self.is_target)))
+            object.__setattr__(self, "is_target", self._checked_targets(np.asarray(self.is_target)))
 
-    def _settled(self, is_target: np.ndarray) -> np.ndarray | None:
+    def _checked_targets(self, is_target: np.ndarray) -> np.ndarray | None:
         if is_target.dtype != bool or is_target.shape != self.token_ids.shape:
             raise InputError(
                 f"Sample.is_target: expected {len(self.token_ids)} booleans, one a token, got {is_target.dtype} "
@@ -70,15 +70,15 @@ class Sample:
             )
         possible = np.ones(len(self.token_ids), dtype=bool)
         possible[self.document_starts] = False
-        settled = is_target & possible
-        return None if (settled == possible).all() else settled
+        targets = is_target & possible
+        return None if (targets == possible).all() else targets
 
     @cached_property
     def id(self) -> bytes:
         """16 bytes: xxh3_128 of tag, L, token ids and document starts (little-endian uint32).
 
-        It depends on the content alone: not on the row, the batch, the padding or the machine. Where only some tokens
-        are targets, the tag is another, and their packed bits come before the document starts.
+        The id depends on the content alone: not on the row, the batch, the padding or the machine. If only some tokens
+        are targets, the tag is another, and the packed bits of ``is_target`` come before the document starts.
         """
         digest = xxhash.xxh3_128(ID_TAG if self.is_target is None else _TARGETS_TAG)
         digest.update(np.uint32(len(self.token_ids)).astype("<u4").tobytes())
@@ -121,7 +121,7 @@ def _int32(name: str, values: np.ndarray) -> np.ndarray:
 
 
 EMPTY_SAMPLE = Sample(np.zeros(1, np.int32), np.zeros(1, np.int32))
-"""One token and no valid position: fills the last batch of an epoch under DDP without counting in any loss."""
+"""One token and no valid position. It fills the last batch of an epoch under DDP without counting in any loss."""
 
 
 def record_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
@@ -133,7 +133,7 @@ def record_batch(samples: Sequence[Sample]) -> pa.RecordBatch:
 class SampleDataset(TorchDataset[Sample]):
     """N samples, read one at a time from a memory-mapped ``datasets.Dataset`` with the columns of ``FEATURES``.
 
-    A map-style dataset for ``torch.utils.data.DataLoader``. The same content twice is two rows with one id.
+    It is a map-style dataset for ``torch.utils.data.DataLoader``. Two rows with the same content have the same id.
 
     Raises:
         InputError: the dataset has other columns.
@@ -167,7 +167,7 @@ class SampleDataset(TorchDataset[Sample]):
         return (self[index] for index in range(len(self)))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "SampleDataset":
-        """The samples at these indices, in this order. The text is not copied."""
+        """The samples at these indices, in this order. The tokens are not copied."""
         return SampleDataset(self._rows.select([int(index) for index in indices]))
 
     @cached_property
@@ -177,7 +177,7 @@ class SampleDataset(TorchDataset[Sample]):
 
     @cached_property
     def digest(self) -> str:
-        """32 hexadecimal digits that tell the samples and their order."""
+        """32 hexadecimal digits that identify the samples and their order."""
         return xxhash.xxh3_128_hexdigest(b"".join(self.ids))
 
     @cached_property
@@ -201,7 +201,7 @@ class SampleDataset(TorchDataset[Sample]):
         return self._numbers("n_valid")
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """int64 [vocab_size]: how often each class occurs in the samples; ids beyond are left out."""
+        """int64 [vocab_size]: how often each class occurs in the samples. Greater token ids are left out."""
         counts = np.zeros(vocab_size, np.int64)
         for table in self._tables("token_ids"):
             for chunk in table["token_ids"].chunks:

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from selkd.data.corpus import Corpus, open_corpus
 from selkd.data.documents import Document, split_key
 from selkd.data.encoding import Encoder
-from selkd.data.packing import Fitting, Misfits
-from selkd.data.prompt_encoding import Marked
+from selkd.data.packing import Misfits, SampleMaker
+from selkd.data.prompt_encoding import EncodedDocument
 from selkd.data.samples import FEATURES, Sample, SampleDataset, record_batch
 from selkd.errors import InputError
 from selkd.files import new_folder
@@ -33,12 +33,12 @@ class Splits:
     """Training and held-out samples.
 
     Args:
-        train: the samples to train on, in the text's order.
+        train: the training samples, in the text's order.
         held_out: samples of documents whose content is in no training sample.
-        fingerprint: 32 hex digits of all that determines the samples.
-        documents: how many documents were read for both splits together.
-        train_tokens: tokens of the training samples.
-        misfits: which of the documents are not whole in the samples.
+        fingerprint: 32 hex digits of everything that determines the samples.
+        documents: the number of documents that were read for both splits together.
+        train_tokens: the number of tokens in the training samples.
+        misfits: how many documents are not in the samples, or only in part.
     """
 
     train: SampleDataset
@@ -52,16 +52,16 @@ class Splits:
 def load_splits(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, tokenizer_fingerprint: str, cache_dir: Path
 ) -> Splits:
-    """Tokenise the text of ``options``, or reuse what an earlier call stored under ``cache_dir/tokenised``.
+    """Tokenise the text of ``options``, or reuse the samples that an earlier call stored in ``cache_dir/tokenised``.
 
-    Each text is tokenised whole, with the tokenizer's own special tokens, and ends with its end-of-sequence token if it
-    has one; prompts and conversations as ``encoding.Encoder`` says. A document is held out iff xxh3_64(text, or what is
-    asked) / 2^64 < ``held_out_fraction``: by content alone, so a duplicate never lies in both splits. Reading stops
-    once the training samples fill ``data.tokens``, so held-out text is drawn from the same stretch of the corpus.
+    Each text is tokenised with the tokenizer's own special tokens and ends with its end-of-sequence token if it has
+    one; for prompts and conversations see ``encoding.Encoder``. A document is held out iff xxh3_64(its text or prompt)
+    / 2^64 < ``held_out_fraction``, so a duplicate never lies in both splits. Reading stops once the training samples
+    fill ``data.tokens``, so held-out text comes from the same stretch of the corpus.
 
     Raises:
-        InputError: no text; fewer tokens than one sample; a held-out split without a sample; stored samples that are
-            damaged; and as ``corpus.open_corpus`` and ``Corpus.documents``.
+        InputError: there is no text, there are fewer tokens than one sample, the held-out split has no sample, stored
+            samples are damaged, or as ``corpus.open_corpus`` and ``Corpus.documents``.
         RunError: the samples can't be written, or reading broke off.
     """
     corpus = open_corpus(options)
@@ -72,8 +72,8 @@ def load_splits(
         with new_folder(folder) as new:
             _write_splits(new, options, corpus, encoder)
     splits = _open(folder, fingerprint)
-    splits.misfits.tell(options.path, splits.documents, options.max_length)  # at every run, not only at the first
-    # A budget is filled until another sample might not fit; where more is missing, the text ended first.
+    splits.misfits.warn(options.path, splits.documents, options.max_length)  # at every run, not only at the first
+    # A budget is filled until another sample might not fit. If more is missing, the text was too short.
     if options.tokens is not None and splits.train_tokens <= options.tokens - options.max_length:
         _logger.warning(
             "data.tokens asks for %d training tokens; %s holds %d.", options.tokens, options.path, splits.train_tokens
@@ -82,13 +82,13 @@ def load_splits(
 
 
 def is_held_out(document: Document, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: decided by its content alone."""
+    """Whether a document belongs to the held-out split, by its content alone."""
     return xxhash.xxh3_64_intdigest(split_key(document).encode()) < fraction * 2**64
 
 
 def _fingerprint(options: DataOptions, corpus: Corpus, tokenizer_fingerprint: str, chat_template: str | None) -> str:
-    # Not the path, the configuration and the split, which the corpus's own fingerprint stands for where they matter;
-    # nor streaming, which changes how the text arrives but not the text.
+    # The corpus's fingerprint covers path, configuration and split as far as they matter; streaming does not change
+    # the text.
     fields = options.model_dump(exclude={"path", "name", "split", "streaming"})
     fields |= {"format": FORMAT_VERSION, "corpus": corpus.fingerprint, "tokenizer": tokenizer_fingerprint}
     fields["chat_template"] = chat_template
@@ -97,36 +97,36 @@ def _fingerprint(options: DataOptions, corpus: Corpus, tokenizer_fingerprint: st
 
 @dataclass
 class _Reading:
-    """One pass over the documents: yields those to train on, keeps those held out, and counts."""
+    """One pass over the documents: yields the training documents, keeps the held-out ones, and counts both."""
 
     options: DataOptions
     encoder: Encoder
-    held_out: list[Marked] = field(default_factory=list)
+    held_out: list[EncodedDocument] = field(default_factory=list)
     held_out_tokens: int = 0
     train_documents: int = 0
     held_out_documents: int = 0
     train_tokens: int = 0
 
-    def training_documents(self, documents: Iterable[Document]) -> Iterator[Marked]:
-        for document, sequences in self.encoder.encoded(documents):
-            tokens = sum(len(marked.token_ids) for marked in sequences)
+    def training_documents(self, documents: Iterable[Document]) -> Iterator[EncodedDocument]:
+        for document, encoded in self.encoder.encoded(documents):
+            tokens = sum(len(part.token_ids) for part in encoded)
             if not is_held_out(document, self.options.held_out_fraction):
                 self.train_documents += 1
                 self.train_tokens += tokens
-                yield from sequences
+                yield from encoded
             elif self.held_out_tokens < self.options.held_out_tokens:
-                self.held_out += sequences
+                self.held_out += encoded
                 self.held_out_documents += 1
                 self.held_out_tokens += tokens
 
 
 def _write_splits(folder: Path, options: DataOptions, corpus: Corpus, encoder: Encoder) -> None:
-    fitting, reading = Fitting(options), _Reading(options, encoder)
-    misfits, samples = fitting.misfits, fitting(reading.training_documents(corpus.documents()))
+    maker, reading = SampleMaker(options), _Reading(options, encoder)
+    misfits, samples = maker.misfits, maker(reading.training_documents(corpus.documents()))
     n_train, train_tokens = _write(folder / "train.arrow", samples, options.tokens, options.max_length)
     if n_train == 0 and misfits.too_long + misfits.unanswered:
         raise InputError(
-            f"data.path: of {options.path} nothing is left to train on: {misfits.too_long} prompts alone are longer "
+            f"data.path: {options.path} leaves nothing to train on: {misfits.too_long} prompts alone are longer "
             f"than data.max_length = {options.max_length}, and {misfits.unanswered} documents hold nothing to learn. "
             "Raise data.max_length, or give prompts with completions."
         )
@@ -136,8 +136,9 @@ def _write_splits(folder: Path, options: DataOptions, corpus: Corpus, encoder: E
             f"documents ({reading.held_out_documents} more were held out), fewer than one sample: data.max_length is "
             f"{options.max_length}, data.tokens is {options.tokens}. Give more text or lower data.max_length."
         )
-    held_out = fitting(reading.held_out)
-    n_held_out, _ = _write(folder / "held_out.arrow", held_out, options.held_out_tokens, options.max_length)
+    n_held_out, _ = _write(
+        folder / "held_out.arrow", maker(reading.held_out), options.held_out_tokens, options.max_length
+    )
     if n_held_out == 0 and options.held_out_fraction > 0:
         raise InputError(
             f"data.held_out_fraction: at {options.held_out_fraction}, {reading.held_out_documents} of "
@@ -157,7 +158,7 @@ def _write_splits(folder: Path, options: DataOptions, corpus: Corpus, encoder: E
 
 
 def _write(path: Path, samples: Iterable[Sample], budget: int | None, max_length: int) -> tuple[int, int]:
-    """Write the first samples, within a budget of tokens, as an Arrow stream; return how many and their tokens."""
+    """Write the first samples, within a budget of tokens, as an Arrow stream; return the numbers of both."""
     samples = _within(samples, budget, max_length)
     n_samples = n_tokens = 0
     bar = tqdm(total=budget, desc="tokenising", unit=" tokens", unit_scale=True, delay=2, disable=None)
@@ -172,11 +173,11 @@ def _write(path: Path, samples: Iterable[Sample], budget: int | None, max_length
 
 def _within(samples: Iterable[Sample], budget: int | None, max_length: int) -> Iterator[Sample]:
     """The first samples, until another one of ``max_length`` tokens might not fit in the budget."""
-    left = float("inf") if budget is None else budget
+    remaining = float("inf") if budget is None else budget
     for sample in samples:
         yield sample
-        left -= len(sample.token_ids)
-        if left < max_length:
+        remaining -= len(sample.token_ids)
+        if remaining < max_length:
             return
 
 

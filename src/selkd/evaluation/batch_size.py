@@ -1,7 +1,4 @@
-"""How many prompts go through a model together, from what one prompt needs and what memory is free.
-
-Legend: T tokens of the longest prompt with its answer, V classes.
-"""
+"""How many prompts go through a model together, from what one prompt needs and what memory is free."""
 
 from typing import Any
 
@@ -11,16 +8,16 @@ import torch
 from selkd.evaluation.evaluated_model import EvaluatedModel
 
 _MOST = 128
-_MOST_ON_CPU = 16  # a processor is busy with a few prompts; writing answers token by token, it is not
+_MOST_ON_CPU = 16  # a few prompts keep a processor busy, unless it writes answers token by token
 _BYTES_A_LOGIT = 12  # the logits, their float32 copy and its log-softmax
 _CANDIDATES = 8
 
 
 def rows_at_once(task: Any, model: EvaluatedModel) -> int:
-    """A batch size whose logits and key-value cache take at most a quarter of the memory that is free."""
+    """The batch size whose logits and key-value cache take at most a quarter of the free memory."""
     writes = task.OUTPUT_TYPE == "generate_until"
     config = model.model.config.get_text_config(decoder=True)
-    all_heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have a smaller state
+    all_heads = getattr(config, "num_attention_heads", None) or 1  # a model without attention needs less
     heads = getattr(config, "num_key_value_heads", None) or all_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // all_heads
     longest = _longest_prompt(task, model) + (answer_tokens(task) if writes else 0)
@@ -32,15 +29,15 @@ def rows_at_once(task: Any, model: EvaluatedModel) -> int:
 
 
 def answer_tokens(task: Any) -> int:
-    """How many tokens a written answer to one of the task's prompts may have."""
+    """The greatest number of tokens that a written answer of the task may have."""
     return int((task.get_config("generation_kwargs") or {}).get("max_gen_toks", 256))
 
 
 def _longest_prompt(task: Any, model: EvaluatedModel) -> int:
-    """How many tokens the longest of the prompts with the most characters has."""
+    """The most tokens that one of the prompts with the most characters has."""
     texts = ["".join(part for part in instance.args if isinstance(part, str)) for instance in task.instances]
-    texts.sort(key=len, reverse=True)
-    return max(len(model.tokenizer(text)["input_ids"]) for text in texts[:_CANDIDATES])
+    longest_texts = sorted(texts, key=len, reverse=True)[:_CANDIDATES]
+    return max(len(model.tokenizer(text)["input_ids"]) for text in longest_texts)
 
 
 def _free_bytes(device: torch.device) -> int:

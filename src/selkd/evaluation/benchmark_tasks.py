@@ -1,4 +1,4 @@
-"""From names of suites to results: what is measured, what was measured before, what had to be left out."""
+"""Benchmarks from their names to their results: which can be measured, and which were measured before."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +18,15 @@ from selkd.recipe.evaluation import SUITES, benchmarks_of
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """How benchmarks are measured.
+    """Which benchmarks are measured, and how.
 
     Attributes:
-        suite: suites, benchmarks or tasks by name; ``fidelity``, which is no benchmark, is passed over.
-        data: folders of local files; None: rows come from the hub.
-        limit: rows of a benchmark at most, spread evenly; None: all, or 1,000 training rows.
-        shots: solved examples before each question, where there are training rows to take them from.
-        chat_template: put each prompt into the tokenizer's chat template.
-        batch_size: None: chosen from the memory there is.
+        suite: names of suites, benchmarks or harness tasks. ``fidelity``, which is no benchmark, is skipped.
+        data: folders of local files; None: the harness loads the rows from the hub.
+        limit: the most rows of a benchmark, spread evenly; None: all rows, or 1,000 training rows.
+        shots: the number of solved examples before each question, where there are training rows to take them from.
+        chat_template: whether each prompt is put into the tokenizer's chat template.
+        batch_size: prompts at once; None: chosen from the free memory.
     """
 
     suite: Sequence[str]
@@ -37,11 +37,11 @@ class BenchmarkOptions:
     batch_size: int | None = None
 
     def left_out(self) -> list[str]:
-        """The suites' benchmarks that can't be measured because local data lacks them.
+        """The suites' benchmarks that have no file in the local folders, so they can't be measured.
 
         Raises:
-            InputError: a folder is not there, or a benchmark that was asked for by its own name, or all of a suite's,
-                has no local file.
+            InputError: a folder does not exist; a benchmark that ``suite`` names itself has no file; or no benchmark
+                of a suite has one.
         """
         if self.data is None:
             return []
@@ -59,10 +59,10 @@ class BenchmarkOptions:
 
 
 def load_benchmarks(options: BenchmarkOptions) -> dict[str, Any]:
-    """Name -> harness task, for every benchmark and task of the suites that can be measured. No model is needed.
+    """The harness's tasks by name, for every benchmark and task of the suites that can be measured.
 
     Raises:
-        InputError: as ``BenchmarkOptions.left_out`` and ``load_tasks``, or shots that none of them takes.
+        InputError: as ``BenchmarkOptions.left_out`` and ``load_tasks``; or ``shots`` is set and no task takes shots.
     """
     left_out = options.left_out()
     tasks: dict[str, Any] = {}
@@ -84,12 +84,13 @@ def measure_benchmarks(
     folder: Path | None = None,
     reuse: bool = True,
 ) -> dict[str, TaskResult]:
-    """Task -> its result, for every one of ``tasks``.
+    """The result of each task, by name.
 
     Args:
-        tasks: as ``load_benchmarks`` gives them.
-        folder: results are kept below it; None: nowhere.
-        reuse: results that were kept for the same model, task, rows, shots and precision are not measured again.
+        tasks: as ``load_benchmarks`` returns them.
+        folder: where results are kept, each in a folder of its own; None: nowhere.
+        reuse: whether a result that was kept for the same model, task, rows, shots and precision is read instead of
+            measured again.
 
     Raises:
         InputError: as ``require_answerable``.
@@ -128,7 +129,7 @@ def _measure(name: str, task: Any, rows: Sequence[int], model: EvaluatedModel, o
 
 
 def _scoring(task: Any) -> dict[str, Any]:
-    """What of a task's settings decides its scores, once its requests are known."""
+    """The task's settings that decide its scores, once its requests are known."""
     config = task.dump_config()
     parts = {name: config.get(name) for name in ("output_type", "metric_list", "filter_list", "process_results")}
     return {name: str(value) for name, value in parts.items()}

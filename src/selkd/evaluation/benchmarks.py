@@ -1,13 +1,13 @@
 """The benchmarks of the suites: which harness task, which rows, which metric counts, which local file.
 
-Prompts, answers' extraction and scores are the harness's own: a benchmark only says where its rows come from.
+The harness makes the prompts, extracts the answers and scores them; a benchmark here only names its rows.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 ACC = ("hellaswag", "piqa", "arc_easy", "gsm8k", "lambada")
-"""The benchmarks whose mean accuracy is the paper suite's Acc."""
+"""The paper suite's Acc is the mean accuracy of these benchmarks."""
 VALIDATION_ROWS = 1000
 
 
@@ -16,15 +16,15 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-        name: what ``--suite`` and the results call it.
-        yaml: the harness's file of the task, below its folder of tasks.
+        name: its name in ``--suite`` and in results.
+        yaml: the harness's file of the task, relative to its folder of tasks.
         split: the harness's split whose rows are measured.
-        files: split -> the local file's name in a ``--data`` folder.
-        fields: what each row must have, by the original field names.
+        files: the local file's name in a ``--data`` folder, by split.
+        fields: the fields that each row must have, under their original names.
         metric: the harness's metric (and, after a comma, its filter) that counts as this benchmark's accuracy.
         described: that metric in words.
-        rows: how many rows are measured if ``limit`` is not given; None: all.
-        overrides: the task's settings that differ, so that ``split`` is what is measured.
+        rows: the number of rows that are measured without a ``limit``; None: all.
+        overrides: settings that replace the task's own, so that the harness measures ``split``.
     """
 
     name: str
@@ -103,7 +103,7 @@ _LAMBADA = Benchmark(
 _IFEVAL = Benchmark(
     name="ifeval",
     yaml="ifeval/ifeval.yaml",
-    split="train",  # so the hub calls its only split
+    split="train",  # the hub's name for the only split
     files={"train": "ifeval_input_data.jsonl"},
     fields=("key", "prompt", "instruction_id_list", "kwargs"),
     metric="prompt_level_strict_acc",
@@ -112,7 +112,7 @@ _IFEVAL = Benchmark(
 
 
 def _on_training_rows(benchmark: Benchmark) -> Benchmark:
-    """The same benchmark on training rows, 1,000 of them unless a limit says otherwise."""
+    """The same benchmark on training rows, 1,000 of them unless there is a limit."""
     splits = {"test_split": None, "validation_split": "train"}
     name = f"{benchmark.name}_train"
     return replace(benchmark, name=name, split="train", rows=VALIDATION_ROWS, overrides=splits)
@@ -124,4 +124,4 @@ _ALL = (
     *map(_on_training_rows, (_GSM8K, _HELLASWAG, _PIQA)),
 )
 KNOWN = {benchmark.name: benchmark for benchmark in _ALL}
-"""Every benchmark by its name; they are those that ``selkd.recipe.evaluation`` lists."""
+"""Every benchmark by its name: the names that ``selkd.recipe.evaluation`` lists."""

@@ -1,4 +1,4 @@
-"""Calibration: does a model that says 70% turn out right 70% of the time?
+"""Calibration: is a model that is 70% sure right 70% of the time?
 
 Legend: N examples, K choices, R resamples.
 """
@@ -11,10 +11,13 @@ BINS = 15
 
 
 def choice_confidence(loglikelihoods: Sequence[float]) -> float:
-    """The greatest of the K choices' probabilities once they are made to add up to 1.
+    """The greatest of the K choices' probabilities, normalised to add up to 1.
 
-    The choices' summed log-likelihoods in nats, not divided by length, go through a softmax: the probability of the
-    choice that raw accuracy takes as the model's answer, given that one of the choices follows.
+    It is the probability of the choice that raw accuracy takes as the model's answer, given that one of the choices
+    follows: a softmax of the summed log-likelihoods, which are not divided by length.
+
+    Args:
+        loglikelihoods: [K], in nats.
     """
     shifted = np.asarray(loglikelihoods, dtype=np.float64)
     shifted = np.exp(shifted - shifted.max())
@@ -22,17 +25,17 @@ def choice_confidence(loglikelihoods: Sequence[float]) -> float:
 
 
 def bin_of(confidence: np.ndarray) -> np.ndarray:
-    """int64 [N]: which of 15 bins of equal width a confidence lies in; a bin holds its upper edge, the first also 0."""
+    """The bin of each confidence, int64 [N]: one of 15 of equal width, upper edges included."""
     return np.clip(np.ceil(np.asarray(confidence) * BINS).astype(np.int64) - 1, 0, BINS - 1)
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """ECE: over the bins, the mean of |mean confidence - share that was right|, each bin weighed by its examples.
+    """The mean over bins of |mean confidence - share of right answers|, weighted by each bin's number of examples.
 
     Args:
         confidence: [N] in 0 to 1.
         correct: [N], 1 where the answer was right, else 0.
-        weights: [R, N], how often each example counts in each resample.
+        weights: [R, N], how often an example occurs in a resample.
 
     Returns:
         float64 [R].

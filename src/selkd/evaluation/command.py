@@ -1,4 +1,4 @@
-"""``selkd eval``: one model or several, their suites, and the first against each of the others."""
+"""``selkd eval``: the suites on one model or several, and the first model compared with each of the others."""
 
 import os
 from collections.abc import Sequence
@@ -31,22 +31,22 @@ def evaluate_models(
     dtype: str = "auto",
     out: Path = Path("evals"),
 ) -> dict[str, Any]:
-    """The answer of ``selkd eval``, plain data: ``models`` with their figures, and ``comparisons``.
+    """Measure the models and return the answer of ``selkd eval`` as plain data: ``models`` and ``comparisons``.
 
-    What can't be used is refused before any weights are loaded.
+    Bad input is refused before any weights are loaded.
 
     Args:
-        models: ``[NAME=]MODEL`` each.
-        benchmarks: suites, and how their benchmarks are measured.
-        text: on what fidelity is measured.
-        teacher: for KL and agreement; None: perplexity alone.
-        dtype: ``auto`` or a name.
-        out: every result is kept below it, a folder for each model, and not measured again.
+        models: ``[NAME=]MODEL`` strings.
+        benchmarks: the suites, and how their benchmarks are measured.
+        text: the text that fidelity is measured on.
+        teacher: the teacher of KL and agreement; None: perplexity alone is measured.
+        dtype: ``auto`` or the name of a dtype.
+        out: the folder that keeps every result, in a folder for each model; a kept result is not measured again.
 
     Raises:
-        InputError: a model, suite, text, data or folder that can't be used, an option that has no effect, or two models
-            of one name.
-        RunError: memory or disk refused.
+        InputError: a model, suite, text, data or folder can't be used, an option has no effect, or two models have the
+            same name.
+        RunError: memory ran out or the disk refused.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("selkd eval runs in one process; start it without torchrun.")
@@ -56,39 +56,46 @@ def evaluate_models(
     _require_effect(options, text, teacher)
     left_out = options.left_out()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ours = [find_model(model, dtype, device) for model in models]
-    names = [model.name for model in ours]
+    students = [find_model(model, dtype, device) for model in models]
+    names = [student.name for student in students]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two models are called {repeated[0]!r}; tell them apart with NAME=MODEL.")
-    theirs = None if teacher is None else find_model(teacher, dtype, device)
+    fidelity_teacher = None if teacher is None else find_model(teacher, dtype, device)
     tasks = load_benchmarks(options)
-    for model in ours:
-        require_answerable(tasks, model, options.chat_template)
+    for student in students:
+        require_answerable(tasks, student, options.chat_template)
         if "fidelity" in options.suite:
-            text_windows(model, theirs, text)
+            text_windows(student, fidelity_teacher, text)
     require_writable(out)
     results, answers = [], []
-    for model in ours:
-        folder = out / f"{Path(model.source).name}-{digest(model.identity)[:8]}"
-        measured: dict[str, TaskResult] = {}
+    for student in students:
+        folder = out / f"{Path(student.source).name}-{digest(student.identity)[:8]}"
+        student_results: dict[str, TaskResult] = {}
         if "fidelity" in options.suite:
-            measured["fidelity"] = measure_fidelity(model, theirs, text, folder)
-            if theirs is not None:
-                theirs.weights.release()
-        measured |= measure_benchmarks(model, tasks, options, folder)
-        model.weights.release()
-        about = {"name": model.name, "model": model.source, "fingerprint": model.fingerprint, "dtype": model.dtype_name}
-        answers.append({**about, **summarise(measured, options.suite, left_out)})
-        results.append(measured)
+            student_results["fidelity"] = measure_fidelity(student, fidelity_teacher, text, folder)
+            if fidelity_teacher is not None:
+                fidelity_teacher.weights.release()
+        student_results |= measure_benchmarks(student, tasks, options, folder)
+        student.weights.release()
+        answers.append(
+            {
+                "name": student.name,
+                "model": student.source,
+                "fingerprint": student.fingerprint,
+                "dtype": student.dtype_name,
+                **summarise(student_results, options.suite, left_out),
+            }
+        )
+        results.append(student_results)
     comparisons = [
-        {"model": names[0], "against": name, **compare(results[0], measured)}
-        for name, measured in zip(names[1:], results[1:], strict=True)
+        {"model": names[0], "against": name, **compare(results[0], other_results)}
+        for name, other_results in zip(names[1:], results[1:], strict=True)
     ]
     return {**asdict(options), "resamples": RESAMPLES, "models": answers, "comparisons": comparisons}
 
 
 def _require_effect(benchmarks: BenchmarkOptions, text: FidelityOptions, teacher: str | None) -> None:
-    """Raises InputError if something was given that nothing of the suite looks at."""
+    """Raises InputError if an option is set that no part of the suite reads."""
     suite = benchmarks.suite
     options = {"teacher": teacher, **vars(text), **vars(benchmarks)}
     defaults = {"teacher": None, **vars(FidelityOptions()), **vars(BenchmarkOptions(suite))}

@@ -1,4 +1,4 @@
-"""A model under evaluation: its name, its identity, and its weights, loaded only if something is to be measured."""
+"""A model under evaluation: its name, its identity, and its weights, which are loaded only if they are needed."""
 
 import json
 from dataclasses import dataclass
@@ -22,14 +22,13 @@ class EvaluatedModel:
     """A model to measure.
 
     Attributes:
-        name: what people call it.
-        source: the folder or hub id that it came from.
-        fingerprint: of weights and configuration.
-        dtype: of the products; weights of another dtype are used under autocast.
-        positions: how many positions it was made for; None: no limit.
-        weights: loads the model, in evaluation mode, when it is first asked for.
-        tokenizer: its tokenizer.
-        generation: the settings that it writes text with, such as a repetition penalty, in whatever form.
+        name: its name in results.
+        source: its folder or hub id.
+        fingerprint: the fingerprint of its weights and configuration.
+        dtype: the dtype of its products; weights of another dtype run under autocast.
+        positions: the most positions that it takes; None: no limit.
+        weights: loads the model, in evaluation mode, on first use.
+        generation: the text of its generation settings, such as a repetition penalty.
     """
 
     name: str
@@ -47,33 +46,33 @@ class EvaluatedModel:
 
     @property
     def dtype_name(self) -> str:
-        """``float32``, as a recipe calls it."""
+        """The dtype as a recipe spells it, such as ``float32``."""
         return str(self.dtype).removeprefix("torch.")
 
     @cached_property
     def identity(self) -> str:
-        """What decides its answers: weights, configuration, tokenizer and settings for writing text."""
+        """A string of all that decides the model's answers: weights, configuration, tokenizer, generation settings."""
         return f"{self.fingerprint} {tokenizer_fingerprint(self.tokenizer)} {digest(self.generation)}"
 
 
-def find_model(wanted: str, dtype: str, device: torch.device) -> EvaluatedModel:
-    """The model that ``[NAME=]MODEL`` names: ``demo``, a local folder, a run's folder (its student) or a hub id.
+def find_model(argument: str, dtype: str, device: torch.device) -> EvaluatedModel:
+    """The model of an argument ``[NAME=]MODEL``: ``demo``, a local folder, a run's folder (its student) or a hub id.
 
     Raises:
-        InputError: no such model, or an empty name.
+        InputError: there is no such model, or the name or the model is empty.
     """
-    name, equals, model = wanted.partition("=")
-    if not equals or Path(wanted).expanduser().is_dir():  # a folder's name may hold the sign
-        name, model = "", wanted
+    name, equals, model = argument.partition("=")
+    if not equals or Path(argument).expanduser().is_dir():  # a folder's name may contain "="
+        name, model = "", argument
     elif not name:
         model = ""
     if not model:
-        raise InputError(f"{wanted!r}: expected MODEL or NAME=MODEL.")
+        raise InputError(f"{argument!r}: expected MODEL or NAME=MODEL.")
     folder = Path(model).expanduser()
     if (folder / RECORD).is_file():
         name = name or _run_name(folder)
         if not (folder / "student").is_dir():
-            raise InputError(f"{folder}: a run without a finished student. Finish it with selkd distill.")
+            raise InputError(f"{folder} is a run without a finished student. Finish it with selkd distill.")
         model = str(folder / "student")
     source = locate(model, default_cache_dir())
     model_dtype = resolve_dtype(dtype, device)

@@ -15,7 +15,7 @@ from selkd.maths.finite import not_finite
 from selkd.models.pair import ModelPair
 
 ENTROPY_EDGES = (0.1, 0.5, 1.0, 2.0, 4.0)
-"""Where the buckets of the teacher's entropy end, in nats; the last one is open."""
+"""The upper ends of the buckets of the teacher's entropy, in nats; the last bucket is open."""
 STATISTICS = ("student_entropy", "teacher_entropy", "student_ce", "teacher_ce", "kl", "reverse_kl")
 _SUMMED = ("student_ce", "teacher_ce", "kl", "top1_agreement")
 _MEANS = ("cross_entropy_nats", "teacher_cross_entropy_nats", "kl_nats", "top1_agreement")
@@ -27,15 +27,15 @@ class Fidelity:
 
     Attributes:
         perplexity: exp of the student's mean cross-entropy with the text.
-        kl_nats: mean KL(p || q) of teacher and student, temperature 1.
-        top1_agreement: share of positions at which both rank the same class first.
-        teacher_perplexity: the teacher's own.
-        positions: how many positions were measured.
-        teacher_tokens: tokens that the teacher ran on, padding included.
-        sums: float64 [S, K, 5]: for each sample and bucket the positions, the student's and the teacher's
-            cross-entropy, the KL and the agreements, all summed.
-        statistics: what position metrics are made of (``STATISTICS``), float32 [N] each.
-        sample_of: the sample of each position, int64 [N]; those of a sample are in their order.
+        kl_nats: the mean KL(p || q) of teacher p and student q at temperature 1.
+        top1_agreement: the share of positions at which both rank the same class first.
+        teacher_perplexity: exp of the teacher's mean cross-entropy with the text.
+        positions: the number of positions measured.
+        teacher_tokens: the number of tokens that the teacher ran on, padding included.
+        sums: float64 [S, K, 5], the sums over each sample and bucket: positions, the student's cross-entropy, the
+            teacher's cross-entropy, KL, agreements.
+        statistics: ``STATISTICS`` by name, float32 [N] each; position metrics are computed from them.
+        sample_of: the sample of each position, int64 [N]; the positions of one sample are in order.
     """
 
     perplexity: float
@@ -49,37 +49,38 @@ class Fidelity:
     sample_of: Tensor
 
     def by_entropy(self) -> list[dict[str, float | int | None]]:
-        """The means by bucket of the teacher's entropy, as plain data: positions are the same for every student.
+        """The means within each bucket of the teacher's entropy, as plain data.
 
-        Each has ``from_nats`` and ``to_nats``, the range (``to_nats`` is not in it, None: open), ``positions``, how
-        many there are, and as in ``Fidelity``, None where there are none, ``kl_nats``, ``top1_agreement``, and
-        ``cross_entropy_nats`` and ``teacher_cross_entropy_nats`` in place of their exponentials.
+        The teacher's entropy does not depend on the student, so the buckets of two students hold the same positions.
+        A bucket has its range ``from_nats`` to ``to_nats`` (exclusive; None: open), its number of ``positions``, and
+        the means ``cross_entropy_nats``, ``teacher_cross_entropy_nats``, ``kl_nats`` and ``top1_agreement``, None
+        without a position.
         """
         buckets = []
         starts, ends = (0.0, *ENTROPY_EDGES), (*ENTROPY_EDGES, None)
         for (count, *sums), start, end in zip(self.sums.sum(dim=0).tolist(), starts, ends, strict=True):
             means = [total / count if count else None for total in sums]
-            of_range = {"from_nats": start, "to_nats": end, "positions": int(count)}
-            buckets.append(of_range | dict(zip(_MEANS, means, strict=True)))
+            bucket = {"from_nats": start, "to_nats": end, "positions": int(count)}
+            buckets.append(bucket | dict(zip(_MEANS, means, strict=True)))
         return buckets
 
 
 def fidelity(models: ModelPair, samples: SampleDataset, description: str = "evaluating") -> Fidelity:
     """Measure the student against its teacher on every valid position of ``samples``.
 
-    Sums are float64, and there is one division. Several processes share the work; each returns the whole result.
+    Sums are float64, divided once at the end. Several processes share the work, and each returns the full result.
 
     Raises:
         RunError: a figure is not finite.
     """
     names = (*STATISTICS, "top1_agreement")
 
-    def kept(group: list[int], valid_mask: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def columns_of(group: list[int], valid_mask: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         row_of = valid_mask.nonzero()[:, 0].cpu()
         return torch.tensor(group)[row_of], torch.stack([statistics[name] for name in names]).cpu()
 
-    parts, tokens = over_samples(names, samples, models, kept, description)
-    sample_of = torch.cat([owners for owners, _ in parts])
+    parts, tokens = over_samples(names, samples, models, columns_of, description)
+    sample_of = torch.cat([indices for indices, _ in parts])
     statistics = dict(zip(names, torch.cat([columns for _, columns in parts], dim=1), strict=True))
     sums = _sums(statistics, sample_of, len(samples))
     positions, student_nll, teacher_nll, kl, agreed = sums.sum(dim=(0, 1)).tolist()

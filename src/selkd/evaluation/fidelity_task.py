@@ -1,6 +1,6 @@
 """Fidelity as a task of ``selkd eval``: on any text, against any teacher of the family, an example a window of text.
 
-Without a teacher there is perplexity alone, and the buckets are of the model's own entropy.
+Without a teacher it measures perplexity alone, with buckets of the model's own entropy.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from selkd.data.corpus import open_corpus
 from selkd.data.encoding import Encoder
-from selkd.data.packing import Fitting
+from selkd.data.packing import SampleMaker
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.evaluated_model import EvaluatedModel
@@ -24,23 +24,23 @@ from selkd.recipe.recipe import DataOptions
 
 WINDOW_TOKENS = 512
 WINDOWS = 32
-# metric, kind of measure, column of ``Fidelity.sums`` (0 holds the positions), whether higher is better
+# Metric, kind of measure, column of ``Fidelity.sums`` (column 0 counts positions), whether higher is better.
 _COLUMNS = (
     ("perplexity", "exp_ratio", 1, False),
     ("kl_nats", "ratio", 3, False),
     ("top1_agreement", "ratio", 4, True),
 )
-_OF_MODEL = ("from_nats", "to_nats", "positions", "cross_entropy_nats")  # what a bucket says without a teacher
+_WITHOUT_TEACHER = ("from_nats", "to_nats", "positions", "cross_entropy_nats")  # a bucket's keys
 
 
 @dataclass(frozen=True)
 class FidelityOptions:
-    """On what fidelity is measured.
+    """The text that fidelity is measured on.
 
     Attributes:
-        text: as a recipe's ``data.path``.
-        text_field, prompt_field, completion_field, messages_field, template: as a recipe's ``data`` has them.
-        windows: windows of text at most, from its beginning; None: 32.
+        text: a recipe's ``data.path``.
+        windows: the most windows, taken from the text's beginning; None: 32.
+        text_field, prompt_field, completion_field, messages_field, template: the keys of a recipe's ``data``.
     """
 
     text: str = "demo"
@@ -53,32 +53,33 @@ class FidelityOptions:
 
 
 def measure_fidelity(
-    subject: EvaluatedModel, teacher: EvaluatedModel | None, options: FidelityOptions, folder: Path | None = None
+    student: EvaluatedModel, teacher: EvaluatedModel | None, options: FidelityOptions, folder: Path | None = None
 ) -> TaskResult:
-    """Perplexity, and with a teacher KL and top-1 agreement, over windows of up to 512 tokens of packed text.
+    """Measure perplexity, and with a teacher KL and top-1 agreement, over ``text_windows``.
 
-    ``folder``: the result is kept below it, and read from there where the same was measured before.
+    Args:
+        folder: where the result is kept, and read from if it was measured before; None: nowhere.
 
     Raises:
         InputError: as ``text_windows``.
     """
-    samples = text_windows(subject, teacher, options)
+    samples = text_windows(student, teacher, options)
     fingerprint = {
-        "model": subject.identity,
-        "dtype": subject.dtype_name,
+        "model": student.identity,
+        "dtype": student.dtype_name,
         "teacher": teacher.identity if teacher is not None else None,
         "teacher_dtype": teacher.dtype_name if teacher is not None else None,
         "samples": digest([sample_id.hex() for sample_id in samples.ids]),
     }
-    return find_or_measure(folder, "fidelity", fingerprint, partial(_measured, subject, teacher, samples))
+    return find_or_measure(folder, "fidelity", fingerprint, partial(_measure, student, teacher, samples))
 
 
-def _measured(subject: EvaluatedModel, teacher: EvaluatedModel | None, samples: SampleDataset) -> Measured:
-    measured = _fidelity(subject, teacher or subject, samples)
+def _measure(student: EvaluatedModel, teacher: EvaluatedModel | None, samples: SampleDataset) -> Measured:
+    measured = _fidelity(student, teacher or student, samples)
     columns = _COLUMNS if teacher is not None else _COLUMNS[:1]
     buckets = measured.by_entropy()
     if teacher is None:
-        buckets = [{key: bucket[key] for key in _OF_MODEL} for bucket in buckets]
+        buckets = [{key: bucket[key] for key in _WITHOUT_TEACHER} for bucket in buckets]
     return Measured(
         examples=[
             {"row": row, "measures": {name: [sums[column], sums[0]] for name, _, column, _ in columns}}
@@ -96,36 +97,37 @@ def _measured(subject: EvaluatedModel, teacher: EvaluatedModel | None, samples: 
     )
 
 
-def _fidelity(subject: EvaluatedModel, teacher: EvaluatedModel, samples: SampleDataset) -> Fidelity:
+def _fidelity(student: EvaluatedModel, teacher: EvaluatedModel, samples: SampleDataset) -> Fidelity:
     sizes = {}
-    for role, model in (("model", subject.model), ("teacher", teacher.model)):
+    for role, model in (("model", student.model), ("teacher", teacher.model)):
         check_head(model)
         check_packing(model)
         sizes[role] = head_of(model).vocab_size
-    vocab_size = shared_classes(sizes, subject.tokenizer)
-    models = ModelPair(lambda: subject.model, lambda: teacher.model, subject.tokenizer, vocab_size, subject.dtype)
+    vocab_size = shared_classes(sizes, student.tokenizer)
+    models = ModelPair(lambda: student.model, lambda: teacher.model, student.tokenizer, vocab_size, student.dtype)
     return fidelity(models, samples, "measuring fidelity")
 
 
-def text_windows(subject: EvaluatedModel, teacher: EvaluatedModel | None, options: FidelityOptions) -> SampleDataset:
-    """The first windows of the text, packed, each as long as both have positions for, 512 tokens at most.
+def text_windows(student: EvaluatedModel, teacher: EvaluatedModel | None, options: FidelityOptions) -> SampleDataset:
+    """The first windows of the packed text, of 512 tokens or as many as both models have positions for.
 
-    Prompts with completions stay whole: longer ones are cut, or left out where the prompt alone fills a window. No
-    weights are needed.
+    A prompt with its completion stays in one window: what exceeds the window is cut off, and a prompt that fills a
+    window alone is left out. No weights are loaded.
 
     Raises:
-        InputError: no such text, too little of it, prompts without completions, or a teacher with another tokenizer.
+        InputError: there is no such text or too little of it, prompts have no completions, or the teacher has another
+            tokenizer.
     """
     if teacher is not None:
-        require_same_tokenizer(teacher.tokenizer, subject.tokenizer)
-    limits = [model.positions for model in (subject, teacher) if model is not None]
+        require_same_tokenizer(teacher.tokenizer, student.tokenizer)
+    limits = [model.positions for model in (student, teacher) if model is not None]
     length = min([WINDOW_TOKENS, *(limit for limit in limits if limit is not None)])
     fields = {name: value for name, value in vars(options).items() if name not in ("text", "windows")}
     data = parse_part(DataOptions, {"path": options.text, "max_length": length, **fields}, "data")
     if data.is_prompt_only:
         raise InputError("prompt_field: fidelity is measured on completions; give completion_field.")
-    encoded = Encoder(data, subject.tokenizer).encoded(open_corpus(data).documents())
-    windows = Fitting(data)(marked for _, sequences in encoded for marked in sequences)
+    encoded = Encoder(data, student.tokenizer).encoded(open_corpus(data).documents())
+    windows = SampleMaker(data)(document for _, documents in encoded for document in documents)
     samples = list(islice(windows, options.windows or WINDOWS))
     if not samples:
         raise InputError(f"text: {options.text} is shorter than one window of {length} tokens. Give more text.")

@@ -1,7 +1,7 @@
 """lm-evaluation-harness as a library: its tasks, its prompts, its scores, on a model that is already in memory.
 
-What it is not left to: the batch size (its own search assumes that running out of memory raises an error), the
-softmax's precision (it would follow the model's, and bfloat16 has three digits), and local rows.
+selkd decides three things itself: the batch size (the harness's search relies on an error when memory runs out), the
+softmax's precision (the harness would take the model's, and bfloat16 has three digits), and local rows.
 """
 
 import logging
@@ -28,26 +28,27 @@ from selkd.maths.finite import not_finite
 from selkd.models.sources import default_cache_dir
 from selkd.recipe.evaluation import task_manager
 
-_SHOTS_SEED = 1234  # the harness's default
+_SHOTS_SEED = 1234  # the default of the harness
 
 
 def load_tasks(name: str, data: Sequence[str | Path] | None, shots: int) -> dict[str, Any]:
-    """Name -> harness task, for a benchmark, a task or a group of tasks.
+    """The harness's tasks, by name, of a benchmark, a task or a group of tasks.
 
     Args:
-        name: a benchmark of ``KNOWN``, or whatever the harness knows.
-        data: folders of local files; None: rows come from the hub.
-        shots: solved examples before each question, where there are training rows to take them from.
+        name: a benchmark of ``KNOWN``, or a task or group of the harness.
+        data: folders of local files; None: the harness loads the rows from the hub.
+        shots: the number of solved examples before each question, where there are training rows to take them from.
 
     Raises:
-        InputError: an unknown name, no local form, rows that are not there or can't be fetched.
+        InputError: the name is unknown, local folders are given for a task without local form, or the rows are missing
+            or can't be fetched.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are no news here
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings concern its own command line
     disable_progress_bars()
     benchmark = KNOWN.get(name)
     if benchmark is None and data is not None:
         raise InputError(
-            f"{name}: has no local form; those are {', '.join(KNOWN)}. Measure it in a call of its own, without data."
+            f"{name}: has no local form; only {', '.join(KNOWN)} have. Measure it in a call of its own, without data."
         )
     try:
         if "ifeval" in name:
@@ -60,7 +61,7 @@ def load_tasks(name: str, data: Sequence[str | Path] | None, shots: int) -> dict
             if benchmark
             else "Is there a network?"
         )
-        raise InputError(f"{name}: its rows can't be had ({type(error).__name__}: {reason:.200}). {advice}") from error
+        raise InputError(f"{name}: can't load its rows ({type(error).__name__}: {reason:.200}). {advice}") from error
     for task in tasks.values():
         task.set_fewshot_seed(seed=_SHOTS_SEED)
     return tasks
@@ -91,10 +92,11 @@ def _load_by_name(name: str, shots: int) -> dict[str, Any]:
 
 
 def require_answerable(tasks: Mapping[str, Any], model: EvaluatedModel, chat_template: bool) -> None:
-    """Check that the model can be asked the tasks, without loading its weights.
+    """Check, without loading the weights, that the model can be measured on the tasks.
 
     Raises:
-        InputError: answers may be longer than the model has positions, or the chat template is not there or not used.
+        InputError: answers may take more positions than the model has, the tokenizer has no chat template, or a task
+            can't use one.
     """
     for name, task in tasks.items():
         if chat_template and not model.tokenizer.chat_template:
@@ -113,10 +115,10 @@ def require_answerable(tasks: Mapping[str, Any], model: EvaluatedModel, chat_tem
 
 
 def spread_rows(n_rows: int, limit: int | None) -> Sequence[int]:
-    """``limit`` row numbers spread evenly over ``n_rows``; all of them where there are no more.
+    """``limit`` row numbers spread evenly over ``n_rows``; all of them if there are no more.
 
-    Evenly, because benchmarks are sorted: the first rows of HellaSwag are all of one kind. All rows are a range, no
-    list: the harness looks each row up in it.
+    Benchmarks are sorted, so the first rows would not represent them: those of HellaSwag are all of one kind. All rows
+    are a range, in which the harness finds a row faster than in a list.
     """
     if limit is None or limit >= n_rows:
         return range(n_rows)
@@ -134,51 +136,49 @@ def run_task(
     """Measure ``model`` on some rows of a task.
 
     Args:
-        task: its requests for these rows built.
-        rows: ascending row numbers, of ``spread_rows``.
-        chat_template: put each prompt into the tokenizer's chat template.
-        batch_size: None: chosen from the memory there is. It is halved when memory runs out.
+        task: a task whose requests for these rows are built.
+        rows: ascending row numbers, as ``spread_rows`` returns them.
+        chat_template: whether each prompt is put into the tokenizer's chat template.
+        batch_size: prompts at once, halved whenever memory runs out; None: chosen from the free memory.
 
     Returns:
-        ``details`` are ``prompts_cut``, how many prompts were cut from the left to fit, and ``model_tokens``, how many
-        tokens of prompt and answer the model takes.
+        The result. Its ``details`` are ``prompts_cut``, the number of prompts that were cut from the left to fit, and
+        ``model_tokens``, the most tokens of prompt and answer that the model takes.
 
     Raises:
-        RunError: not even one example at a time fits in memory, or the model's answers or their scores are not finite.
+        RunError: a single example does not fit in memory, or the model's answers or their scores are not finite.
     """
+    from lm_eval.evaluator import evaluate
+
     size = batch_size or rows_at_once(task, model)
     while True:
         lm = _language_model(model, size)
         try:
             with _numbers_required(name, model.model):
-                results = _evaluate(name, task, rows, lm, chat_template)
-                measured = _read_results(name, task, results, _cut(task, rows, lm), lm.max_length)
+                results = evaluate(
+                    lm=lm,
+                    task_dict={"tasks": {name: task}},
+                    samples={name: rows},
+                    bootstrap_iters=0,
+                    log_samples=True,
+                    apply_chat_template=chat_template,
+                    fewshot_as_multiturn=chat_template,
+                )
+                measured = _read_results(name, task, results, _cut_rows(task, rows, lm), lm.max_length)
                 if name == "lambada":
-                    _add_ece(measured, greedy_confidences(model, _last_words(task, lm), size))
+                    measured.kinds["ece"] = "ece"
+                    confidences = greedy_confidences(model, _last_words(task, lm), size)
+                    for example, (confidence, is_right) in zip(measured.examples, confidences, strict=True):
+                        example["measures"]["ece"] = [confidence, float(is_right)]
             _require_finite(name, measured)
             return measured
-        except OverflowError:  # the harness takes an exponential, such as a perplexity
+        except OverflowError:  # of an exponential that the harness takes, such as a perplexity
             raise not_finite(f"{name}: one of its figures", math.inf) from None
         except torch.OutOfMemoryError:
             if size == 1:
                 raise RunError(f"{name}: one example at a time is too much for this device's memory.") from None
             size = size // 2
             torch.cuda.empty_cache()
-
-
-def _evaluate(name: str, task: Any, rows: Sequence[int], lm: Any, chat_template: bool) -> dict[str, Any]:
-    from lm_eval.evaluator import evaluate
-
-    results: dict[str, Any] = evaluate(
-        lm=lm,
-        task_dict={"tasks": {name: task}},
-        samples={name: rows},
-        bootstrap_iters=0,
-        log_samples=True,
-        apply_chat_template=chat_template,
-        fewshot_as_multiturn=chat_template,
-    )
-    return results
 
 
 def _language_model(model: EvaluatedModel, batch_size: int) -> Any:
@@ -197,9 +197,9 @@ def _language_model(model: EvaluatedModel, batch_size: int) -> Any:
 
 @contextmanager
 def _numbers_required(name: str, model: PreTrainedModel) -> Iterator[None]:
-    """Inside, logits that are no numbers raise RunError: a choice or a written answer would not show them.
+    """Within the block, NaN logits raise RunError; neither a choice nor a written answer would show them.
 
-    The last position is looked at, for that one is never padding on the left.
+    The last position is checked because it is never padding on the left.
     """
 
     def check(_module: Any, _inputs: Any, output: Any) -> None:
@@ -226,11 +226,11 @@ def _require_finite(name: str, measured: Measured) -> None:
             raise not_finite(f"{name}, {metric}", figure)
 
 
-def _cut(task: Any, rows: Sequence[int], lm: Any) -> set[int]:
-    """The rows whose prompt, with an answer or the room for one, the harness cuts from the left to fit."""
+def _cut_rows(task: Any, rows: Sequence[int], lm: Any) -> set[int]:
+    """The rows whose prompt, together with its answer or the room for one, the harness cuts from the left to fit."""
     from lm_eval.models.huggingface import normalize_gen_kwargs
 
-    cut = set()
+    cut_rows = set()
     for instance in task.instances:
         if instance.request_type == "loglikelihood":
             prompt, answer = instance.args
@@ -239,13 +239,14 @@ def _cut(task: Any, rows: Sequence[int], lm: Any) -> set[int]:
             prompt, settings = instance.args
             needed = len(lm.tok_encode(prompt)) + normalize_gen_kwargs(settings, lm.max_gen_toks)["max_gen_toks"]
         else:
-            continue  # a rolling log-likelihood reads the whole text, window by window
+            continue  # a rolling log-likelihood reads the entire text, window by window
         if needed > lm.max_length:
-            cut.add(rows[instance.doc_id])  # the harness numbers the rows that it was given
-    return cut
+            cut_rows.add(rows[instance.doc_id])  # doc_id counts the measured rows
+    return cut_rows
 
 
-def _read_results(name: str, task: Any, results: Mapping[str, Any], cut: set[int], max_length: int) -> Measured:
+def _read_results(name: str, task: Any, results: Mapping[str, Any], cut_rows: set[int], max_length: int) -> Measured:
+    """The harness's results as ``Measured``, with the ECE of multiple choices added."""
     examples: dict[int, dict[str, Any]] = {}
     kinds: dict[str, str] = {}
     samples, aggregations = results["samples"][name], task.aggregation()
@@ -258,7 +259,7 @@ def _read_results(name: str, task: Any, results: Mapping[str, Any], cut: set[int
             "target": target if isinstance(target, str | int | float | list) else str(target),
             "responses": [response[0] for response in sample["resps"]],
             "measures": {},
-            "cut": row in cut,
+            "cut": row in cut_rows,
         }
         measures = examples.setdefault(row, example)["measures"]
         for metric in sample["metrics"]:
@@ -277,27 +278,24 @@ def _read_results(name: str, task: Any, results: Mapping[str, Any], cut: set[int
             label = key if several else metric
             figures[label] = float(value)
             better[label] = bool(task.higher_is_better().get(metric, True))
-    details = {"prompts_cut": len(cut), "model_tokens": max_length}
+    details = {"prompts_cut": len(cut_rows), "model_tokens": max_length}
     return Measured([examples[row] for row in sorted(examples)], kinds, figures, better, details)
 
 
 def _last_words(task: Any, lm: Any) -> list[tuple[list[int], list[int]]]:
-    """Tokens of context and last word of LAMBADA's examples, in the order of their rows, as the harness scores them."""
+    """The tokens of context and last word of LAMBADA's examples, in the order of rows, as the harness scores them."""
     pairs = []
     for instance in sorted(task.instances, key=lambda instance: instance.doc_id):
         context, word = lm._encode_pair(*instance.args)
-        pairs.append((context[-(lm.max_length + 1 - len(word)) :], word))  # a long context loses its beginning
+        pairs.append((context[-(lm.max_length + 1 - len(word)) :], word))  # cut from the left, as the harness does
     return pairs
 
 
-def _add_ece(measured: Measured, confidences: list[tuple[float, bool]]) -> None:
-    measured.kinds["ece"] = "ece"
-    for example, (confidence, is_right) in zip(measured.examples, confidences, strict=True):
-        example["measures"]["ece"] = [confidence, float(is_right)]
-
-
 def _numbers(aggregation: Any, value: Any) -> tuple[str, list[float]] | None:
-    """Kind and numbers of ``ExampleMeasures`` for what the harness aggregates so; None for other aggregations."""
+    """The kind and the two numbers of ``ExampleMeasures`` for a value that the harness aggregates in this way.
+
+    None if the aggregation can't be written as a ratio of sums.
+    """
     match getattr(aggregation, "__name__", ""):
         case "mean" if isinstance(value, bool | int | float):
             return "ratio", [float(value), 1.0]

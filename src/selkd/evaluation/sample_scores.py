@@ -1,4 +1,4 @@
-"""Scoring: one pass of the frozen initial student over all samples, one number each."""
+"""Scoring: one pass of the frozen initial student over all samples gives each sample one number."""
 
 import numpy as np
 from torch import Tensor
@@ -14,25 +14,25 @@ from selkd.selection.two_stage import Estimator
 def score_samples(
     metric: str, samples: SampleDataset, models: ModelPair, seed: int, estimator: Estimator | None = None
 ) -> tuple[np.ndarray, int]:
-    """The score of every sample, float64 [N], and the tokens that the teacher ran on, padding included.
+    """The score of every sample, float64 [N], and the number of tokens that the teacher ran on, padding included.
 
-    ``student_entropy`` and ``kl``: the mean over its valid positions, in nats. ``ce_ratio``: the ratio of the
-    sample's mean cross-entropies. ``random``: uniform noise of (seed, sample id). A sample without a valid position
-    scores 0. Several processes share the work; each returns all scores.
+    ``student_entropy`` and ``kl`` are means over the sample's valid positions, in nats. ``ce_ratio`` is the ratio of
+    the sample's mean cross-entropies. ``random`` is uniform noise drawn from seed and sample id. A sample without a
+    valid position scores 0. Several processes share the work, and each returns all scores.
 
     Args:
         models: the initial student and the teacher; each is loaded only if the metric needs it.
-        estimator: estimates ``student_entropy``; None: exact.
+        estimator: estimates ``student_entropy``; None: it is computed exactly.
 
     Raises:
-        RunError: a statistic is not finite; the sample and position are named.
+        RunError: a statistic is not finite; the message names sample and position.
     """
     entry = Metric.find(metric)
     if entry.is_noise:
         return np.array([sample_generator(seed, sample_id, "samples").random() for sample_id in samples.ids]), 0
     assert estimator is None or metric == "student_entropy", "an estimate is of the student's entropy"
 
-    def of_batch(group: list[int], valid_mask: Tensor, statistics: dict[str, Tensor]) -> dict[int, float]:
+    def batch_scores(group: list[int], valid_mask: Tensor, statistics: dict[str, Tensor]) -> dict[int, float]:
         counts, row_of = valid_mask.sum(dim=-1).clamp(min=1), valid_mask.nonzero()[:, 0]
         means = {
             name: values.new_zeros(len(group)).index_add_(0, row_of, values) / counts
@@ -40,7 +40,7 @@ def score_samples(
         }
         return dict(zip(group, entry.combine(means, valid_mask.any(dim=-1)).tolist(), strict=True))
 
-    parts, tokens = over_samples(entry.statistics, samples, models, of_batch, "scoring", estimator)
+    parts, tokens = over_samples(entry.statistics, samples, models, batch_scores, "scoring", estimator)
     scores = np.zeros(len(samples))
     for part in parts:
         scores[list(part)] = list(part.values())

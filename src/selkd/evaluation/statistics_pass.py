@@ -1,4 +1,4 @@
-"""One pass of a student, and of its teacher where needed, over samples: statistics of every valid position.
+"""One pass of a student, and of its teacher if needed, over samples gives statistics of every valid position.
 
 Shapes: B samples of a batch, T positions, N valid positions of the batch.
 """
@@ -24,8 +24,8 @@ from selkd.selection.two_stage import Estimator
 
 R = TypeVar("R")
 Reduce = Callable[[list[int], Tensor, dict[str, Tensor]], R]
-"""Makes plain data, or tensors on the CPU, of one batch: the indices of its B samples, their valid mask [B, T], and
-the statistics by name, [N] each, in the order of the mask."""
+"""Called with the indices of a batch's B samples, their valid mask [B, T], and the statistics by name, [N] each, in the
+order of the mask. Returns plain data or tensors on the CPU."""
 
 
 def over_samples(
@@ -36,27 +36,27 @@ def over_samples(
     description: str,
     estimator: Estimator | None = None,
 ) -> tuple[list[R], int]:
-    """What ``reduce`` makes of each batch, and the tokens that the teacher ran on, padding included.
+    """The result of ``reduce`` for each batch, and the number of tokens that the teacher ran on, padding included.
 
-    Samples of about the same length share a batch of ``TOKENS_AT_ONCE`` tokens. Several processes share the batches;
-    each returns what all of them made.
+    Samples of about the same length share a batch of ``TOKENS_AT_ONCE`` tokens. Several processes share the batches,
+    and each returns the results of all.
 
     Args:
-        names: of ``selkd.maths.importance.statistics``. The teacher is loaded only if one of them needs it.
-        description: what the pass is for, of the progress bar and of errors: "scoring".
-        estimator: estimates ``student_entropy``, the only name then; None: exact.
+        names: names of ``selkd.maths.importance.statistics``. The teacher is loaded only if one of them needs it.
+        description: the purpose of the pass, such as "scoring", for the progress bar and for errors.
+        estimator: estimates ``student_entropy``, which must be the only name; None: statistics are exact.
 
     Raises:
-        RunError: a statistic is not finite; the sample and position are named.
+        RunError: a statistic is not finite; the message names sample and position.
     """
     state = PartialState()
-    mine = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
+    groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
     student, head, with_teacher = models.student, models.student_head, not OF_STUDENT.issuperset(names)
     reduced: list[R] = []
     tokens = 0
-    progress = tqdm(total=sum(map(len, mine)), desc=description, unit=" samples", disable=not state.is_main_process)
+    progress = tqdm(total=sum(map(len, groups)), desc=description, unit=" samples", disable=not state.is_main_process)
     with evaluating(student), evaluating(models.teacher) if with_teacher else nullcontext(), progress:
-        for group in mine:
+        for group in groups:
             padded = collate([samples[index] for index in group], models.pad_token_id)
             batch = {name: tensor.to(student.device) for name, tensor in padded.items()}
             valid_mask, hidden = batch["valid_mask"], models.student_hidden(batch)

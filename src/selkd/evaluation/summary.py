@@ -1,4 +1,4 @@
-"""A model's results in one mapping, and two models against each other: what ``selkd eval`` answers."""
+"""One model's results as plain data, and two models compared, for the answer of ``selkd eval``."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,11 +14,11 @@ Results = Mapping[str, TaskResult]
 
 
 def summarise(results: Results, suite: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
-    """Every task's figures, and those of the suites, as plain data.
+    """The figures of every task and of the suites, as plain data.
 
     ``paper.acc`` is the mean over HellaSwag, PIQA, ARC-Easy, GSM8K and LAMBADA, null unless all five were measured.
     ``paper.ece_choices`` is the mean ECE of the three multiple-choice benchmarks, ``paper.ece_last_word`` LAMBADA's.
-    ``cut``, where there is any, names the tasks whose prompts were too long for the model.
+    ``cut`` exists only if prompts were too long for the model, and names their tasks.
     """
     answer: dict[str, Any] = {"tasks": {name: result.summary() for name, result in results.items()}}
     if "paper" in suite:
@@ -35,7 +35,7 @@ def summarise(results: Results, suite: Sequence[str], left_out: Sequence[str]) -
 
 
 def _paper_figures(results: Results) -> dict[str, Estimate]:
-    """The paper's columns: Acc, IFEval, perplexity (LAMBADA's) and both calibration errors."""
+    """The paper's columns: Acc, IFEval, LAMBADA's perplexity, and both calibration errors."""
     return {
         "acc": _mean_accuracy(results, ACC),
         "ifeval": _mean_accuracy(results, ["ifeval"]),
@@ -60,15 +60,15 @@ def _cut(result: TaskResult) -> str:
     )
 
 
-def compare(ours: Results, theirs: Results) -> dict[str, Any]:
-    """``ours`` less ``theirs`` on every metric that both have, paired example by example.
+def compare(results: Results, subtracted: Results) -> dict[str, Any]:
+    """``results`` less ``subtracted`` on every metric that both have, paired example by example.
 
-    Each difference has a ``standard_error`` (null where the harness gives only a figure) and a ``value``. A task that
-    was not measured on the same requests is left out and named.
+    Each difference has a ``value`` and a ``standard_error``, which is null if the harness gives only a figure. A task
+    that the two models were measured on with different requests is named in ``not_comparable``.
     """
-    both = [name for name in ours if name in theirs]
-    paired = [name for name in both if ours[name].question == theirs[name].question]
-    tasks = {name: _differences(ours[name], theirs[name]) for name in paired}
+    both = [name for name in results if name in subtracted]
+    paired = [name for name in both if results[name].question == subtracted[name].question]
+    tasks = {name: _differences(results[name], subtracted[name]) for name in paired}
     answer: dict[str, Any] = {"tasks": {}}
     for name, figures in tasks.items():
         answer["tasks"][name] = {metric: asdict(figure) for metric, figure in figures.items()}
@@ -80,12 +80,12 @@ def compare(ours: Results, theirs: Results) -> dict[str, Any]:
     return answer
 
 
-def _differences(ours: TaskResult, theirs: TaskResult) -> dict[str, Estimate]:
-    """Metric -> difference, by the metrics' names in order."""
+def _differences(result: TaskResult, subtracted: TaskResult) -> dict[str, Estimate]:
+    """The difference of each metric, sorted by name."""
     differences = {}
-    for metric in sorted(ours.estimates.keys() & theirs.estimates.keys()):
-        if metric in ours.kinds and metric in theirs.kinds:
-            differences[metric] = difference(ours.measure(metric), theirs.measure(metric))
-        elif metric in ours.figures and metric in theirs.figures:
-            differences[metric] = Estimate(ours.figures[metric] - theirs.figures[metric], None)
+    for metric in sorted(result.estimates.keys() & subtracted.estimates.keys()):
+        if metric in result.kinds and metric in subtracted.kinds:
+            differences[metric] = difference(result.measure(metric), subtracted.measure(metric))
+        elif metric in result.figures and metric in subtracted.figures:
+            differences[metric] = Estimate(result.figures[metric] - subtracted.figures[metric], None)
     return differences

@@ -1,1 +1,1 @@
-"""Transformers' models: found, loaded, quantised, cut, and seen as a body and a head."""
+"""Transformers' models: located, loaded, quantised, pruned, and seen as a body and a head."""

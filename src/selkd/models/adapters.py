@@ -1,4 +1,4 @@
-"""Low-rank adapters on a student: put on, and merged into a model as Transformers loads it."""
+"""Low-rank adapters of a student: added, and merged into a model that Transformers loads."""
 
 import copy
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def with_adapters(model: PreTrainedModel, options: "LoraOptions", seed: int) -> PreTrainedModel:
-    """``model`` in PEFT's wrapper, whose adapters alone are trained; at first it computes what it did without.
+    """``model`` in PEFT's wrapper, with new adapters, which alone are trained and at first change nothing.
 
     Raises:
-        InputError: no layer of these names, or one of them is the head or an embedding.
+        InputError: the model has no layer of a target's name, or a target is the head or an embedding.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -29,7 +29,7 @@ def with_adapters(model: PreTrainedModel, options: "LoraOptions", seed: int) -> 
         target_modules=options.target_modules,
         task_type="CAUSAL_LM",
     )
-    device = model.device  # where it goes back to: on the CPU, draws are the same on every machine
+    device = model.device  # adapters are drawn on the CPU, where draws are the same on every machine
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -38,12 +38,12 @@ def with_adapters(model: PreTrainedModel, options: "LoraOptions", seed: int) -> 
         raise InputError(f"student.lora.target_modules: {options.target_modules}: {error}") from error
     targets = options.target_modules if isinstance(options.target_modules, list) else []
     adapted = [name.removesuffix(".lora_A") for name, _ in wrapped.named_modules() if name.endswith(".lora_A")]
-    if without := [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in adapted)]:
-        raise InputError(f"student.lora.target_modules: no layer is called {without[0]!r}.")
+    if unknown := [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in adapted)]:
+        raise InputError(f"student.lora.target_modules: no layer is called {unknown[0]!r}.")
     base = wrapped.get_base_model()
     if base.get_output_embeddings() is not head or base.get_input_embeddings() is not embeddings:
         raise InputError(
-            f"student.lora.target_modules: {options.target_modules} takes in the head or an embedding, and the loss "
+            f"student.lora.target_modules: {options.target_modules} includes the head or an embedding, and the loss "
             "reads the head's weight without its adapter. Name other layers."
         )
     check_head(wrapped)
@@ -55,16 +55,16 @@ def has_adapters(model: Any) -> bool:
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its adapters added to its weights, a copy in main memory; itself if it has none.
+    """A copy of the model in main memory with its adapters added to its weights; the model itself if it has none.
 
-    The student stays bit for bit what it is: taking merged adapters off again would round its weights. And its device
-    is not asked for a second student, which is where memory is short as a run ends.
+    The model is copied because removing merged adapters again would round its weights, and the copy is in main memory
+    because the device may have no room for a second student.
     """
     if not has_adapters(model):
         return model
-    held = [*model.parameters(), *model.buffers()]
-    whole: PreTrainedModel = copy.deepcopy(model, {id(tensor): _in_main_memory(tensor) for tensor in held})
-    return whole.merge_and_unload()
+    tensors = [*model.parameters(), *model.buffers()]
+    duplicate: PreTrainedModel = copy.deepcopy(model, {id(tensor): _in_main_memory(tensor) for tensor in tensors})
+    return duplicate.merge_and_unload()
 
 
 def _in_main_memory(tensor: torch.Tensor) -> torch.Tensor:

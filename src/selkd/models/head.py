@@ -1,12 +1,12 @@
 """A causal language model seen as two halves: the body makes hidden states, the head makes logits of them.
 
-The halves are what lets logits be computed for some positions only. Whether they really make up the model is checked
-against its own forward pass: families differ in what lies between (softcapping, scales, biases).
+With two halves, logits can be computed for some positions only. Model families differ in what lies between the halves
+(softcapping, scales, biases), so the halves are checked against the model's own forward pass.
 
-What a family adds to its own loss is not in the halves, so it is in no loss of selkd: the router's load-balancing loss
-of a mixture of experts (``output_router_logits``, ``router_aux_loss_coef``) is never added. The teacher's distribution
-is all that its routers learn from; nothing keeps the experts evenly used. Dropout, where a student's configuration has
-it, is on in training as in the model's own forward, and a step then depends on how it is cut, as its noise does.
+Terms that a family adds to its own loss are in no loss of selkd. The load-balancing loss of a mixture of experts
+(``output_router_logits``, ``router_aux_loss_coef``) is never added: routers learn from the teacher's distribution
+alone, and nothing keeps the experts evenly used. Dropout, if a student's configuration has it, is on in training as in
+the model's own forward pass, and its noise depends on how a step is divided into batches.
 
 Shapes: B batch, T positions, V classes, D hidden.
 """
@@ -22,17 +22,13 @@ from transformers import PreTrainedModel
 from selkd.errors import InputError
 from selkd.maths.head import Head
 
-# The largest difference that rounding explains, relative to the largest value.
+# The greatest difference that rounding explains, relative to the greatest value.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 _PROBE_TOKENS = 16
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
-    """The part that turns token ids into hidden states, final norm included.
-
-    Raises:
-        InputError: the model has no such part.
-    """
+    """The part that makes hidden states of token ids, final norm included. Raises InputError if the model has none."""
     body = model.get_decoder()
     if body is model:
         raise InputError(f"{type(model).__name__} has no body apart from its head; a causal language model is needed.")
@@ -43,9 +39,9 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids:
     """The hidden states that the head reads, [B, T, D] in the model's dtype, with gradient if it is enabled.
 
     Args:
-        input_ids: [B, T] int64; moved to the model's device.
-        position_ids: [B, T] int64, restarting at 0 where a document starts. There is no attention mask: Transformers
-            keeps packed documents apart by their positions only where none is given.
+        input_ids: [B, T] int64, which are moved to the model's device.
+        position_ids: [B, T] int64, from 0 in each document. There is no attention mask, because Transformers keeps
+            packed documents apart by their positions only without one.
     """
     body, device = body_of(model), input_device(model)
     return body(
@@ -54,21 +50,21 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the model takes its token ids: the device of its embeddings, of which Accelerate's hooks know where they
-    lie in main memory or on disk."""
+    """The device that the model takes its token ids on: that of its embeddings. If the embeddings are offloaded,
+    Accelerate's hook knows the device."""
     embeddings = model.get_input_embeddings()
     where = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
     return model.device if where is None else torch.device(where)
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head as a view of the model's parameters (nothing is copied; gradients reach them).
+    """The head as a view of the model's parameters, without a copy, so that gradients reach them.
 
-    Equivalent to: ``model(...).logits == head_of(model).logits(hidden_states(model, ...))``; see ``check_head``.
+    ``model(...).logits == head_of(model).logits(hidden_states(model, ...))``; see ``check_head``.
 
     Raises:
-        InputError: the head is no plain linear layer (none at all, quantised, or with an adapter on it), or a
-            ``device_map`` keeps it off every device.
+        InputError: the head is missing, quantised, has an adapter or is otherwise no plain linear layer, or a
+            ``device_map`` offloads it.
     """
     layer = _trained_copy(model.get_output_embeddings())
     if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point() or layer.weight.ndim != 2:
@@ -87,7 +83,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def _trained_copy(layer: Any) -> Any:
-    """PEFT's ``modules_to_save`` keeps a copy of a layer, which is trained in its place while adapters are on."""
+    """The copy of a layer that PEFT's ``modules_to_save`` trains in its place while adapters are on, or the layer."""
     if getattr(layer, "disable_adapters", False):
         return layer.original_module
     copies, active = getattr(layer, "modules_to_save", None), getattr(layer, "active_adapters", None)
@@ -95,8 +91,8 @@ def _trained_copy(layer: Any) -> Any:
 
 
 def _scale(config: Any) -> float:
-    """The factor on the logits: Cohere and Falcon-H1 multiply; Granite divides, and HyperCLOVA X, under Granite's
-    name, multiplies."""
+    """The factor on the logits. Cohere and Falcon-H1 multiply by their setting, Granite divides, and HyperCLOVA X
+    multiplies by a setting of Granite's name."""
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
         factor = getattr(config, name, None)
@@ -109,7 +105,7 @@ def _scale(config: Any) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradient inside; afterwards every module is in the mode that it was in."""
+    """Within the block, the model is in evaluation mode without gradient; then every module gets its mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -128,22 +124,22 @@ def probe(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def disagreement(actual: torch.Tensor, expected: torch.Tensor, precision: torch.dtype | None = None) -> str | None:
-    """The greatest difference in words, or None where rounding in ``precision`` (their own dtype) explains it."""
+    """The greatest difference in words, or None if rounding in ``precision`` explains it; None: in their own dtype."""
     if actual.shape != expected.shape:
         return f"shapes {list(actual.shape)} and {list(expected.shape)}"
     difference = (actual.cpu().double() - expected.cpu().double()).abs().max().item()
     largest = expected.cpu().double().abs().max().item()
-    # Written so that a NaN is a disagreement.
+    # With a NaN the comparison is False, so a NaN is a disagreement.
     if difference <= _TOLERANCE[precision or expected.dtype] * largest:
         return None
     return f"max abs difference {difference:.3g} where the largest value is {largest:.3g}"
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Raises InputError unless body and head reproduce the model's own logits, which are numbers, on a few tokens.
+    """Raises InputError unless body and head reproduce the model's own logits on a few tokens.
 
-    Called once when a model is loaded: a scale, a softcap or an adapter that the halves don't know would otherwise
-    train the student on wrong numbers.
+    It is called once when a model is loaded: with a scale, a softcap or an adapter that the halves don't know, the
+    student would be trained on wrong logits.
     """
     ids, positions = probe(model)
     with evaluating(model):
@@ -155,7 +151,7 @@ def check_head(model: PreTrainedModel) -> None:
 def require_same_logits(
     name: str, actual: torch.Tensor, expected: torch.Tensor, precision: torch.dtype | None = None
 ) -> None:
-    """Raises InputError where the halves' logits are not the model's own; ``precision`` as in ``disagreement``."""
+    """Raises InputError if the halves' logits are not the model's own; for ``precision`` see ``disagreement``."""
     if expected.isnan().any():
         raise InputError(
             f"{name}: expected numbers as logits, got nan on a few tokens. Its weights are damaged, or "
@@ -169,10 +165,10 @@ def require_same_logits(
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Raises InputError if a packed document sees the one before it: then samples must not be packed.
+    """Raises InputError if a packed document sees the one before it, so that samples must not be packed.
 
-    True of models that read no position ids (ALiBi), carry a state along (Mamba, linear attention), or whose attention
-    finds packed documents in batches of one sample alone.
+    That is so for models that read no position ids (ALiBi), that carry a state (Mamba, linear attention), or whose
+    attention recognises packed documents only in batches of one sample.
     """
     packed, positions = packed_probe(model)
     with evaluating(model):
@@ -180,8 +176,8 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def packed_probe(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token and position ids [2, 16] of two samples with one second document after different first ones: what differs
-    there is not layout."""
+    """Token and position ids, both [2, 16], of two samples whose first documents differ and whose second documents are
+    equal."""
     ids, positions = probe(model)
     half = ids.shape[1] // 2
     firsts = torch.cat([ids[:, :half], ids[:, half:]])
@@ -190,9 +186,9 @@ def packed_probe(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def require_apart(name: str, hidden: torch.Tensor) -> None:
-    """Raises InputError where the hidden states [2, 16, D] of ``packed_probe`` differ in the second document."""
-    one, other = hidden[:, hidden.shape[1] // 2 :].cpu().double()
-    share = ((one - other).norm() / one.norm()).item()
+    """Raises InputError if the hidden states [2, 16, D] of ``packed_probe`` differ in the second document."""
+    first, second = hidden[:, hidden.shape[1] // 2 :].cpu().double()
+    share = ((first - second).norm() / first.norm()).item()
     if not share <= _TOLERANCE[torch.float32]:
         raise InputError(
             f"{name} does not keep packed documents apart: a document's hidden states move by {share:.1%} with the "

@@ -1,4 +1,4 @@
-"""Models from disk into memory, in the dtype that suits the device."""
+"""Loads models from disk into memory, in the dtype that suits the device."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,24 +12,24 @@ from selkd.models.quantisation import quantization_config, require_quantization
 from selkd.models.sources import ModelSource
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-# The names that torch.cpu.get_capabilities() gives to bf16 arithmetic.
+# The names of bf16 arithmetic in torch.cpu.get_capabilities().
 _X86_BF16 = ("avx512_bf16", "amx_bf16")
 _ARM_BF16 = ("bf16", "sve_bf16")
-# What torch.backends.cpu.get_cpu_capability() answers on x86 where PyTorch runs no AVX-512 kernels: the processor has
-# none, or ATEN_CPU_CAPABILITY keeps PyTorch from them. Without vector extensions ARM is "DEFAULT", too.
+# The answers of torch.backends.cpu.get_cpu_capability() on x86 if PyTorch runs no AVX-512 kernels, because the CPU has
+# none or ATEN_CPU_CAPABILITY forbids them. ARM without vector extensions is "DEFAULT", too.
 _BELOW_AVX512 = ("AVX2", "DEFAULT", "NO AVX")
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """torch.bfloat16 where the device computes in it, else torch.float32: emulated bf16 is the slower of the two.
+    """torch.bfloat16 if the device computes in it, else torch.float32, which is faster than emulated bf16.
 
-    On x86 ``ATEN_CPU_CAPABILITY=avx2`` makes of a processor with AVX-512 or AMX one without, here as in PyTorch.
+    On x86, ``ATEN_CPU_CAPABILITY=avx2`` switches AVX-512 and AMX off, here as in PyTorch.
     """
     native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        # PyTorch versions without this function can't tell; float32 is right on every CPU.
+        # Without this function, PyTorch can't tell; float32 is right on every CPU.
         capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(capabilities.get(name) for name in _ARM_BF16)
         if torch.backends.cpu.get_cpu_capability() not in _BELOW_AVX512:
@@ -38,11 +38,7 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called ``name``; "auto" is the device's native one.
-
-    Raises:
-        InputError: an unknown name.
-    """
+    """The dtype called ``name``; "auto" is the device's native dtype. Raises InputError if the name is unknown."""
     if name == "auto":
         return native_dtype(device)
     if name not in _DTYPES:
@@ -51,11 +47,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def require_device(key: str, device: torch.device) -> None:
-    """Raises InputError, which names ``key``, where this machine has no such device."""
+    """Raises InputError, which names ``key``, if this machine does not have the device."""
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"{key}: {device}, but there are {torch.cuda.device_count()} CUDA devices. Give one that is here, or leave "
-            "it out for the student's."
+            f"{key}: {device}, but there are {torch.cuda.device_count()} CUDA devices. Give one that is here, or "
+            "leave it out to use the student's."
         )
 
 
@@ -65,10 +61,10 @@ def load_model(
     """The causal language model of ``source``, in eval mode.
 
     Args:
-        quantization: as a recipe's ``teacher.quantization``; of the layers, never of the head.
+        quantization: a recipe's ``teacher.quantization``, which quantises the layers but not the head.
 
     Raises:
-        InputError: not a causal language model that this Transformers knows, damaged weights, or weights missing
+        InputError: this version of Transformers knows no such causal language model, or weights are damaged or missing
             (Transformers would fill them with random numbers).
     """
     options: dict[str, Any] = {}
@@ -93,18 +89,18 @@ def load_model(
         shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         raise InputError(
             f"model {source.name!r}: {len(missing)} weights of {type(model).__name__} are not in "
-            f"{source.path} ({shown}). The files are incomplete or belong to another kind of model."
+            f"{source.path} ({shown}). The files are incomplete or belong to a model of another kind."
         )
     return (model if options else model.to(device)).eval()
 
 
 def n_parameters(model: torch.nn.Module) -> int:
-    """The number of parameters, tied ones counted once."""
+    """The number of parameters; tied parameters are counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def read_config(source: ModelSource) -> Any:
-    """The model's configuration; no weights are read. Raises InputError if this Transformers doesn't know it."""
+    """The model's configuration. Raises InputError if this version of Transformers does not know it."""
     try:
         return AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -114,17 +110,17 @@ def read_config(source: ModelSource) -> Any:
 
 
 def n_rows(source: ModelSource) -> int:
-    """How many classes the model's head has. Raises as ``read_config``."""
+    """The number of classes of the model's head. Raises as ``read_config``."""
     return int(read_config(source).get_text_config(decoder=True).vocab_size)
 
 
 def n_positions(source: ModelSource) -> int | None:
-    """How many positions the model was made for; None if its configuration names no limit. Raises as ``n_rows``."""
+    """The most positions that the model takes; None if its configuration has no limit. Raises as ``read_config``."""
     return _limit(read_config(source))
 
 
 def window_of(model: Any) -> int | None:
-    """``n_positions`` of a model in memory, with adapters or without; None of what is no model, such as a cache."""
+    """``n_positions`` of a model in memory; None for an object that is no model, such as a teacher's cache."""
     config = getattr(model, "config", None)
     return None if config is None else _limit(config)
 

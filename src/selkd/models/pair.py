@@ -1,4 +1,4 @@
-"""The two models of a distillation, with what they share: tokenizer, vocabulary, padding, dtype of the products.
+"""The two models of a distillation, with their common tokenizer, vocabulary, padding and dtype of products.
 
 Shapes: B batch, T positions, V classes, D hidden.
 """
@@ -15,18 +15,18 @@ from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 
 Load = Callable[[], PreTrainedModel]
-"""Loads a model. A pair calls it when the model is first asked for, and again where its memory was freed."""
+"""Loads a model. It is called on first use, and again on the next use after the model's memory was freed."""
 
 
 class ModelPair:
     """A student and its teacher over one vocabulary.
 
     Args:
-        student: loads the small model, float32 weights.
-        teacher: loads the large one; None where nothing asks for it.
+        student: loads the small model, with float32 weights.
+        teacher: loads the large model; None if nothing uses it.
         tokenizer: the tokenizer that both share.
-        vocab_size: V, how many classes both share; families pad their vocabularies with unused rows.
-        dtype: of the student's products, which run under autocast. The teacher's are in its own weights' dtype.
+        vocab_size: V, the number of classes that both share; families pad their vocabularies with unused rows.
+        dtype: the dtype of the student's products, which run under autocast. The teacher's run in its weights' dtype.
     """
 
     def __init__(
@@ -77,29 +77,29 @@ class ModelPair:
         return hidden_states(self.teacher, batch["input_ids"], batch["position_ids"])
 
     def teacher_logits(self, batch: Mapping[str, Tensor]) -> ChunkedLogits:
-        """The teacher's logits at the valid positions of the same batch, in the order of its mask: its body runs now,
-        its head when they are asked for."""
+        """The teacher's logits at the valid positions of the same batch, in the order of its mask. The body runs now,
+        the head when logits are read."""
         hidden = self.teacher_hidden(batch)
         return ChunkedLogits(hidden[batch["valid_mask"].to(hidden.device)], self.teacher_head)
 
     def with_student(self, student: Load) -> "ModelPair":
-        """Another student beside the same teacher, which is loaded once for both pairs."""
-        other = ModelPair(student, None, self.tokenizer, self.vocab_size, self.dtype)
-        other._teacher = self._teacher
-        return other
+        """A pair of another student and the same teacher, which is loaded once for both pairs."""
+        pair = ModelPair(student, None, self.tokenizer, self.vocab_size, self.dtype)
+        pair._teacher = self._teacher
+        return pair
 
     def release_student(self) -> None:
-        """Free the student's memory; it is loaded anew when it is asked for."""
+        """Free the student's memory; the next use loads it again."""
         self._student.release()
 
     def release_teacher(self) -> None:
-        """Free the teacher's memory; it is loaded anew when it is asked for."""
+        """Free the teacher's memory; the next use loads it again."""
         if self._teacher is not None:
             self._teacher.release()
 
 
 class ModelSlot:
-    """A model that is loaded when it is first asked for, and whose memory can be freed."""
+    """A model that is loaded on first use, and whose memory can be freed."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -112,8 +112,8 @@ class ModelSlot:
         return self._model
 
     def release(self) -> None:
-        """Free the model's memory; it is loaded anew when it is asked for."""
+        """Free the model's memory; the next use loads it again."""
         self._model = None
-        gc.collect()  # a student holds itself through its bound loss
+        gc.collect()  # a student refers to itself through its bound loss
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A student cut from a teacher's own layers: those that change the hidden states least go.
+"""A student pruned from a teacher: the layers that change the hidden states least are removed.
 
 Block influence of a layer: 1 - the mean cosine between its input and its output ("ShortGPT", arXiv 2403.03853).
 
@@ -22,13 +22,13 @@ from selkd.models.head import body_of, disagreement, evaluating, hidden_states, 
 def prune(
     model: PreTrainedModel, n_keep: int, batches: Iterable[Mapping[str, torch.Tensor]]
 ) -> tuple[PreTrainedModel, list[int], list[float]]:
-    """A new model of the ``n_keep`` layers with the most block influence; equal influence keeps the earlier layer.
+    """Make a model of the ``n_keep`` layers with the most block influence; of equals, the earlier layer is kept.
 
     Returns:
-        the pruned model, the kept layers' indices in ascending order, and the influence of every layer of ``model``.
+        The pruned model, the indices of the kept layers in ascending order, and the influence of every layer.
 
     Raises:
-        InputError: ``n_keep`` out of 1 … n - 1, no valid position in ``batches``, or a model that can't be cut.
+        InputError: as ``require_fewer_layers``, ``block_influence`` and ``keep_layers``.
     """
     n_layers = len(_layers(model)[1])
     require_fewer_layers(n_keep, n_layers)
@@ -48,13 +48,13 @@ def require_fewer_layers(n_keep: int, n_layers: int) -> None:
 
 
 def block_influence(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[float]:
-    """Of each layer, 1 - the mean cosine between its input and its output over the valid positions.
+    """For each layer, 1 - the mean cosine between its input and its output over the valid positions.
 
     Args:
-        batches: dicts with input_ids and position_ids (int64) and valid_mask (bool), all [B, T].
+        batches: mappings with input_ids and position_ids (int64) and valid_mask (bool), all [B, T].
 
     Raises:
-        InputError: no valid position in ``batches``.
+        InputError: ``batches`` have no valid position.
     """
     _, layers = _layers(model)
     cosines = torch.zeros(len(layers), dtype=torch.float64)
@@ -74,13 +74,13 @@ def block_influence(model: PreTrainedModel, batches: Iterable[Mapping[str, torch
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A new model of the same class with only the layers ``kept``, in eval mode and sharing no memory with ``model``.
+    """A new model of the same class with only the layers ``kept``, in eval mode, which shares no memory with ``model``.
 
     Embeddings, final norm and head stay; tied weights stay tied; dtypes and device are the original's.
 
     Raises:
-        InputError: indices that are not ascending layer numbers, or a family whose layers depend on their number in a
-            way that a shorter model can't reproduce. That is found out by running both on a few tokens.
+        InputError: ``kept`` are not ascending layer numbers, or the family's layers depend on their number, so that a
+            shorter model computes something else. Both models are run on a few tokens to find out.
     """
     prefix, layers = _layers(model)
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(layers):
@@ -110,7 +110,7 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The body's list of layers and its name in the model: the one list as long as the configuration says."""
+    """The name in the model and the modules of its list of layers: the only list as long as the configuration says."""
     body = body_of(model)
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     lists: dict[str, nn.ModuleList] = {}
@@ -128,7 +128,7 @@ def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> Any:
-    """The configuration of the shorter model: the number of layers, and whatever it lists or counts by layer."""
+    """The configuration of the shorter model: its number of layers, and every setting that lists or counts layers."""
     content, text = config.to_dict(), config.get_text_config(decoder=True)
     cut = content
     if text is not config:
@@ -143,12 +143,12 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
         elif isinstance(value, list) and len(value) == n_layers and not name.endswith(("token_id", "token_ids")):
             changes[name] = [value[old] for old in kept]
     cut.update({text.attribute_map.get(name, name): value for name, value in changes.items()})
-    # Read back as a saved model's would be, so that the model in memory is the model on disk.
+    # Made from the dictionary as from a file, so that the model in memory is the model on disk.
     return type(config).from_dict(content)
 
 
 def _cut_state(state: Mapping[str, torch.Tensor], prefix: str, kept: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Copies of the weights that stay, the layers' renumbered."""
+    """Copies of the weights that stay, with the layers renumbered."""
     number = {str(old): str(new) for new, old in enumerate(kept)}
     cut: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():

@@ -1,4 +1,4 @@
-"""Where a model's files are: the embedded default, a local folder or a hub id; and what identifies it."""
+"""A model's files (the embedded default, a local folder or a hub id) and its fingerprint."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from selkd.files import write_whole
 from selkd.models.demo import DEMO, DEMO_NAME, converted_gguf, demo_gguf
 
 _FORMAT = "selkd-model-1"
-# Keys of config.json without influence on what the model computes once its dtype has been chosen.
+# Keys of config.json that do not change what the model computes once its dtype has been chosen.
 _INCIDENTAL = {"_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Weights only as safetensors: a .bin is a pickle. Mistral's repositories carry the weights twice, the second time as
@@ -32,9 +32,9 @@ class ModelSource:
     """A model on this disk.
 
     Attributes:
-        name: what people call it: the hub id, or the folder as it was given.
+        name: the hub id, or the folder as the user wrote it.
         path: a folder with config.json, *.safetensors and the tokenizer.
-        fingerprint: 32 hex digits over the weights and the configuration; equal for equal models, wherever they lie.
+        fingerprint: 32 hex digits over weights and configuration, equal for equal models in different places.
     """
 
     name: str
@@ -52,12 +52,12 @@ def default_cache_dir() -> Path:
 
 
 def locate(model: str, cache_dir: Path) -> ModelSource:
-    """The files of ``model``: "demo", else a folder or .gguf file here, else a hub id (downloaded to the hub's cache).
+    """The files of ``model``: "demo", else a local folder or .gguf file, else a hub id, which is downloaded.
 
     Raises:
-        InputError: no such model, a folder that is not a model with safetensors weights, or a hub that can't be
-            reached; an unwritable ``cache_dir``.
-        RunError: a converted model or the fingerprint's memo can't be written (for example a full disk).
+        InputError: there is no such model, a folder holds no model with safetensors weights, the hub can't be reached,
+            or ``cache_dir`` can't be written.
+        RunError: a converted model or the fingerprint's memo can't be written (for example because the disk is full).
     """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -76,10 +76,10 @@ def locate(model: str, cache_dir: Path) -> ModelSource:
 
 
 def downloaded(model: str, files: Sequence[str] = _HUB_FILES) -> Path:
-    """The folder in the hub's cache with those of the model's ``files`` (patterns) that are not in subfolders.
+    """The folder in the hub's cache with the model's ``files`` (patterns), subfolders left out.
 
     Raises:
-        InputError: no such model, or the hub can't be reached.
+        InputError: there is no such model, or the hub can't be reached.
     """
     if not _HUB_ID.fullmatch(model):
         raise InputError(f"model {model!r}: there is no such folder, and it is not a hub id (owner/name) either.")
@@ -102,9 +102,9 @@ def downloaded(model: str, files: Sequence[str] = _HUB_FILES) -> Path:
 
 
 def _fingerprint(model: str, path: Path, cache_dir: Path) -> str:
-    """Digest of config.json and every weight file; read once, then remembered by path, size and modification time."""
+    """A digest of config.json and every weight file, remembered by path, sizes and modification times."""
     config, *weights = _model_files(model, path)
-    # Links are followed: in the hub's cache a snapshot is made of links to blobs.
+    # stat follows links, and a snapshot in the hub's cache consists of links to blobs.
     state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in (config, *weights)]
     memo = cache_dir / "fingerprints" / f"{xxhash.xxh3_64_hexdigest(os.fsencode(path.resolve()))}.json"
     if remembered := _remembered(memo, state):
@@ -112,7 +112,7 @@ def _fingerprint(model: str, path: Path, cache_dir: Path) -> str:
     digest = xxhash.xxh3_128()
     digest.update(json.dumps([_FORMAT, _architecture(model, config)], sort_keys=True).encode())
     for file in weights:
-        digest.update(json.dumps([file.name, file.stat().st_size]).encode())  # parts one file from the next
+        digest.update(json.dumps([file.name, file.stat().st_size]).encode())  # separates the files
         with file.open("rb") as stream:
             hashlib.file_digest(stream, lambda: digest)
     fingerprint = digest.hexdigest()
@@ -121,7 +121,7 @@ def _fingerprint(model: str, path: Path, cache_dir: Path) -> str:
 
 
 def _remembered(memo: Path, state: list[Any]) -> str | None:
-    """The fingerprint in a memo of these files; None if there is none or it is damaged: it is computed again."""
+    """The fingerprint in a memo of these files; None if there is no such memo or it is damaged."""
     try:
         content = json.loads(memo.read_text(encoding="utf-8"))
         return str(content["fingerprint"]) if (content["format"], content["files"]) == (_FORMAT, state) else None

@@ -1,4 +1,4 @@
-"""Tokenizers: loading, what identifies one, and whether two models speak of the same classes."""
+"""Tokenizers: loading one, its fingerprint, and whether two models have the same classes."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from selkd.errors import InputError
 from selkd.models.sources import ModelSource
 
 _FORMAT = "selkd-tokenizer-1"
-# Text on which tokenizers with equal vocabularies part ways: merges, digits, spaces, normalisation, bytes, specials.
+# Text on which tokenizers with equal vocabularies differ: merges, digits, spaces, normalisation, bytes, specials.
 MARKUP = "<s></s> <|endoftext|> <|im_start|>user\n[INST] <unk>"
 PROBES = (
     "The quick brown fox doesn't jump over 3.14159 or 1234567 lazy dogs.",
@@ -21,18 +21,18 @@ PROBES = (
     "🙂👩‍👩‍👧 \u200b\u00a0\ufeff e\u0301",
     MARKUP,
 )
-_CHARACTER_BYTES = 4  # of one character in UTF-8 at most, so in that many tokens at most
-# Not the padding token, which decides no id of a text and which load_tokenizer may have chosen.
+_CHARACTER_BYTES = 4  # the most bytes, and so the most tokens, of one character in UTF-8
+# The padding token is left out: it decides no id of a text, and load_tokenizer may have chosen it.
 _SPECIAL = ("bos_token", "eos_token", "unk_token")
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer of ``source``. If it has no padding token, an existing token pads: nothing is added or resized.
+    """The tokenizer of ``source``. Without a padding token, an existing token pads, so that nothing is resized.
 
-    Nothing recognises padding by its id (that is what valid masks are for), so the unknown or end token can serve.
+    The unknown or the end token may pad, because valid masks, not ids, tell padding apart.
 
     Raises:
-        InputError: no tokenizer there, or no token that could pad.
+        InputError: there is no tokenizer, or it has no token that could pad.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
@@ -57,17 +57,17 @@ def _padding_token(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
-    """The text of each token where it stands; joined they read as the text.
+    """The text of each token in its place; joined, they are the text.
 
-    A token decoded by itself loses the space before it in many vocabularies, so each is decoded after the one before.
-    A character of several tokens is the last one's text; U+FFFD stands for the others.
+    In many vocabularies a token that is decoded alone loses the space before it, so each token is decoded after the one
+    before. The last token of a character has the character as its text, the others have U+FFFD.
     """
 
     def decoded(first: int, end: int) -> str:
         return str(tokenizer.decode(list(token_ids[first:end]), clean_up_tokenization_spaces=False))
 
     texts: list[str] = []
-    begin = 0  # the first token of a character that is not finished
+    begin = 0  # the first token of the unfinished character
     for end in range(1, len(token_ids) + 1):
         context = max(0, begin - 1)
         before, after = decoded(context, begin), decoded(context, end)
@@ -81,18 +81,18 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the highest token id: the rows of a head from here on are padding."""
+    """One more than the highest token id; the head's rows from here on are padding."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def shared_classes(sizes: dict[str, int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many classes all have in common; families pad one vocabulary to different sizes.
+    """The number of classes that all have; families pad one vocabulary to different sizes.
 
     Args:
-        sizes: what has classes (teacher, student, cache) -> how many.
+        sizes: the number of classes of each of them, by name (teacher, student, cache).
 
     Raises:
-        InputError: one has fewer classes than the tokenizer has ids.
+        InputError: one of them has fewer classes than the tokenizer has ids.
     """
     needed = vocab_size(tokenizer)
     for name, size in sizes.items():
@@ -105,14 +105,14 @@ def shared_classes(sizes: dict[str, int], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """32 hex digits over everything that decides which ids a text becomes; padding and truncation settings don't."""
+    """32 hex digits over everything that decides a text's ids, so without padding and truncation settings."""
     special_ids = {name: getattr(tokenizer, f"{name}_id") for name in _SPECIAL}
     identity = [_FORMAT, _rules(tokenizer), tokenizer.get_vocab(), special_ids, _encodings(tokenizer)]
     return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """The normaliser, splitter and merges of a tokenizer of the tokenizers library; None for one in plain Python."""
+    """The normaliser, splitter and merges of a fast tokenizer; None for a tokenizer in plain Python."""
     if not tokenizer.is_fast:
         return None
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -124,11 +124,11 @@ def _encodings(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 
 def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Raises InputError, naming the first differences, unless both turn every probe into the same ids and share all
-    ids: the teacher's distribution over classes means nothing to a student whose classes are others.
+    """Raises InputError, which names the first differences, unless both have the same ids and encode every probe alike.
 
-    Which of the shared tokens ends a text may differ, as between a base model and its chat version: a class stays what
-    it is, and the text is prepared with the teacher's tokenizer alone."""
+    A student with other classes can't learn the teacher's distribution. The token that ends a text may differ, as
+    between a base model and its chat version, because the teacher's tokenizer alone prepares the text.
+    """
     differences = _vocabulary_differences(teacher.get_vocab(), student.get_vocab())
     differences = differences or _encoding_differences(teacher, student)
     if differences:
@@ -140,7 +140,7 @@ def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrained
 
 
 def _vocabulary_differences(teacher: dict[str, int], student: dict[str, int], shown: int = 3) -> list[str]:
-    """How many tokens there are and how many differ, and the first of these; nothing if all are equal."""
+    """The numbers of tokens and of differing tokens, and the first of these; empty if the vocabularies are equal."""
     tokens = [token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token)]
     if not tokens:
         return []
@@ -154,10 +154,10 @@ def _id(vocabulary: dict[str, int], token: str) -> str:
 
 
 def _encoding_differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> list[str]:
-    """The first probe that the two encode differently, and where; nothing if there is none."""
-    for probe, ours, theirs in zip(PROBES, _encodings(teacher), _encodings(student), strict=True):
-        if ours != theirs and probe != MARKUP:  # which shared tokens are special may differ
-            longer = max(len(ours), len(theirs))
-            at = next(i for i in range(longer) if ours[i : i + 1] != theirs[i : i + 1])
-            return [f"{probe!r:.80} becomes ids {ours[at : at + 5]} and {theirs[at : at + 5]} from token {at} on"]
+    """The first probe that the two encode differently, and where; empty if there is none."""
+    for probe, expected, actual in zip(PROBES, _encodings(teacher), _encodings(student), strict=True):
+        if expected != actual and probe != MARKUP:  # which shared tokens are special may differ
+            longer = max(len(expected), len(actual))
+            at = next(i for i in range(longer) if expected[i : i + 1] != actual[i : i + 1])
+            return [f"{probe!r:.80} becomes ids {expected[at : at + 5]} and {actual[at : at + 5]} from token {at} on"]
     return []

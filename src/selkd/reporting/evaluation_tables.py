@@ -1,4 +1,4 @@
-"""The answer of ``selkd eval`` for people: figures with their standard errors, comparisons, and how to read them."""
+"""The answer of ``selkd eval`` in the terminal: figures with standard errors, comparisons, and how to read them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ _TITLES = {
 
 
 def print_evaluation(console: Console, answer: Mapping[str, Any]) -> None:
-    """Print what ``selkd.evaluation.command.evaluate_models`` answered."""
+    """Print the answer of ``selkd.evaluation.command.evaluate_models``."""
     console.print(_figures_table(answer["models"]))
     suites = _suites_table(answer["models"])
     if suites.row_count:
@@ -30,7 +30,7 @@ def print_evaluation(console: Console, answer: Mapping[str, Any]) -> None:
 
 
 def _figures_table(models: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a metric, one column a model: value ± standard error. Shares are in per cent."""
+    """A row for each metric and a column for each model, with value ± standard error. Shares are in per cent."""
     table = _table(("task", "metric", "shots", "examples"), models)
     for task in dict.fromkeys(name for model in models for name in model["tasks"]):
         results = [model["tasks"].get(task, {}) for model in models]
@@ -46,7 +46,7 @@ def _figures_table(models: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _suites_table(models: Sequence[Mapping[str, Any]]) -> Table:
-    """The suites' own figures, one row each; no row where no suite has any."""
+    """A row for each figure of a suite; no row if no suite has figures."""
     table = _table(("suite",), models)
     if all("paper" in model for model in models):
         for key, title in _TITLES.items():
@@ -61,12 +61,12 @@ def _table(titles: Sequence[str], models: Sequence[Mapping[str, Any]]) -> Table:
     for title in titles:
         table.add_column(title, justify="right" if title in ("shots", "examples") else "left", no_wrap=True)
     for model in models:
-        table.add_column(Text(model["name"]), justify="right")  # Text, not str: a name is no markup
+        table.add_column(Text(model["name"]), justify="right")  # as Text, so that a name is not read as markup
     return table
 
 
 def _notes(answer: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader must know to read the tables right."""
+    """The sentences that a reader needs to read the tables correctly."""
     yield f"± is one standard error, by {answer['resamples']:,} resamples of the examples. * counts as the accuracy."
     first = answer["models"][0]
     for task, result in first["tasks"].items():
@@ -88,15 +88,15 @@ def _notes(answer: Mapping[str, Any]) -> Iterator[str]:
 def _comparison_lines(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """``SE-KD against Full KD, acc: +0.4 ± 0.3`` for each comparison and each figure."""
     for comparison in comparisons:
-        who = f"{comparison['model']} against {comparison['against']}"
+        models = f"{comparison['model']} against {comparison['against']}"
         for key, title in (("acc", "Acc"), ("validation", "validation accuracy")):
             if key in comparison:
-                yield f"{who}, {title}: {_signed('acc', comparison[key])}"
+                yield f"{models}, {title}: {_signed('acc', comparison[key])}"
         for task, metrics in comparison["tasks"].items():
             for metric, difference in metrics.items():
-                yield f"{who}, {task} {metric}: {_signed(metric, difference)}"
+                yield f"{models}, {task} {metric}: {_signed(metric, difference)}"
         for task in comparison.get("not_comparable", []):
-            yield f"{who}, {task}: not comparable, they were asked different things"
+            yield f"{models}, {task}: not comparable, because the two were measured on different requests"
 
 
 def _figure(metric: str, estimate: Mapping[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selkd.cache.reader import TeacherCache
-from selkd.data.in_memory import samples_of_rows
+from selkd.data.packing import samples_of_rows
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import check_head, head_of
