@@ -75,9 +75,8 @@ class DistillArguments(TrainingArguments):
         compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
         if compiler.lower() != "no":
             raise InputError(f"ACCELERATE_DYNAMO_BACKEND={compiler} is not supported: the chunked loss isn't compiled.")
-        launched = os.environ.get(
-            "ACCELERATE_MIXED_PRECISION", "no"
-        )  # checked here, before the arguments' bf16 hides it
+        # Checked here, before the arguments' own bf16 hides what the launcher asked for.
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched not in ("no", "bf16"):
             raise InputError(
                 f"ACCELERATE_MIXED_PRECISION={launched} is not supported: gradients of single classes underflow. "
