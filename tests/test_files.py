@@ -52,3 +52,23 @@ def test_what_takes_the_name_and_is_no_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"folder can't be written"), new_folder(tmp_path / "folder"):
         pass
     assert (tmp_path / "folder").read_text(encoding="utf-8") == "a file"
+
+
+def test_the_folder_that_was_there_stays_if_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = tmp_path / "best"
+    best.mkdir()
+    (best / "weights").write_text("old")
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(RunError, match="best can't be written"), new_folder(best, replace=True) as new:
+        (new / "weights").write_text("new")
+    assert (best / "weights").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [best]

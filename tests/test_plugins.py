@@ -190,8 +190,8 @@ def test_a_built_in_metric_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch,
         Metric,
         "entropy_gap",
-        lambda of, _: (of["teacher_entropy"] - of["student_entropy"]).abs(),
-        statistics=("teacher_entropy", "student_entropy"),
+        lambda of, _: (of["teacher_entropy"] - of["student_entropy"]).abs() - of["top1_agreement"],
+        statistics=("teacher_entropy", "student_entropy", "top1_agreement"),  # no other metric has the last one
         needs_teacher=True,
         label="the gap between both entropies",
         unit="nats",

@@ -70,12 +70,13 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             yield new
             for written in new.rglob("*"):
                 _sync(written)
-            if replace and path.exists():
-                path.rename(new.with_name("old"))
+            old = path.rename(new.with_name("old")) if replace and path.exists() else None
             try:
                 new.rename(path)
             except OSError:
-                if not path.is_dir():
+                if old is not None and not path.exists():
+                    old.rename(path)
+                if old is not None or not path.is_dir():
                     raise
             _sync(path.parent)
     except OSError as error:

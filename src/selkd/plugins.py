@@ -332,8 +332,9 @@ class Sampler(Entry):
         n_uniforms: how many uniforms a position needs for U draws.
         total: the sum of the integer counts of a stored row for U draws.
         least_same_draws: the lowest shares, over all positions and over one sample's, of draws that are the same when
-            the same teacher runs in another precision, measured on SmolLM2-135M (docs/results/cache.md). A teacher at
-            temperature 1.1 stays below. A sample may be short, so its limit is wider.
+            the same teacher runs in another precision, measured on SmolLM2-135M at 8 to 64 draws
+            (docs/results/cache.md). A teacher at temperature 1.1 stays below. A sample may be short, so its limit is
+            wider. None: not measured.
     """
 
     kind = "sampler"
@@ -343,7 +344,7 @@ class Sampler(Entry):
     label: str = "the classes that the sampler {name} picks"
     n_uniforms: Callable[[int], int] = lambda draws: draws
     total: Callable[[int], int] = lambda draws: draws
-    least_same_draws: tuple[float, float] = (0.72, 0.5)
+    least_same_draws: tuple[float, float] | None = None
 
     def drawn(self, probabilities: "Tensor", uniforms: "Tensor", draws: int) -> "tuple[Tensor, Tensor]":
         """The checked class ids and counts, int64 [n, C], that a user's own sampler draws."""

@@ -117,10 +117,14 @@ def test_any_error_of_the_network_names_the_address(
 
 
 @pytest.mark.usefixtures("remote")
+@pytest.mark.parametrize("lost", ["the file", "its end"])
 @pytest.mark.parametrize("name", ["index.selkd", "shard-00001.selkd"])
-def test_a_copy_that_lost_a_file_is_refused_and_left(name: str, tmp_path: Path) -> None:
+def test_a_copy_that_lost_a_file_or_a_part_of_one_is_refused_and_left(name: str, lost: str, tmp_path: Path) -> None:
     copy = fetch_cache(URL, tmp_path / "copies")
+    content = (copy / name).read_bytes()
     (copy / name).unlink()
+    if lost == "its end":
+        (copy / name).write_bytes(content[:-1])
     left = contents(copy)
     with pytest.raises(InputError, match=rf"the copy of {URL} in .* is damaged: .*{name}.*Remove it to copy anew"):
         fetch_cache(URL, tmp_path / "copies")
@@ -133,12 +137,20 @@ def test_a_copy_that_another_process_finished_first_is_taken(
     del remote
     verify = remote_module.verify_cache
 
-    def meanwhile(copy: Path) -> list[str]:
+    def meanwhile(copy: Path, decode: bool = True) -> list[str]:
         monkeypatch.setattr(remote_module, "verify_cache", verify)
         fetch_cache(URL, tmp_path / "copies")
-        return verify(copy)
+        return verify(copy, decode)
 
     monkeypatch.setattr(remote_module, "verify_cache", meanwhile)
     local = fetch_cache(URL, tmp_path / "copies")
     assert list((tmp_path / "copies").iterdir()) == [local]
     assert contents(local) == contents(tmp_path / "original")
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_copy_whose_manifest_was_damaged_is_refused(tmp_path: Path) -> None:
+    copy = fetch_cache(URL, tmp_path / "copies")
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"is damaged: .*manifest.json.*Remove it to copy anew"):
+        fetch_cache(URL, tmp_path / "copies")

@@ -228,3 +228,7 @@ def test_a_renamed_key_is_still_read_with_a_note(caplog: pytest.LogCaptureFixtur
     assert not caplog.text
     with pytest.raises(InputError, match="probed_share is the former name of calibration_fraction, which is given too"):
         parse_part(PositionOptions, {**options, "calibration_fraction": 0.5})
+    # A resolved recipe has every key: a null under one name leaves the value under the other.
+    for former, current in ((0.25, None), (None, 0.25)):
+        both = {"scoring": "two_stage", "probed_share": former, "calibration_fraction": current}
+        assert parse_part(PositionOptions, both).calibration_fraction == 0.25

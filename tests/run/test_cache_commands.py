@@ -322,6 +322,12 @@ def test_what_is_judged_is_the_share_of_all_and_of_each_sample(sampler: str) -> 
     assert one_alien.worst_same_draws == pytest.approx(least_of_sample - 0.005)
 
 
+def test_without_a_measured_limit_only_the_same_draws_are_judged() -> None:
+    """With many draws other teachers' draws are nearly the same, too, so a share alone says nothing."""
+    assert judged({bytes(16): np.ones(4)}, None).agrees is True
+    assert judged({bytes(16): np.full(4, 0.99)}, None).agrees is None
+
+
 def test_a_sample_without_positions_is_no_worst_one() -> None:
     answer = judged({bytes(16): np.zeros(0), bytes(15) + b"\x01": np.ones(4)}, (0.7, 0.5))
     assert (answer.samples, answer.positions, answer.identical_positions) == (2, 4, 4)

@@ -16,6 +16,7 @@ from tiny import V, make_model
 from tiny_run import make_recipe, make_text
 
 from selkd.errors import InputError
+from selkd.recipe.files import load_recipe
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.sweep.runner import _how_it_ended, run_apart
@@ -342,3 +343,10 @@ def test_estimated_scores_are_not_shared_between_seeds() -> None:
 
     assert scores(1) == scores(2)
     assert scores(1, scoring="approximate") != scores(2, scoring="approximate")
+
+
+def test_the_names_of_shared_scores_outlive_a_keys_renaming() -> None:
+    """A study that an earlier version began finds its scores: by the digest that it wrote."""
+    shared = with_shared_paths(load_recipe("demo"), Path("shared"))
+    assert shared.samples is not None
+    assert shared.samples.path == "shared/scores/7fdabc5857597f33.parquet"

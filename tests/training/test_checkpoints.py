@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from selkd.training.checkpoints import last_complete_checkpoint
+from selkd.errors import InputError
+from selkd.recipe.choices import PositionOptions
+from selkd.training.callbacks import StepLines
+from selkd.training.checkpoints import ScheduleKept, last_complete_checkpoint
 
 STATE = '{"global_step": 1}'
 
@@ -67,3 +70,27 @@ def test_a_checkpoint_that_lacks_a_processs_random_state_is_not_whole(tmp_path: 
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     (tmp_path / "checkpoint-6" / "rng_state_1.pth").touch()
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+
+
+def test_a_checkpoint_that_is_older_than_a_keys_name_is_resumed(tmp_path: Path) -> None:
+    positions = PositionOptions().model_dump()
+    former = {("probed_share" if key == "calibration_fraction" else key): value for key, value in positions.items()}
+    stored = {"processes": 1, "positions": former}
+    kept = {"stateful_callbacks": {"ScheduleKept": {"args": {}, "attributes": {"stored": stored}}}}
+    write(tmp_path, {"checkpoint-4": json.dumps(kept)})
+    ScheduleKept({"processes": 1, "positions": positions}).require_same(tmp_path / "checkpoint-4")
+    other = ScheduleKept({"processes": 1, "positions": positions | {"fraction": 0.5}})
+    with pytest.raises(InputError, match="its training has positions = "):
+        other.require_same(tmp_path / "checkpoint-4")
+
+
+def test_lines_end_where_a_line_ends_and_nowhere_else(tmp_path: Path) -> None:
+    """An answer may hold characters that end a line for Unicode; they are part of it."""
+    lines = StepLines(tmp_path / "rollouts.jsonl")
+    written = [{"step": 1, "answer": "a\u2028b\u0085c"}, {"step": 2, "answer": "d"}]
+    lines.append(written)
+    with lines.path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "ans')
+    assert lines.read() == written
+    lines.cut(1)
+    assert lines.read() == written[:1]

@@ -337,6 +337,25 @@ def test_rows_without_anything_to_learn_are_said(tmp_path: Path, caplog: pytest.
     assert "train_dataset: 2 of 3 documents hold nothing to learn and were left out" in caplog.text
 
 
+def test_the_smaller_of_two_models_of_one_class_decides_how_long_answers_may_be(tmp_path: Path) -> None:
+    def made(student: int, teacher: int) -> DistillTrainer:
+        small, large = (make_model(seed, max_position_embeddings=size) for seed, size in ((1, student), (0, teacher)))
+        args = make_arguments(tmp_path, on_policy={"max_new_tokens": 10}, data=PROMPTS)
+        samples = SampleDataset.from_samples(make_prompts())
+        return DistillTrainer(small, large, args, samples, processing_class=make_tokenizer())
+
+    made(64, 64)
+    for student, teacher in ((12, 64), (64, 12)):
+        with pytest.raises(InputError, match=r"max_new_tokens: 10 after a prompt of up to .* has positions for 12"):
+            made(student, teacher)
+
+
+def test_samples_of_plain_text_have_no_prompt_to_answer(tmp_path: Path) -> None:
+    text = [Sample(np.arange(2, 12), np.array([0])), Sample(np.arange(3, 9), np.array([0]))]
+    with pytest.raises(InputError, match="on_policy: samples of plain text, without a prompt to answer"):
+        trainer(tmp_path, text, {})
+
+
 def test_an_evaluation_on_prompts_alone_and_answers_past_the_window_are_refused(tmp_path: Path) -> None:
     rows = [{"q": "w3 w4"}, {"q": "w7 w8 w9"}]
     options: dict[str, Any] = {"prompt_field": "q", "packing": False, "max_length": 32}
@@ -485,7 +504,9 @@ def test_two_processes_answer_what_one_does(tmp_path: Path) -> None:
 REFUSED = {
     ("cache={path: null}", "classes={sampler: rs_kd}", "criterion.name=forward_kl"): "cache: it holds the teacher's "
     "classes for the data's own tokens",
-    ("data={path: demo}",): "on_policy: the student answers prompts, and data.text",
+    (
+        "data={path: demo}",
+    ): "on_policy: the student answers prompts, and data.text_field has none; give data.prompt_field",
     ("data.packing=true",): "data.packing: on_policy answers one prompt a sample; set data.packing: false",
     ("data.loss_on=all",): "data.loss_on: all learns prompts",
     ("data.completion_field=null", "on_policy.fraction=0.5"): "on_policy.fraction: below 1 the other samples keep",

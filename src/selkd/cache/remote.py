@@ -42,7 +42,10 @@ def fetch_cache(url: str, folder: Path) -> Path:
     if local.exists():
         try:
             TeacherCache.open(local)
-        except InputError as error:
+            for entry in read_manifest(local / MANIFEST)["shards"]:
+                if (local / entry["name"]).stat().st_size != entry["bytes"]:
+                    raise InputError(f"{entry['name']} has not the size that its {MANIFEST} lists")
+        except (InputError, OSError) as error:
             raise InputError(f"the copy of {url} in {local} is damaged: {error}. Remove it to copy anew") from error
         return local
     with new_folder(local) as copy:
@@ -55,7 +58,7 @@ def fetch_cache(url: str, folder: Path) -> Path:
                 raise InputError(f"the teacher cache at {url} lacks {name}, which its {MANIFEST} lists") from error
             except Exception as error:
                 raise _broken_off(f"{name} at {url}", error) from error
-        if problems := verify_cache(copy):
+        if problems := verify_cache(copy, decode=False):  # the digests cover every byte
             raise InputError(f"the teacher cache at {url} is damaged: {'; '.join(problems[:3])}")
     return local
 

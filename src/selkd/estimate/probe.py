@@ -48,7 +48,7 @@ def probe(recipe: Recipe) -> dict[str, float | None]:
         work = Workspace(small, path, splits=splits)
         run = RunDirectory.claim(path, small, is_writer=True)
         prepare(work, run)
-        student = work.models.student  # loaded before the clock starts
+        student = work.models.student  # loaded before the clock starts, as the teacher below
         kept, seconds = _clocked(lambda: score(work, run))
         rates: dict[str, float] = {}
         if recipe.samples is not None:
@@ -56,7 +56,7 @@ def probe(recipe: Recipe) -> dict[str, float | None]:
             seconds -= run.record.get("scoring_agreement", {}).get("seconds", 0.0)
             rates["score"] = splits.train_tokens / seconds
         if small.evaluation.suite or recipe.cache is not None:
-            _ = work.models.teacher
+            work.models.load_teacher()
         if small.evaluation.suite:
             _, seconds = _clocked(lambda: evaluate(work, run, student, "before"))
             rates["evaluate"] = _tokens(splits.held_out) / seconds

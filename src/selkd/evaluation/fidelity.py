@@ -13,10 +13,10 @@ from selkd.data.samples import SampleDataset
 from selkd.evaluation.statistics_pass import over_samples
 from selkd.maths.finite import not_finite
 from selkd.models.pair import ModelPair
+from selkd.plugins import Metric
 
 ENTROPY_EDGES = (0.1, 0.5, 1.0, 2.0, 4.0)
 """The upper ends of the buckets of the teacher's entropy, in nats; the last bucket is open."""
-STATISTICS = ("student_entropy", "teacher_entropy", "student_ce", "teacher_ce", "kl", "reverse_kl")
 _SUMMED = ("student_ce", "teacher_ce", "kl", "top1_agreement")
 _MEANS = ("cross_entropy_nats", "teacher_cross_entropy_nats", "kl_nats", "top1_agreement")
 
@@ -34,7 +34,7 @@ class Fidelity:
         teacher_tokens: the number of tokens that the teacher ran on, padding included.
         sums: float64 [S, K, 5], the sums over each sample and bucket: positions, the student's cross-entropy, the
             teacher's cross-entropy, KL, agreements.
-        statistics: ``STATISTICS`` by name, float32 [N] each; position metrics are computed from them.
+        statistics: those that the built-in metrics are computed from, by name, float32 [N] each.
         sample_of: the sample of each position, int64 [N]; the positions of one sample are in order.
     """
 
@@ -73,7 +73,8 @@ def fidelity(models: ModelPair, samples: SampleDataset, description: str = "eval
     Raises:
         RunError: a figure is not finite.
     """
-    names = (*STATISTICS, "top1_agreement")
+    of_metrics = dict.fromkeys(name for metric in Metric.builtin().values() for name in metric.statistics)
+    names = tuple(of_metrics | dict.fromkeys(("teacher_entropy", *_SUMMED)))
 
     def columns_of(group: list[int], valid_mask: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         row_of = valid_mask.nonzero()[:, 0].cpu()
@@ -98,7 +99,7 @@ def fidelity(models: ModelPair, samples: SampleDataset, description: str = "eval
         positions=int(positions),
         teacher_tokens=tokens,
         sums=sums,
-        statistics={name: statistics[name].float() for name in STATISTICS},
+        statistics={name: statistics[name].float() for name in of_metrics},
         sample_of=sample_of,
     )
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import SampleDataset
+from selkd.errors import RunError
 from selkd.maths.finite import require_finite
 from selkd.maths.importance import OF_STUDENT
 from selkd.models.head import evaluating
@@ -50,31 +51,40 @@ def over_samples(
         RunError: a statistic is not finite; the message names sample and position.
     """
     state = PartialState()
-    groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
+    mine = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
     student, head, with_teacher = models.student, models.student_head, not OF_STUDENT.issuperset(names)
+
+    def one_batch(group: list[int]) -> tuple[R, int]:  # its tensors are freed before the next one's
+        padded = collate([samples[index] for index in group], models.pad_token_id)
+        batch = {name: tensor.to(student.device) for name, tensor in padded.items()}
+        valid_mask, hidden = batch["valid_mask"], models.student_hidden(batch)
+        if estimator is None:
+            teacher_logits = models.teacher_logits(batch) if with_teacher else None
+            targets = batch["targets"][valid_mask]
+            statistics = position_statistics(names, hidden[valid_mask], head, targets, teacher_logits)
+        else:
+            estimates = [estimator(row[mask], head, "samples") for row, mask in zip(hidden, valid_mask, strict=True)]
+            statistics = {"student_entropy": torch.cat(estimates)}
+        index, totals = valid_mask.flatten().nonzero().flatten(), torch.stack(list(statistics.values())).sum(dim=0)
+        require_finite(totals, index, batch, f"the student's or the teacher's logits, while {description}")
+        return reduce(group, valid_mask, statistics), valid_mask.numel() if with_teacher else 0
+
     reduced: list[R] = []
-    tokens = 0
-    progress = tqdm(total=sum(map(len, groups)), desc=description, unit=" samples", disable=not state.is_main_process)
+    tokens, error = 0, None
+    progress = tqdm(total=sum(map(len, mine)), desc=description, unit=" samples", disable=not state.is_main_process)
     with evaluating(student), evaluating(models.teacher) if with_teacher else nullcontext(), progress:
-        for group in groups:
-            padded = collate([samples[index] for index in group], models.pad_token_id)
-            batch = {name: tensor.to(student.device) for name, tensor in padded.items()}
-            valid_mask, hidden = batch["valid_mask"], models.student_hidden(batch)
-            if estimator is None:
-                targets, teacher_logits = batch["targets"][valid_mask], None
-                if with_teacher:
-                    teacher_logits = models.teacher_logits(batch)
-                    tokens += valid_mask.numel()
-                statistics = position_statistics(names, hidden[valid_mask], head, targets, teacher_logits)
-            else:
-                of_samples = [
-                    estimator(row[mask], head, "samples") for row, mask in zip(hidden, valid_mask, strict=True)
-                ]
-                statistics = {"student_entropy": torch.cat(of_samples)}
-            index, totals = valid_mask.flatten().nonzero().flatten(), torch.stack(list(statistics.values())).sum(dim=0)
-            require_finite(totals, index, batch, f"the student's or the teacher's logits, while {description}")
-            reduced.append(reduce(group, valid_mask, statistics))
+        for group in mine:
+            try:
+                part, of_teacher = one_batch(group)
+            except RunError as raised:  # told to the other processes first, which would wait for this one
+                error = raised
+                break
+            reduced.append(part)
+            tokens += of_teacher
             progress.update(len(group))
+    errors = [error]
     if state.num_processes > 1:
-        return gather_object(reduced), sum(gather_object([tokens]))
+        errors, reduced, tokens = gather_object(errors), gather_object(reduced), sum(gather_object([tokens]))
+    for first in filter(None, errors):
+        raise first
     return reduced, tokens

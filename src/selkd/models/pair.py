@@ -88,6 +88,10 @@ class ModelPair:
         pair._teacher = self._teacher
         return pair
 
+    def load_teacher(self) -> None:
+        """Load the teacher now, if it is not in memory; nobody but the pair holds it then."""
+        _ = self.teacher
+
     def release_student(self) -> None:
         """Free the student's memory; the next use loads it again."""
         self._student.release()

@@ -46,15 +46,15 @@ def check_cached(positions: PositionOptions) -> None:
     if positions.needs_teacher:
         raise ValueError(
             f"positions.metric: {positions.metric} needs the teacher's full distribution at every position, and a "
-            "cache holds drawn classes alone; take a metric of the student (student_entropy, student_ce), or "
-            "set cache: null for a live teacher"
+            "cache holds drawn classes alone; take a metric of the student (student_entropy, student_ce), or a "
+            "live teacher (in a recipe, set cache: null)"
         )
 
 
 def check_sharded(on_policy: OnPolicyOptions | None, has_adapters: bool) -> None:
     """Raises ValueError for what can't be done with a student that FSDP shards."""
     if has_adapters:
-        raise ValueError("training.fsdp: adapters (student.lora) are trained on one GPU or with DDP")
+        raise ValueError("fsdp: adapters (a recipe's student.lora) are trained on one GPU or with DDP")
     if on_policy is not None:
         raise ValueError("on_policy: a student sharded by FSDP does not generate; use one GPU, or DDP")
 

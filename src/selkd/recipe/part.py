@@ -30,17 +30,31 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     renamed: ClassVar[Mapping[str, str]] = {}  # former name of a key, which is still read -> its name now
 
+    @classmethod
+    def with_current_names(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Plain data of this part with each former name of a key replaced by its name; a null gives way to a value.
+
+        Raises:
+            ValueError: a key has values under both names.
+        """
+        current = dict(content)
+        for former, name in cls.renamed.items():
+            value = current.pop(former, None)
+            if value is not None and current.get(name) is not None:
+                raise ValueError(f"{former} is the former name of {name}, which is given too; leave {former} out")
+            if former in content:
+                current[name] = current.get(name) if value is None else value
+        return current
+
     @model_validator(mode="before")
     @classmethod
-    def _read_former_names(cls, content: Any) -> Any:
+    def _read_former_names(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
         for former, name in cls.renamed.items():
-            if isinstance(content, dict) and former in content:
-                if name in content:
-                    raise ValueError(f"{former} is the former name of {name}, which is given too; leave {former} out")
-                content = {name if key == former else key: value for key, value in content.items()}
-                if content[name] is not None:
-                    _logger.warning("%s is now called %s; the former name is still read.", former, name)
-        return content
+            if given.get(former) is not None:
+                _logger.warning("%s is now called %s; the former name is still read.", former, name)
+        return cls.with_current_names(given)
 
     def _settle(self, **values: Any) -> None:
         """Set values that follow from other keys, while the part is being read."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError
+from selkd.recipe.choices import PositionOptions, SampleOptions
 from selkd.reporting.formats import dig
 from selkd.reporting.measures import Record, ReportedMeasure, Summary, measures_of, paired, summarise
 from selkd.reporting.run_files import read_record, require_run
@@ -148,6 +149,9 @@ def compare(runs: Sequence[Path], baseline: str | None = None, failed: dict[str,
 def comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved recipe without name, seed and the paths of scores and cache; they change results only by chance."""
     kept: dict[str, Any] = json.loads(json.dumps(recipe))
+    for name, part in (("positions", PositionOptions), ("samples", SampleOptions)):
+        if kept.get(name):  # a run may be older than a key's name
+            kept[name] = part.with_current_names(kept[name])
     for *parts, key in _INCIDENTAL:
         branch = dig(kept, *parts) if parts else kept
         if isinstance(branch, dict):

@@ -99,8 +99,9 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     # A step may have several lines (loss, held-out fidelity), and a resumed run logs the steps after its checkpoint
     # again: the later value of a key is the one that counts.
     by_step: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(_text(path).splitlines(keepends=True), start=1):
-        if not line.strip() or not line.endswith("\n"):  # a last line without its end was cut off in writing
+    # The last piece is empty, or a line that was cut off in writing.
+    for number, line in enumerate(_text(path).split("\n")[:-1], start=1):
+        if not line.strip():
             continue
         entry = _json_object(line, f"{path}, line {number}", "Remove that line.")
         if not isinstance(entry.get("step"), int):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError
-from selkd.files import RECIPE, RECORD, is_temporary, write_whole
+from selkd.files import RECIPE, RECORD, is_temporary, remove_temporaries, write_whole
 from selkd.recipe.files import load_recipe, to_yaml
 from selkd.recipe.recipe import Recipe
 
@@ -53,6 +53,7 @@ class RunDirectory:
         """
         if not self.is_writer:
             return
+        remove_temporaries(self.path)
         if not (self.path / RECIPE).exists():
             write_whole(self.path / RECIPE, to_yaml(self.recipe))
         write_whole(self.path / RECORD, json.dumps(self.record, indent=2, allow_nan=False) + "\n")

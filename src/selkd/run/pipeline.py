@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from selkd.errors import InputError, RunError
-from selkd.files import write_whole
+from selkd.files import RECIPE, write_whole
 from selkd.models.loading import load_model
 from selkd.models.pair import ModelPair
 from selkd.models.sources import locate
@@ -144,7 +144,7 @@ def _push(work: Workspace, run: RunDirectory) -> None:
 
 def full_kd_on_same_samples(run: Run) -> Run:
     """Run Full KD with a live teacher on the samples that ``run`` kept, in a folder beside it, for comparison."""
-    recipe = load_recipe(run.path / "recipe.yaml")
+    recipe = load_recipe(run.path / RECIPE)
     changed = recipe.resolved() | {
         "name": f"{recipe.name}-full-kd",
         "positions": {"policy": "all", "reduction": recipe.positions.reduction},

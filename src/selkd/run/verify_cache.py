@@ -20,6 +20,8 @@ from selkd.run.workspace import Workspace
 from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.recheck_cache import compare_again
 
+MOST_DRAWS_JUDGED = 64  # the limits were measured at 8 to 64 draws; with more, other teachers' draws are the same, too
+
 
 @dataclass(frozen=True)
 class Rescored:
@@ -31,7 +33,9 @@ class Rescored:
             are few, because a rounding turns one draw into another.
         same_draws: the share of draws that are the same, sum_v min(stored_v, again_v) / U, mean over the positions.
         worst_sample: the id, in hex, of the sample with the lowest share; ``worst_same_draws`` is its share.
-        agrees: whether the stored draws are this teacher's: enough are the same, of all and of each sample.
+        agrees: whether the stored draws are this teacher's: all are the same, or enough of them, of all and of each
+            sample; None where some differ and nobody measured how many are enough: for a user's own sampler, and for
+            more than ``MOST_DRAWS_JUDGED`` draws.
     """
 
     samples: int
@@ -40,7 +44,7 @@ class Rescored:
     same_draws: float
     worst_sample: str
     worst_same_draws: float
-    agrees: bool
+    agrees: bool | None
 
 
 def recipe_of(directory: Path, recipe: str | None, overrides: list[str] | None = None) -> tuple[Recipe, Path | None]:
@@ -91,21 +95,24 @@ def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: i
         raise InputError(f"none of the recipe's samples is in the teacher cache in {cache.directory}")
     picked = np.random.default_rng(seed).choice(stored, size=min(n_samples, len(stored)), replace=False).tolist()
     shares = compare_again(live_teacher(work), CachedTeacher(cache), samples, picked, work.models.pad_token_id)
-    return judged(shares, Sampler.find(recipe.classes.sampler).least_same_draws)
+    is_measured = (recipe.classes.draws or 0) <= MOST_DRAWS_JUDGED
+    return judged(shares, Sampler.find(recipe.classes.sampler).least_same_draws if is_measured else None)
 
 
-def judged(shares: Mapping[bytes, np.ndarray], least_same_draws: tuple[float, float]) -> Rescored:
+def judged(shares: Mapping[bytes, np.ndarray], least_same_draws: tuple[float, float] | None) -> Rescored:
     """The verdict on the shares of same draws that ``compare_again`` returns.
 
     Args:
         least_same_draws: the lowest mean share, over all positions and over each sample's, that is taken for the same
-            teacher's.
+            teacher's; None: not measured.
     """
-    least, least_of_sample = least_same_draws
     sample_means = {sample_id: float(share.mean()) for sample_id, share in shares.items() if len(share)}
     everywhere = np.concatenate(list(shares.values()))
     worst = min(sample_means, key=lambda sample_id: sample_means[sample_id])
     same_draws = float(everywhere.mean())
+    agrees: bool | None = True if same_draws == 1 else None
+    if agrees is None and least_same_draws is not None:
+        agrees = same_draws >= least_same_draws[0] and sample_means[worst] >= least_same_draws[1]
     return Rescored(
         samples=len(shares),
         positions=len(everywhere),
@@ -113,7 +120,7 @@ def judged(shares: Mapping[bytes, np.ndarray], least_same_draws: tuple[float, fl
         same_draws=same_draws,
         worst_sample=worst.hex(),
         worst_same_draws=sample_means[worst],
-        agrees=same_draws >= least and sample_means[worst] >= least_of_sample,
+        agrees=agrees,
     )
 
 

@@ -203,9 +203,9 @@ class Workspace:
     def require_positions(self) -> None:
         """Raises InputError if a sample, or a prompt with its answer, may exceed the positions of a model."""
         sources = [self.teacher_source] + ([self.student_source] if self.recipe.student.model is not None else [])
-        windows = {source.name: n_positions(source) for source in sources}
+        windows = [(source.name, n_positions(source)) for source in sources]
         length = self.recipe.data.max_length
-        for name, window in windows.items():
+        for name, window in windows:
             if window is not None and length > window:
                 raise InputError(
                     f"data.max_length: {length} tokens, but {name} has positions for {window}. Lower data.max_length."

@@ -42,6 +42,7 @@ Sampler.add("all", label="the teacher’s whole distribution", description="the 
 Sampler.add(
     "rs_kd",
     rs_kd,
+    least_same_draws=(0.72, 0.5),
     label="{draws} random draws from the teacher’s distribution",
     description="U = `draws` independent draws from p; forward KL to the counts over U. Unbiased for forward KL's "
     "gradient",

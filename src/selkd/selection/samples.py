@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selkd.errors import InputError
+from selkd.errors import InputError, RunError
 from selkd.files import write_whole
 
 FORMAT = 1
@@ -55,7 +55,10 @@ class SampleScores:
         meta |= {"selkd.cost": json.dumps(self.cost)}
         content = pa.BufferOutputStream()
         pq.write_table(table.replace_schema_metadata(meta), content)
-        write_whole(path, content.getvalue().to_pybytes())
+        try:
+            write_whole(path, content.getvalue().to_pybytes())
+        except RunError as error:
+            raise RunError(f"{error}, or give another samples.path") from error
 
     @classmethod
     def read(cls, path: Path, expected: dict[str, str] | None = None) -> "SampleScores":

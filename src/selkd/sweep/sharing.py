@@ -14,6 +14,7 @@ from selkd.errors import InputError
 from selkd.models.loading import n_rows
 from selkd.models.sources import ModelSource
 from selkd.plugins import Metric
+from selkd.recipe.choices import SampleOptions
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 
@@ -58,7 +59,9 @@ def _vocabulary(student: str | None) -> int | str | None:
 def _what_scores_depend_on(recipe: Recipe) -> dict[str, Any]:
     content = recipe.resolved()
     samples = recipe.samples
-    options = {key: value for key, value in (content["samples"] or {}).items() if key not in ("fraction", "path")}
+    # By former names, so that a study that was begun under them finds its scores.
+    former = {name: key for key, name in SampleOptions.renamed.items()}
+    options = {former.get(k, k): v for k, v in (content["samples"] or {}).items() if k not in ("fraction", "path")}
     depends = {key: content[key] for key in ("teacher", "student", "data")}
     depends |= {"samples": options, "precision": {key: recipe.training.get(key) for key in _PRECISION}}
     if samples is None or Metric.find(samples.metric).is_noise or samples.scoring == "approximate":

@@ -93,9 +93,10 @@ def require_teacher(metric: str, policies: Sequence[PolicyChoice], teacher: str 
     for key, name in metrics.items():
         if name is not None and Metric.find(name).needs_teacher:
             if teacher is None:
+                alone = ", ".join(name for name, metric in Metric.builtin().items() if not metric.needs_teacher)
                 raise InputError(
                     f"{key} {name} looks at the teacher's distribution: give --teacher MODEL, a model with the same "
-                    "tokenizer, or take a metric of the model alone (student_entropy, student_ce, random)."
+                    f"tokenizer, or take a metric of the model alone ({alone})."
                 )
             return True
     return False

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError
-from selkd.files import write_whole
 from selkd.plugins import Policy
 from selkd.reporting import formats, words
 from selkd.reporting.coloured_text import (
@@ -18,7 +17,7 @@ from selkd.reporting.coloured_text import (
     token_views,
     visible,
 )
-from selkd.reporting.rendering import render
+from selkd.reporting.rendering import render, write_text
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def write_page(page: Path, view: TextView) -> None:
     """
     classes = {HEAVY: "heavy", LIGHT: "light"}
     html = render("tokens.html.j2", compared=view, classes=classes, words=WEIGHTS, marked_part=marked_part)
-    write_whole(page, html)
+    write_text(page, html)
 
 
 def _count(selected: int, valid: int) -> str:

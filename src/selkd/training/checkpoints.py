@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from selkd.errors import InputError
+from selkd.recipe.choices import PositionOptions
 from selkd.selection.queue import ScoreQueue
 
 
@@ -90,7 +91,12 @@ def stored_schedule(checkpoint: Path) -> dict[str, Any] | None:
     """
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     kept = state.get("stateful_callbacks", {}).get(ScheduleKept.__name__)
-    return None if kept is None else dict(kept["attributes"]["stored"])
+    if kept is None:
+        return None
+    stored = dict(kept["attributes"]["stored"])
+    if stored.get("positions") is not None:  # the checkpoint may be older than a key's name
+        stored["positions"] = PositionOptions.with_current_names(stored["positions"])
+    return stored
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

@@ -10,7 +10,7 @@ with AVX2; of 40 answers of up to 64 tokens by the demo's teacher, 28 differed, 
 
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,14 +171,16 @@ def require_prompts(samples: SampleDataset, options: OnPolicyOptions) -> None:
         )
 
 
-def require_answers_fit(samples: SampleDataset, options: OnPolicyOptions, windows: Mapping[str, int | None]) -> None:
+def require_answers_fit(
+    samples: SampleDataset, options: OnPolicyOptions, windows: Iterable[tuple[str, int | None]]
+) -> None:
     """Raises InputError if a prompt with its answer may be longer than a model has positions for.
 
     Args:
-        windows: for each model's name the number of its positions; None: no limit.
+        windows: of each model its name and the number of its positions; None: no limit.
     """
     answer = options.max_new_tokens
-    for name, window in windows.items():
+    for name, window in windows:
         if window is None:
             continue
         # A prompt is no longer than its sample, so short samples need not be read.

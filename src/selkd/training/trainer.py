@@ -175,7 +175,7 @@ class DistillTrainer(EvaluatingTrainer):
             )
         train_samples = self._samples.get("train_dataset")
         if train_samples is not None:
-            windows = {type(model).__name__: window_of(model) for model in (self.model, self._teacher_input)}
+            windows = [(type(model).__name__, window_of(model)) for model in (self.model, self._teacher_input)]
             require_prompts(train_samples, options)
             require_answers_fit(train_samples, options, windows)
         stop = stop_ids(self.model, self._tokenizer)
