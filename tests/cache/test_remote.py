@@ -140,7 +140,7 @@ def test_a_copy_that_another_process_finished_first_is_taken(
     def meanwhile(copy: Path, decode: bool = True) -> list[str]:
         monkeypatch.setattr(remote_module, "verify_cache", verify)
         fetch_cache(URL, tmp_path / "copies")
-        return verify(copy, decode)
+        return verify(copy, decode=decode)
 
     monkeypatch.setattr(remote_module, "verify_cache", meanwhile)
     local = fetch_cache(URL, tmp_path / "copies")
