@@ -68,7 +68,7 @@ def test_the_interface_is_of_the_public_names(site: Path) -> None:
     page = (site / "api" / "index.html").read_text(encoding="utf-8")
     for name in selkd.__all__:
         assert re.search(rf'id="selkd\.(\w+\.)*{name}"', page), name
-    assert "Run a recipe into" in page  # selkd.distill
+    assert "Run a recipe, or finish a run" in page  # selkd.distill
 
 
 def test_the_picture_is_up_to_date() -> None:
