@@ -7,7 +7,7 @@ recipe's models, the entries of its choices, the named recipes, the command line
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +65,7 @@ def generated(name: str) -> str:
             "`metric` | score u, at temperature 1 | needs the teacher",
             [[*cells(m), yes(m.needs_teacher)] for m in entries(Metric)],
         ),
+        "choices": choices,
         "policies": lambda: table("`policy` | coefficients a", [cells(policy) for policy in entries(Policy)]),
         "samplers": lambda: table("`sampler` | what is compared", [cells(sampler) for sampler in entries(Sampler)]),
         "sample metrics": lambda: table(
@@ -110,6 +111,25 @@ def rows_of(model: type[BaseModel], prefix: str, nested: bool = True) -> list[li
 def entries(kind: type[E]) -> list[E]:
     """The built-in metrics, policies, criteria or samplers."""
     return list(kind.builtin().values())
+
+
+def choices() -> str:
+    """A row for each choice of a recipe with the names that it takes, and the options that belong to a name."""
+
+    def listed(parts: Iterable[Entry]) -> str:
+        options = {part.name: ", ".join(f"`{key}`" for key in getattr(part, "options", ())) for part in parts}
+        return ", ".join(f"`{name}`" + (f" ({keys})" if keys else "") for name, keys in options.items())
+
+    metrics = entries(Metric)
+    alone, with_teacher = ([m for m in metrics if m.needs_teacher == needed] for needed in (False, True))
+    rows = {
+        "criterion.name": listed(entries(Criterion)),
+        "positions.metric": f"of the student: {listed(alone)}; with a live teacher: {listed(with_teacher)}",
+        "positions.policy": listed(entries(Policy)),
+        "classes.sampler": listed(entries(Sampler)),
+        "samples.metric": f"{listed(Metric.of_samples().values())}, or `all` for no filter",
+    }
+    return table("choice | names", [[f"`{key}`", names] for key, names in rows.items()])
 
 
 def cells(entry: Entry) -> list[str]:

@@ -283,20 +283,23 @@ def without_saving(training: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name in named_recipes() if name != "demo"])
 def test_every_named_recipe_runs_at_toy_size(name: str, toy: dict[str, Any], tmp_path: Path) -> None:
-    given = yaml.safe_load(named_recipes()[name])
-    parts = [key for key in ("criterion", "positions", "classes", "samples", "cache", "on_policy") if key in given]
-    recipe = {**toy, "name": name, **{key: given[key] for key in parts}}
-    if "prompt_field" in given["data"]:
+    written = yaml.safe_load(named_recipes()[name])
+    parts = [key for key in ("criterion", "positions", "classes", "samples", "cache", "on_policy") if key in written]
+    given = load_recipe(name).resolved()  # a recipe may leave out what has a default
+    recipe = {**toy, "name": name, "samples": None, "cache": None, **{key: written[key] for key in parts}}
+    if given["data"]["prompt_field"] is not None:
         epochs = 2 if given["samples"] is None else 8
         recipe |= {"data": make_task(tmp_path, 200, packing=given["data"]["packing"])}
         recipe["training"] = {**toy["training"], "num_train_epochs": epochs}
-    if "on_policy" in given:
+    if given["on_policy"] is not None:
         recipe["on_policy"] = {**given["on_policy"], "max_new_tokens": 12}
     run = distill(recipe, tmp_path / "run")
     counts = run.record["counts"]
     assert (counts["samples_kept"] < counts["samples"]) == (given["samples"] is not None)
     assert 0 < counts["positions_selected"] <= counts["positions_valid"]
-    assert (counts["positions_selected"] < counts["positions_valid"]) == ("fraction" in given["positions"])
+    assert (counts["positions_selected"] < counts["positions_valid"]) == (
+        given["positions"]["fraction"] not in (None, 1.0)
+    )
     assert (run.record["teacher_cache"] is not None) == (given["cache"] is not None)
     assert run.record["fidelity"]["after"]["kl_nats"] < run.record["fidelity"]["before"]["kl_nats"]
 

@@ -35,13 +35,16 @@ def cache_verify(
         int, typer.Option(min=0, metavar="N", help="Draw N random samples again with the teacher and compare.")
     ] = 0,
     recipe: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="What it was built by; its run's own recipe if not given.")
+        str | None, typer.Option(metavar="RECIPE", help="The recipe that built it; by default its run's own.")
     ] = None,
     out: Out = None,
     overrides: Overrides = None,
     json_output: Json = False,
 ) -> None:
-    """Read every byte of a cache and name each damaged part; exit code 1 if there is one."""
+    """Read every byte of a cache and name each damaged part.
+
+    The exit code is 1 if damage is left, or if --rescore finds the draws of another teacher.
+    """
     from selkd.cache.verify import verify_cache
 
     if not directory.is_dir():

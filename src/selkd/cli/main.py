@@ -131,7 +131,10 @@ def eval_command(
     ] = None,
     limit: Annotated[
         int | None,
-        Option(min=1, help="At most so many examples of a task, or windows of fidelity's text, spread evenly."),
+        Option(
+            min=1,
+            help="At most so many examples of a task, spread evenly; of fidelity, the first so many windows of text.",
+        ),
     ] = None,
     shots: Annotated[int, Option(min=0, help="How many solved examples stand before a question.")] = 0,
     chat_template: Annotated[bool, Option("--chat-template", help="Put prompts into the chat template.")] = False,
@@ -140,7 +143,7 @@ def eval_command(
     out: Annotated[Path, Option(help="The folder that keeps the results.")] = Path("evals"),
     json_output: Json = False,
 ) -> None:
-    """Measure models: fidelity to a teacher, the paper's benchmarks, any task; the first against the others."""
+    """Measure models: fidelity to a teacher, the paper's benchmarks, any task. Compare the first with the others."""
     from selkd.evaluation.benchmark_tasks import BenchmarkOptions
     from selkd.evaluation.command import evaluate_models
     from selkd.evaluation.fidelity_task import FidelityOptions
@@ -244,7 +247,7 @@ def sweep_command(
     overrides: Overrides = None,
     json_output: Json = False,
 ) -> None:
-    """Run each recipe of a study with each seed into one table. Repeat the command to continue, failed runs too."""
+    """Run every recipe of a study with every seed and write one table. Repeat the command to continue or to retry."""
     from selkd.recipe.files import parse_override
     from selkd.sweep.study import load_study
     from selkd.sweep.sweep import sweep

@@ -119,17 +119,20 @@ class PositionOptions(Part):
         description="For curriculum, the optimiser steps from easy to hard, or their share of the run's; default 1.0.",
     )
     smoothing: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="For pos_rs, draw in proportion to u^(1/smoothing); default 1."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="For pos_rs and pos_rs_corrected, draw in proportion to u^(1/smoothing); default 1.",
     )
-    clip: Fraction | None = Field(None, description="For pos_rs, the quantile at which u is cut; null: not cut.")
+    clip: Fraction | None = Field(None, description="For the same, the quantile at which u is cut; null: not cut.")
     skip_first: int | None = Field(
-        None, ge=0, description="For pos_rs, how many first positions of each document are not eligible; default 0."
+        None, ge=0, description="For the same, how many first positions of each document are not eligible; default 0."
     )
     coverage: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="For pos_rs, the share of the draws that the highest scores get for sure; default 0.",
+        description="For the same, the share of the draws that the highest scores get for sure; default 0.",
     )
     scoring: Literal["exact", "two_stage"] | None = Field(
         None,
@@ -275,7 +278,8 @@ class OnPolicyOptions(Part):
     """How the student's own answers (rollouts) are drawn, and how many completions of the data they replace."""
 
     fraction: Fraction = Field(
-        1.0, description="The share of the samples that the student answers; the others keep the data's completion."
+        1.0,
+        description="The share of the samples that the student answers; the others use the completion from the data.",
     )
     max_new_tokens: int = Field(256, ge=1, description="How many tokens an answer has at most.")
     temperature: float = Field(

@@ -102,11 +102,15 @@ class DataOptions(RowOptions, SourceOptions):
     held_out_fraction: float = Field(
         0.02, ge=0, lt=1, description="The share of the documents that is kept from training."
     )
-    held_out_tokens: int = Field(16384, ge=2, description="How many tokens the held-out split has at most.")
+    held_out_tokens: int = Field(
+        16384, ge=2, description="How many tokens the held-out split has at most; by default at least one sample."
+    )
     streaming: bool | None = Field(None, description="Stream a hub data set; null: where `tokens` is given.")
 
     @model_validator(mode="after")
     def _room_for_a_sample(self) -> "DataOptions":
+        if "held_out_tokens" not in self.model_fields_set:
+            self._settle(held_out_tokens=max(self.held_out_tokens, self.max_length))
         held_out_tokens = self.held_out_tokens if self.held_out_fraction > 0 else None
         for key, budget in (("data.tokens", self.tokens), ("data.held_out_tokens", held_out_tokens)):
             if budget is not None and budget < self.max_length:

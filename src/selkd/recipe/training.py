@@ -97,7 +97,7 @@ RANGES: dict[str, tuple[Accepted, str]] = {
     "save_steps": (lambda value: value > 0, "above 0"),
     "include_num_input_tokens_seen": (
         lambda value: value in (False, True, "no", "all"),
-        "no, or all with padding (which may be the end token, so that its id does not tell it)",
+        "no, or all. Tokens can't be counted without padding, because padding may be the end token",
     ),
 }
 RECIPE_RANGES: dict[str, tuple[Accepted, str]] = RANGES | {
