@@ -339,7 +339,8 @@ def demo_runs() -> str:
         f = run["figures"]
         reached = [str(f["perplexity_after"]), f["kl_after"].value, str(f["agreement_after"])]
         times = [f["total"].duration, *(f[stage].value for stage in stages)]
-        rows.append([f"{run['machine']}, {run.get('date', 'date not recorded')}", *times, *reached, str(f["cache"]), str(f["peak"])])
+        where = f"{run['machine']}, {run.get('date', 'date not recorded')}"
+        rows.append([where, *times, *reached, str(f["cache"]), str(f["peak"])])
     return table(
         "machine | whole run | prepare, s | score, s | cache, s | train, s | evaluate, s | perplexity | KL, nats "
         "| agreement | a cached position | peak memory",
