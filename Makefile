@@ -1,6 +1,6 @@
-# make demo: distil a real 135M model. make test: the tests, in two processes. make quick: after each change, the part of
-# them that finds most faults in under a minute: the specification and its oracle cases, maths, selection, codec, a
-# recipe's refusals, the trainer's steps, the architecture. make test-avx2: the same and the on-policy step as on a
+# make demo: distil a real 135M model. make test: the tests, in two processes. make quick: after each change, the tests
+# that fail most often, in about a minute: the specification and its oracle cases, maths, selection, codec, a recipe's
+# refusals, the trainer's steps, the architecture. make test-avx2: the same and the on-policy step as on a
 # processor without AVX-512 and AMX (x86; elsewhere it changes nothing). make test-quantised: those of quantised
 # teachers, with their packages. make docs: the pages, into site/. All set up .venv first; a second call is quick.
 PYTHON ?= python3

@@ -30,7 +30,6 @@ SOURCE = ROOT / "src" / "selkd"
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "null": "null"}
 SIGNS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-STEP_AIMS = {"full_kd": "1.50", "se_kd_exact": "1.27 and +0.25 GB", "se_kd_two_stage": "1.20"}
 
 
 def pages() -> list[Path]:
@@ -306,8 +305,8 @@ def measurements() -> dict[str, dict[str, Any]]:
 
 
 def with_figures(measurement: dict[str, Any], text: str) -> str:
-    """``text`` with the figures of a measurement, and its machine, in place of their names in braces."""
-    return text.format(machine=measurement["machine"], **measurement["figures"])
+    """``text`` with a measurement's figures, its machine and its ``ranges`` in place of their names in braces."""
+    return text.format(machine=measurement["machine"], ranges=measurement.get("ranges", {}), **measurement["figures"])
 
 
 def demo_printed() -> str:
@@ -360,7 +359,8 @@ def demo_runs() -> str:
         f = run["figures"]
         reached = [str(f["perplexity_after"]), f["kl_after"].value, str(f["agreement_after"])]
         times = [f["total"].duration, *(f[stage].value for stage in stages)]
-        rows.append([f"{run['machine']}, {run['date']}", *times, *reached, str(f["cache"]), str(f["peak"])])
+        where = f"{run['machine']}, {run.get('date', 'date not recorded')}"
+        rows.append([where, *times, *reached, str(f["cache"]), str(f["peak"])])
     return table(
         "machine | whole run | prepare, s | score, s | cache, s | train, s | evaluate, s | perplexity | KL, nats "
         "| agreement | a cached position | peak memory",
@@ -378,25 +378,26 @@ def measured() -> str:
 
 
 def how_made() -> str:
-    """A row for each measurement that has a page."""
+    """A row for each measurement that has a name."""
     return table(
-        "figures | command | machine | date",
+        "figures | commands | machine | date",
         [
-            [f"[{m['what']}]({m['page']})", as_code(m["command"]), m["machine"], str(m["date"])]
+            [
+                f"[{m['what']}]({m['page']})",
+                "<br>".join(f"`{command}`" for command in m["commands"]),
+                m["machine"],
+                str(m["date"]),
+            ]
             for m in measurements().values()
-            if "page" in m
+            if "what" in m
         ],
     )
 
 
-def as_code(command: str) -> str:
-    """A command in backticks, if it has none of its own."""
-    return command if "`" in command else f"`{command}`"
-
-
 def step_table() -> str:
     """A row for each variant of a step: time as a multiple of the floor, memory above it."""
-    here, amx = (measurements()[name]["figures"] for name in ("step", "step_amx"))
+    step, step_amx = (measurements()[name] for name in ("step", "step_amx"))
+    here, amx = step["figures"], step_amx["figures"]
     rows = [["floor", str(here["floor"]), "", str(amx["floor"]), "", ""]]
     for name, ratio in here.items():
         if ratio.unit != "x":
@@ -405,7 +406,7 @@ def step_table() -> str:
         for figures in (here, amx):
             memory = figures.get(f"{name}_memory")
             cells += [figures[name].value if name in figures else "", f"+{memory}" if memory else ""]
-        rows.append([*cells, STEP_AIMS.get(name, "")])
+        rows.append([*cells, step["aims"].get(name, "")])
     return table("variant | no AMX: x floor | memory above floor | AMX: x floor | memory above floor | aim", rows)
 
 

@@ -47,7 +47,8 @@ def test_scores_are_the_specifications(metric: str, chunk_bytes: int, monkeypatc
     assert set(found.statistics) == set(Metric.find(metric).statistics), "those that are needed, and only those"
 
 
-WITHOUT_SPECIFICATION = {"random"}  # noise; a metric that is not in the reference is named here, beside a test of it
+# Noise; a metric that is not in the reference is named here, beside a test of it.
+WITHOUT_SPECIFICATION = {"random"}
 
 
 def test_every_other_metric_is_specified() -> None:
