@@ -188,5 +188,5 @@ def test_adapters_resume_from_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_sharding_is_refused() -> None:
-    with pytest.raises(InputError, match=r"training.fsdp: adapters \(student.lora\)"):
+    with pytest.raises(InputError, match=r"fsdp: adapters \(a recipe's student.lora\)"):
         load_recipe("se_kd", ["student.lora={}", "training.fsdp=full_shard"])
