@@ -3,8 +3,10 @@
 A field that a new version of Transformers brings fails the test of completeness until somebody decides about it.
 """
 
+import copy
 import inspect
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable
@@ -826,3 +828,11 @@ def test_a_process_trains_on_one_device(tmp_path: Path, monkeypatch: pytest.Monk
     assert trainer.model_wrapped is trainer.model
     arguments._n_gpu = 0
     assert (arguments.n_gpu, arguments.train_batch_size) == (0, 4)
+
+
+def test_a_key_of_data_beside_the_others_is_refused_with_where_it_belongs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"max_length, packing belong in data; give data=\{'max_length': …, 'packing'"):
+        DistillArguments(output_dir=str(tmp_path), packing=False, max_length=64)  # type: ignore[call-arg]
+    args = DistillArguments(output_dir=str(tmp_path), use_cpu=True, data={"packing": False})
+    assert copy.deepcopy(args).data == args.data
+    assert pickle.loads(pickle.dumps(args)).data == args.data

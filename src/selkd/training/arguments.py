@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.state import AcceleratorState
@@ -67,6 +67,12 @@ class DistillArguments(TrainingArguments):
     data: RowOptions = field(default_factory=lambda: RowOptions.model_validate({}))
     teacher_device: str | None = None
     rollouts_file: str | None = None
+
+    def __new__(cls, *_: Any, **kwargs: Any) -> Self:
+        if beside := [name for name in RowOptions.model_fields if name in kwargs]:
+            keys = ", ".join(f"{name!r}: …" for name in beside)
+            raise InputError(f"DistillArguments: {', '.join(beside)} belong in data; give data={{{keys}}}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, reason in _LAUNCHERS.items():
