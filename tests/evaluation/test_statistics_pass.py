@@ -1,9 +1,12 @@
 """Position scores, sample scores, fidelity and a training's evaluation are made of the same numbers, bit for bit."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from test_distributed import torchrun
 from tiny import V, make_pair, make_samples
 
 from selkd.data.collate import collate, group_by_tokens
@@ -66,3 +69,44 @@ def test_the_modes_of_the_models_stay() -> None:
     fidelity(models, make_samples(3))
     assert models.student.training
     assert not models.teacher.training
+
+
+ONE_FAULT = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from accelerate import PartialState
+from tiny import V, make_model, make_tokenizer
+from selkd.data.samples import Sample, SampleDataset
+from selkd.errors import RunError
+from selkd.evaluation import statistics_pass
+from selkd.evaluation.fidelity import fidelity
+from selkd.models.pair import ModelPair
+
+statistics_pass.TOKENS_AT_ONCE = 20  # several batches, of which each process has some
+rank = PartialState(cpu=True).process_index
+student = make_model(1, tie_word_embeddings=False)
+with torch.no_grad():
+    student.get_input_embeddings().weight[V - 1] = torch.nan
+samples = [Sample(np.arange(2, 12) + number, np.array([0])) for number in range(8)]
+samples[0] = Sample(np.arange(V - 10, V)[::-1].copy(), np.array([0]))  # this one alone reads the damaged row
+models = ModelPair(lambda: student, lambda: make_model(0, 3), make_tokenizer(), V, torch.float32)
+try:
+    fidelity(models, SampleDataset.from_samples(samples))
+except RunError as error:
+    Path(sys.argv[1], f"rank-{rank}").write_text(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_a_fault_on_one_process_is_told_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that raised alone would leave the others waiting for what it never sends."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+    worker = tmp_path / "worker.py"
+    worker.write_text(ONE_FAULT)
+    done = torchrun(str(worker), str(tmp_path), timeout_seconds=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (tmp_path / f"rank-{rank}" for rank in (0, 1))
+    assert "gives nan from the student's or the teacher's logits, while evaluating" in first.read_text()
+    assert first.read_text() == second.read_text()
