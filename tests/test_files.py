@@ -4,9 +4,10 @@ import stat
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from selkd.errors import RunError
-from selkd.files import new_folder
+from selkd.files import file_digest, new_folder
 
 
 def fill(path: Path, text: str, **options: bool) -> None:
@@ -14,6 +15,12 @@ def fill(path: Path, text: str, **options: bool) -> None:
         (new / "inner").mkdir()
         (new / "inner" / "a.txt").write_text(text, encoding="utf-8")
         assert not path.exists() or text != (path / "inner" / "a.txt").read_text(encoding="utf-8")
+
+
+def test_a_files_digest_is_xxh3_128_of_all_its_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000  # more than is read at once
+    (tmp_path / "file").write_bytes(content)
+    assert file_digest(tmp_path / "file") == xxhash.xxh3_128_hexdigest(content)
 
 
 def test_a_folder_appears_whole_with_its_parents_and_the_usual_mode(tmp_path: Path) -> None:

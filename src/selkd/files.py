@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -10,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import BinaryIO
+
+import xxhash
 
 from selkd.errors import InputError, RunError
 
@@ -23,6 +26,12 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 def is_temporary(name: str) -> bool:
     """Whether a file of this name is a write of ours, under way or interrupted."""
     return _TEMPORARY.fullmatch(name) is not None
+
+
+def file_digest(path: Path) -> str:
+    """xxh3_128 (32 hex digits) of a file's content, which is read a part at a time. Raises OSError if it can't be."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 @contextmanager

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import xxhash
 
 from selkd.errors import InputError
-from selkd.files import replacing
+from selkd.files import file_digest, replacing
 
 INDEX_FILE: Final = "index.selkd"
 VERSION: Final = 1
 _MAGIC = b"SELKDIDX"
 _HEADER = struct.Struct("<8sI16s4xQ")
 _BYTES_A_SAMPLE = 24
-_READ_BYTES = 2**24
 
 
 class SampleIndex:
@@ -99,12 +97,7 @@ def write_sample_index(folder: Path, plan_checksum: str, shard_ids: Iterable[np.
 
 def describe_index(path: Path) -> dict[str, Any]:
     """The size and digest of the file, for the manifest. Raises InputError where it can't be read."""
-    hasher, size = xxhash.xxh3_128(), 0
     try:
-        with path.open("rb") as file:
-            while part := file.read(_READ_BYTES):
-                hasher.update(part)
-                size += len(part)
+        return {"bytes": path.stat().st_size, "digest": file_digest(path)}
     except OSError as error:
         raise InputError(f"{path.name} can't be read: {error}") from error
-    return {"bytes": size, "digest": hasher.hexdigest()}
