@@ -15,8 +15,8 @@ A user's own part is one function. A recipe names it as ``module:function``, or 
 
 A function is called with what its parameters name, except those that have a default. A metric with the parameter
 ``teacher_logits`` needs the teacher. Shape, finiteness and mask of what a function returns are checked where it is
-used. A recipe that names ``module:function`` runs that module's code, as does every command that reads the recipe
-again. Modules are imported from Python's path and from the current folder.
+used. A recipe that names ``module:function`` runs that module's code (``selkd.own_code``). Modules are imported from
+Python's path and from the current folder.
 
 Shapes: B batch, T positions, n of a chunk, V classes, U draws.
 
@@ -39,19 +39,17 @@ import functools
 import hashlib
 import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from selkd.errors import RunError, nearest
+from selkd.own_code import Function, own_function
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
 
 BUILTIN_MODULES = (
@@ -104,6 +102,8 @@ class Entry:
     def find(cls, name: str) -> Self:
         """The entry that a recipe calls ``name``: built in, registered, or a user's ``module:function``.
 
+        Where a recipe is only read (``selkd.own_code``), a user's own part may be left ``unread``.
+
         Raises:
             ValueError: it is none of these (the message has the allowed names and the nearest one), it can't be
                 imported, or it has a parameter that its kind does not have.
@@ -112,7 +112,8 @@ class Entry:
         if name in known:
             return known[name]
         if ":" in name:
-            return cls.of_function(name, _imported(name))
+            function = own_function(cls.key, name)
+            return cls(name, is_own=True) if function is None else cls.of_function(name, function)
         raise ValueError(unknown(name, list(known), ", or your own as module:function"))
 
     @classmethod
@@ -192,6 +193,11 @@ class Entry:
     def fault(self, what: str) -> RunError:
         """The error that the user's function did ``what``, with the recipe's key and the part's name."""
         return RunError(f"{self.key}: {self.name} {what}.")
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether it is a user's own part that was not imported, so that only its name is known."""
+        return self.is_own and self.function is None
 
     @property
     def location(self) -> str:
@@ -412,27 +418,6 @@ def digests(**names: str | None) -> dict[str, str]:
     """The digests of those named parts that are a user's own: kind -> digest. Names are given by kind, or None."""
     parts = {kind.kind: kind.find(name) for kind in KINDS if (name := names.get(kind.kind)) is not None}
     return {kind: entry.digest for kind, entry in parts.items() if entry.is_own}
-
-
-@functools.cache
-def _imported(name: str) -> Function:
-    """The function that a recipe calls ``module:function``. Raises ValueError if it can't be imported."""
-    module_name, _, attribute = name.partition(":")
-    folder = os.getcwd()  # noqa: PTH109  sys.path holds strings
-    is_new = folder not in sys.path
-    if is_new:
-        sys.path.append(folder)
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise ValueError(f"{name!r}: {module_name} can't be imported ({type(error).__name__}: {error})") from error
-    finally:
-        if is_new:
-            sys.path.remove(folder)
-    function = getattr(module, attribute, None)
-    if not callable(function) or isinstance(function, type):
-        raise ValueError(f"{name!r}: {module_name} has no function {attribute!r}")
-    return function
 
 
 @functools.cache

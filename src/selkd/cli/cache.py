@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selkd.cli.options import Json, Out, Overrides, RecipeName, load, print_answer, quiet
+from selkd.cli.options import Json, NoPlugins, Out, Overrides, RecipeName, load, own_code, print_answer, quiet
 from selkd.errors import InputError
 
 cache_app = typer.Typer(no_args_is_help=True, help="Build, verify or inspect a teacher cache.")
@@ -15,11 +15,17 @@ CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A teacher cach
 
 
 @cache_app.command("build")
-def cache_build(recipe: RecipeName, out: Out = None, overrides: Overrides = None, json_output: Json = False) -> None:
+def cache_build(
+    recipe: RecipeName,
+    out: Out = None,
+    overrides: Overrides = None,
+    no_plugins: NoPlugins = False,
+    json_output: Json = False,
+) -> None:
     """Run the teacher once over the kept samples and store its drawn classes."""
     from selkd.run.pipeline import cache_only
 
-    loaded = load(recipe, overrides)
+    loaded = load(recipe, overrides, no_plugins)
     if loaded.cache is None:
         raise InputError(
             "cache: this recipe keeps the teacher live; give --set 'cache={path: null}' and a class sampler."
@@ -39,6 +45,7 @@ def cache_verify(
     ] = None,
     out: Out = None,
     overrides: Overrides = None,
+    no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Read every byte of a cache and name each damaged part.
@@ -56,7 +63,8 @@ def cache_verify(
         from selkd.run import verify_cache as with_recipe
 
         quiet()
-        loaded, own = with_recipe.recipe_of(directory, recipe, overrides)
+        with own_code(no_plugins):
+            loaded, own = with_recipe.recipe_of(directory, recipe, overrides)
         if problems and repair:
             answer["problems_left"] = with_recipe.repair(directory, loaded, out or own)
             failed = bool(answer["problems_left"])

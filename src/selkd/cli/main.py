@@ -13,7 +13,18 @@ import typer
 from typer import Argument, Option
 
 from selkd.cli.cache import cache_app
-from selkd.cli.options import Json, Out, Overrides, RecipeName, load, print_answer, print_json, quiet
+from selkd.cli.options import (
+    Json,
+    NoPlugins,
+    Out,
+    Overrides,
+    RecipeName,
+    load,
+    own_code,
+    print_answer,
+    print_json,
+    quiet,
+)
 from selkd.errors import InputError, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -80,20 +91,30 @@ def demo(
 
 @app.command("distill")
 def distill_command(
-    recipe: RecipeName, out: Out = None, overrides: Overrides = None, json_output: Json = False
+    recipe: RecipeName,
+    out: Out = None,
+    overrides: Overrides = None,
+    no_plugins: NoPlugins = False,
+    json_output: Json = False,
 ) -> None:
     """Score, cache, train, evaluate and report. Repeat the command to continue an interrupted run."""
     from selkd.run.pipeline import distill
 
-    _show([distill(load(recipe, overrides), out)], json_output)
+    _show([distill(load(recipe, overrides, no_plugins), out)], json_output)
 
 
 @app.command()
-def score(recipe: RecipeName, out: Out = None, overrides: Overrides = None, json_output: Json = False) -> None:
+def score(
+    recipe: RecipeName,
+    out: Out = None,
+    overrides: Overrides = None,
+    no_plugins: NoPlugins = False,
+    json_output: Json = False,
+) -> None:
     """Score the samples with the frozen initial student and choose which to keep."""
     from selkd.run.pipeline import score_only
 
-    run = score_only(load(recipe, overrides), out)
+    run = score_only(load(recipe, overrides, no_plugins), out)
     scores = run.path / "selection" / "samples.parquet"
     counts = {key: run.record["counts"][key] for key in ("samples", "samples_kept")}
     print_answer({**counts, "scores": str(scores) if scores.exists() else None}, json_output)
@@ -194,12 +215,13 @@ def bench(
     trace: Annotated[
         Path | None, Option(metavar="DIR", help="The folder for memory.json and memory.svg, memory over time.")
     ] = None,
+    no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Measure a recipe's step against its floor and against plain Full KD, on this machine: seconds and memory."""
     from selkd.bench.report import bench as measure
 
-    answer = measure(load(recipe, overrides), repeats=repeats, variants=variant, memory=memory, trace=trace)
+    answer = measure(load(recipe, overrides, no_plugins), repeats=repeats, variants=variant, memory=memory, trace=trace)
     if json_output:
         print_json(answer)
         return
@@ -224,13 +246,14 @@ def estimate(
     tokens: Annotated[int | None, Option(min=2, help="Training tokens to plan for; the recipe's if not given.")] = None,
     probe: Annotated[bool, Option("--probe", help="Run a few steps here to measure time and cache bytes.")] = False,
     overrides: Overrides = None,
+    no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Estimate a recipe's memory, teacher queries, cache and time before they are spent."""
     from selkd.estimate.estimate import estimate as estimated
     from selkd.reporting.tables import estimate_tables
 
-    answer = estimated(load(recipe, overrides), gpus=gpus, tokens=tokens, with_probe=probe)
+    answer = estimated(load(recipe, overrides, no_plugins), gpus=gpus, tokens=tokens, with_probe=probe)
     if json_output:
         print_json(answer)
         return
@@ -245,6 +268,7 @@ def sweep_command(
     study: Annotated[str, Argument(metavar="STUDY", help="A named study (demo_positions) or a YAML file.")],
     out: Annotated[Path | None, Option(help="The study's folder; runs/<study name> if not given.")] = None,
     overrides: Overrides = None,
+    no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Run every recipe of a study with every seed and write one table. Repeat the command to continue or to retry."""
@@ -254,7 +278,8 @@ def sweep_command(
 
     name, content, folder = load_study(study)
     keys = dict(parse_override(override) for override in overrides or [])
-    result = sweep(name, content, folder, out or Path("runs") / name, keys)
+    with own_code(no_plugins):
+        result = sweep(name, content, folder, out or Path("runs") / name, keys)
     comparison = result.out / "comparison"
     if json_output:
         print_json({"study": name, "failed": result.failed, "table": result.table})
@@ -327,14 +352,16 @@ def tokens(
         Option(min=2, help="The most tokens of a sample; longer text is cut. 512, or what fits, if not given."),
     ] = None,
     seed: Annotated[int, Option(min=0, max=2**32 - 1, help="The seed of metrics and policies that draw.")] = 1337,
+    no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Show what a policy picks of a text, coloured by a metric, in the terminal and as a page."""
     from selkd.tokens.policy import check_metric, parse_policy
     from selkd.tokens.views import check_page_path, describe, write_page
 
-    check_metric(metric)
-    choices = [parse_policy(policy, metric, fraction) for policy in policies or ["top_k"]]
+    with own_code(no_plugins):
+        check_metric(metric)
+        choices = [parse_policy(policy, metric, fraction) for policy in policies or ["top_k"]]
     if html is not None:
         check_page_path(html)
         if file is not None and file.exists() and html.exists() and html.samefile(file):

@@ -1,6 +1,9 @@
 """Options that several commands share, and the printing of answers."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +18,10 @@ Out = Annotated[Path | None, Option(help="The run's folder; runs/<recipe name> i
 Overrides = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set positions.fraction=0.1.")
 ]
+NoPlugins = Annotated[
+    bool,
+    Option("--no-plugins", help="Refuse a recipe that names code to run (module:function)."),
+]
 Json = Annotated[bool, Option("--json", help="Print the answer as JSON to standard output.")]
 
 
@@ -25,12 +32,32 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load(recipe: str, overrides: list[str] | None) -> "Recipe":
+@contextmanager
+def own_code(no_plugins: bool) -> Iterator[None]:
+    """Name the user's own code that a recipe runs on standard error, before it is imported; or refuse it."""
+    from selkd.own_code import gated
+
+    told: set[str] = set()
+
+    def gate(key: str, name: str) -> bool:
+        if no_plugins:
+            raise ValueError(f"{name!r} is code to run, and --no-plugins refuses it")
+        if name not in told and os.environ.get("RANK", "0") == "0":
+            typer.echo(f"selkd: {key} runs your own code, {name}", err=True)
+        told.add(name)
+        return True
+
+    with gated(gate):
+        yield
+
+
+def load(recipe: str, overrides: list[str] | None, no_plugins: bool = False) -> "Recipe":
     """Load the recipe of a command that runs models."""
     from selkd.recipe.files import load_recipe
 
     quiet()
-    return load_recipe(recipe, overrides)
+    with own_code(no_plugins):
+        return load_recipe(recipe, overrides)
 
 
 def print_json(answer: object) -> None:

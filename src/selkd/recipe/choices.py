@@ -160,6 +160,8 @@ class PositionOptions(Part):
     @model_validator(mode="after")
     def _complete(self) -> "PositionOptions":
         policy = Policy.find(self.policy)
+        if policy.is_unread:  # the recipe of a run that is only read: it was completed when the run began
+            return self
         self._settle_scoring(policy)
         self._settle_options(policy)
         if not policy.ranks:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from selkd.errors import InputError, nearest
+from selkd.own_code import only_read
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 
@@ -53,6 +54,16 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     return parse_part(Recipe, content)
 
 
+def stored_recipe(path: Path) -> Recipe:
+    """The resolved recipe of a run that is only looked at. Its own parts are not imported: it may be anybody's.
+
+    Raises:
+        InputError: as ``load_recipe``.
+    """
+    with only_read():
+        return load_recipe(path)
+
+
 def recipe_content(source: str | Path) -> dict[str, Any]:
     """The unchecked content of the recipe of that name or file, with its ``name``.
 
@@ -91,6 +102,11 @@ def read_text(source: str | Path, named: Mapping[str, str], what: str) -> tuple[
     """
     if str(source) in named:
         return str(source), named[str(source)]
+    if "://" in str(source):
+        raise InputError(
+            f"{source}: a {what} is not fetched from an address, as it can name code to run. Download it, read it, and "
+            "give the file."
+        )
     path = Path(source)
     if not path.is_file():
         raise InputError(

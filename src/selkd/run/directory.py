@@ -6,7 +6,7 @@ from typing import Any
 
 from selkd.errors import InputError
 from selkd.files import RECIPE, RECORD, is_temporary, remove_temporaries, write_whole
-from selkd.recipe.files import load_recipe, to_yaml
+from selkd.recipe.files import stored_recipe, to_yaml
 from selkd.recipe.recipe import Recipe
 
 
@@ -39,7 +39,7 @@ class RunDirectory:
             raise InputError(f"{path}: a file; a run needs a folder. Give another --out.")
         recipe_file = path / RECIPE
         if recipe_file.exists():
-            _require_same(path, load_recipe(recipe_file), recipe)
+            _require_same(path, stored_recipe(recipe_file), recipe)
         elif path.exists() and any(not is_temporary(entry.name) for entry in path.iterdir()):
             raise InputError(f"{path}: not a run (no {RECIPE}) and not empty. Give another --out; nothing was changed.")
         record = path / RECORD

@@ -11,7 +11,7 @@ from typing import Any
 
 from selkd.errors import InputError
 from selkd.files import RECIPE, write_whole
-from selkd.recipe.files import load_recipe, to_yaml
+from selkd.recipe.files import stored_recipe, to_yaml
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import compare
 from selkd.reporting.comparison_page import write_comparison
@@ -113,7 +113,7 @@ def _has_moved(path: Path, recipe: Recipe) -> bool:
         InputError: the run is of another recipe, which ``distill`` would refuse only when its turn comes.
     """
     try:
-        stored = load_recipe(path / RECIPE) if (path / RECIPE).is_file() else None
+        stored = stored_recipe(path / RECIPE) if (path / RECIPE).is_file() else None
     except InputError:
         stored = None  # the run itself will say that it is damaged
     if stored is not None and _without_shared_folder(stored) != _without_shared_folder(recipe):
