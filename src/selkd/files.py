@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
                 temporary.replace(path)
-                _sync(path.parent)
+                sync(path.parent)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
@@ -78,7 +78,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             new.mkdir()
             yield new
             for written in new.rglob("*"):
-                _sync(written)
+                sync(written)
             old = path.rename(new.with_name("old")) if replace and path.exists() else None
             try:
                 new.rename(path)
@@ -87,7 +87,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                     old.rename(path)
                 if old is not None or not path.is_dir():
                     raise
-            _sync(path.parent)
+            sync(path.parent)
     except OSError as error:
         raise RunError(
             f"{path} can't be written ({error}). Free space there, or choose another folder (SELKD_CACHE, --out); then "
@@ -159,7 +159,7 @@ def _remove_unless_written(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file's content, or a rename in a folder, outlast a power cut, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -27,7 +27,7 @@ from selkd.recipe.choices import ClassOptions
 from selkd.recipe.models import LoraOptions
 from selkd.teacher.build_cache import build_cache
 from selkd.teacher.live import LiveTeacher
-from selkd.training.checkpoints import last_complete_checkpoint
+from selkd.training.sealing import last_complete_checkpoint
 
 ENTROPY = {"metric": "student_entropy", "fraction": 0.4}
 DRAWN = {"sampler": "rs_kd", "draws": 6}

@@ -8,7 +8,8 @@ import pytest
 from selkd.errors import InputError
 from selkd.recipe.choices import PositionOptions
 from selkd.training.callbacks import StepLines
-from selkd.training.checkpoints import ScheduleKept, last_complete_checkpoint
+from selkd.training.checkpoints import ScheduleKept
+from selkd.training.sealing import last_complete_checkpoint
 
 STATE = '{"global_step": 1}'
 

@@ -13,8 +13,8 @@ from test_distributed import WORKER, torchrun
 from tiny import make_samples
 
 from selkd.errors import InputError
-from selkd.training.checkpoints import last_complete_checkpoint
 from selkd.training.sampling import FilledDataset
+from selkd.training.sealing import last_complete_checkpoint
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ from selkd.run.evaluate import FIGURES, benchmarks_record, forget_after, measure
 from selkd.run.record import PeakMemory, add_seconds, count_teacher_tokens, size
 from selkd.run.workspace import Workspace
 from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress
-from selkd.training.checkpoints import last_complete_checkpoint
 from selkd.training.trainer import DistillTrainer
 
 
@@ -39,7 +38,7 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: Tea
         trainer.add_callback(
             EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=cache is not None), also_last)
         )
-    last = last_complete_checkpoint(Path(work.arguments.output_dir))
+    last = trainer.last_checkpoint()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     student = _save(work, run, trainer)
     trained = sum(parameter.numel() for parameter in work.models.student.parameters() if parameter.requires_grad)
@@ -57,8 +56,6 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: Tea
 def _save(work: Workspace, run: RunDirectory, trainer: DistillTrainer) -> Path:
     """Save the student with its adapters merged, and return its folder."""
     student = run.path / "student"
-    if trainer.is_fsdp_enabled:  # Transformers can't load a sharded state
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     saved = run.path / "adapter" if work.recipe.student.lora is not None else student
     trainer.save_model(str(saved))
     if work.state.is_main_process:

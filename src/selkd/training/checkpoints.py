@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,11 @@ class ScheduleKept(TrainerCallback, ExportableState):
     Args:
         stored: ``data``, the digest of the samples in their order; ``samples_per_step``, over all micro-batches and
             processes; ``samples_per_epoch``, fewer than the data set's where its last ones are dropped; ``order_seed``,
-            which shuffles the samples (None: the data's order); ``seed``, of all other randomness; ``processes``, whose
-            number may change; and the recipe's parts that decide the loss, as plain data.
+            which shuffles the samples (None: the data's order); ``seed``, of all other randomness; the recipe's parts
+            that decide the loss, as plain data; ``precision`` of products; ``sharding``, how FSDP writes checkpoints
+            (None: nothing is sharded); ``cut``, how a step is cut into micro-batches (None where it decides nothing,
+            as the student's forward draws no random numbers); ``processes``, whose number may change; ``is_sealed``,
+            whether the checkpoint is complete only with its digests.
     """
 
     def __init__(self, stored: dict[str, Any] | None = None) -> None:
@@ -65,7 +67,8 @@ class ScheduleKept(TrainerCallback, ExportableState):
         """Raises InputError where the training of ``checkpoint`` had another schedule; one without any passes."""
         earlier = stored_schedule(checkpoint)
         for name, current in self.stored.items():
-            if earlier is not None and name != "processes" and earlier[name] != current:
+            # An earlier version did not keep all of them.
+            if earlier is not None and name not in _FREE and earlier.get(name, current) != current:
                 advice = _ADVICE.get(name, "set it to what it was")
                 raise InputError(
                     f"{checkpoint}: its training has {name} = {earlier[name]!r}, this one {current!r}: the steps to "
@@ -73,6 +76,7 @@ class ScheduleKept(TrainerCallback, ExportableState):
                 )
 
 
+_FREE = ("processes", "is_sealed")  # may differ
 _ADVICE = {
     "data": "give the data that it began with",
     "samples_per_step": "set per_device_train_batch_size and gradient_accumulation_steps so that their product with "
@@ -80,6 +84,9 @@ _ADVICE = {
     "samples_per_epoch": "set dataloader_drop_last, per_device_train_batch_size and the number of processes to what "
     "they were",
     "order_seed": "set seed, data_seed and train_sampling_strategy to what they were",
+    "precision": "set bf16, or the launcher's mixed precision, to what it was",
+    "sharding": "launch it with or without FSDP, and with the fsdp_state_dict_type, as it was",
+    "cut": "set these to what they were, as its dropout draws for each micro-batch",
 }
 
 
@@ -90,37 +97,18 @@ def stored_schedule(checkpoint: Path) -> dict[str, Any] | None:
         OSError, ValueError: its ``trainer_state.json`` can't be read.
     """
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    kept = state.get("stateful_callbacks", {}).get(ScheduleKept.__name__)
-    if kept is None:
-        return None
-    stored = dict(kept["attributes"]["stored"])
+    try:
+        kept = state.get("stateful_callbacks", {}).get(ScheduleKept.__name__)
+        if kept is None:
+            return None
+        stored = dict(kept["attributes"]["stored"])
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{checkpoint / 'trainer_state.json'}: not what a trainer writes") from None
     if stored.get("positions") is not None:  # the checkpoint may be older than a key's name
         stored["positions"] = PositionOptions.with_current_names(stored["positions"])
     return stored
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint in ``folder`` that was written to its end, or None.
-
-    The first process writes ``trainer_state.json`` last, so a checkpoint without it, or with a part of it, was
-    interrupted. That process does not wait for the others' random states, so these must be there, too.
-    """
-    by_step = {
-        int(m[1]): path for path in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    for _, path in sorted(by_step.items(), reverse=True):
-        try:
-            schedule = stored_schedule(path)
-        except (OSError, ValueError):
-            continue
-        if schedule is None or _has_random_states(path, schedule["processes"]):
-            return path
-    return None
-
-
-def _has_random_states(checkpoint: Path, processes: int) -> bool:
-    """Whether every process left its random state; a model saved alone (``save_only_model``) needs none."""
-    if not any(checkpoint.glob("optimizer*")):
-        return True
-    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    return all((checkpoint / name).is_file() for name in names)
+def random_states(processes: int) -> list[str]:
+    """The names of the files in which the processes of a training keep their random states."""
+    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]

@@ -8,7 +8,6 @@ precision products run, in which order samples come, and what a checkpoint must 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from selkd.cache.reader import TeacherCache
@@ -35,8 +34,7 @@ from selkd.teacher.cached import CachedCollator, CachedTeacher
 from selkd.teacher.targets import Batch
 from selkd.training.arguments import DistillArguments, require_accelerate_state
 from selkd.training.callbacks import CheckpointAfterStep
-from selkd.training.checkpoints import Queue, ScheduleKept, Totals, last_complete_checkpoint
-from selkd.training.evaluation import EvaluatingTrainer
+from selkd.training.checkpoints import Queue, Totals
 from selkd.training.inputs import (
     as_evaluated,
     as_samples,
@@ -48,6 +46,7 @@ from selkd.training.inputs import (
 )
 from selkd.training.objective import Budget
 from selkd.training.on_policy import Answering, PromptCollator, RolloutLog, require_answers_fit, require_prompts
+from selkd.training.resuming import ResumingTrainer
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.selection_log import SelectionLog
 from selkd.training.student import bind_distillation
@@ -55,7 +54,7 @@ from selkd.training.student import bind_distillation
 C = TypeVar("C", bound=TrainerCallback)
 
 
-class DistillTrainer(EvaluatingTrainer):
+class DistillTrainer(ResumingTrainer):
     """Distils ``teacher`` into ``model``. ``EvaluatingTrainer`` documents ``evaluate`` and ``predict``.
 
     Args:
@@ -77,8 +76,6 @@ class DistillTrainer(EvaluatingTrainer):
     """
 
     data_collator: Callable[[list[Sample]], Batch]
-    train_dataset: Any  # a FilledDataset, once its rows have become samples
-    _train_batch_size: int  # from the arguments, or the size that auto_find_batch_size arrived at
 
     def __init__(
         self,
@@ -199,30 +196,6 @@ class DistillTrainer(EvaluatingTrainer):
         for callback in kept:
             self._renew(callback)
 
-    def _renew(self, callback: TrainerCallback) -> None:
-        self.remove_callback(type(callback))
-        self.add_callback(callback)
-
-    def _schedule(self) -> ScheduleKept:
-        """What the optimiser steps see with the current batch size, accumulation and number of processes."""
-        args, parts, sampler = self.args, self.args.plain_parts(), self._get_train_sampler()
-        if len(sampler) == 0:
-            raise InputError(
-                f"train_dataset: {len(self.train_dataset)} samples don't fill a micro-batch of "
-                f"{self._train_batch_size * args.world_size}. Give more, or a smaller batch."
-            )
-        return ScheduleKept(
-            {
-                "data": self.train_dataset.samples.digest,
-                "samples_per_step": self._train_batch_size * args.world_size * args.gradient_accumulation_steps,
-                "samples_per_epoch": min(len(sampler), len(self.train_dataset)),
-                "order_seed": sampler.seed,
-                "seed": args.seed,
-                **{name: parts[name] for name in ("criterion", "positions", "classes", "on_policy")},
-                "processes": args.world_size,
-            }
-        )
-
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's; ``train_dataset`` may have been set to other rows since the trainer was made."""
         self._fill_train_dataset()
@@ -244,40 +217,20 @@ class DistillTrainer(EvaluatingTrainer):
             self._set_up()  # a new student may have another window, or other classes
         return super().set_initial_training_values(args, dataloader)
 
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        epochs_and_steps: tuple[int, int] = super()._init_training_state(*args)
-        self._renew(self._schedule())  # the checkpoint may name another number of processes
-        return epochs_and_steps
-
     def _run_epoch(self, model: nn.Module, epoch: int, **kwargs: Any) -> None:
         self._epoch = epoch  # for the sampler, as the Trainer's state is only updated after a step
         super()._run_epoch(model=model, epoch=epoch, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``. ``True`` resumes from the newest checkpoint that was written to its end.
+        """As ``Trainer.train``. ``True`` resumes from the newest checkpoint that is as it was written.
 
         Raises:
-            InputError: there is no such checkpoint, it has no optimiser (``save_only_model``), or its training's steps
-                saw other samples or another loss.
+            InputError: there is none, or the one asked for is damaged; it has no optimiser (``save_only_model``); or
+                its training's steps saw other samples or another loss.
         """
         if self.model is not None and not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError("model: none of its weights is trained; set requires_grad on those that are to learn.")
         self._fill_train_dataset()
-        if resume_from_checkpoint is True:
-            last = last_complete_checkpoint(Path(self.args.output_dir))
-            if last is None:
-                raise InputError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}.")
-            resume_from_checkpoint = str(last)
-        if resume_from_checkpoint and not any(Path(resume_from_checkpoint).glob("optimizer*")):
-            raise InputError(
-                f"{resume_from_checkpoint}: holds no optimiser state, without which a training would begin anew and "
-                "not go on. Resume from a checkpoint that was saved without save_only_model, or train from its model."
-            )
-        if resume_from_checkpoint and self.train_dataset is not None:
-            if self.args.auto_find_batch_size:  # the Trainer goes on with the checkpoint's
-                state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
-                self._train_batch_size = state.train_batch_size or self._train_batch_size
-            self._schedule().require_same(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
