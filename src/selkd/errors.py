@@ -1,4 +1,4 @@
-"""The two ways in which selkd fails: the input was bad, or something failed while running."""
+"""How selkd ends before it is done: the input was bad, something failed while running, or it was asked to end."""
 
 import difflib
 from collections.abc import Iterable
@@ -27,6 +27,13 @@ class RunError(RuntimeError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(_own_words(message, type(self)))
+
+
+class Interrupted(RuntimeError):
+    """Asked to end before it was done, which a signal or a time limit does; what was finished is kept.
+
+    The command line exits with 75 (``EX_TEMPFAIL``): the same command continues.
+    """
 
 
 def nearest(given: object, names: Iterable[str]) -> str:

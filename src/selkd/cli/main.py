@@ -1,10 +1,11 @@
 """The command line. Every command imports its modules when it runs, so that ``selkd --help`` is quick.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input. ``--json`` prints the answer to standard output; progress and
-messages go to standard error.
+Exit codes: 0 done, 1 failed while running, 2 bad input, 75 interrupted (the same command continues). ``--json`` prints
+the answer to standard output; progress and messages go to standard error.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ from selkd.cli.options import (
     print_json,
     quiet,
 )
-from selkd.errors import InputError, RunError
+from selkd.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")
@@ -44,11 +45,11 @@ def main() -> None:
         if not stop.code:
             _leave_process_group()
         raise
-    except (InputError, RunError) as error:
+    except (InputError, RunError, Interrupted) as error:
         if debug:
             raise
         typer.echo(f"selkd: {error}", err=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        sys.exit(2 if isinstance(error, InputError) else 1 if isinstance(error, RunError) else os.EX_TEMPFAIL)
     except Exception as error:
         if debug:
             raise

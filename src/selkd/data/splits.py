@@ -21,6 +21,7 @@ from selkd.data.prompt_encoding import EncodedDocument
 from selkd.data.samples import FEATURES, Sample, SampleDataset, record_batch
 from selkd.errors import InputError
 from selkd.files import new_folder
+from selkd.interrupts import stop_if_asked
 from selkd.recipe.data import DataOptions
 
 FORMAT_VERSION = 4
@@ -164,6 +165,7 @@ def _write(path: Path, samples: Iterable[Sample], budget: int | None, max_length
     bar = tqdm(total=budget, desc="tokenising", unit=" tokens", unit_scale=True, delay=2, disable=None)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer, bar:
         while batch := list(islice(samples, _SAMPLES_AT_ONCE)):
+            stop_if_asked()
             writer.write_batch(record_batch(batch))
             tokens = sum(len(sample.token_ids) for sample in batch)
             n_samples, n_tokens = n_samples + len(batch), n_tokens + tokens

@@ -24,6 +24,7 @@ from selkd.evaluation.ifeval import prepare_ifeval
 from selkd.evaluation.last_word import greedy_confidences
 from selkd.evaluation.local_data import local_splits
 from selkd.evaluation.results import Measured
+from selkd.interrupts import stop_if_asked
 from selkd.maths.finite import not_finite
 from selkd.models.sources import default_cache_dir
 from selkd.recipe.evaluation import task_manager
@@ -197,12 +198,14 @@ def _language_model(model: EvaluatedModel, batch_size: int) -> Any:
 
 @contextmanager
 def _numbers_required(name: str, model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, NaN logits raise RunError; neither a choice nor a written answer would show them.
+    """Within the block, NaN logits raise RunError; neither a choice nor a written answer would show them. Before each
+    batch's scores are used it is looked whether the process was asked to end.
 
     The last position is checked because it is never padding on the left.
     """
 
     def check(_module: Any, _inputs: Any, output: Any) -> None:
+        stop_if_asked()
         if output.logits[:, -1].isnan().any():
             raise not_finite(f"{name}: the model's logits", math.nan)
 

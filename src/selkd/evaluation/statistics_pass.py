@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import SampleDataset
-from selkd.errors import RunError
+from selkd.errors import Interrupted, RunError
+from selkd.interrupts import raise_together, stop_if_asked
 from selkd.maths.finite import require_finite
 from selkd.maths.importance import OF_STUDENT
 from selkd.models.head import evaluating
@@ -70,21 +71,24 @@ def over_samples(
         return reduce(group, valid_mask, statistics), valid_mask.numel() if with_teacher else 0
 
     reduced: list[R] = []
-    tokens, error = 0, None
+    tokens = 0
+    error: RunError | Interrupted | None = None
     progress = tqdm(total=sum(map(len, mine)), desc=description, unit=" samples", disable=not state.is_main_process)
     with evaluating(student), evaluating(models.teacher) if with_teacher else nullcontext(), progress:
         for group in mine:
             try:
+                stop_if_asked()
                 part, of_teacher = one_batch(group)
-            except RunError as raised:  # told to the other processes first, which would wait for this one
+            except (
+                RunError,
+                Interrupted,
+            ) as raised:  # told to the others first, which would wait
                 error = raised
                 break
             reduced.append(part)
             tokens += of_teacher
             progress.update(len(group))
-    errors = [error]
+    raise_together(error)
     if state.num_processes > 1:
-        errors, reduced, tokens = gather_object(errors), gather_object(reduced), sum(gather_object([tokens]))
-    for first in filter(None, errors):
-        raise first
+        reduced, tokens = gather_object(reduced), sum(gather_object([tokens]))
     return reduced, tokens

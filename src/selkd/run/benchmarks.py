@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from selkd.errors import Interrupted, RunError
 from selkd.files import new_folder
+from selkd.interrupts import raise_together
 from selkd.models.adapters import merged
 from selkd.models.head import evaluating
 from selkd.models.loading import window_of
@@ -41,7 +43,8 @@ def measure(
     Returns:
         What ``selkd.evaluation.summary.summarise`` returns; None on the other processes.
     """
-    summary = None
+    summary: dict[str, Any] | None = None
+    error: RunError | Interrupted | None = None
     if work.state.is_main_process:
         from selkd.evaluation.benchmark_tasks import load_benchmarks, measure_benchmarks
         from selkd.evaluation.evaluated_model import EvaluatedModel
@@ -59,10 +62,13 @@ def measure(
             generation=str(student.generation_config),
         )
         folder = work.run_path / "benchmarks" / when
-        with evaluating(student), _random_states_kept():
-            results = measure_benchmarks(model, load_benchmarks(options), options, folder, reuse)
-        summary = summarise(results, options.suite, options.left_out())
-    work.state.wait_for_everyone()
+        try:
+            with evaluating(student), _random_states_kept():
+                results = measure_benchmarks(model, load_benchmarks(options), options, folder, reuse)
+            summary = summarise(results, options.suite, options.left_out())
+        except (RunError, Interrupted) as raised:  # told to the other processes, which wait for this one
+            error = raised
+    raise_together(error)
     return summary
 
 

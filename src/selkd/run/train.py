@@ -1,12 +1,15 @@
 """The stage that trains the student, from its last checkpoint if it has one, and saves it."""
 
 from pathlib import Path
+from typing import Any
 
+from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
-from selkd.errors import InputError
+from selkd.errors import InputError, Interrupted
+from selkd.interrupts import interrupted
 from selkd.models.adapters import merged
 from selkd.models.sources import locate
 from selkd.run import benchmarks
@@ -14,7 +17,7 @@ from selkd.run.directory import RunDirectory
 from selkd.run.evaluate import FIGURES, benchmarks_record, forget_after, measure_fidelity
 from selkd.run.record import PeakMemory, add_seconds, count_teacher_tokens, size
 from selkd.run.workspace import Workspace
-from selkd.training.callbacks import EverySteps, MetricsFile, TrainingProgress
+from selkd.training.callbacks import EverySteps, Measured, MetricsFile, TrainingProgress
 from selkd.training.trainer import DistillTrainer
 
 
@@ -23,7 +26,9 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: Tea
     peaks = PeakMemory(run)
     if cache is not None:
         work.models.release_teacher()
-    trainer = DistillTrainer(
+    trainer = RunTrainer(
+        work,
+        is_cached=cache is not None,
         model=work.models.student,
         teacher=work.models.teacher if cache is None else cache,
         args=work.arguments,
@@ -33,13 +38,10 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: Tea
     )
     for callback in (PrinterCallback, ProgressCallback):  # both write to standard output, where only the answer belongs
         trainer.remove_callback(callback)
-    if (every := work.recipe.evaluation.every_steps) is not None:
-        also_last = work.recipe.evaluation.keep_best is not None
-        trainer.add_callback(
-            EverySteps(every, lambda: _log_held_out(work, trainer, is_cached=cache is not None), also_last)
-        )
     last = trainer.last_checkpoint()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if trainer.state.global_step < trainer.state.max_steps:  # something else ended it early: the student isn't done
+        raise interrupted(f"at optimiser step {trainer.state.global_step} of {trainer.state.max_steps}")
     student = _save(work, run, trainer)
     trained = sum(parameter.numel() for parameter in work.models.student.parameters() if parameter.requires_grad)
     run.record["student"] |= size(work.models.student) | {"trained_parameters": trained}
@@ -51,6 +53,67 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: Tea
     run.record["student"]["fingerprint"] = locate(str(student), work.cache_dir).fingerprint
     forget_after(run)
     run.save()
+
+
+class RunTrainer(DistillTrainer):
+    """The trainer of a run: it measures the student as ``evaluation`` says, and raises where it was asked to end.
+
+    Args:
+        is_cached: whether the teacher's answers come from a cache, so that training needs no teacher in memory.
+    """
+
+    def __init__(self, work: Workspace, *, is_cached: bool, **given: Any) -> None:
+        self.work, self.is_cached = work, is_cached
+        super().__init__(**given)
+        options = work.recipe.evaluation
+        if options.every_steps is not None:
+            self.add_callback(Measured())
+            also_last = options.keep_best is not None
+            self.add_callback(
+                EverySteps(options.every_steps, lambda: self._kept(Measured).step, self._evaluate, also_last)
+            )
+
+    def _evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Where the Trainer evaluates, measure the current student, and keep it if it is the best so far."""
+        self.control.should_evaluate = False
+        try:
+            self._measure()
+        except Interrupted:  # the checkpoint of this step says that it is still to be measured
+            if self.state.global_step == self._resumed_at:
+                raise
+            self.control.should_save = self.is_interrupted = True
+        else:
+            self._kept(Measured).step = self.state.global_step
+        return {}
+
+    def _measure(self) -> None:
+        work, options, step = self.work, self.work.recipe.evaluation, self.state.global_step
+        logs: dict[str, float] = {}
+        measured: dict[str, float] = {}
+        if "fidelity" in options.suite:
+            fidelity = measure_fidelity(work, work.models.student, "evaluating")
+            if self.is_cached:  # training needs no teacher in memory
+                work.models.release_teacher()
+            measured = {name: getattr(fidelity, name) for name in FIGURES}
+            logs = {f"held_out_{name}": value for name, value in measured.items()}
+        if options.has_benchmarks:
+            summary = benchmarks.measure(work, work.models.student, f"step-{step}", f"step {step}", reuse=False)
+            if summary is not None:
+                logs |= benchmarks.figures(summary)
+        if "fidelity" in options.suite:
+            self.totals.teacher_tokens += fidelity.teacher_tokens
+        self.log(logs)
+        benchmarks.keep_if_best(work, work.models.student, step, measured | logs)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        epochs_and_steps = super()._init_training_state(*args)
+        self._resumed_at = self.state.global_step
+        return epochs_and_steps
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.is_interrupted:
+            raise interrupted(f"at optimiser step {self.state.global_step} of {self.state.max_steps}, which is saved")
 
 
 def _save(work: Workspace, run: RunDirectory, trainer: DistillTrainer) -> Path:
@@ -77,6 +140,7 @@ def _record_training(run: RunDirectory, trainer: DistillTrainer, peaks: PeakMemo
     losses = [line["loss"] for line in lines if "loss" in line]
     run.record["train"] = {
         "steps": trainer.state.global_step,
+        "max_steps": trainer.state.max_steps,
         "epochs": trainer.state.epoch,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
@@ -98,8 +162,10 @@ def _record_training(run: RunDirectory, trainer: DistillTrainer, peaks: PeakMemo
 def is_trained(work: Workspace, run: RunDirectory) -> bool:
     """Whether the run's student is finished and still the one that was saved."""
     stored = (run.record.get("student") or {}).get("fingerprint")
-    student = run.path / "student"
-    if stored is None or run.record.get("train") is None or not (student / "config.json").is_file():
+    student, training = run.path / "student", run.record.get("train")
+    if stored is None or training is None or not (student / "config.json").is_file():
+        return False
+    if training["steps"] < training.get("max_steps", 0):  # a former version took an interrupted training for a done one
         return False
     try:
         fingerprint = locate(str(student), work.cache_dir).fingerprint
@@ -111,23 +177,3 @@ def is_trained(work: Workspace, run: RunDirectory) -> bool:
             "checkpoint; nothing was changed."
         )
     return True
-
-
-def _log_held_out(work: Workspace, trainer: DistillTrainer, is_cached: bool) -> None:
-    """Measure the current student, log the figures, and keep it if it is the best so far."""
-    options, step = work.recipe.evaluation, trainer.state.global_step
-    logs: dict[str, float] = {}
-    measured: dict[str, float] = {}
-    if "fidelity" in options.suite:
-        fidelity = measure_fidelity(work, work.models.student, "evaluating")
-        if is_cached:  # training needs no teacher in memory
-            work.models.release_teacher()
-        trainer.totals.teacher_tokens += fidelity.teacher_tokens
-        measured = {name: getattr(fidelity, name) for name in FIGURES}
-        logs = {f"held_out_{name}": value for name, value in measured.items()}
-    if options.has_benchmarks:
-        summary = benchmarks.measure(work, work.models.student, f"step-{step}", f"step {step}", reuse=False)
-        if summary is not None:
-            logs |= benchmarks.figures(summary)
-    trainer.log(logs)
-    benchmarks.keep_if_best(work, work.models.student, step, measured | logs)

@@ -119,6 +119,7 @@ class Workspace:
             "logging_first_step": True,
             **recipe.training,
         }
+        options.pop("enable_jit_checkpoint", None)  # a run always saves and ends on a signal
         if self.device.type == "cpu":
             options["use_cpu"] = True  # without it Transformers refuses bfloat16 on a CPU
         elif recipe.cache is not None:  # on a CPU all cores are busy with the steps

@@ -17,6 +17,8 @@ from selkd.cache.manifest import Fingerprint
 from selkd.cache.writer import CacheWriter, SampleRows
 from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
+from selkd.errors import Interrupted, RunError
+from selkd.interrupts import raise_together, stop_if_asked
 from selkd.teacher.live import LiveTeacher
 
 # A shard stores how often each class was drawn, some 30 kB at 50,000 classes: too much for a small shard.
@@ -45,6 +47,7 @@ def build_cache(
     Raises:
         InputError: the folder is another cache's, or not a cache's.
         RunError: the disk refused; finished shards stay.
+        Interrupted: a process was asked to end; finished shards stay.
     """
     state = PartialState()
     shards = plan_shards(samples)
@@ -56,11 +59,17 @@ def build_cache(
     missing = sorted(gather_object(missing)) if state.num_processes > 1 else missing
     own_share = missing[state.process_index :: state.num_processes]
     batches = {number: plan_batches(samples, shards[number]) for number in own_share}
-    if own_share:
-        writer.require_writable()
-        live = teacher()
-        _write_all(writer, batches, lambda batch: draw_rows(live, [samples[index] for index in batch], pad_token_id))
-    state.wait_for_everyone()
+    error: RunError | Interrupted | None = None
+    try:
+        if own_share:
+            writer.require_writable()
+            live = teacher()
+            _write_all(
+                writer, batches, lambda batch: draw_rows(live, [samples[index] for index in batch], pad_token_id)
+            )
+    except (RunError, Interrupted) as raised:  # told to the other processes first, which would wait for this one
+        error = raised
+    raise_together(error)
     if state.is_main_process:
         writer.finish()
     state.wait_for_everyone()
@@ -129,6 +138,7 @@ def _write_all(
         for number, batches in shards.items():
             rows: dict[int, SampleRows] = {}
             for batch in batches:
+                stop_if_asked()
                 rows.update(zip(batch, draw(batch), strict=True))
                 bar.update(len(batch))
             if written is not None:

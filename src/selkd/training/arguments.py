@@ -51,6 +51,8 @@ class DistillArguments(TrainingArguments):
         on_policy: how the student answers prompts itself; None: it learns the data's completions.
         data: what the rows of a data set hold, and how they become samples.
         teacher_device: the device of a live teacher; None: the student's device.
+        save_seconds: beside what ``save_strategy`` says, a checkpoint is written when so many seconds of training have
+            passed since the last one; the first process's clock decides. None: no such checkpoint.
         rollouts_file: the file for some of the student's answers; None: ``rollouts.jsonl`` in ``output_dir``.
 
     Raises:
@@ -66,6 +68,7 @@ class DistillArguments(TrainingArguments):
     on_policy: OnPolicyOptions | None = None
     data: RowOptions = field(default_factory=lambda: RowOptions.model_validate({}))
     teacher_device: str | None = None
+    save_seconds: float | None = None
     rollouts_file: str | None = None
 
     def __new__(cls, *_: Any, **kwargs: Any) -> Self:
@@ -103,6 +106,8 @@ class DistillArguments(TrainingArguments):
                 "DistillArguments: bf16 was set when the arguments had been made, and would change nothing. Make them "
                 "with bf16=True; it is no part of a search."
             )
+        if self.save_seconds is not None and not self.save_seconds > 0:
+            raise InputError(f"save_seconds: expected above 0, or None, but got {self.save_seconds!r}.")
         if self.teacher_device is not None:
             with _as_input_error("teacher_device: {}."):
                 check_device(self.teacher_device)

@@ -83,22 +83,44 @@ class MetricsFile(TrainerCallback, ExportableState):
             control.should_log = True  # always log the last step's loss
 
 
+class Measured(TrainerCallback, ExportableState):
+    """The last optimiser ``step`` at which the student was measured. Part of every checkpoint."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"step": self.step}}
+
+
 class EverySteps(TrainerCallback):
-    """Calls ``measure_and_log`` on every process each ``every_steps`` optimiser steps.
+    """Has the trainer evaluate each ``every_steps`` optimiser steps: after a step is logged, before it is saved.
 
     Args:
-        also_last: call it after the last step, too.
+        measured: the last step that was measured. A training that was interrupted while it measured goes on with that.
+        evaluate: called on every process when a training goes on with a measurement.
+        also_last: evaluate after the last step, too.
     """
 
-    def __init__(self, every_steps: int, measure_and_log: Callable[[], None], also_last: bool = False) -> None:
+    def __init__(
+        self, every_steps: int, measured: Callable[[], int], evaluate: Callable[[], Any], also_last: bool = False
+    ) -> None:
         self.every_steps = every_steps
-        self.measure_and_log = measure_and_log
+        self.measured = measured
+        self.evaluate = evaluate
         self.also_last = also_last
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        if self._is_due(state) and self.measured() < state.global_step:
+            self.evaluate()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._is_due(state):
+            control.should_evaluate = True
+
+    def _is_due(self, state: TrainerState) -> bool:
         is_last = self.also_last and state.global_step >= state.max_steps
-        if is_last or state.global_step % self.every_steps == 0:
-            self.measure_and_log()
+        return is_last or state.global_step % self.every_steps == 0
 
 
 class TrainingProgress(TrainerCallback):
@@ -127,10 +149,11 @@ class TrainingProgress(TrainerCallback):
 
 
 class CheckpointAfterStep(JITCheckpointCallback):
-    """Writes the checkpoint of ``enable_jit_checkpoint`` when the current optimiser step is over.
+    """Takes the signal of ``enable_jit_checkpoint``; the trainer saves and ends when the current step is over.
 
-    The Trainer's own callback also writes in the middle of a step, after the step's positions, answers and scores have
-    been counted; a training that resumed from that checkpoint would count them twice.
+    The Trainer's own callback writes in the middle of a step, after the step's positions, answers and scores have been
+    counted: a training that resumed from that checkpoint would count them twice. It also writes on the process that
+    got the signal alone.
 
     Args:
         replaced: the Trainer's own callback, which this one takes the signal from.
@@ -140,8 +163,19 @@ class CheckpointAfterStep(JITCheckpointCallback):
         super().__init__()
         self.trainer, self.jit_manager = replaced.trainer, replaced.jit_manager
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether this process got the signal."""
+        return self.jit_manager is not None and self.jit_manager.is_checkpoint_requested
+
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         pass
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
         pass

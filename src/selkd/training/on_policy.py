@@ -241,20 +241,20 @@ class RolloutLog(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = dict(vars(RolloutSums()))  # over the whole run
-        self._since_logged = RolloutSums()
+        self.since_logged: dict[str, float] = dict(vars(RolloutSums()))
         self._last: list[Rollout] = []
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"sums": self.sums}}
+        return {"args": {}, "attributes": {"sums": self.sums, "since_logged": self.since_logged}}
 
     def add(self, rollouts: list[Rollout], seconds: float) -> None:
         """Add the rollouts of a step, which every rank passes its own of."""
         sums = RolloutSums.of(rollouts, seconds)
-        total = RolloutSums(**self.sums)  # type: ignore[arg-type]
+        total, since = RolloutSums(**self.sums), RolloutSums(**self.since_logged)  # type: ignore[arg-type]
         for rank_sums in gather_object([sums]) if PartialState().num_processes > 1 else [sums]:
             total.add(rank_sums)
-            self._since_logged.add(rank_sums)
-        self.sums, self._last = dict(vars(total)), rollouts
+            since.add(rank_sums)
+        self.sums, self.since_logged, self._last = dict(vars(total)), dict(vars(since)), rollouts
 
     def figures(self) -> dict[str, float | int | None]:
         """Means and shares over all answers of the run."""
@@ -262,7 +262,8 @@ class RolloutLog(TrainerCallback, ExportableState):
 
     def take(self) -> dict[str, float]:
         """Figures over the answers since the last logged step."""
-        figures, self._since_logged = self._since_logged.figures(), RolloutSums()
+        figures = RolloutSums(**self.since_logged).figures()  # type: ignore[arg-type]
+        self.since_logged = dict(vars(RolloutSums()))
         names = ("mean_tokens", "ended_share", "repeated_share", "seconds")
         return {f"rollout_{name}": value for name in names if (value := figures[name]) is not None}
 

@@ -5,6 +5,7 @@ Recipes and Python train through this class, so it holds the rules of a training
 precision products run, in which order samples come, and what a checkpoint must agree with.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
+from selkd import interrupts
 from selkd.cache.reader import TeacherCache
 from selkd.data.collate import collate
 from selkd.data.samples import Sample
@@ -50,6 +52,7 @@ from selkd.training.resuming import ResumingTrainer
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.selection_log import SelectionLog
 from selkd.training.student import bind_distillation
+from selkd.training.unlogged import Unlogged
 
 C = TypeVar("C", bound=TrainerCallback)
 
@@ -186,7 +189,9 @@ class DistillTrainer(ResumingTrainer):
         self._micro_batches = 0  # how many of this step are still to come
         self._selected: list[Tensor] = []  # the selected positions of each micro-batch of this step
         self._scores: list[np.ndarray] = []  # the valid scores of each micro-batch of this step
-        kept: list[TrainerCallback] = [Totals()]
+        self._saved_at = time.monotonic()
+        self.is_interrupted = False  # whether a process was asked to end, and all do after this step
+        kept: list[TrainerCallback] = [Totals(), Unlogged()]
         if self.answering is not None:
             kept.append(RolloutLog())
         if self.distillation_loss.positions.queue_size is not None:
@@ -219,7 +224,26 @@ class DistillTrainer(ResumingTrainer):
 
     def _run_epoch(self, model: nn.Module, epoch: int, **kwargs: Any) -> None:
         self._epoch = epoch  # for the sampler, as the Trainer's state is only updated after a step
+        if self.state.global_step >= self.state.max_steps:  # the Trainer would make a step more before it looks
+            self.control.should_training_stop = True
+            return
+        if kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]:
+            unlogged = self._kept(Unlogged)
+            if unlogged.by_process:  # a checkpoint of an earlier version has none
+                unlogged.restore(self._tr_loss, self._log)
+                self._globalstep_last_logged = unlogged.last_logged
         super()._run_epoch(model=model, epoch=epoch, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        """As the Trainer's, with the callbacks in their order: the Trainer puts those of the checkpoint last."""
+        order = [type(callback) for callback in self.callback_handler.callbacks]
+        super()._load_callback_state()
+        self.callback_handler.callbacks.sort(key=lambda callback: order.index(type(callback)))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._kept(Unlogged).keep(self._tr_loss, self._log, self._globalstep_last_logged)
+        super()._save_checkpoint(model, trial)
+        self._saved_at = time.monotonic()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``. ``True`` resumes from the newest checkpoint that is as it was written.
@@ -312,8 +336,20 @@ class DistillTrainer(ResumingTrainer):
         return loss
 
     def _end_step(self) -> None:
-        """Count what was selected and push the step's scores, in the order of its samples over all ranks."""
-        self.totals.positions_selected += int(self._over_processes(torch.stack(self._selected).sum()))
+        """Count what was selected and push the step's scores, in the order of its samples over all ranks.
+
+        The same exchange tells whether any process was asked to end, so that all end after the same step, and whether
+        the first one's clock says that it is time for a checkpoint.
+        """
+        selected = torch.stack(self._selected).sum()
+        flags = selected.new_tensor([self._is_asked_to_end(), self.is_world_process_zero() and self._is_time_to_save()])
+        selected, ends, saves = self._over_processes(torch.cat([selected[None], flags])).tolist()
+        self.totals.positions_selected += int(selected)
+        if ends or saves:
+            self.control.should_save = True
+        if ends:
+            self.control.should_training_stop = True
+            self.is_interrupted = True
         if self.queue is not None:
             by_rank = gather_object([self._scores]) if self.accelerator.num_processes > 1 else [self._scores]
             # Micro-batch m of rank r is batch m * ranks + r of the step, so this is the order that one process has.
@@ -321,6 +357,16 @@ class DistillTrainer(ResumingTrainer):
                 for scores in micro_batch:
                     self.queue.push(scores)
         self._selected, self._scores = [], []
+
+    def _is_asked_to_end(self) -> bool:
+        """Whether this process was asked to end, be it by a run's signals or by ``enable_jit_checkpoint``'s."""
+        callbacks = self.callback_handler.callbacks
+        at_once = any(callback.is_asked for callback in callbacks if isinstance(callback, CheckpointAfterStep))
+        return at_once or interrupts.asked() is not None
+
+    def _is_time_to_save(self) -> bool:
+        seconds = self.args.save_seconds
+        return seconds is not None and time.monotonic() - self._saved_at >= seconds
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Batch], int]:
         """The micro-batches of one optimiser step, and the normaliser of its loss."""
