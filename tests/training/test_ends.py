@@ -87,12 +87,11 @@ def test_callbacks_keep_their_order_when_a_training_goes_on(tmp_path: Path) -> N
         trainer.add_callback(EverySteps(50, lambda: 0, lambda: None))
         return trainer
 
-    first = make()
-    before = [type(callback) for callback in first.callback_handler.callbacks]
+    first, resumed = make(), make()
     first.train()
-    resumed = make()
     resumed.train(resume_from_checkpoint=True)
-    assert [type(callback) for callback in resumed.callback_handler.callbacks] == before
+    orders = [[type(callback) for callback in trainer.callback_handler.callbacks] for trainer in (first, resumed)]
+    assert orders[0] == orders[1]
 
 
 def test_a_training_that_is_asked_to_end_saves_after_the_step_and_goes_on_the_same(tmp_path: Path) -> None:
