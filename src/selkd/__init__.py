@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from selkd.recipe.recipe import Recipe
     from selkd.run.pipeline import Run, distill
     from selkd.training.arguments import DistillArguments
+    from selkd.training.loss import chunked_entropy, distillation_loss, sample_classes, select_positions
     from selkd.training.trainer import DistillTrainer
 
 _HOME = {
@@ -21,8 +22,12 @@ _HOME = {
     "Recipe": "selkd.recipe.recipe",
     "Run": "selkd.run.pipeline",
     "TeacherCache": "selkd.cache.reader",
+    "chunked_entropy": "selkd.training.loss",
     "distill": "selkd.run.pipeline",
+    "distillation_loss": "selkd.training.loss",
     "load_recipe": "selkd.recipe.files",
+    "sample_classes": "selkd.training.loss",
+    "select_positions": "selkd.training.loss",
 }
 
 __all__ = [
@@ -31,9 +36,13 @@ __all__ = [
     "Recipe",
     "Run",
     "TeacherCache",
+    "chunked_entropy",
     "distill",
+    "distillation_loss",
     "load_recipe",
     "reference",
+    "sample_classes",
+    "select_positions",
 ]
 
 

@@ -301,6 +301,22 @@ def sampled_divergence(
     return (torch.xlogy(weights, weights) - weights * log_q).sum(dim=-1)
 
 
+def truncated_divergence(
+    student_logits: Tensor, class_ids: Tensor, log_probabilities: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """Forward KL [B, T] to a teacher of which K classes are known and the mass of all others together, the tail.
+
+    ``class_ids`` and ``log_probabilities`` [B, T, K], the teacher's at ``temperature``; -inf pads a row.
+    """
+    q = torch.softmax(student_logits / temperature, dim=-1)
+    p = log_probabilities.exp()
+    p = p / p.sum(dim=-1, keepdim=True).clamp(min=1)
+    is_known = torch.zeros_like(q).scatter_add_(-1, class_ids, (p > 0).to(q.dtype)) > 0
+    p_tail, q_tail = (1 - p.sum(dim=-1)).clamp(min=0), q.masked_fill(is_known, 0).sum(dim=-1)
+    known = torch.xlogy(p, p) - torch.xlogy(p, q.gather(-1, class_ids))
+    return known.sum(dim=-1) + torch.xlogy(p_tail, p_tail) - torch.xlogy(p_tail, q_tail)
+
+
 def loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

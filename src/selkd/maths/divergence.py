@@ -220,6 +220,34 @@ def sampled_forward_kl(student_logits: Tensor, class_ids: Tensor, counts: Tensor
     return values, log_q.exp_().scatter_add_(-1, class_ids, -weights)
 
 
+def truncated_forward_kl(student_logits: Tensor, class_ids: Tensor, log_probabilities: Tensor) -> ValueAndGradient:
+    """Forward KL to a teacher of which K classes are known; all others count as one class with the mass that is left.
+
+    D = sum over the K of p (log p - log q), + p* log(p*/q*), with p* = 1 - sum p and q* the student's mass outside the
+    K. It is never negative, and a lower bound of KL(p || q), by the data-processing inequality. Its gradient is q - p
+    at the K classes and q (1 - p*/q*) at the others. Where probabilities sum to more than 1, as rounded ones may, they
+    are divided by their sum. (Method: truncated teacher with its tail.)
+
+    Args:
+        class_ids: int64 [n, K], different within a row but for its padding.
+        log_probabilities: [n, K], the teacher's at the criterion's temperature; -inf pads the end of a row.
+    """
+    log_q = log_softmax_(student_logits)
+    log_p = log_probabilities.double()
+    log_p = log_p - log_p.logsumexp(dim=-1, keepdim=True).clamp(min=0)
+    log_p_tail = log_p.logsumexp(dim=-1, keepdim=True).expm1().neg().clamp(min=0).log().to(log_q.dtype)
+    log_p = log_p.to(log_q.dtype)
+    p, p_tail = log_p.exp(), log_p_tail.exp()
+    others = log_q.scatter(-1, torch.where(p > 0, class_ids, class_ids[:, :1]), -torch.inf)
+    log_q_tail = others.logsumexp(dim=-1, keepdim=True)
+    has_tail = (p_tail > 0) & (log_q_tail > -torch.inf)  # rounding leaves a mass where every class is known
+    log_ratio = torch.where(has_tail, log_p_tail - log_q_tail, -torch.inf)
+    values = torch.where(p > 0, p * (log_p - log_q.gather(-1, class_ids)), 0.0).sum(dim=-1)
+    values += torch.where(has_tail, p_tail * log_ratio, 0.0).squeeze(-1)
+    gradient = log_q.exp_().sub_(others.add_(log_ratio).exp_())
+    return values.clamp_(min=0), gradient.scatter_add_(-1, class_ids, -p)
+
+
 def cross_entropy(student_logits: Tensor, targets: Tensor) -> ValueAndGradient:
     """-log q(y) in nats of the true next tokens ``targets`` int64 [n]; the gradient is ``q - onehot(y)``."""
     log_q = log_softmax_(student_logits)

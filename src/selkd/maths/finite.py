@@ -21,14 +21,16 @@ def require_finite(values: Tensor, index: Tensor, batch: Mapping[str, Tensor], w
 
     Args:
         index: the position of each value in the flat batch [B * T].
-        batch: from ``selkd.data.collate.collate``.
+        batch: from ``selkd.data.collate.collate``; without ``sample_ids`` the row's number names the sample.
         what: the logits that the values come from, and when: "the teacher's logits, at optimiser step 3".
     """
     bad = (~torch.isfinite(values)).nonzero().flatten()
     if len(bad):
         row, position = divmod(int(index[bad[0]]), batch["valid_mask"].shape[1])
-        sample_id = batch["sample_ids"][row].cpu().numpy().tobytes().hex()
+        sample = f"row {row} of the batch"
+        if "sample_ids" in batch:
+            sample = f"sample {batch['sample_ids'][row].cpu().numpy().tobytes().hex()}"
         raise RunError(
-            f"position {position} of sample {sample_id} gives {values[bad[0]].item()} from {what}. What was finished "
+            f"position {position} of {sample} gives {values[bad[0]].item()} from {what}. What was finished "
             "is kept; lower training.learning_rate, or use float32."
         )

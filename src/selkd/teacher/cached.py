@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from selkd.cache.reader import TeacherCache
 from selkd.cache.rows import Rows
 from selkd.data.samples import Sample
 from selkd.errors import InputError
-from selkd.teacher.targets import Batch, DrawnClasses
+from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets
 
 
 class CachedTeacher:
@@ -25,12 +24,13 @@ class CachedTeacher:
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
 
-    def targets(self, batch: Batch, step: int) -> "_CachedTargets":  # noqa: ARG002  the draws were made once
+    def targets(self, batch: Batch, step: int) -> StoredTargets:  # noqa: ARG002  the draws were made once
         """The targets that ``CachedCollator`` put into the batch; if there are none, they are read now."""
         if "teacher_class_ids" not in batch:
             device = batch["input_ids"].device
             batch = {name: tensor.to(device) for name, tensor in self.read(batch).items()}
-        return _CachedTargets(batch["teacher_class_ids"].flatten(0, 1), batch["teacher_counts"].flatten(0, 1))
+        class_ids, counts = (batch[name].flatten(0, 1) for name in ("teacher_class_ids", "teacher_counts"))
+        return StoredTargets(DrawnClasses, class_ids, counts)
 
     def read(self, batch: Batch) -> Batch:
         """``teacher_class_ids`` and ``teacher_counts`` of a batch, int32 [B, T, C] on the CPU, padded with count 0."""
@@ -77,18 +77,3 @@ class CachedCollator:
     def __call__(self, samples: list[Sample]) -> Batch:
         batch = self.collate(samples)
         return batch | self.teacher.read(batch)
-
-
-@dataclass(frozen=True)
-class _CachedTargets:
-    class_ids: Tensor  # int32 [B * T, C]; after ``at``, int64 [N, C]
-    counts: Tensor
-
-    def at(self, index: Tensor) -> "_CachedTargets":
-        return _CachedTargets(self.class_ids[index].long(), self.counts[index].long())
-
-    def logits(self, rows: slice) -> Tensor:  # noqa: ARG002
-        raise AssertionError("recipes that need the full distribution are refused before a cache is opened")
-
-    def chunk(self, rows: slice) -> DrawnClasses:
-        return DrawnClasses(self.class_ids[rows], self.counts[rows])

@@ -4,6 +4,7 @@ Shapes: B batch, T positions, N selected positions, n positions of a chunk, V cl
 u uniforms a position.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selkd.maths.chunked import ChunkedLogits, chunk_size, chunks
+from selkd.maths.chunked import ChunkedLogits, chunk_size, chunks, wide
 from selkd.maths.finite import require_finite
+from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states, input_device
 from selkd.recipe.choices import ClassOptions
-from selkd.selection.classes import Drawn, class_sampler
+from selkd.selection.classes import ClassSampler, Drawn, class_sampler
 from selkd.selection.randomness import position_uniforms
 from selkd.teacher.targets import Batch, DrawnClasses, FullDistribution, Target
 
@@ -67,65 +69,128 @@ class LiveTeacher:
         return [picked.drawn(rows, self.sampler.integers, source) for rows in chunks(len(valid), size)]
 
     def _uniforms(self, batch: Batch, *stream: int | str) -> Tensor | None:
-        """The random numbers that the sampler draws with, float64 [B * T, u]; None without a sampler."""
-        if self.sampler is None:
-            return None
-        ids, valid = batch["sample_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
-        noise = position_uniforms(self.seed, ids, valid, *stream, draws=self.sampler.n_uniforms)
-        return torch.from_numpy(noise).flatten(0, 1).to(batch["input_ids"].device)
+        return class_uniforms(self.sampler, batch, self.seed, *stream)
 
     def _targets(self, batch: Batch, uniforms: Tensor | None, chunk: int | None = None) -> "LiveTargets":
         with torch.autocast(input_device(self.model).type, enabled=False):
             hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
         everywhere = torch.arange(batch["input_ids"].numel(), device=batch["input_ids"].device)
-        return LiveTargets(self, batch, everywhere, hidden.flatten(0, 1), uniforms, chunk)
+        drawing = Drawing(self.sampler, self.temperature, batch, uniforms)
+        return LiveTargets(drawing, everywhere, self.head, hidden.flatten(0, 1), chunk)
+
+
+def class_uniforms(sampler: ClassSampler | None, batch: Batch, seed: int, *stream: int | str) -> Tensor | None:
+    """The random numbers that a sampler draws with at a batch's positions, float64 [B * T, u]; None without one."""
+    if sampler is None:
+        return None
+    ids, valid = batch["sample_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
+    noise = position_uniforms(seed, ids, valid, *stream, draws=sampler.n_uniforms)
+    return torch.from_numpy(noise).flatten(0, 1).to(batch["valid_mask"].device)
 
 
 @dataclass(frozen=True)
-class LiveTargets:
-    """A live teacher's targets at some positions of a batch. Its head runs a chunk of positions at a time.
+class Drawing:
+    """How classes are drawn from a teacher's distribution at the positions of a batch.
+
+    Attributes:
+        sampler: None: the whole distribution is the target.
+        temperature: the criterion's; draws come from the distribution at this temperature.
+        batch: names sample and position in errors.
+        uniforms: float64 [B * T, u], or None if nothing will be drawn.
+    """
+
+    sampler: ClassSampler | None
+    temperature: float
+    batch: Batch
+    uniforms: Tensor | None
+
+    def __call__(
+        self, logits: Tensor, index: Tensor, draw: Callable[[Tensor, Tensor], Drawn], source: str
+    ) -> DrawnClasses:
+        """The classes that ``draw`` takes from probabilities [n, V] by uniforms [n, u].
+
+        Args:
+            logits: the teacher's, [n, V].
+            index: their positions, int64 [n], in the flat batch.
+            source: the logits' name in errors.
+
+        Raises:
+            RunError: a probability is not finite.
+        """
+        assert self.uniforms is not None, "targets were made with draws=False"
+        probabilities = torch.softmax(logits / self.temperature, dim=-1)
+        require_finite(probabilities.sum(dim=-1), index, self.batch, source)
+        return DrawnClasses(*draw(probabilities, self.uniforms[index]))
+
+
+@dataclass(frozen=True)
+class WholeTargets(ABC):
+    """A teacher's targets at some positions of a batch, where its whole distribution can be computed.
 
     Attributes:
         index: int64 [N], the positions in the flat batch [B * T].
-        hidden_states: [N, D], on the teacher's device.
-        uniforms: float64 [N, u], or None if nothing will be drawn.
-        chunk_positions: the positions of one product with the head; None: as many as memory allows.
     """
 
-    teacher: LiveTeacher
-    batch: Batch
+    drawing: Drawing
     index: Tensor
-    hidden_states: Tensor
-    uniforms: Tensor | None
-    chunk_positions: int | None
 
-    def at(self, index: Tensor) -> "LiveTargets":
-        return replace(
-            self,
-            index=self.index[index],
-            hidden_states=self.hidden_states[index.to(self.hidden_states.device)],
-            uniforms=None if self.uniforms is None else self.uniforms[index],
-        )
+    @abstractmethod
+    def at(self, index: Tensor) -> "WholeTargets":
+        """The targets at some of these positions, int64 [n]."""
 
+    @abstractmethod
     def logits(self, rows: slice) -> Tensor:
-        return self._logits(rows).to(self.index.device)
+        """The teacher's logits [n, V] at some of the positions, which the caller may overwrite."""
 
     def chunk(self, rows: slice) -> Target:
-        sampler = self.teacher.sampler
+        sampler = self.drawing.sampler
         return FullDistribution(self.logits(rows)) if sampler is None else self.drawn(rows, sampler)
 
     def drawn(
         self, rows: slice, draw: Callable[[Tensor, Tensor], Drawn], source: str = "the teacher's logits"
     ) -> DrawnClasses:
-        """The classes that ``draw`` takes from probabilities [n, V], at the teacher's temperature, by uniforms [n, u].
+        """The classes that ``draw`` takes at some of the positions; see ``Drawing``."""
+        return self.drawing(self.logits(rows), self.index[rows], draw, source)
 
-        Raises RunError if a probability is not finite; the message names ``source``.
-        """
-        assert self.uniforms is not None, "targets were made with draws=False"
-        probabilities = torch.softmax(self.logits(rows) / self.teacher.temperature, dim=-1)
-        require_finite(probabilities.sum(dim=-1), self.index[rows], self.batch, source)
-        return DrawnClasses(*draw(probabilities, self.uniforms[rows]))
+
+@dataclass(frozen=True)
+class LiveTargets(WholeTargets):
+    """The targets of a teacher's hidden states. Its head runs a chunk of positions at a time.
+
+    Attributes:
+        hidden_states: [N, D], on the teacher's device.
+        chunk_positions: the positions of one product with the head; None: as many as memory allows.
+    """
+
+    head: Head
+    hidden_states: Tensor
+    chunk_positions: int | None = None
+
+    def at(self, index: Tensor) -> "LiveTargets":
+        hidden = self.hidden_states[index.to(self.hidden_states.device)]
+        return replace(self, index=self.index[index], hidden_states=hidden)
+
+    def logits(self, rows: slice) -> Tensor:
+        return self._logits(rows).to(self.index.device)
 
     @cached_property
     def _logits(self) -> ChunkedLogits:
-        return ChunkedLogits(self.hidden_states, self.teacher.head, self.chunk_positions)
+        return ChunkedLogits(self.hidden_states, self.head, self.chunk_positions)
+
+
+@dataclass(frozen=True)
+class LogitsTargets(WholeTargets):
+    """The targets of a teacher whose logits are all in memory.
+
+    Attributes:
+        all_logits: [B * T, V], in any dtype and on any device.
+    """
+
+    all_logits: Tensor
+
+    def at(self, index: Tensor) -> "LogitsTargets":
+        return replace(self, index=self.index[index])
+
+    def logits(self, rows: slice) -> Tensor:
+        picked = self.index[rows]
+        return wide(self.all_logits[picked.to(self.all_logits.device)]).to(picked.device)

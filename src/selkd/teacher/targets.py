@@ -33,7 +33,37 @@ class DrawnClasses:
     counts: Tensor
 
 
-Target = FullDistribution | DrawnClasses
+@dataclass(frozen=True)
+class TruncatedDistribution:
+    """The teacher's most probable classes: ``class_ids`` int64 and their ``log_probabilities`` [n, K], float.
+
+    What their probabilities lack to 1 is the mass of all other classes together, the tail. Rows are padded with class 0
+    and -inf.
+    """
+
+    class_ids: Tensor
+    log_probabilities: Tensor
+
+
+Target = FullDistribution | DrawnClasses | TruncatedDistribution
+
+
+@dataclass(frozen=True)
+class StoredTargets:
+    """Targets that are in memory for every position of a batch, by class ids and numbers [N, C] of one ``kind``."""
+
+    kind: type[DrawnClasses] | type[TruncatedDistribution]
+    class_ids: Tensor
+    numbers: Tensor
+
+    def at(self, index: Tensor) -> "StoredTargets":
+        return StoredTargets(self.kind, self.class_ids[index].long(), self.numbers[index])
+
+    def logits(self, rows: slice) -> Tensor:  # noqa: ARG002
+        raise AssertionError("what needs the full distribution is refused before")
+
+    def chunk(self, rows: slice) -> Target:
+        return self.kind(self.class_ids[rows], self.numbers[rows])
 
 
 class PickedTargets(Protocol):

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from selkd.maths.chunked import chunk_size, chunks
-from selkd.maths.divergence import ValueAndGradient, cross_entropy, differentiated, sampled_forward_kl
+from selkd.maths.divergence import (
+    ValueAndGradient,
+    cross_entropy,
+    differentiated,
+    sampled_forward_kl,
+    truncated_forward_kl,
+)
 from selkd.plugins import Criterion
 from selkd.recipe.choices import CriterionOptions
-from selkd.teacher.targets import DrawnClasses, FullDistribution, PickedTargets
+from selkd.teacher.targets import DrawnClasses, FullDistribution, PickedTargets, TruncatedDistribution
 
 
 class Comparison:
@@ -69,6 +75,8 @@ class Comparison:
             student_logits.div_(temperature)
         if isinstance(target, DrawnClasses):  # they were drawn at this temperature
             values, gradient = sampled_forward_kl(student_logits, target.class_ids, target.counts)
+        elif isinstance(target, TruncatedDistribution):  # at this temperature, too
+            values, gradient = truncated_forward_kl(student_logits, target.class_ids, target.log_probabilities)
         else:
             weights = {name: w[rows] if isinstance(w, Tensor) else w for name, w in self.weights.items()}
             teacher_logits = target.logits.div_(temperature) if temperature != 1.0 else target.logits

@@ -26,6 +26,7 @@ from selkd.selection.two_stage import Estimator, score_in_two_stages
 from selkd.teacher.targets import Batch, TeacherTargets
 from selkd.training.criterion import Comparison
 
+PLACED = ("scores", "coefficients", "values")  # outputs of the shape [B, T]; the others but the loss are sums
 AGREEMENT_EVERY = 50  # optimiser steps between two comparisons of two-stage with exact selection
 
 
@@ -74,7 +75,7 @@ class Objective:
         teacher: TeacherTargets,
         *,
         context: StepContext,
-        normaliser: Tensor | int,
+        normaliser: Tensor | float,
     ) -> dict[str, Tensor]:
         """The part of one micro-batch in the loss of its optimiser step, and the sums that are logged.
 
@@ -87,7 +88,8 @@ class Objective:
             normaliser: the normaliser of the whole step, over all its micro-batches and ranks.
 
         Returns:
-            ``loss``, a scalar with gradient; ``scores`` [B, T], detached; and detached sums for logging:
+            ``loss``, a scalar with gradient; detached [B, T], 0 elsewhere, ``scores`` at the valid positions, and
+            ``coefficients`` and ``values`` (nats) at the selected ones; and detached sums for logging:
             ``positions_selected``; over the selected positions ``divergence_nats``, ``cross_entropy_nats`` (if the
             criterion has it) and ``selected_score``; over the valid positions ``valid_score`` (if scoring is exact);
             the same two of the student's entropy, ``selected_entropy_nats`` and ``valid_entropy_nats``, if the metric
@@ -114,7 +116,7 @@ class Objective:
         weights = coefficients[selected]
         if self.positions.reduction == "per_position":
             weights = torch.ones_like(weights)
-        weights = weights / max(1, int(normaliser))
+        weights = weights / (normaliser.clamp(min=1) if isinstance(normaliser, Tensor) else max(1, normaliser))
 
         # Compare teacher and student there, and sum.
         sample_of = selected // valid_mask.shape[1]
@@ -128,7 +130,11 @@ class Objective:
         sums |= self._score_sums(scored, selected, valid)
         if self.positions.scoring == "two_stage" and loss.requires_grad and context.step % AGREEMENT_EVERY == 0:
             sums |= self.agreement(hidden_states.detach(), head, batch, context)
-        return {"loss": loss, "scores": scored.values, **sums}
+        placed = {
+            "coefficients": coefficients.view(valid_mask.shape),
+            "values": values.new_zeros(len(coefficients)).index_copy(0, selected, values).view(valid_mask.shape),
+        }
+        return {"loss": loss, "scores": scored.values, **placed, **sums}
 
     def score(
         self, hidden_states: Tensor, head: Head, batch: Batch, teacher: TeacherTargets | None, context: StepContext

@@ -46,7 +46,7 @@ from selkd.training.inputs import (
     vocab_sizes,
     without_autocast,
 )
-from selkd.training.objective import Budget
+from selkd.training.objective import PLACED, Budget
 from selkd.training.on_policy import Answering, PromptCollator, RolloutLog, require_answers_fit, require_prompts
 from selkd.training.resuming import ResumingTrainer
 from selkd.training.sampling import FilledDataset, FilledSampler
@@ -318,7 +318,8 @@ class DistillTrainer(ResumingTrainer):
             normaliser=num_items_in_batch,
         )
         outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], distillation=distillation)
-        loss, scores = outputs.pop("loss"), outputs.pop("scores")
+        loss = outputs.pop("loss")
+        scores, *_ = (outputs.pop(name) for name in PLACED)
         self._selected.append(outputs["positions_selected"])
         if self.queue is not None:
             self._scores.append(scores[inputs["valid_mask"]].double().cpu().numpy())
