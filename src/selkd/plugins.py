@@ -337,6 +337,7 @@ class Sampler(Entry):
     Attributes:
         n_uniforms: how many uniforms a position needs for U draws.
         total: the sum of the integer counts of a stored row for U draws.
+        truncates: whether it gives the probabilities of some classes and leaves the others' out.
         least_same_draws: the lowest shares, over all positions and over one sample's, of draws that are the same when
             the same teacher runs in another precision, measured on SmolLM2-135M at 8 to 64 draws
             (docs/results/cache.md). A teacher at temperature 1.1 stays below. A sample may be short, so its limit is
@@ -350,6 +351,7 @@ class Sampler(Entry):
     label: str = "the classes that the sampler {name} picks"
     n_uniforms: Callable[[int], int] = lambda draws: draws
     total: Callable[[int], int] = lambda draws: draws
+    truncates: bool = False
     least_same_draws: tuple[float, float] | None = None
 
     def drawn(self, probabilities: "Tensor", uniforms: "Tensor", draws: int) -> "tuple[Tensor, Tensor]":

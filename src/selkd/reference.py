@@ -401,7 +401,10 @@ def loss(
     else:
         assert class_ids is not None, f"classes.sampler: {classes.sampler} needs class_ids"
         assert counts is not None, f"classes.sampler: {classes.sampler} needs counts"
-        d = sampled_divergence(student_logits, class_ids, counts, temperature=temperature)
+        if classes.tail:  # the counts of top_k are probabilities
+            d = truncated_divergence(student_logits, class_ids, counts.log(), temperature=temperature)
+        else:
+            d = sampled_divergence(student_logits, class_ids, counts, temperature=temperature)
     if criterion.temperature_squared:
         d = d * temperature**2
     log_q = torch.log_softmax(student_logits, dim=-1)

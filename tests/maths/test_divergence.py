@@ -1,5 +1,6 @@
 """The closed forms of the criteria against the specification: values by definition, gradients by autograd."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,13 @@ import torch
 from torch import Tensor
 
 from selkd import reference
-from selkd.maths.divergence import adaptive_weights, cross_entropy, differentiated, sampled_forward_kl
+from selkd.maths.divergence import (
+    adaptive_weights,
+    cross_entropy,
+    differentiated,
+    sampled_forward_kl,
+    truncated_forward_kl,
+)
 from selkd.plugins import Criterion
 
 N, V = 37, 29
@@ -48,6 +55,53 @@ def test_values_and_gradients_are_the_specifications(name: str, options: dict[st
     values, gradient = compared(name, options, student, teacher, targets)
     torch.testing.assert_close(values, dense.detach(), rtol=0, atol=1e-11)
     torch.testing.assert_close(gradient, torch.autograd.grad(dense.sum(), student)[0], rtol=0, atol=1e-10)
+
+
+def known(teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most probable classes and their log-probabilities, the last two of every third row padded."""
+    log_p, class_ids = torch.log_softmax(teacher, -1).topk(k)
+    log_p[::3, k - 2 :], class_ids[::3, k - 2 :] = -torch.inf, 0
+    return class_ids, log_p
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("k", [3, 8, V - 1])
+def test_a_truncated_teachers_tail_is_one_class(k: int, dtype: torch.dtype) -> None:
+    student, teacher, _ = make(dtype)
+    class_ids, log_p = known(teacher, k)
+    dense = reference.truncated_divergence(student[None].double(), class_ids[None], log_p[None].double())[0]
+    values, gradient = truncated_forward_kl(student.detach().clone(), class_ids, log_p)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(values.double(), dense.detach(), rtol=tolerance, atol=tolerance)
+    expected = torch.autograd.grad(dense.sum(), student)[0]
+    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient.sum(-1), torch.zeros_like(values), rtol=0, atol=10 * tolerance)
+    whole = reference.divergence("forward_kl", student[None], teacher[None], torch.zeros(1, N, dtype=torch.int64))[0]
+    assert (values >= 0).all()
+    assert (values <= whole + 1e-6).all()
+
+
+def test_a_truncated_teacher_of_every_class_is_the_whole_one() -> None:
+    """Rounding leaves a tail that no class is in, or probabilities that sum to more than 1."""
+    for dtype, excess in ((torch.float64, 0.0), (torch.float32, 0.0), (torch.float32, 1e-6)):
+        student, teacher, targets = make(dtype)
+        log_p, class_ids = torch.log_softmax(teacher, -1).sort(-1)
+        values, gradient = truncated_forward_kl(student.detach().clone(), class_ids, log_p + excess)
+        whole = Criterion.find("forward_kl").function(student.detach().clone(), teacher.clone(), targets)
+        torch.testing.assert_close((values, gradient), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tail_that_underflows_is_finite() -> None:
+    """A student that is sure of a known class, and a teacher that is sure of another."""
+    student = torch.full((2, V), -400.0)
+    student[:, 3] = 0.0
+    class_ids, log_p = torch.tensor([[3, 5], [3, 5]]), torch.log(torch.tensor([[0.5, 0.25], [1e-30, 1.0]]))
+    values, gradient = truncated_forward_kl(student, class_ids, log_p)
+    assert values.isfinite().all()
+    assert gradient.isfinite().all()
+    log_rest = math.log(V - 2) - 400
+    by_hand = 0.5 * math.log(0.5) + 0.25 * (math.log(0.25) + 400) + 0.25 * (math.log(0.25) - log_rest)
+    assert values[0].item() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_every_criterion_is_checked() -> None:

@@ -58,6 +58,7 @@ REFUSED = {
     "positions.fraction=1.01": "positions.fraction: input should be less than or equal to 1, but got 1.01",
     "positions.fraction=null": "positions.policy: top_k picks a share; give positions.fraction",
     "positions.metric=null": "positions.policy: top_k goes by a metric; give positions.metric",
+    "classes={sampler: rs_kd, tail: true}": "classes.tail: an option of top_k; rs_kd leaves no mass out. Leave it out",
     "classes.draws=0": "classes.draws: input should be greater than or equal to 1, but got 0",
     "classes.sampler=all": "cache: the full distribution .* is too large to store; draw classes with classes.sampler",
     "criterion.temperature=0": "criterion.temperature: input should be greater than 0",
@@ -169,7 +170,7 @@ def test_what_a_choice_makes_meaningless_is_null_once_resolved() -> None:
     recipe = load_recipe("se_kd", ["positions.policy=all", "classes.draws=3"]).resolved()
     kept = {key: value for key, value in recipe["positions"].items() if value is not None}
     assert kept == {"policy": "all", "reduction": "per_sample"}
-    assert recipe["classes"] == {"sampler": "all", "draws": None}
+    assert recipe["classes"] == {"sampler": "all", "draws": None, "tail": False}
     assert load_recipe("se_kd", ["positions.policy=random"]).positions.metric == "random"
     assert load_recipe("se_kd", ["samples={metric: all}"]).samples is None
 

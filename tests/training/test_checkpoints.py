@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from selkd.errors import InputError
-from selkd.recipe.choices import PositionOptions
+from selkd.recipe.choices import ClassOptions, PositionOptions
 from selkd.training.callbacks import StepLines
 from selkd.training.checkpoints import ScheduleKept
 from selkd.training.sealing import last_complete_checkpoint
@@ -76,10 +76,11 @@ def test_a_checkpoint_that_lacks_a_processs_random_state_is_not_whole(tmp_path: 
 def test_a_checkpoint_that_is_older_than_a_keys_name_is_resumed(tmp_path: Path) -> None:
     positions = PositionOptions().model_dump()
     former = {("probed_share" if key == "calibration_fraction" else key): value for key, value in positions.items()}
-    stored = {"processes": 1, "positions": former}
+    classes = ClassOptions().model_dump()
+    stored = {"processes": 1, "positions": former, "classes": {k: v for k, v in classes.items() if k != "tail"}}
     kept = {"stateful_callbacks": {"ScheduleKept": {"args": {}, "attributes": {"stored": stored}}}}
     write(tmp_path, {"checkpoint-4": json.dumps(kept)})
-    ScheduleKept({"processes": 1, "positions": positions}).require_same(tmp_path / "checkpoint-4")
+    ScheduleKept({"processes": 1, "positions": positions, "classes": classes}).require_same(tmp_path / "checkpoint-4")
     other = ScheduleKept({"processes": 1, "positions": positions | {"fraction": 0.5}})
     with pytest.raises(InputError, match="its training has positions = "):
         other.require_same(tmp_path / "checkpoint-4")

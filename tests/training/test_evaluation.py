@@ -19,6 +19,7 @@ from selkd.data.collate import collate
 from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError, RunError
 from selkd.recipe.choices import ClassOptions
+from selkd.selection.classes import TOP_K_UNITS
 from selkd.selection.queue import ScoreQueue
 from selkd.teacher.build_cache import build_cache
 from selkd.teacher.live import LiveTeacher
@@ -159,6 +160,22 @@ def test_from_a_cache_it_is_the_cross_entropy_to_the_draws(temperature: float, b
     assert metrics["eval_loss"] == pytest.approx(dense_cross_entropy(cache, samples, temperature), rel=1e-6)
     assert metrics["eval_cross_entropy_to_draws_nats"] == metrics["eval_loss"]
     assert "eval_kl_nats" not in metrics
+
+
+def test_from_a_cache_with_tails_it_is_the_cross_entropy_to_them(tmp_path: Path) -> None:
+    samples, classes = make_samples(9), {"sampler": "top_k", "draws": 8, "tail": True}
+    live = LiveTeacher(make_model(0, layers=3), ClassOptions(**classes), 1.0, 11, V)
+    about = {"sampler": "top_k", "draws": 8, "count_total": TOP_K_UNITS, "temperature": 1.0, "vocabulary": V}
+    build_cache(tmp_path / "cache", about | {"tail": "one class"}, samples, lambda: live, 1)
+    student, teacher, batch = dense(samples)
+    p, class_ids = teacher.double().softmax(-1).topk(8)
+    q = student.double().softmax(-1)
+    q_known, p_tail = q.gather(-1, class_ids), 1 - p.sum(-1)
+    expected = -(p * q_known.log()).sum(-1) - p_tail * (1 - q_known.sum(-1)).log()
+    metrics = evaluator(
+        tmp_path / "run", samples, {"classes": classes}, teacher=TeacherCache.open(tmp_path / "cache")
+    ).evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected[batch["valid_mask"]].mean().item(), rel=1e-4)
 
 
 def test_over_seeds_a_caches_figure_is_the_divergence_and_the_teachers_entropy(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, RunError
 from selkd.models.head import head_of, hidden_states
 from selkd.recipe.choices import ClassOptions
+from selkd.selection.classes import TOP_K_UNITS
 from selkd.selection.positions import step_context
 from selkd.teacher.build_cache import build_cache
 from selkd.teacher.live import LiveTeacher
@@ -268,6 +269,49 @@ def test_a_step_from_the_cache_is_the_specifications(name: str, tmp_path: Path) 
     trainer.train()
     assert_same(weights(trainer.model), expected)
     assert trainer.totals.teacher_tokens == 0
+
+
+TAIL = {"sampler": "top_k", "draws": 8, "tail": True}
+
+
+def truncated(samples: SampleDataset, temperature: float) -> dict[str, Tensor]:
+    """The teacher's 8 most probable classes and their probabilities, [B, T, 8]."""
+    batch = collate(list(samples), 1)
+    with torch.no_grad():
+        p = torch.softmax(logits_of(make_model(0, layers=3), batch) / temperature, dim=-1)
+    counts, class_ids = p.topk(8)
+    return {"class_ids": class_ids, "counts": counts}
+
+
+@pytest.mark.parametrize("teacher", ["live", "cached"])
+def test_a_step_on_the_top_classes_with_their_tail_is_the_specifications(teacher: str, tmp_path: Path) -> None:
+    """A cache rounds probabilities to 1/65,535, which moves the step as little."""
+    samples, temperature = make_samples(8), 1.7
+    recipe = {"classes": TAIL, "criterion": {"temperature": temperature}, "positions": {"fraction": 0.5}}
+    about = {"sampler": "top_k", "draws": 8, "count_total": TOP_K_UNITS, "temperature": temperature, "vocabulary": V}
+    live = LiveTeacher(make_model(0, layers=3), ClassOptions(**TAIL), temperature, 11, V)
+    build_cache(tmp_path / "cache", about | {"tail": "one class"}, samples, lambda: live, 1)
+    student = make_model(1)
+    loss = dense_loss(student, samples, recipe, **truncated(samples, temperature))
+    loss.backward()
+    expected = {name: p.detach() - 0.5 * p.grad for name, p in student.named_parameters()}
+    trainer = trainer_of(
+        tmp_path / "run", samples, recipe, teacher=None if teacher == "live" else TeacherCache.open(tmp_path / "cache"),
+        per_device_train_batch_size=3, gradient_accumulation_steps=3,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5 if teacher == "live" else 1e-3)
+    assert_same(weights(trainer.model), expected, 2e-6 if teacher == "live" else 1e-4)
+
+
+def test_a_cache_without_the_tail_is_not_taken_for_one_with_it(tmp_path: Path) -> None:
+    samples = make_samples(4)
+    about = {"sampler": "top_k", "draws": 8, "count_total": TOP_K_UNITS, "temperature": 1.0, "vocabulary": V}
+    options = ClassOptions(sampler="top_k", draws=8)
+    live = LiveTeacher(make_model(0, layers=3), options, 1.0, 11, V)
+    build_cache(tmp_path / "cache", about, samples, lambda: live, 1)
+    with pytest.raises(InputError, match="the cache's tail is None, these arguments say 'one class'"):
+        trainer_of(tmp_path / "run", samples, {"classes": TAIL}, teacher=TeacherCache.open(tmp_path / "cache"))
 
 
 def test_selection_works_with_the_cache(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ FORMAT = "selkd-teacher-cache"
 VERSION = 2
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
+TAIL = "tail"  # a fingerprint's field: class V stands for all classes that a row leaves out
 _NO_CHECKSUM = b"0" * 32
 
 Fingerprint = Mapping[str, str | int | float]
@@ -147,6 +148,11 @@ def check_fingerprint(fingerprint: Fingerprint) -> None:
 def count_total(fingerprint: Fingerprint) -> int:
     """The sum of the counts of a stored row: ``count_total``, or ``draws`` where the fingerprint has none."""
     return int(fingerprint.get("count_total", fingerprint["draws"]))
+
+
+def n_stored_classes(fingerprint: Fingerprint) -> int:
+    """How many classes a stored row may name: those of the vocabulary, and with ``TAIL`` one after them."""
+    return int(fingerprint["vocabulary"]) + (TAIL in fingerprint)
 
 
 def check_same_fingerprint(stored: Fingerprint, expected: Fingerprint, folder: Path) -> None:

@@ -16,6 +16,7 @@ from selkd.cache.manifest import (
     count_total,
     make_manifest,
     make_plan,
+    n_stored_classes,
     read_manifest,
     read_plan,
     render,
@@ -67,7 +68,7 @@ class CacheWriter:
         check_sample_ids([sample_id for ids in shard_ids for sample_id in ids])
         self.directory = Path(directory)
         self._shard_ids = [list(ids) for ids in shard_ids]
-        self._vocabulary = int(fingerprint["vocabulary"])
+        self._n_classes = n_stored_classes(fingerprint)
         self._count_total = count_total(fingerprint)
         self._plan = make_plan(fingerprint, shard_ids)
         _, self._plan_checksum = render(self._plan)
@@ -211,10 +212,10 @@ class CacheWriter:
                     f"shard {number} takes its samples in the planned order: expected {expected} after {n_written} "
                     f"samples, got {got}"
                 )
-            if len(class_ids) and np.max(class_ids) >= self._vocabulary:
+            if len(class_ids) and np.max(class_ids) >= self._n_classes:
                 raise InputError(
-                    f"sample {sample_id.hex()} has class id {np.max(class_ids)}; the fingerprint's vocabulary is "
-                    f"{self._vocabulary}"
+                    f"sample {sample_id.hex()} has class id {np.max(class_ids)}; by its fingerprint the cache holds "
+                    f"{self._n_classes} classes"
                 )
             try:
                 rows = checked_rows(row_lengths, class_ids, counts)

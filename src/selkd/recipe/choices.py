@@ -224,9 +224,17 @@ class ClassOptions(Part):
         "all", description="The class sampler: one of the table below, or your own as module:function."
     )
     draws: int | None = Field(64, ge=1, le=65535, description="Draws at a position; for top_k, classes; null for all.")
+    tail: bool = Field(
+        False,
+        description="For top_k, keep the mass of all other classes as one class, in place of renormalising: a lower "
+        "bound of forward KL.",
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> "ClassOptions":
+        if self.tail and not Sampler.find(self.sampler).truncates:
+            owners = " and ".join(name for name, entry in Sampler.builtin().items() if entry.truncates)
+            raise ValueError(f"classes.tail: an option of {owners}; {self.sampler} leaves no mass out. Leave it out")
         if self.sampler == "all":
             self._settle(draws=None)
         elif self.draws is None:

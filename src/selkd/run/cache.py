@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from selkd.cache.manifest import Fingerprint
+from selkd.cache.manifest import TAIL, Fingerprint
 from selkd.cache.reader import TeacherCache
 from selkd.cache.remote import fetch_cache, is_remote
 from selkd.cache.verify import verify_cache
@@ -124,6 +124,7 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
         "sampler": recipe.classes.sampler,
         "draws": recipe.classes.draws,
         "count_total": class_sampler(recipe.classes).total,
+        **({TAIL: "one class"} if recipe.classes.tail else {}),
         "temperature": recipe.criterion.temperature,
         "seed": recipe.seed,
     }

@@ -72,9 +72,10 @@ Sampler.add(
 
 
 def top_k(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
-    """The U most probable classes, of equal ones the lower id, with their probabilities, which the loss renormalises.
+    """The U most probable classes, of equal ones the lower id, with their probabilities.
 
-    It is biased: the tail gets no mass and the kept classes too much. It is the known baseline, not a recommendation.
+    It is biased: renormalised, the tail gets no mass and the kept classes too much. It is the known baseline, not a
+    recommendation. With ``classes.tail`` the mass that is left out counts as one class.
 
     Returns:
         ``class_ids`` int64, ascending within a row, and ``counts``, here probabilities in the given dtype, [n, U].
@@ -90,9 +91,11 @@ Sampler.add(
     top_k,
     n_uniforms=lambda _: 0,
     total=lambda _: TOP_K_UNITS,
+    truncates=True,
     least_same_draws=(0.965, 0.9),
     label="the teacher’s {draws} most likely classes",
-    description="the U most likely classes, renormalised. Biased; the known baseline",
+    description="the U most likely classes, renormalised. Biased; the known baseline. With `tail: true`, all others "
+    "are one class more, with the mass that is left: never negative, a lower bound of KL(p ‖ q)",
 )
 
 
@@ -153,12 +156,14 @@ class ClassSampler:
         draws: U.
         n_uniforms: how many uniforms a position needs.
         total: the sum of the integer counts of a stored row.
+        keeps_tail: whether the mass of all classes that were left out is stored, as one class after the last.
     """
 
     draw: Draw
     draws: int
     n_uniforms: int
     total: int
+    keeps_tail: bool = False
 
     def __call__(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
         """Class ids and counts [n, C] of ``probabilities`` [n, V], with ``uniforms`` float64 [n, n_uniforms].
@@ -168,8 +173,11 @@ class ClassSampler:
         return self.draw(probabilities, uniforms, self.draws)
 
     def integers(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
-        """The same draws, for storing: with integer counts that sum to ``total``."""
+        """The same draws, for storing: with integer counts that sum to ``total``; the tail is class V."""
         class_ids, counts = self(probabilities, uniforms)
+        if self.keeps_tail:
+            class_ids = pad(class_ids, (0, 1), value=probabilities.shape[-1])
+            counts = torch.cat([counts, (1 - counts.double().sum(-1, keepdim=True)).clamp(min=0).to(counts)], dim=-1)
         return in_units(class_ids, counts) if counts.is_floating_point() else (class_ids, counts)
 
 
@@ -179,4 +187,4 @@ def class_sampler(options: ClassOptions) -> ClassSampler:
     draw = entry.drawn if entry.is_own else entry.function
     assert draws is not None, "ClassOptions requires draws with a sampler"
     assert draw is not None, f"{entry.name} draws no classes"
-    return ClassSampler(draw, draws, entry.n_uniforms(draws), entry.total(draws))
+    return ClassSampler(draw, draws, entry.n_uniforms(draws), entry.total(draws), options.tail)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from selkd.cache.manifest import TAIL, count_total
 from selkd.cache.reader import TeacherCache
 from selkd.cache.rows import Rows
 from selkd.data.samples import Sample
 from selkd.errors import InputError
-from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets
+from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets, TruncatedDistribution
 
 
 class CachedTeacher:
@@ -30,7 +31,12 @@ class CachedTeacher:
             device = batch["input_ids"].device
             batch = {name: tensor.to(device) for name, tensor in self.read(batch).items()}
         class_ids, counts = (batch[name].flatten(0, 1) for name in ("teacher_class_ids", "teacher_counts"))
-        return StoredTargets(DrawnClasses, class_ids, counts)
+        if TAIL not in self.cache.fingerprint:
+            return StoredTargets(DrawnClasses, class_ids, counts)
+        # The tail's mass is what the others lack, and its class, the one after the last, is none of the student's.
+        is_known = (counts > 0) & (class_ids < int(self.cache.fingerprint["vocabulary"]))
+        log_probabilities = (counts / count_total(self.cache.fingerprint)).log().masked_fill(~is_known, -torch.inf)
+        return StoredTargets(TruncatedDistribution, class_ids.masked_fill(~is_known, 0), log_probabilities)
 
     def read(self, batch: Batch) -> Batch:
         """``teacher_class_ids`` and ``teacher_counts`` of a batch, int32 [B, T, C] on the CPU, padded with count 0."""

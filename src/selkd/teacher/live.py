@@ -20,7 +20,7 @@ from selkd.models.head import head_of, hidden_states, input_device
 from selkd.recipe.choices import ClassOptions
 from selkd.selection.classes import ClassSampler, Drawn, class_sampler
 from selkd.selection.randomness import position_uniforms
-from selkd.teacher.targets import Batch, DrawnClasses, FullDistribution, Target
+from selkd.teacher.targets import Batch, DrawnClasses, FullDistribution, Target, TruncatedDistribution
 
 
 class LiveTeacher:
@@ -144,7 +144,10 @@ class WholeTargets(ABC):
 
     def chunk(self, rows: slice) -> Target:
         sampler = self.drawing.sampler
-        return FullDistribution(self.logits(rows)) if sampler is None else self.drawn(rows, sampler)
+        if sampler is None:
+            return FullDistribution(self.logits(rows))
+        drawn = self.drawn(rows, sampler)
+        return TruncatedDistribution(drawn.class_ids, drawn.counts.log()) if sampler.keeps_tail else drawn
 
     def drawn(
         self, rows: slice, draw: Callable[[Tensor, Tensor], Drawn], source: str = "the teacher's logits"

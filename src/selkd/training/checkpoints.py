@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from selkd.errors import InputError
-from selkd.recipe.choices import PositionOptions
+from selkd.recipe.choices import ClassOptions, PositionOptions
+from selkd.recipe.part import Part
 from selkd.selection.queue import ScoreQueue
 
 
@@ -104,8 +105,10 @@ def stored_schedule(checkpoint: Path) -> dict[str, Any] | None:
         stored = dict(kept["attributes"]["stored"])
     except (AttributeError, KeyError, TypeError):
         raise ValueError(f"{checkpoint / 'trainer_state.json'}: not what a trainer writes") from None
-    if stored.get("positions") is not None:  # the checkpoint may be older than a key's name
-        stored["positions"] = PositionOptions.with_current_names(stored["positions"])
+    parts: dict[str, type[Part]] = {"positions": PositionOptions, "classes": ClassOptions}
+    for name, part in parts.items():
+        if stored.get(name) is not None:  # the checkpoint may be older than a key, or than its name
+            stored[name] = part.model_validate(part.with_current_names(stored[name])).model_dump()
     return stored
 
 

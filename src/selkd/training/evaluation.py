@@ -19,13 +19,13 @@ from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.maths.chunked import chunked_statistics, compute_dtype
-from selkd.maths.divergence import log_softmax_
+from selkd.maths.divergence import log_softmax_, truncated_forward_kl
 from selkd.maths.finite import require_finite
 from selkd.maths.head import Head
 from selkd.models.head import check_packing
 from selkd.selection.position_scores import position_statistics
 from selkd.teacher.live import LiveTeacher
-from selkd.teacher.targets import Batch, DrawnClasses, Teacher, TeacherTargets
+from selkd.teacher.targets import Batch, DrawnClasses, Teacher, TeacherTargets, TruncatedDistribution
 from selkd.training.arguments import DistillArguments
 from selkd.training.inputs import as_evaluated, require_stored, require_window
 from selkd.training.objective import Objective
@@ -65,8 +65,14 @@ def divergence_sums(
 
     def cross_entropy_to_draws(student_logits: Tensor, rows: slice) -> Tensor:
         drawn = picked.chunk(rows)
+        student_logits.div_(temperature)
+        if isinstance(drawn, TruncatedDistribution):
+            p = drawn.log_probabilities.exp()
+            p_tail = (1 - p.sum(dim=-1)).clamp(min=0)
+            entropy = -torch.xlogy(p, p).sum(dim=-1) - torch.xlogy(p_tail, p_tail)
+            return (truncated_forward_kl(student_logits, *vars(drawn).values())[0] + entropy).unsqueeze(-1)
         assert isinstance(drawn, DrawnClasses), "a cache holds drawn classes"
-        log_q = log_softmax_(student_logits.div_(temperature)).gather(-1, drawn.class_ids)
+        log_q = log_softmax_(student_logits).gather(-1, drawn.class_ids)
         weights = drawn.counts / drawn.counts.sum(dim=-1, keepdim=True)
         return -(weights * log_q).sum(dim=-1, keepdim=True)
 

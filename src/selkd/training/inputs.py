@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selkd.cache.manifest import TAIL
 from selkd.cache.reader import TeacherCache
 from selkd.data.packing import samples_of_rows
 from selkd.data.samples import SampleDataset
@@ -148,6 +149,7 @@ def as_teacher(teacher: PreTrainedModel | TeacherCache, args: DistillArguments, 
         except ValueError as error:
             raise InputError(f"{error}.") from None
         expected = {"sampler": args.classes.sampler, "draws": args.classes.draws, "temperature": temperature}
+        expected[TAIL] = "one class" if args.classes.tail else None
         for field, value in expected.items():
             if teacher.fingerprint.get(field) != value:
                 raise InputError(

@@ -1,0 +1,63 @@
+"""The examples of one's own loop, each run as a reader runs it, on tiny models."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from test_distributed import torchrun
+from tiny import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "own_loop"
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A teacher's and a student's folder, a text of 1,600 tokens, and the folder to write."""
+    for name, model in (("teacher", make_model(0, layers=3)), ("student", make_model(1))):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    torch.manual_seed(3)
+    lines = torch.randint(2, 83, (25, 64)).tolist()
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{token}" for token in line) for line in lines))
+    return [str(tmp_path / name) for name in ("teacher", "student", "text.txt", "out")]
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def require_learnt(losses: list[float], out: str, student: str) -> None:
+    assert len(losses) == 6
+    assert min(losses[3:]) < losses[0]
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (student, out))
+    assert any((one != other).any() for one, other in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "own_trainer"])
+def test_a_loop_of_ones_own_learns(name: str, arguments: list[str]) -> None:
+    losses = example(name).main(*arguments)
+    require_learnt(losses[:6], arguments[3], arguments[1])
+
+
+def test_trls_trainer_learns(arguments: list[str]) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    require_learnt(example("trl_sft").main(*arguments), arguments[3], arguments[1])
+
+
+def test_two_processes_with_fsdp2_learn(arguments: list[str]) -> None:
+    """They take the steps of one process, as each has half of its batch."""
+    alone = example("plain_loop").main(*arguments)
+    done = torchrun(str(EXAMPLES / "fsdp2.py"), *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = json.loads(done.stdout.splitlines()[-1])
+    assert losses == pytest.approx(alone[:6], rel=1e-4)
+    require_learnt(losses, arguments[3], arguments[1])
