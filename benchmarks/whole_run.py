@@ -70,37 +70,37 @@ def timed(seconds: dict[str, float], name: str, job: Callable[[], Any]) -> Any:
 def full_kd(recipe: Recipe, out: Path) -> dict[str, float]:
     """Seconds of a run that trains on every sample and position from full logits."""
     changes = {"cache": None, "samples": None, "classes": {"sampler": "all"}, "positions": {"policy": "all"}}
-    work, _ = start(parse_part(Recipe, recipe.resolved() | changes), out)
-    seconds: dict[str, float] = {}
-    trainer = PlainTrainer(
-        model=work.models.student,
-        teacher=work.models.teacher,
-        args=work.arguments,
-        train_dataset=work.splits.train,
-        processing_class=work.tokenizer,
-    )
-    trainer.teacher_model = work.models.teacher
-    trained(seconds, trainer)
+    with start(parse_part(Recipe, recipe.resolved() | changes), out) as (work, _):
+        seconds: dict[str, float] = {}
+        trainer = PlainTrainer(
+            model=work.models.student,
+            teacher=work.models.teacher,
+            args=work.arguments,
+            train_dataset=work.splits.train,
+            processing_class=work.tokenizer,
+        )
+        trainer.teacher_model = work.models.teacher
+        trained(seconds, trainer)
     return seconds
 
 
 def as_given(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Seconds of the recipe's own stages, models and tokenised text being in memory before."""
-    work, run = start(recipe, out)
-    for load in (lambda: work.splits, lambda: work.models.student, lambda: work.models.teacher):
-        load()
-    seconds: dict[str, float] = {}
-    samples = timed(seconds, "score", lambda: score(work, run))
-    cache = timed(seconds, "cache", lambda: find_cache(work, run, samples))
-    trainer = DistillTrainer(
-        model=work.models.student,
-        teacher=work.models.teacher if cache is None else cache,
-        args=work.arguments,
-        train_dataset=samples,
-        processing_class=work.tokenizer,
-    )
-    trained(seconds, trainer)
-    agreement = run.record.get("scoring_agreement")
+    with start(recipe, out) as (work, run):
+        for load in (lambda: work.splits, lambda: work.models.student, lambda: work.models.teacher):
+            load()
+        seconds: dict[str, float] = {}
+        samples = timed(seconds, "score", lambda: score(work, run))
+        cache = timed(seconds, "cache", lambda: find_cache(work, run, samples))
+        trainer = DistillTrainer(
+            model=work.models.student,
+            teacher=work.models.teacher if cache is None else cache,
+            args=work.arguments,
+            train_dataset=samples,
+            processing_class=work.tokenizer,
+        )
+        trained(seconds, trainer)
+        agreement = run.record.get("scoring_agreement")
     return {**seconds, "samples": len(samples), "steps": trainer.state.global_step, "scoring_agreement": agreement}
 
 

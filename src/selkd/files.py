@@ -18,8 +18,9 @@ from selkd.errors import InputError, RunError
 
 RECIPE, RECORD = "recipe.yaml", "record.json"  # what makes a folder a run's
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
+LOCK = "run.lock"  # in a run's folder: who works in it
 # What file systems without locks, or without syncing of folders, answer.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -143,7 +144,7 @@ def _new_temporary(path: Path) -> BinaryIO:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 file.close()
                 temporary.unlink(missing_ok=True)
                 raise

@@ -340,7 +340,8 @@ def test_rows_and_ids_are_what_the_document_says(tmp_path: Path, monkeypatch: py
     recipe = make_recipe(tmp_path, samples=None)
     parsed = parse_part(Recipe, recipe)
     cache_only(parsed, tmp_path / "run")
-    samples = start(parsed, tmp_path / "run")[0].splits.train
+    with start(parsed, tmp_path / "run") as (work, _):
+        samples = work.splits.train
     cache = TeacherCache.open(tmp_path / "run" / "teacher_cache")
     n_documents = set()
     for sample in samples:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError
-from selkd.files import RECIPE, RECORD, is_temporary, remove_temporaries, write_whole
+from selkd.files import LOCK, RECIPE, RECORD, is_temporary, remove_temporaries, write_whole
 from selkd.recipe.files import stored_recipe, to_yaml
 from selkd.recipe.recipe import Recipe
 
@@ -26,6 +26,22 @@ class RunDirectory:
         self.record = record
         self.is_writer = is_writer
 
+    @staticmethod
+    def require_belongs(path: Path, recipe: Recipe) -> None:
+        """Raises InputError unless ``path`` is new, empty or the folder of a run of this recipe. Nothing is written."""
+        try:
+            if path.exists() and not path.is_dir():
+                raise InputError(f"{path}: a file; a run needs a folder. Give another --out.")
+            recipe_file = path / RECIPE
+            if recipe_file.exists():
+                _require_same(path, stored_recipe(recipe_file), recipe)
+            elif path.exists() and any(e.name != LOCK and not is_temporary(e.name) for e in path.iterdir()):
+                raise InputError(
+                    f"{path}: not a run (no {RECIPE}) and not empty. Give another --out; nothing was changed."
+                )
+        except OSError as error:
+            raise InputError(f"{path}: can't be a run's folder ({error}). Give another --out.") from None
+
     @classmethod
     def claim(cls, path: Path, recipe: Recipe, *, is_writer: bool) -> "RunDirectory":
         """The folder at ``path``: a new one, or one that a run of the same resolved recipe began.
@@ -35,13 +51,7 @@ class RunDirectory:
         Raises:
             InputError: the folder holds a run of another recipe, or something else.
         """
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path}: a file; a run needs a folder. Give another --out.")
-        recipe_file = path / RECIPE
-        if recipe_file.exists():
-            _require_same(path, stored_recipe(recipe_file), recipe)
-        elif path.exists() and any(not is_temporary(entry.name) for entry in path.iterdir()):
-            raise InputError(f"{path}: not a run (no {RECIPE}) and not empty. Give another --out; nothing was changed.")
+        cls.require_belongs(path, recipe)
         record = path / RECORD
         return cls(path, recipe, _read(record) if record.exists() else {}, is_writer)
 

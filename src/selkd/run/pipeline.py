@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from selkd.run.benchmarks import require_benchmarks
 from selkd.run.cache import cache
 from selkd.run.directory import RunDirectory
 from selkd.run.evaluate import evaluate, is_measured
+from selkd.run.lock import working_in
 from selkd.run.prepare import prepare
 from selkd.run.score import score
 from selkd.run.train import is_trained, train
@@ -65,42 +67,45 @@ def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | N
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else parse_part(Recipe, dict(recipe))
-    work, run = start(recipe, None if out is None else Path(out), pushes=recipe.hub is not None)
-    samples = score(work, run)
-    if not is_trained(work, run):
-        if not is_measured(work, run, "before"):
-            evaluate(work, run, work.models.student, "before")
-        train(work, run, samples, cache(work, run, samples))
-    _finish(work, run)
+    with start(recipe, None if out is None else Path(out), pushes=recipe.hub is not None) as (work, run):
+        samples = score(work, run)
+        if not is_trained(work, run):
+            if not is_measured(work, run, "before"):
+                evaluate(work, run, work.models.student, "before")
+            train(work, run, samples, cache(work, run, samples))
+        _finish(work, run)
     return Run(run.path, run.record)
 
 
 def score_only(recipe: Recipe, out: Path | None = None) -> Run:
     """Run the scoring stage only; ``distill`` into the same folder goes on from there."""
-    work, run = start(recipe, out)
-    score(work, run)
+    with start(recipe, out) as (work, run):
+        score(work, run)
     return Run(run.path, run.record)
 
 
 def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
     """Run the scoring and caching stages only; ``distill`` into the same folder goes on from there."""
-    work, run = start(recipe, out)
-    cache(work, run, score(work, run))
+    with start(recipe, out) as (work, run):
+        cache(work, run, score(work, run))
     return Run(run.path, run.record)
 
 
-def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> tuple[Workspace, RunDirectory]:
-    """Claim the run's folder and find its inputs. ``pushes``: whether the student will be pushed to the hub."""
+@contextmanager
+def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> Iterator[tuple[Workspace, RunDirectory]]:
+    """Lock the run's folder for the block and find its inputs. ``pushes``: whether its student goes to the hub."""
     path = out or Path("runs") / (recipe.name or "recipe")
     work = Workspace(recipe, path)
     work.check()
     require_benchmarks(recipe.evaluation)
-    run = RunDirectory.claim(path, recipe, is_writer=work.state.is_main_process)
-    if pushes and not run.record.get("hub"):
-        require_login()
-    work.state.wait_for_everyone()  # all have read the folder before the main process writes
-    prepare(work, run)
-    return work, run
+    RunDirectory.require_belongs(path, recipe)  # before the lock makes a file in it
+    with working_in(path, work.state, is_finished=(path / "report.html").exists()):
+        run = RunDirectory.claim(path, recipe, is_writer=work.state.is_main_process)
+        if pushes and not run.record.get("hub"):
+            require_login()
+        work.state.wait_for_everyone()  # all have read the folder before the main process writes
+        prepare(work, run)
+        yield work, run
 
 
 def _finish(work: Workspace, run: RunDirectory) -> None:

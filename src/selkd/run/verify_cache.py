@@ -1,6 +1,7 @@
 """``selkd cache verify``: compare a cache with its teacher, which runs again, and rebuild damaged shards."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +78,8 @@ def repair(directory: Path, recipe: Recipe, run_path: Path | None) -> list[str]:
         InputError: the recipe keeps its cache elsewhere, or this cache was built by another recipe.
         RunError: the disk refused.
     """
-    work, samples = _kept(directory, recipe, run_path)
-    build(work, directory, samples, repair=True)
+    with _kept(directory, recipe, run_path) as (work, samples):
+        build(work, directory, samples, repair=True)
     return verify_cache(directory)
 
 
@@ -88,13 +89,13 @@ def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: i
     Raises:
         InputError: the cache does not open, was built by another recipe, or has rows that belong to no position.
     """
-    work, samples = _kept(directory, recipe, run_path)
-    cache = TeacherCache.open(directory, cache_fingerprint(work))
-    stored = [index for index, sample_id in enumerate(samples.ids) if sample_id in cache]
-    if not stored:
-        raise InputError(f"none of the recipe's samples is in the teacher cache in {cache.directory}")
-    picked = np.random.default_rng(seed).choice(stored, size=min(n_samples, len(stored)), replace=False).tolist()
-    shares = compare_again(live_teacher(work), CachedTeacher(cache), samples, picked, work.models.pad_token_id)
+    with _kept(directory, recipe, run_path) as (work, samples):
+        cache = TeacherCache.open(directory, cache_fingerprint(work))
+        stored = [index for index, sample_id in enumerate(samples.ids) if sample_id in cache]
+        if not stored:
+            raise InputError(f"none of the recipe's samples is in the teacher cache in {cache.directory}")
+        picked = np.random.default_rng(seed).choice(stored, size=min(n_samples, len(stored)), replace=False).tolist()
+        shares = compare_again(live_teacher(work), CachedTeacher(cache), samples, picked, work.models.pad_token_id)
     is_measured = (recipe.classes.draws or 0) <= MOST_DRAWS_JUDGED
     return judged(shares, Sampler.find(recipe.classes.sampler).least_same_draws if is_measured else None)
 
@@ -124,17 +125,22 @@ def judged(shares: Mapping[bytes, np.ndarray], least_same_draws: tuple[float, fl
     )
 
 
-def _kept(directory: Path, recipe: Recipe, run_path: Path | None) -> tuple[Workspace, SampleDataset]:
-    """The recipe's workspace and kept samples. Raises InputError unless the recipe keeps its cache in ``directory``."""
+@contextmanager
+def _kept(directory: Path, recipe: Recipe, run_path: Path | None) -> Iterator[tuple[Workspace, SampleDataset]]:
+    """The recipe's workspace and kept samples; the block has the run's folder to itself.
+
+    Raises:
+        InputError: the recipe does not keep its cache in ``directory``.
+    """
     if recipe.cache is None:
         raise InputError(
             "cache: this recipe keeps the teacher live, so no cache was built by it; give another --recipe"
         )
-    work, run = start(recipe, run_path)
-    recipe_cache = cache_directory(work, run)
-    if recipe_cache.resolve() != directory.resolve():
-        raise InputError(
-            f"this recipe keeps its cache in {recipe_cache}, not in {directory}: "
-            f"give --recipe with --set cache.path={directory}"
-        )
-    return work, score(work, run)
+    with start(recipe, run_path) as (work, run):
+        recipe_cache = cache_directory(work, run)
+        if recipe_cache.resolve() != directory.resolve():
+            raise InputError(
+                f"this recipe keeps its cache in {recipe_cache}, not in {directory}: "
+                f"give --recipe with --set cache.path={directory}"
+            )
+        yield work, score(work, run)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError
-from selkd.files import RECIPE, write_whole
+from selkd.files import LOCK, RECIPE, write_whole
 from selkd.recipe.files import stored_recipe, to_yaml
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import compare
 from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.run_files import read_record
+from selkd.run.lock import working_in
 from selkd.sweep.runner import run_apart
 from selkd.sweep.sharing import with_shared_paths
 from selkd.sweep.study import Study, expand
@@ -57,34 +58,42 @@ def sweep(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("sweep: its runs are processes of its own, one after another. Start it without torchrun.")
     planned = expand(study, folder, overrides)
-    status = _claim(out)
-    recipes = {run.id: with_shared_paths(run.recipe, (out / SHARED).absolute()) for run in planned}
-    paths = {run_id: out / "runs" / run_id for run_id in recipes}
-    moved = [run_id for run_id, recipe in recipes.items() if _has_moved(paths[run_id], recipe)]
-    _save(out, name, status)  # marks the folder as a study's
-    for run_id in moved:
-        write_whole(paths[run_id] / RECIPE, to_yaml(recipes[run_id]))
-    for number, (run_id, path) in enumerate(paths.items(), start=1):
-        prefix, log = f"[{number}/{len(planned)}] {run_id}", out / "logs" / f"{run_id}.log"
+    _claim(out)  # before the lock makes a file in it
+    with working_in(out):
+        status = _claim(out)
+        recipes = {run.id: with_shared_paths(run.recipe, (out / SHARED).absolute()) for run in planned}
+        paths = {run_id: out / "runs" / run_id for run_id in recipes}
+        moved = [run_id for run_id, recipe in recipes.items() if _has_moved(paths[run_id], recipe)]
+        _save(out, name, status)  # marks the folder as a study's
+        for run_id in moved:
+            write_whole(paths[run_id] / RECIPE, to_yaml(recipes[run_id]))
+        _run_each(name, out, recipes, status, tell)
+        failed = {run_id: str(status[run_id]["error"]) for run_id in paths if status[run_id]["status"] == "failed"}
+        finished = [run for run in planned if run.id not in failed]
+        if not finished:
+            return SweepResult(out, None, failed)
+        names = [run.name for run in finished]
+        # A recipe without a finished run can't be the baseline.
+        baseline = study.baseline if study.baseline in names else names[0]
+        comparison = compare([paths[run.id] for run in finished], baseline, failed)
+        return SweepResult(out, write_comparison(comparison, out / "comparison", name), failed)
+
+
+def _run_each(name: str, out: Path, recipes: dict[str, Recipe], status: dict[str, dict[str, Any]], tell: Tell) -> None:
+    """Run what is not done yet, one after another, and keep in ``status`` how each ended."""
+    for number, (run_id, recipe) in enumerate(recipes.items(), start=1):
+        path, log = out / "runs" / run_id, out / "logs" / f"{run_id}.log"
+        prefix = f"[{number}/{len(recipes)}] {run_id}"
         if status.get(run_id, {}).get("status") == "done" and _is_finished(path):
             tell(f"{prefix}: done before")
             continue
         tell(f"{prefix}: running (log: {log})")
         started = time.perf_counter()
-        why = run_apart(recipes[run_id], path, log)
+        why = run_apart(recipe, path, log)
         seconds = round(time.perf_counter() - started, 1)
         status[run_id] = {"status": "failed" if why else "done", "error": why, "seconds": seconds}
         _save(out, name, status)
         tell(f"{prefix}: {'failed: ' + why if why else 'done'} ({seconds:.0f} s)")
-    failed = {run_id: str(status[run_id]["error"]) for run_id in paths if status[run_id]["status"] == "failed"}
-    finished = [run for run in planned if run.id not in failed]
-    if not finished:
-        return SweepResult(out, None, failed)
-    names = [run.name for run in finished]
-    # A recipe without a finished run can't be the baseline.
-    baseline = study.baseline if study.baseline in names else names[0]
-    comparison = compare([paths[run.id] for run in finished], baseline, failed)
-    return SweepResult(out, write_comparison(comparison, out / "comparison", name), failed)
 
 
 def _save(out: Path, name: str, status: dict[str, dict[str, Any]]) -> None:
@@ -95,7 +104,7 @@ def _claim(out: Path) -> dict[str, dict[str, Any]]:
     """Read the status of the folder's runs; refuse a folder that is neither new nor empty nor a study's."""
     if not out.exists():
         return {}
-    if not out.is_dir() or (any(out.iterdir()) and not (out / STATUS).is_file()):
+    if not out.is_dir() or (any(e.name != LOCK for e in out.iterdir()) and not (out / STATUS).is_file()):
         raise InputError(f"{out}: not a study's folder and not empty. Give another --out; nothing was changed.")
     if not (out / STATUS).is_file():
         return {}
