@@ -36,6 +36,20 @@ class Interrupted(RuntimeError):
     """
 
 
+def shown(value: object) -> str:
+    """A value in a message, as Python writes it, cut if it is long."""
+    try:
+        return cut(repr(value))
+    except ValueError:
+        return "an integer of more digits than Python writes"
+
+
+def cut(text: object, length: int = 200) -> str:
+    """A text in a message, cut if it is long."""
+    text = str(text)
+    return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
+
+
 def nearest(given: object, names: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest of ``names``, or nothing."""
     close = difflib.get_close_matches(str(given), list(names), n=1, cutoff=0.5)

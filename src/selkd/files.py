@@ -35,6 +35,18 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
+def possible_path(text: str) -> str:
+    """``text``, if a file or folder may have this path. Raises ValueError, without a look at the disk, if none may."""
+    name = max(os.fsencode(text).split(b"/"), key=len)
+    if not text.strip():
+        raise ValueError("expected a path, but it is empty")
+    if "\0" in text:
+        raise ValueError("expected a path, but it holds a NUL character")
+    if len(name) > 255 or len(os.fsencode(text)) > 4095:
+        raise ValueError(f"{text[:60]}… is too long for a path: a name has at most 255 bytes, a path 4,095")
+    return text
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes ``path``'s place once the block ends, and leaves nothing behind if the block raises.

@@ -2,7 +2,8 @@
 
 An entry stands beside its function and holds all that the rest of selkd knows of it: its options in a recipe, what it
 needs, and its names in reports and documentation. The built-in entries are in ``BUILTIN_MODULES``, which are imported
-when a name is first looked up, so importing this module needs no torch.
+when a name is first looked up. They defer torch until one of their functions is called: a recipe is read, checked and
+refused without it.
 
 A user's own part is one function. A recipe names it as ``module:function``, or by the name that a decorator gave it::
 
@@ -58,6 +59,24 @@ BUILTIN_MODULES = (
     "selkd.maths.divergence",
     "selkd.selection.classes",
 )
+
+
+class _Deferred:
+    """A module that is imported when something of it is first used."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+def deferred(name: str) -> Any:
+    """The module ``name``, imported when something of it is first used.
+
+    For the modules of built-in parts: what a recipe may name is known before torch, which takes seconds, is imported.
+    """
+    return _Deferred(name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny_run import make_recipe
 
+from selkd.bench.names import VARIANTS
 from selkd.bench.report import bench
 from selkd.bench.subject import BenchSubject
-from selkd.bench.variants import VARIANTS, step_of
+from selkd.bench.variants import step_of
 from selkd.cli.main import main
 from selkd.errors import InputError
 from selkd.recipe.part import parse_part

@@ -12,8 +12,9 @@ from selkd.data.collate import collate
 from selkd.errors import InputError
 from selkd.evaluation.evaluated_model import EvaluatedModel
 from selkd.evaluation.fidelity import ENTROPY_EDGES, fidelity
-from selkd.evaluation.fidelity_task import FidelityOptions, measure_fidelity
+from selkd.evaluation.fidelity_task import measure_fidelity
 from selkd.evaluation.intervals import estimate
+from selkd.evaluation.options import FidelityOptions
 from selkd.models.pair import ModelSlot
 
 

@@ -9,10 +9,11 @@ from lm_eval.api.model import LM
 from tiny_benchmarks import make_byte_tokenizer, save_model, write_rows
 
 from selkd.evaluation import harness
-from selkd.evaluation.benchmark_tasks import BenchmarkOptions, load_benchmarks, measure_benchmarks
+from selkd.evaluation.benchmark_tasks import load_benchmarks, measure_benchmarks
 from selkd.evaluation.evaluated_model import find_model
-from selkd.evaluation.fidelity_task import FidelityOptions, measure_fidelity
+from selkd.evaluation.fidelity_task import measure_fidelity
 from selkd.evaluation.harness import load_tasks, run_task
+from selkd.evaluation.options import BenchmarkOptions, FidelityOptions
 
 # Of 0 + 2, 1 + 2, 2 + 2, 3 + 2.
 ANSWERS = ["She has 0+2.\n#### 2", "So there are 3.", "#### 4.", "5 eggs\n#### 7"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from selkd.bench.measure import MEMORY_JOBS, Timing, in_own_process, interleaved
+from selkd.bench.names import checked_variants
 from selkd.bench.subject import BenchSubject
-from selkd.bench.variants import VARIANTS, last_step, objective_of, positions_of, step_of
-from selkd.errors import InputError, nearest
+from selkd.bench.variants import last_step, objective_of, positions_of, step_of
 from selkd.files import write_whole
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.memory_plot import memory_plot
@@ -46,7 +46,7 @@ def bench(
     Raises:
         InputError: a variant is unknown, ``repeats`` is below 1, or ``distill`` would refuse the recipe.
     """
-    names = _checked(variants, repeats)
+    names = checked_variants(variants, repeats)
     subject = BenchSubject(recipe)
     try:
         steps = {name: step_of(name, subject) for name in names}
@@ -66,17 +66,6 @@ def bench(
         return _answer(subject, timings, peaks, agreements)
     finally:
         subject.close()
-
-
-def _checked(variants: Sequence[str] | None, repeats: int) -> list[str]:
-    if repeats < 1:
-        raise InputError(f"--repeats: expected at least 1, got {repeats}.")
-    for name in variants or ():
-        if name not in VARIANTS:
-            raise InputError(
-                f"--variant: {name!r} is not known. Allowed: {', '.join(VARIANTS)}.{nearest(name, VARIANTS)}"
-            )
-    return [name for name in VARIANTS if variants is None or name in variants or name == "floor"]
 
 
 def _agreement(name: str, subject: BenchSubject) -> tuple[float, float] | None:

@@ -19,19 +19,6 @@ from selkd.selection.positions import StepContext, select, step_context
 from selkd.teacher.targets import FullDistribution, Teacher, TeacherTargets
 from selkd.training.objective import Objective
 
-# Name -> description: the floor, the variants to compare with it, then an ablation of the heads.
-VARIANTS = {
-    "floor": "both models' bodies and a trivial loss: no head, no distillation",
-    "full_kd_plain": "Full KD on both models' full logits",
-    "full_kd": "Full KD, chunked: 100% of the positions",
-    "se_kd_exact": "20% of the positions by the student's exact entropy",
-    "se_kd_two_stage": "the same, the entropy estimated first and exact for the best",
-    "recipe": "the recipe's own step",
-    "se_kd_dense_heads": "20% chosen from both models' full logits",
-    "se_kd_dense_student_head": "the student's full logits, the teacher's at the selected positions",
-    "se_kd_dense_teacher_head": "the teacher's full logits, the student's at the selected positions",
-    "se_kd_cached": "20% of the positions, the teacher's drawn classes from a cache",
-}
 DENSE_STUDENT = ("se_kd_dense_heads", "se_kd_dense_student_head")
 DENSE_TEACHER = ("se_kd_dense_heads", "se_kd_dense_teacher_head")
 SE_KD = {"metric": "student_entropy", "policy": "top_k", "fraction": 0.2}

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from selkd.cli.options import Json, NoPlugins, Out, Overrides, RecipeName, load, own_code, print_answer, quiet
+from selkd.cli.options import Json, NoPlugins, Out, Overrides, RecipeName, load, own_code, possible, print_answer, quiet
 from selkd.errors import InputError
 
 cache_app = typer.Typer(no_args_is_help=True, help="Build, verify or inspect a teacher cache.")
 
-CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A teacher cache's folder.")]
+CacheFolder = Annotated[Path, typer.Argument(callback=possible, metavar="DIR", help="A teacher cache's folder.")]
 
 
 @cache_app.command("build")
@@ -23,13 +23,13 @@ def cache_build(
     json_output: Json = False,
 ) -> None:
     """Run the teacher once over the kept samples and store its drawn classes."""
-    from selkd.run.pipeline import cache_only
-
     loaded = load(recipe, overrides, no_plugins)
     if loaded.cache is None:
         raise InputError(
             "cache: this recipe keeps the teacher live; give --set 'cache={path: null}' and a class sampler."
         )
+    from selkd.run.pipeline import cache_only
+
     print_answer(cache_only(loaded, out).record["teacher_cache"], json_output)
 
 

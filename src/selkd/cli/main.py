@@ -22,6 +22,7 @@ from selkd.cli.options import (
     RecipeName,
     load,
     own_code,
+    possible,
     print_answer,
     print_json,
     quiet,
@@ -68,9 +69,20 @@ def _leave_process_group() -> None:
             distributed.destroy_process_group()
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        typer.echo(f"selkd {version('selkd')}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
     debug: Annotated[bool, Option("--debug", help="Show an error's traceback; anywhere in the line.")] = False,
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
 ) -> None:
     """Selective knowledge distillation of causal language models: choose positions, classes and samples."""
 
@@ -83,9 +95,10 @@ def demo(
     json_output: Json = False,
 ) -> None:
     """Distil a real 135M model on this machine: SE-KD 3X on the embedded default, in minutes."""
+    recipe = load("demo", overrides)
     from selkd.run.pipeline import distill, full_kd_on_same_samples
 
-    run = distill(load("demo", overrides), out)
+    run = distill(recipe, out)
     runs = [run, full_kd_on_same_samples(run)] if compare else [run]
     _show(runs, json_output)
 
@@ -99,9 +112,10 @@ def distill_command(
     json_output: Json = False,
 ) -> None:
     """Score, cache, train, evaluate and report. Repeat the command to continue an interrupted run."""
+    loaded = load(recipe, overrides, no_plugins)
     from selkd.run.pipeline import distill
 
-    _show([distill(load(recipe, overrides, no_plugins), out)], json_output)
+    _show([distill(loaded, out)], json_output)
 
 
 @app.command()
@@ -113,9 +127,10 @@ def score(
     json_output: Json = False,
 ) -> None:
     """Score the samples with the frozen initial student and choose which to keep."""
+    loaded = load(recipe, overrides, no_plugins)
     from selkd.run.pipeline import score_only
 
-    run = score_only(load(recipe, overrides, no_plugins), out)
+    run = score_only(loaded, out)
     scores = run.path / "selection" / "samples.parquet"
     counts = {key: run.record["counts"][key] for key in ("samples", "samples_kept")}
     print_answer({**counts, "scores": str(scores) if scores.exists() else None}, json_output)
@@ -125,7 +140,11 @@ def score(
 def eval_command(
     models: Annotated[
         list[str],
-        Argument(metavar="[NAME=]MODEL...", help="demo, a model's or run's folder, or a hub id; several compare."),
+        Argument(
+            callback=possible,
+            metavar="[NAME=]MODEL...",
+            help="demo, a model's or run's folder, or a hub id; several compare.",
+        ),
     ],
     suite: Annotated[
         list[str] | None,
@@ -134,9 +153,11 @@ def eval_command(
             "lm-evaluation-harness. May be repeated."
         ),
     ] = None,
-    teacher: Annotated[str | None, Option(help="Fidelity's teacher: demo, a folder or a hub id.")] = None,
+    teacher: Annotated[
+        str | None, Option(callback=possible, help="Fidelity's teacher: demo, a folder or a hub id.")
+    ] = None,
     text: Annotated[
-        str, Option(help="Fidelity's text: demo, a text file, a folder of them or a hub data set.")
+        str, Option(callback=possible, help="Fidelity's text: demo, a text file, a folder of them or a hub data set.")
     ] = "demo",
     text_field: Annotated[str | None, Option(help="The field that holds the text; text if not given.")] = None,
     prompt_field: Annotated[
@@ -149,7 +170,10 @@ def eval_command(
     template: Annotated[str | None, Option(help="How a prompt reads, as a recipe's data.template.")] = None,
     data: Annotated[
         list[Path] | None,
-        Option(help="A folder of .jsonl files with the benchmarks' rows, in place of the hub. May be repeated."),
+        Option(
+            callback=possible,
+            help="A folder of .jsonl files with the benchmarks' rows, in place of the hub. May be repeated.",
+        ),
     ] = None,
     limit: Annotated[
         int | None,
@@ -162,18 +186,19 @@ def eval_command(
     chat_template: Annotated[bool, Option("--chat-template", help="Put prompts into the chat template.")] = False,
     batch_size: Annotated[int | None, Option(min=1, help="Prompts at once; as many as fit if not given.")] = None,
     dtype: Annotated[str, Option(help="The weights' precision: auto, float32, bfloat16 or float16.")] = "auto",
-    out: Annotated[Path, Option(help="The folder that keeps the results.")] = Path("evals"),
+    out: Annotated[Path, Option(callback=possible, help="The folder that keeps the results.")] = Path("evals"),
     json_output: Json = False,
 ) -> None:
     """Measure models: fidelity to a teacher, the paper's benchmarks, any task. Compare the first with the others."""
-    from selkd.evaluation.benchmark_tasks import BenchmarkOptions
-    from selkd.evaluation.command import evaluate_models
-    from selkd.evaluation.fidelity_task import FidelityOptions
+    from selkd.evaluation.options import BenchmarkOptions, FidelityOptions, checked_options
 
-    quiet()
     folders = [str(folder) for folder in data] if data else None
     benchmarks = BenchmarkOptions(suite or ["fidelity"], folders, limit, shots, chat_template, batch_size)
     measured = FidelityOptions(text, text_field, limit, prompt_field, completion_field, messages_field, template)
+    checked_options(benchmarks, measured, teacher, dtype)
+    from selkd.evaluation.command import evaluate_models
+
+    quiet()
     answer = evaluate_models(models, benchmarks, measured, teacher, dtype, out)
     if json_output:
         typer.echo(json.dumps(answer, indent=2, allow_nan=False))
@@ -210,19 +235,24 @@ def recipes(
 def bench(
     recipe: RecipeName,
     overrides: Overrides = None,
-    repeats: Annotated[int, Option(help="How often all variants are run, after once to warm up.")] = 5,
+    repeats: Annotated[int, Option(min=1, help="How often all variants are run, after once to warm up.")] = 5,
     variant: Annotated[list[str] | None, Option(help="Run this variant and the floor alone. May be repeated.")] = None,
     memory: Annotated[bool, Option(help="Measure peak memory too, in a process for each variant.")] = True,
     trace: Annotated[
-        Path | None, Option(metavar="DIR", help="The folder for memory.json and memory.svg, memory over time.")
+        Path | None,
+        Option(callback=possible, metavar="DIR", help="The folder for memory.json and memory.svg, memory over time."),
     ] = None,
     no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Measure a recipe's step against its floor and against plain Full KD, on this machine: seconds and memory."""
+    from selkd.bench.names import checked_variants
+
+    checked_variants(variant, repeats)
+    loaded = load(recipe, overrides, no_plugins)
     from selkd.bench.report import bench as measure
 
-    answer = measure(load(recipe, overrides, no_plugins), repeats=repeats, variants=variant, memory=memory, trace=trace)
+    answer = measure(loaded, repeats=repeats, variants=variant, memory=memory, trace=trace)
     if json_output:
         print_json(answer)
         return
@@ -251,10 +281,11 @@ def estimate(
     json_output: Json = False,
 ) -> None:
     """Estimate a recipe's memory, teacher queries, cache and time before they are spent."""
+    loaded = load(recipe, overrides, no_plugins)
     from selkd.estimate.estimate import estimate as estimated
     from selkd.reporting.tables import estimate_tables
 
-    answer = estimated(load(recipe, overrides, no_plugins), gpus=gpus, tokens=tokens, with_probe=probe)
+    answer = estimated(loaded, gpus=gpus, tokens=tokens, with_probe=probe)
     if json_output:
         print_json(answer)
         return
@@ -267,7 +298,9 @@ def estimate(
 @app.command("sweep")
 def sweep_command(
     study: Annotated[str, Argument(metavar="STUDY", help="A named study (demo_positions) or a YAML file.")],
-    out: Annotated[Path | None, Option(help="The study's folder; runs/<study name> if not given.")] = None,
+    out: Annotated[
+        Path | None, Option(callback=possible, help="The study's folder; runs/<study name> if not given.")
+    ] = None,
     overrides: Overrides = None,
     no_plugins: NoPlugins = False,
     json_output: Json = False,
@@ -293,9 +326,14 @@ def sweep_command(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], Argument(metavar="RUN...", help="The folders that `selkd distill` wrote.")],
+    runs: Annotated[
+        list[Path], Argument(callback=possible, metavar="RUN...", help="The folders that `selkd distill` wrote.")
+    ],
     out: Annotated[
-        Path | None, Option(help="The folder to write into; the run's own, or comparison for several, if not given.")
+        Path | None,
+        Option(
+            callback=possible, help="The folder to write into; the run's own, or comparison for several, if not given."
+        ),
     ] = None,
     baseline: Annotated[
         str | None, Option(help="The recipe that the others are compared with; the first one if not given.")
@@ -327,13 +365,17 @@ def report(
 
 @app.command()
 def tokens(
-    model: Annotated[str, Argument(metavar="MODEL", help="The student: demo, a local folder or a hub id.")],
+    model: Annotated[
+        str, Argument(callback=possible, metavar="MODEL", help="The student: demo, a local folder or a hub id.")
+    ],
     text: Annotated[
         str | None,
         Argument(metavar="[TEXT]", help="The text; what is piped in, or else a demo passage, if not given."),
     ] = None,
-    file: Annotated[Path | None, Option(help="A UTF-8 file that holds the text.")] = None,
-    teacher: Annotated[str | None, Option(metavar="MODEL", help="The teacher, for metrics that look at one.")] = None,
+    file: Annotated[Path | None, Option(callback=possible, help="A UTF-8 file that holds the text.")] = None,
+    teacher: Annotated[
+        str | None, Option(callback=possible, metavar="MODEL", help="The teacher, for metrics that look at one.")
+    ] = None,
     metric: Annotated[
         str, Option(help="The metric that colours and ranks the tokens: its name, or module:function.")
     ] = "student_entropy",
@@ -347,7 +389,7 @@ def tokens(
         ),
     ] = None,
     fraction: Annotated[float, Option(help="The share of the positions that a policy picks.")] = 0.2,
-    html: Annotated[Path | None, Option(metavar="FILE", help="The page to write as well.")] = None,
+    html: Annotated[Path | None, Option(callback=possible, metavar="FILE", help="The page to write as well.")] = None,
     max_length: Annotated[
         int | None,
         Option(min=2, help="The most tokens of a sample; longer text is cut. 512, or what fits, if not given."),
@@ -357,7 +399,8 @@ def tokens(
     json_output: Json = False,
 ) -> None:
     """Show what a policy picks of a text, coloured by a metric, in the terminal and as a page."""
-    from selkd.tokens.policy import check_metric, parse_policy
+    from selkd.tokens.policy import check_metric, parse_policy, require_teacher
+    from selkd.tokens.text import demo_passage, text_given
     from selkd.tokens.views import check_page_path, describe, write_page
 
     with own_code(no_plugins):
@@ -368,13 +411,14 @@ def tokens(
         if file is not None and file.exists() and html.exists() and html.samefile(file):
             raise InputError(f"--html {html}: this is the text; the page would replace it. Give another file.")
 
-    from selkd.tokens.command import demo_passage, look, text_given
-
-    quiet()
+    require_teacher(metric, choices, teacher)
     shown = text_given(text, file)
     if shown is None:
         typer.echo("no TEXT: a passage of the demo text", err=True)
         shown = demo_passage()
+    from selkd.tokens.command import look
+
+    quiet()
     looked_at = look((model, teacher), shown, metric, choices, max_length, seed)
     if teacher is not None and looked_at["teacher"] is None:
         typer.echo("--teacher: no metric that was asked for looks at it, so it was not loaded", err=True)
@@ -393,17 +437,20 @@ def tokens(
 
 @app.command("prune-student")
 def prune_student(
-    out: Annotated[Path, Option(help="The student's folder, which must be new.")],
+    out: Annotated[Path, Option(callback=possible, help="The student's folder, which must be new.")],
     layers: Annotated[int, Option(min=1, help="How many of the teacher's layers to keep.")],
     teacher: Annotated[str, Option(help="The teacher: demo, a local folder or a hub id.")] = "demo",
     data: Annotated[str, Option(help="The text on which the layers' influence is measured.")] = "demo",
     json_output: Json = False,
 ) -> None:
     """Cut a student from a teacher: its layers with the least block influence go."""
+    from selkd.recipe.pruning import pruning_recipe
+
+    recipe = pruning_recipe(teacher, layers, data, out)
     from selkd.run.pipeline import prune_into
 
     quiet()
-    print_answer(prune_into(teacher, layers, data, out), json_output)
+    print_answer(prune_into(recipe, out), json_output)
 
 
 def _show(runs: list[Any], json_output: bool) -> None:

@@ -14,7 +14,21 @@ if TYPE_CHECKING:  # a quick ``--help`` loads no recipe
     from selkd.recipe.recipe import Recipe
 
 RecipeName = Annotated[str, Argument(metavar="RECIPE", help="A named recipe (see `selkd recipes`) or a YAML file.")]
-Out = Annotated[Path | None, Option(help="The run's folder; runs/<recipe name> if not given.")]
+
+
+def possible(given: Any) -> Any:
+    """Refuse a path, or one of several, that no file can have, before anything is looked for."""
+    from selkd.files import possible_path
+
+    for path in given if isinstance(given, list) else [given] if given is not None else []:
+        try:
+            possible_path(str(path))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return given
+
+
+Out = Annotated[Path | None, Option(callback=possible, help="The run's folder; runs/<recipe name> if not given.")]
 Overrides = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set positions.fraction=0.1.")
 ]
@@ -52,12 +66,13 @@ def own_code(no_plugins: bool) -> Iterator[None]:
 
 
 def load(recipe: str, overrides: list[str] | None, no_plugins: bool = False) -> "Recipe":
-    """Load the recipe of a command that runs models."""
+    """Load the recipe of a command that runs models. A recipe that is refused is so before torch is imported."""
     from selkd.recipe.files import load_recipe
 
-    quiet()
     with own_code(no_plugins):
-        return load_recipe(recipe, overrides)
+        loaded = load_recipe(recipe, overrides)
+    quiet()
+    return loaded
 
 
 def print_json(answer: object) -> None:

@@ -1,7 +1,7 @@
 """Benchmarks from their names to their results: which can be measured, and which were measured before."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -11,51 +11,9 @@ from selkd.errors import InputError
 from selkd.evaluation.benchmarks import KNOWN
 from selkd.evaluation.evaluated_model import EvaluatedModel
 from selkd.evaluation.harness import load_tasks, require_answerable, run_task, spread_rows
-from selkd.evaluation.local_data import find_file, require_folders
+from selkd.evaluation.options import BenchmarkOptions
 from selkd.evaluation.results import Measured, TaskResult, digest, find_or_measure
-from selkd.recipe.evaluation import SUITES, benchmarks_of
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """Which benchmarks are measured, and how.
-
-    Attributes:
-        suite: names of suites, benchmarks or harness tasks. ``fidelity``, which is no benchmark, is skipped.
-        data: folders of local files; None: the harness loads the rows from the hub.
-        limit: the most rows of a benchmark, spread evenly; None: all rows, or 1,000 training rows.
-        shots: the number of solved examples before each question, where there are training rows to take them from.
-        chat_template: whether each prompt is put into the tokenizer's chat template.
-        batch_size: prompts at once; None: chosen from the free memory.
-    """
-
-    suite: Sequence[str]
-    data: Sequence[str] | None = None
-    limit: int | None = None
-    shots: int = 0
-    chat_template: bool = False
-    batch_size: int | None = None
-
-    def left_out(self) -> list[str]:
-        """The suites' benchmarks that have no file in the local folders, so they can't be measured.
-
-        Raises:
-            InputError: a folder does not exist; a benchmark that ``suite`` names itself has no file; or no benchmark
-                of a suite has one.
-        """
-        if self.data is None:
-            return []
-        require_folders(self.data)
-        names = [name for name in benchmarks_of(self.suite) if name in KNOWN]
-        lacking = [name for name in names if find_file(self.data, KNOWN[name].file) is None]
-        for entry in self.suite:
-            members = SUITES.get(entry, (entry,))
-            if members and set(members) <= set(lacking):
-                files = ", ".join(KNOWN[name].file for name in members)
-                raise InputError(
-                    f"{entry}: none of {files} is in {', '.join(self.data)}. Give the folder that holds them."
-                )
-        return lacking
+from selkd.recipe.evaluation import benchmarks_of
 
 
 def load_benchmarks(options: BenchmarkOptions) -> dict[str, Any]:

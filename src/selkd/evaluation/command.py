@@ -1,26 +1,22 @@
 """``selkd eval``: the suites on one model or several, and the first model compared with each of the others."""
 
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from selkd.errors import InputError
-from selkd.evaluation.benchmark_tasks import BenchmarkOptions, load_benchmarks, measure_benchmarks
+from selkd.evaluation.benchmark_tasks import load_benchmarks, measure_benchmarks
 from selkd.evaluation.evaluated_model import find_model
-from selkd.evaluation.fidelity_task import FidelityOptions, measure_fidelity, text_windows
+from selkd.evaluation.fidelity_task import measure_fidelity, text_windows
 from selkd.evaluation.harness import require_answerable
 from selkd.evaluation.intervals import RESAMPLES
+from selkd.evaluation.options import BenchmarkOptions, FidelityOptions, checked_options
 from selkd.evaluation.results import TaskResult, digest
 from selkd.evaluation.summary import compare, summarise
 from selkd.files import require_writable
-from selkd.recipe.evaluation import benchmarks_of, check_suite
-
-_FOR_FIDELITY = ("teacher", "text", "text_field", "prompt_field", "completion_field", "messages_field", "template")
-_FOR_BENCHMARKS = ("data", "shots", "chat_template", "batch_size")
 
 
 def evaluate_models(
@@ -48,12 +44,7 @@ def evaluate_models(
             same name.
         RunError: memory ran out or the disk refused.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("selkd eval runs in one process; start it without torchrun.")
-    options = replace(benchmarks, suite=check_suite(benchmarks.suite))
-    if not options.suite:
-        raise InputError("suite: nothing to measure. Give a suite, a benchmark or a task.")
-    _require_effect(options, text, teacher)
+    options = checked_options(benchmarks, text, teacher, dtype)
     left_out = options.left_out()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     students = [find_model(model, dtype, device) for model in models]
@@ -92,23 +83,3 @@ def evaluate_models(
         for name, other_results in zip(names[1:], results[1:], strict=True)
     ]
     return {**asdict(options), "resamples": RESAMPLES, "models": answers, "comparisons": comparisons}
-
-
-def _require_effect(benchmarks: BenchmarkOptions, text: FidelityOptions, teacher: str | None) -> None:
-    """Raises InputError if an option is set that no part of the suite reads."""
-    suite = benchmarks.suite
-    options = {"teacher": teacher, **vars(text), **vars(benchmarks)}
-    defaults = {"teacher": None, **vars(FidelityOptions()), **vars(BenchmarkOptions(suite))}
-    for name, value in options.items():
-        if value == defaults[name]:
-            continue
-        if name in _FOR_FIDELITY and "fidelity" not in suite:
-            raise InputError(
-                f"{name}: only the suite fidelity looks at it, and the suite is {', '.join(suite)}. Leave it out, or "
-                "add --suite fidelity."
-            )
-        if name in _FOR_BENCHMARKS and not benchmarks_of(suite):
-            raise InputError(
-                f"{name}: only benchmarks look at it, and the suite is {', '.join(suite)}. Leave it out, or add "
-                "--suite paper, validation or a task's name."
-            )

@@ -3,7 +3,6 @@
 Without a teacher it measures perplexity alone, with buckets of the model's own entropy.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,12 +14,11 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.evaluation.evaluated_model import EvaluatedModel
 from selkd.evaluation.fidelity import Fidelity, fidelity
+from selkd.evaluation.options import FidelityOptions
 from selkd.evaluation.results import Measured, TaskResult, digest, find_or_measure
 from selkd.models.head import check_head, check_packing, head_of
 from selkd.models.pair import ModelPair
 from selkd.models.tokenizers import require_same_tokenizer, shared_classes
-from selkd.recipe.part import parse_part
-from selkd.recipe.recipe import DataOptions
 
 WINDOW_TOKENS = 512
 WINDOWS = 32
@@ -31,25 +29,6 @@ _COLUMNS = (
     ("top1_agreement", "ratio", 4, True),
 )
 _WITHOUT_TEACHER = ("from_nats", "to_nats", "positions", "cross_entropy_nats")  # a bucket's keys
-
-
-@dataclass(frozen=True)
-class FidelityOptions:
-    """The text that fidelity is measured on.
-
-    Attributes:
-        text: a recipe's ``data.path``.
-        windows: the most windows, taken from the text's beginning; None: 32.
-        text_field, prompt_field, completion_field, messages_field, template: the keys of a recipe's ``data``.
-    """
-
-    text: str = "demo"
-    text_field: str | None = None
-    windows: int | None = None
-    prompt_field: str | None = None
-    completion_field: str | None = None
-    messages_field: str | None = None
-    template: str | None = None
 
 
 def measure_fidelity(
@@ -122,10 +101,7 @@ def text_windows(student: EvaluatedModel, teacher: EvaluatedModel | None, option
         require_same_tokenizer(teacher.tokenizer, student.tokenizer)
     limits = [model.positions for model in (student, teacher) if model is not None]
     length = min([WINDOW_TOKENS, *(limit for limit in limits if limit is not None)])
-    fields = {name: value for name, value in vars(options).items() if name not in ("text", "windows")}
-    data = parse_part(DataOptions, {"path": options.text, "max_length": length, **fields}, "data")
-    if data.is_prompt_only:
-        raise InputError("prompt_field: fidelity is measured on completions; give completion_field.")
+    data = options.data(length)
     encoded = Encoder(data, student.tokenizer).encoded(open_corpus(data).documents())
     windows = SampleMaker(data)(document for _, documents in encoded for document in documents)
     samples = list(islice(windows, options.windows or WINDOWS))

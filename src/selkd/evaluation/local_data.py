@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from selkd.data.text_files import json_lines
 from selkd.errors import InputError
 from selkd.evaluation.benchmarks import Benchmark
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def find_file(folders: Sequence[str | Path], name: str) -> Path | None:
@@ -24,7 +25,7 @@ def require_folders(folders: Sequence[str | Path]) -> None:
             raise InputError(f"data: no folder {str(folder)!r}. Give a folder with the benchmarks' .jsonl files.")
 
 
-def local_splits(benchmark: Benchmark, folders: Sequence[str | Path], shots: int) -> dict[str, Dataset]:
+def local_splits(benchmark: Benchmark, folders: Sequence[str | Path], shots: int) -> dict[str, "Dataset"]:
     """The benchmark's splits from local files: the measured split and, with ``shots``, the training rows.
 
     The other splits, from which the harness takes no rows, are empty.
@@ -32,6 +33,8 @@ def local_splits(benchmark: Benchmark, folders: Sequence[str | Path], shots: int
     Raises:
         InputError: a file is missing or has no rows, a line is not an object, or a field is missing.
     """
+    from datasets import Dataset  # here, as options are checked without it
+
     needed = {benchmark.split, "train"} if shots and benchmark.few_shot else {benchmark.split}
     return {
         split: Dataset.from_list(_rows(benchmark, split, folders) if split in needed else [])

@@ -10,16 +10,22 @@ Shapes: n positions of a chunk, V classes, C distinct drawn classes (padded with
 float32 or float64; reductions run in that dtype.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+from selkd.plugins import Criterion, deferred
 
-from selkd.plugins import Criterion
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
-ValueAndGradient = tuple[Tensor, Tensor]
-Weight = float | Tensor  # one number for all positions, or [n]
+ValueAndGradient = tuple["Tensor", "Tensor"]
+Weight: TypeAlias = "float | Tensor"  # one number for all positions, or [n]
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:  # noqa: ARG001
@@ -131,7 +137,7 @@ def decoupled(
     p_others = others_p.exp()
     nckd = torch.linalg.vecdot(p_others, torch.where(p_others > 0, others_p - others_q, 0.0))
 
-    a, b = (weight.unsqueeze(-1) if isinstance(weight, Tensor) else weight for weight in (alpha, beta))
+    a, b = (weight.unsqueeze(-1) if isinstance(weight, torch.Tensor) else weight for weight in (alpha, beta))
     q_others = others_q.exp_()
     gradient = q_others * (b - a * not_y) - b * p_others + a * log_q.exp_()  # p(y) q + (1 - p(y)) q = q
     gradient.scatter_add_(-1, index, -(a * p_y))

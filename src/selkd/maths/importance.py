@@ -6,13 +6,19 @@ Only ``soft_or`` looks at a whole sample, when its statistics are combined.
 Shapes: B batch, T positions, n positions of a chunk, V classes. Statistics are in nats, logits float32 or float64.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from selkd.maths.divergence import entropy, log_softmax_
-from selkd.plugins import Metric
+from selkd.plugins import Metric, deferred
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 RATIO_EPSILON = 1e-6  # nats, added to the denominator of ``ce_ratio``
 
@@ -130,7 +136,7 @@ Metric.add(
 )
 
 
-Own = Mapping[str, Callable[[Tensor, Tensor | None, Tensor], Tensor]]
+Own = Mapping[str, "Callable[[Tensor, Tensor | None, Tensor], Tensor]"]
 
 OF_STUDENT = frozenset({"student_entropy", "student_ce"})
 OF_TEACHER = frozenset({"teacher_entropy", "teacher_ce"})

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from selkd.plugins import Criterion, Metric, Policy, Sampler, unknown
-from selkd.recipe.part import Fraction, Part
+from selkd.recipe.part import LARGEST_COUNT, Count, Fraction, Part, PathText
 
 
 def _sample_metric(name: str) -> str:
@@ -28,22 +28,37 @@ SamplerName = Annotated[str, AfterValidator(Sampler.check)]
 SampleMetric = Annotated[str, AfterValidator(_sample_metric)]
 
 
+# Beyond these nothing is left of a distribution but its highest class, or nothing but rounding of float32.
+COLDEST, HOTTEST = 1e-6, 1e6
+HEAVIEST = 1e6  # a weight in a sum of float32
+
+
 class CriterionOptions(Part):
     """How teacher and student are compared at a position."""
 
     name: CriterionName = Field(
         "forward_kl", description="The criterion D: one of the table below, or your own as module:function."
     )
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Divides the logits of both models.")
+    temperature: float = Field(
+        1.0, ge=COLDEST, le=HOTTEST, allow_inf_nan=False, description="Divides the logits of both models."
+    )
     temperature_squared: bool = Field(True, description="Multiply the divergence by the square of the temperature.")
     kd_weight: float = Field(
         1.0, ge=0, le=1, description="lambda: the weight of the divergence; cross-entropy with the text gets the rest."
     )
     alpha: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="The alpha of skew_kl and skew_reverse_kl; for dkd, TCKD's weight."
+        None,
+        ge=0,
+        le=HEAVIEST,
+        allow_inf_nan=False,
+        description="The alpha of skew_kl and skew_reverse_kl; for dkd, TCKD's weight.",
     )
     beta: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="The teacher's weight in jsd's mixture; for dkd, NCKD's weight."
+        None,
+        ge=0,
+        le=HEAVIEST,
+        allow_inf_nan=False,
+        description="The teacher's weight in jsd's mixture; for dkd, NCKD's weight.",
     )
 
     @model_validator(mode="after")
@@ -85,7 +100,7 @@ def _steps_or_share(value: Any) -> Any:
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and value > 1 and value == int(value):
+    if is_number and 1 < value <= LARGEST_COUNT and value == int(value):
         return int(value)
     if is_number and (0 < value <= 1):
         return value
@@ -112,7 +127,7 @@ class PositionOptions(Part):
         "default is per_sample; gls is always per_position.",
     )
     queue_size: int | None = Field(
-        None, ge=10, description="For gls, how many recent scores set the threshold; default 30000."
+        None, ge=10, le=LARGEST_COUNT, description="For gls, how many recent scores set the threshold; default 30000."
     )
     curriculum_steps: Annotated[int | float | None, BeforeValidator(_steps_or_share)] = Field(
         None,
@@ -126,7 +141,10 @@ class PositionOptions(Part):
     )
     clip: Fraction | None = Field(None, description="For the same, the quantile at which u is cut; null: not cut.")
     skip_first: int | None = Field(
-        None, ge=0, description="For the same, how many first positions of each document are not eligible; default 0."
+        None,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="For the same, how many first positions of each document are not eligible; default 0.",
     )
     coverage: float | None = Field(
         None,
@@ -139,11 +157,11 @@ class PositionOptions(Part):
         description="exact, the default, or two_stage, which for top_k of student_entropy estimates every score and "
         "computes the highest exactly.",
     )
-    frequent_classes: int | None = Field(
-        None, ge=1, description="For two_stage, how many of the most frequent classes are counted; default 4096."
+    frequent_classes: Count | None = Field(
+        None, description="For two_stage, how many of the most frequent classes are counted; default 4096."
     )
-    tail_classes: int | None = Field(
-        None, ge=1, description="For two_stage, about how many other classes stand for all of them; default 1024."
+    tail_classes: Count | None = Field(
+        None, description="For two_stage, about how many other classes stand for all of them; default 1024."
     )
     rescored_share: Fraction | None = Field(
         None,
@@ -251,15 +269,17 @@ class SampleOptions(Part):
         "student_entropy", description="The metric that scores samples, one of the table below; all: keep every sample."
     )
     fraction: Fraction = Field(0.20, description="l: the share of the samples to keep.")
-    path: str | None = Field(None, description="The file of the scores, written or reused; null: in the run's folder.")
+    path: PathText | None = Field(
+        None, description="The file of the scores, written or reused; null: in the run's folder."
+    )
     scoring: Literal["exact", "approximate"] = Field(
         "exact", description="exact, or approximate, which estimates student_entropy from a part of the classes."
     )
-    frequent_classes: int | None = Field(
-        None, ge=1, description="For approximate, how many of the most frequent classes are counted; default 4096."
+    frequent_classes: Count | None = Field(
+        None, description="For approximate, how many of the most frequent classes are counted; default 4096."
     )
-    tail_classes: int | None = Field(
-        None, ge=1, description="For approximate, about how many other classes stand for all of them; default 1024."
+    tail_classes: Count | None = Field(
+        None, description="For approximate, about how many other classes stand for all of them; default 1024."
     )
     calibration_fraction: float | None = Field(
         None,
@@ -291,15 +311,21 @@ class OnPolicyOptions(Part):
         1.0,
         description="The share of the samples that the student answers; the others use the completion from the data.",
     )
-    max_new_tokens: int = Field(256, ge=1, description="How many tokens an answer has at most.")
+    max_new_tokens: Count = Field(256, description="How many tokens an answer has at most.")
     temperature: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="The temperature of the draws; 0: always the most likely token."
+        1.0,
+        ge=0,
+        le=HOTTEST,
+        allow_inf_nan=False,
+        description="The temperature of the draws; 0: always the most likely token.",
     )
     top_p: Fraction = Field(1.0, description="Draw from the most likely classes that together have this probability.")
-    at_once: int | None = Field(
-        None, ge=1, description="How many prompts a device answers at once; null: all of an optimiser step."
+    at_once: Count | None = Field(
+        None, description="How many prompts a device answers at once; null: all of an optimiser step."
     )
-    log_rollouts: int = Field(2, ge=0, description="How many answers go to rollouts.jsonl at each logged step.")
+    log_rollouts: int = Field(
+        2, ge=0, le=LARGEST_COUNT, description="How many answers go to rollouts.jsonl at each logged step."
+    )
 
 
 def _settle_estimate(part: PositionOptions | SampleOptions, name: str, scoring: str, **defaults: float) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from selkd.recipe.part import Part
+from selkd.recipe.part import LARGEST_COUNT, Part, PathText
 
 CHAT = "chat"
 
@@ -12,7 +12,7 @@ CHAT = "chat"
 class SourceOptions(Part):
     """Where the text is."""
 
-    path: str = Field(
+    path: PathText = Field(
         description="The text: demo, a .txt, .jsonl or .parquet file, a folder of them, or a hub data set's id."
     )
     name: str | None = Field(None, description="The configuration of a hub data set.")
@@ -47,7 +47,7 @@ class RowOptions(Part):
         description="What is learned of prompts and conversations. completions, the default: the completion, or the "
         "assistant's turns; all: the prompt, too.",
     )
-    max_length: int = Field(512, ge=2, description="How many tokens a sample has at most.")
+    max_length: int = Field(512, ge=2, le=LARGEST_COUNT, description="How many tokens a sample has at most.")
     packing: bool = Field(True, description="Fill each sample with several documents, isolated from each other.")
 
     @model_validator(mode="after")
@@ -98,12 +98,17 @@ class RowOptions(Part):
 class DataOptions(RowOptions, SourceOptions):
     """The text: where it is, how its rows become samples, and how much of it is trained on."""
 
-    tokens: int | None = Field(None, ge=2, description="How many tokens are trained on at most; null: all there are.")
+    tokens: int | None = Field(
+        None, ge=2, lt=2**63, description="How many tokens are trained on at most; null: all there are."
+    )
     held_out_fraction: float = Field(
         0.02, ge=0, lt=1, description="The share of the documents that is kept from training."
     )
     held_out_tokens: int = Field(
-        16384, ge=2, description="How many tokens the held-out split has at most; by default at least one sample."
+        16384,
+        ge=2,
+        lt=2**63,
+        description="How many tokens the held-out split has at most; by default at least one sample.",
     )
     streaming: bool | None = Field(None, description="Stream a hub data set; null: where `tokens` is given.")
 

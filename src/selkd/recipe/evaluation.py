@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from selkd.errors import InputError, nearest
-from selkd.recipe.part import Part
+from selkd.recipe.part import LARGEST_COUNT, Count, Part, PathText
 
 # Suite -> its benchmarks. Those of the paper use test rows and are for reports; the validation suite is for choices.
 SUITES: dict[str, tuple[str, ...]] = {
@@ -86,17 +86,22 @@ class EvaluationOptions(Part):
         description="What to measure: fidelity (on the held-out split), paper, validation, single benchmarks, or tasks "
         "of lm-evaluation-harness; []: nothing.",
     )
-    every_steps: int | None = Field(
-        None, ge=1, description="How many optimiser steps lie between measurements on the way; null: none."
+    every_steps: Count | None = Field(
+        None, description="How many optimiser steps lie between measurements on the way; null: none."
     )
     keep_best: KeepBest | None = Field(
         None, description="The figure by which the best student on the way is kept, in best_student/."
     )
-    data: Annotated[list[str], BeforeValidator(_as_list)] | None = Field(
+    data: Annotated[list[PathText], BeforeValidator(_as_list)] | None = Field(
         None, description="Folders of local benchmark files; null: the hub."
     )
-    limit: int | None = Field(None, ge=1, description="How many rows of a benchmark are used at most, evenly spaced.")
-    shots: int = Field(0, ge=0, description="How many solved examples precede a question, where a benchmark has some.")
+    limit: Count | None = Field(None, description="How many rows of a benchmark are used at most, evenly spaced.")
+    shots: int = Field(
+        0,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="How many solved examples precede a question, where a benchmark has some.",
+    )
     chat_template: bool = Field(False, description="Whether prompts are put into the tokenizer's chat template.")
 
     @model_validator(mode="after")

@@ -5,29 +5,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from selkd.errors import InputError, nearest
+from selkd.errors import InputError, cut, nearest, shown
+from selkd.files import possible_path
 from selkd.own_code import only_read
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
+from selkd.recipe.yaml_text import LARGEST_TEXT, dump_yaml, parse_yaml
 
 _PLURAL = {"recipe": "recipes", "study": "studies"}
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a mapping with one key twice, of which PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def named_recipes() -> dict[str, str]:
@@ -50,7 +35,7 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     content = recipe_content(source)
     for override in overrides or []:
         key, value = parse_override(override)
-        put_key(content, key, value, f"--set {override}")
+        put_key(content, key, value, f"--set {cut(override)}")
     return parse_part(Recipe, content)
 
 
@@ -78,12 +63,12 @@ def read_mapping(text: str, source: str, what: str) -> dict[str, Any]:
     """The mapping in a YAML text.
 
     Raises:
-        InputError: the text is no YAML or no mapping, or a key stands twice; the message names ``source``.
+        InputError: the text is no mapping, or ``parse_yaml`` refuses it; the message names ``source`` and the line.
     """
     try:
-        content = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{source}: not readable as YAML: {error}") from None
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{source}: not readable as YAML: {error}.") from None
     if not isinstance(content, dict):
         raise InputError(f"{source}: {what} is a mapping of keys to values, but this is {type(content).__name__}.")
     return content
@@ -91,7 +76,7 @@ def read_mapping(text: str, source: str, what: str) -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML; ``load_recipe`` reads it back to an equal one."""
-    return yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
+    return dump_yaml(recipe.resolved())
 
 
 def read_text(source: str | Path, named: Mapping[str, str], what: str) -> tuple[str, str]:
@@ -107,27 +92,33 @@ def read_text(source: str | Path, named: Mapping[str, str], what: str) -> tuple[
             f"{source}: a {what} is not fetched from an address, as it can name code to run. Download it, read it, and "
             "give the file."
         )
-    path = Path(source)
+    try:
+        path = Path(possible_path(str(source)))
+    except ValueError as error:
+        raise InputError(f"{what} {error}.") from None
     if not path.is_file():
         raise InputError(
-            f"{source}: neither a named {what} nor a file. Named {_PLURAL[what]}: {', '.join(named)}."
+            f"{cut(source)}: neither a named {what} nor a file. Named {_PLURAL[what]}: {', '.join(named)}."
             f"{nearest(source, named)}"
         )
     try:
-        return path.stem, path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8-sig") as file:
+            return path.stem, file.read(LARGEST_TEXT + 1)  # enough to be refused
     except UnicodeDecodeError:
         raise InputError(f"{source}: not a text file; a {what} is YAML in UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{source}: can't be read ({error.strerror}).") from None
 
 
 def parse_override(override: str) -> tuple[str, Any]:
     """Key and value of ``key.path=value``. Raises InputError for another form."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.strip().split(".")):
-        raise InputError(f"--set {override}: expected key.path=value, as in --set positions.fraction=0.1.")
+        raise InputError(f"--set {cut(override)}: expected key.path=value, as in --set positions.fraction=0.1.")
     try:
-        return key.strip(), yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not readable as YAML: {error}") from None
+        return key.strip(), parse_yaml(text)
+    except ValueError as error:
+        raise InputError(f"--set {cut(override)}: the value is not readable as YAML: {error}.") from None
 
 
 def put_key(content: dict[str, Any], key: str, value: Any, source: str) -> None:
@@ -138,5 +129,5 @@ def put_key(content: dict[str, Any], key: str, value: Any, source: str) -> None:
             content[part] = {}
         content = content[part]
         if not isinstance(content, dict):
-            raise InputError(f"{source}: {part} is {content!r}, which has no keys of its own.")
+            raise InputError(f"{source}: {part} is {shown(content)}, which has no keys of its own.")
     content[last] = value

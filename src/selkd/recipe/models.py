@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from selkd.recipe.part import Part
+from selkd.recipe.part import Count, Part, PathText
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 INSTALL_PEFT = "pip install 'selkd[peft]'"
@@ -24,7 +24,7 @@ def check_device(name: str) -> str:
 class TeacherOptions(Part):
     """The large model."""
 
-    model: str = Field(
+    model: PathText = Field(
         description="The large model: demo, a local folder, a .gguf file (read dequantised) or a hub id."
     )
     dtype: Dtype = Field(
@@ -42,7 +42,7 @@ class TeacherOptions(Part):
 class PruneOptions(Part):
     """A student cut from the teacher, without the layers that have the least block influence."""
 
-    layers: int = Field(ge=1, description="How many of the teacher's layers are kept.")
+    layers: Count = Field(description="How many of the teacher's layers are kept.")
 
 
 def _as_list(names: Any) -> Any:
@@ -52,9 +52,13 @@ def _as_list(names: Any) -> Any:
 class LoraOptions(Part):
     """The low-rank adapters (LoRA, of PEFT) that are trained in place of the student's weights."""
 
-    rank: int = Field(16, ge=1, description="LoRA rank.")
+    rank: Count = Field(16, description="LoRA rank.")
     alpha: float = Field(
-        32.0, gt=0, allow_inf_nan=False, description="LoRA scale: an adapter's output is multiplied by alpha / rank."
+        32.0,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="LoRA scale: an adapter's output is multiplied by alpha / rank.",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of an adapter's input, in training.")
     target_modules: Annotated[list[str] | Literal["all-linear"], BeforeValidator(_as_list)] = Field(
@@ -81,7 +85,7 @@ class LoraOptions(Part):
 class StudentOptions(Part):
     """The small model: one to load, or one to cut from the teacher's own layers."""
 
-    model: str | None = Field(None, description="The small model: demo, a local folder or a hub id.")
+    model: PathText | None = Field(None, description="The small model: demo, a local folder or a hub id.")
     prune_from_teacher: PruneOptions | None = Field(
         None, description="Cut the student from the teacher, in place of model."
     )

@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from selkd.errors import InputError, nearest
+from selkd.errors import InputError, cut, nearest, shown
+from selkd.files import possible_path
 
 P = TypeVar("P", bound=BaseModel)
 _TAGS = ("<number>", "<schedule>")  # in Pydantic's paths the branch of a choice that was read, which is no key
@@ -21,6 +22,9 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
+LARGEST_COUNT = 2**31 - 1  # of what torch and Transformers count with 32 bits
+Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=LARGEST_COUNT)]
+PathText = Annotated[str, AfterValidator(possible_path)]
 Fraction = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0, le=1)]
 
 
@@ -88,21 +92,26 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
 def _explain_one(detail: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
     path = [str(step) for step in detail["loc"] if step not in _TAGS]
     key = ".".join(([prefix] if prefix else []) + path) or "recipe"
-    value, context = detail["input"], detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
             names = [field.alias or name for name, field in _model_at(model, path[:-1]).model_fields.items()]
-            return f"{key}: unknown key. Allowed here: {', '.join(names)}.{nearest(path[-1], names)}"
+            return f"{cut(key)}: unknown key. Allowed here: {', '.join(names)}.{nearest(path[-1], names)}"
         case "missing":
             return f"{key}: required, but not given."
-        case "literal_error":
-            names = [name.strip("' ") for name in context["expected"].replace(" or ", ", ").split(",")]
-            return f"{key}: {value!r} is not known. Allowed: {', '.join(names)}.{nearest(value, names)}"
         case "value_error":
-            message = str(context["error"])
+            message = str(detail["ctx"]["error"])
             return message if re.match(r"[a-z_]+\.[a-z]", message) or not path else f"{key}: {message}"
         case _:
-            return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}, but got {value!r}."
+            return f"{key}: {reason(detail)}"
+
+
+def reason(detail: ErrorDetails) -> str:
+    """Why a value is refused, as it stands behind the key: what was expected and what came."""
+    value = detail["input"]
+    if detail["type"] == "literal_error":
+        names = [name.strip("' ") for name in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{shown(value)} is not known. Allowed: {', '.join(names)}.{nearest(value, names)}"
+    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, but got {shown(value)}."
 
 
 def _model_at(model: type[BaseModel], path: list[str]) -> type[BaseModel]:

@@ -9,13 +9,14 @@ from selkd.recipe.combinations import check_cached, check_combination, check_sha
 from selkd.recipe.data import DataOptions
 from selkd.recipe.evaluation import EvaluationOptions
 from selkd.recipe.models import StudentOptions, TeacherOptions
-from selkd.recipe.part import Part
+from selkd.recipe.part import Part, PathText
+from selkd.recipe.training import check_training
 
 
 class CacheOptions(Part):
     """The teacher's drawn classes on disk."""
 
-    path: str | None = Field(
+    path: PathText | None = Field(
         None,
         description="A folder, or an address of fsspec (s3://…), which recipes may share; null: inside the run.",
     )
@@ -30,12 +31,6 @@ class HubOptions(Part):
     private: bool = Field(True, description="Whether a new repository is private.")
 
 
-def _checked_training(content: Any) -> Any:
-    from selkd.recipe.training import check_training  # imported here, as it needs transformers: `selkd --help` is fast
-
-    return check_training(content)
-
-
 class Recipe(Part):
     """One distillation. It factorises into choices that combine freely: criterion x positions x classes x samples.
 
@@ -48,7 +43,7 @@ class Recipe(Part):
     teacher: TeacherOptions = Field(description="The large model.")
     student: StudentOptions = Field(description="The small model.")
     data: DataOptions = Field(description="The text.")
-    # Default factories, as checking these parts imports torch.
+    # Default factories, as checking these parts looks into the registry of choices.
     criterion: CriterionOptions = Field(
         default_factory=CriterionOptions, description="How teacher and student are compared."
     )
@@ -64,7 +59,7 @@ class Recipe(Part):
     cache: CacheOptions | None = Field(
         None, description="Where the teacher's drawn classes are kept; null: a live teacher."
     )
-    training: Annotated[dict[str, Any], BeforeValidator(_checked_training)] = Field(
+    training: Annotated[dict[str, Any], BeforeValidator(check_training)] = Field(
         {}, description="How the student is trained, with keys of transformers.TrainingArguments."
     )
     evaluation: EvaluationOptions = Field(EvaluationOptions(), description="What is measured, and when.")

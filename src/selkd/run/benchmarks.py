@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from selkd.errors import Interrupted, RunError
+from selkd.evaluation.options import BenchmarkOptions
 from selkd.files import new_folder
 from selkd.interrupts import raise_together
 from selkd.models.adapters import merged
@@ -119,9 +120,7 @@ def read_best(run_path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _benchmark_options(options: EvaluationOptions) -> Any:
-    from selkd.evaluation.benchmark_tasks import BenchmarkOptions  # imports the harness, which few recipes need
-
+def _benchmark_options(options: EvaluationOptions) -> BenchmarkOptions:
     return BenchmarkOptions(options.suite, options.data, options.limit, options.shots, options.chat_template)
 
 

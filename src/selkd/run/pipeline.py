@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from selkd.errors import InputError, RunError
+from selkd.errors import RunError
 from selkd.files import RECIPE, write_whole
 from selkd.models.loading import load_model
 from selkd.models.pair import ModelPair
@@ -29,7 +29,7 @@ from selkd.run.lock import working_in
 from selkd.run.prepare import prepare
 from selkd.run.score import score
 from selkd.run.train import is_trained, train
-from selkd.run.workspace import CALIBRATION_SAMPLES, Workspace
+from selkd.run.workspace import Workspace
 from selkd.selection.positions import step_context
 from selkd.tokens.examine import examine
 
@@ -163,23 +163,12 @@ def full_kd_on_same_samples(run: Run) -> Run:
     return distill(parse_part(Recipe, changed), run.path.with_name(f"{run.path.name}-full-kd"))
 
 
-def prune_into(teacher: str, layers: int, data: str, out: Path) -> dict[str, Any]:
-    """Cut a student of ``layers`` layers from ``teacher`` into the new folder ``out``.
+def prune_into(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """Cut the student of a ``pruning_recipe`` from its teacher, into the new folder ``out``.
 
     Raises:
-        InputError: ``out`` exists, or ``distill`` would refuse teacher, layers or text.
+        InputError: ``distill`` would refuse teacher, layers or text.
     """
-    if out.exists():
-        raise InputError(f"{out}: exists. Give a new folder; nothing was changed.")
-    recipe = parse_part(
-        Recipe,
-        {
-            "teacher": {"model": teacher},
-            "student": {"prune_from_teacher": {"layers": layers}},
-            "data": {"path": data, "held_out_fraction": 0, "tokens": 512 * CALIBRATION_SAMPLES},
-            "evaluation": {"suite": []},
-        },
-    )
     source = Workspace(recipe, out).student_source
     try:
         shutil.copytree(source.path, out)

@@ -36,12 +36,12 @@ from selkd.models.pruning import prune
 from selkd.models.quantisation import precision_of, require_quantization
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
+from selkd.recipe.pruning import CALIBRATION_SAMPLES
 from selkd.recipe.recipe import Recipe
 from selkd.training.arguments import DistillArguments
 from selkd.training.on_policy import require_answers_fit
 
 T = TypeVar("T")
-CALIBRATION_SAMPLES = 16
 STUDENT_FORMAT = 1
 
 

@@ -3,18 +3,23 @@
 Shapes: n positions, V classes, U draws, C distinct drawn classes (rows padded with count 0 and class 0).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
-from selkd.plugins import Sampler
+from selkd.plugins import Sampler, deferred
 from selkd.recipe.choices import ClassOptions
 
-Drawn = tuple[Tensor, Tensor]  # class ids int64 [n, C], counts [n, C]
-Draw = Callable[[Tensor, Tensor, int], Drawn]  # probabilities [n, V], uniforms [n, u], draws U
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
+
+Drawn = tuple["Tensor", "Tensor"]  # class ids int64 [n, C], counts [n, C]
+Draw = Callable[["Tensor", "Tensor", int], Drawn]  # probabilities [n, V], uniforms [n, u], draws U
 
 BLOCK = 64  # classes a block; a draw first finds its block, then its class
 TOP_K_UNITS = 65_535  # the probabilities of ``top_k`` are stored as multiples of 1/65,535, two bytes a class
@@ -106,14 +111,14 @@ def _at_points(probabilities: Tensor, points: Tensor) -> Drawn:
     would take twice the time, and four times the memory of the probabilities.
     """
     n, vocab_size = probabilities.shape
-    blocks = pad(probabilities, (0, -vocab_size % BLOCK)).view(n, -1, BLOCK)
+    blocks = torch.nn.functional.pad(probabilities, (0, -vocab_size % BLOCK)).view(n, -1, BLOCK)
     # float32 is exact enough for the sum of the few classes of a block, but not for the sums over all blocks.
     cumulative = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     below_all = 1 - torch.finfo(torch.float64).eps  # a point that is rounded up to the total would lie in no class
     points = torch.minimum(points, points.new_tensor(below_all)) * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, points, right=True).clamp_(max=blocks.shape[1] - 1)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).to(torch.float64).cumsum(dim=-1)
-    rest = points - pad(cumulative, (1, 0)).gather(1, block)
+    rest = points - torch.nn.functional.pad(cumulative, (1, 0)).gather(1, block)
     # The two sums of a block differ by a rounding: a point is kept below the second, so that it lies in a class of it.
     rest = torch.minimum(rest, inside[..., -1] * below_all)
     place = torch.searchsorted(inside, rest[..., None], right=True).squeeze(-1)
@@ -176,7 +181,7 @@ class ClassSampler:
         """The same draws, for storing: with integer counts that sum to ``total``; the tail is class V."""
         class_ids, counts = self(probabilities, uniforms)
         if self.keeps_tail:
-            class_ids = pad(class_ids, (0, 1), value=probabilities.shape[-1])
+            class_ids = torch.nn.functional.pad(class_ids, (0, 1), value=probabilities.shape[-1])
             counts = torch.cat([counts, (1 - counts.double().sum(-1, keepdim=True)).clamp(min=0).to(counts)], dim=-1)
         return in_units(class_ids, counts) if counts.is_floating_point() else (class_ids, counts)
 

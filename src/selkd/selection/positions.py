@@ -6,15 +6,20 @@ policy that picks K positions of a sample gives 1/K to these and 0 to the others
 Shapes: B batch, T positions, K draws or picked positions of a sample.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-from selkd.plugins import Policy
+from selkd.plugins import Policy, deferred
 from selkd.recipe.choices import FractionSchedule, PositionOptions
 from selkd.selection.queue import ScoreQueue
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = deferred("torch")
 
 
 class StepContext(NamedTuple):

@@ -11,8 +11,6 @@ from typing import Any
 import xxhash
 
 from selkd.errors import InputError
-from selkd.models.loading import n_rows
-from selkd.models.sources import ModelSource
 from selkd.plugins import Metric
 from selkd.recipe.choices import SampleOptions
 from selkd.recipe.part import parse_part
@@ -49,6 +47,9 @@ def _vocabulary(student: str | None) -> int | str | None:
     """
     if student is None:
         return None
+    from selkd.models.loading import n_rows  # here, as a study is refused without torch
+    from selkd.models.sources import ModelSource
+
     folder = Path(student).expanduser()
     try:
         return n_rows(ModelSource(student, folder, "")) if folder.is_dir() else student
