@@ -235,7 +235,7 @@ def read_page(page: mmap.mmap) -> tuple[bool, Window | None]:
 
 
 def _path_of(descriptor: int) -> str:
-    return os.readlink(f"/proc/self/fd/{descriptor}")
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
 
 
 def _halve(path: Any) -> None:
@@ -247,10 +247,10 @@ def _stage() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     found = "start"
     while frame is not None:  # from the innermost call outwards
-        place = Path(frame.f_code.co_filename)
-        if place.parent.name == "run":
-            if place.stem in _STAGES:
-                found = place.stem
+        folder, _, module = frame.f_code.co_filename.removesuffix(".py").rpartition("/")
+        if folder.endswith("/run"):
+            if module in _STAGES:
+                found = module
             elif "finish" in frame.f_code.co_name and found == "start":
                 found = "finish"
         frame = frame.f_back
