@@ -1,11 +1,12 @@
 """The stage that finds or builds the teacher cache of the kept samples."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from selkd.cache.manifest import TAIL, Fingerprint
+from selkd.cache.manifest import MANIFEST, TAIL, Fingerprint
 from selkd.cache.reader import TeacherCache
 from selkd.cache.remote import fetch_cache, is_remote
 from selkd.cache.verify import verify_cache
@@ -16,7 +17,7 @@ from selkd.run.directory import RunDirectory
 from selkd.run.record import CACHE_COST, add_cost, cost_of, count_teacher_tokens, note_shared, read_cost, timed
 from selkd.run.workspace import Workspace
 from selkd.selection.classes import class_sampler
-from selkd.teacher.build_cache import build_cache
+from selkd.teacher.build_cache import CacheBuild, build_cache
 from selkd.teacher.live import LiveTeacher
 
 
@@ -68,17 +69,43 @@ def _larger(work: Workspace, directory: Path, fingerprint: Fingerprint, samples:
 def _built(
     work: Workspace, run: RunDirectory, directory: Path, fingerprint: Fingerprint, samples: SampleDataset
 ) -> TeacherCache:
-    """The cache of these samples, built by running the teacher; shards that an earlier build finished are kept."""
-    # The cost of shards that a killed build left is not known.
-    is_cost_known = read_cost(directory / CACHE_COST) is not None or not any(directory.glob("shard-*"))
-    started = time.perf_counter()
-    if tokens := build(work, directory, samples):
-        earlier = run.record.get("teacher_tokens", {}).get("cache", 0)  # for shards that were lost since
-        count_teacher_tokens(work, run, cache=earlier + tokens)
-        if work.state.is_main_process and is_cost_known:
-            add_cost(directory / CACHE_COST, cost_of(time.perf_counter() - started, tokens))
-        work.state.wait_for_everyone()
+    """The cache of these samples, built by running the teacher; shards that an earlier build finished are kept.
+
+    What the teacher will run on is counted, and the count saved, before it runs: whenever the build is killed, nothing
+    that it finished goes uncounted, and nothing that is done again counts twice.
+    """
+    build = CacheBuild(directory, fingerprint, samples)
+    if build.missing_tokens:
+        counted = run.record.get("teacher_tokens", {}).get("cache", 0)
+        if not counted or run.record.get("teacher_cache") is not None:  # else an interrupted build counted them
+            run.record["teacher_cache"] = None
+            count_teacher_tokens(run, cache=counted + build.missing_tokens)
+        run.save()
+    on_shard = _cost_noted(work, directory, build.planned_tokens)
+    work.state.wait_for_everyone()  # no shard is finished before it is counted
+    build.run(lambda: live_teacher(work), work.models.pad_token_id, on_shard)
     return TeacherCache.open(directory, fingerprint)
+
+
+def _cost_noted(work: Workspace, directory: Path, teacher_tokens: int) -> Callable[[], None]:
+    """What adds the seconds since its last call, or since now, to the cost of the cache that is being built.
+
+    A complete cache has its cost already: shards that were lost since and are built again are none of it.
+    """
+    path, last = directory / CACHE_COST, time.perf_counter()
+    # Of shards without a cost, which an earlier version left, the seconds are unknown.
+    is_known = read_cost(path) is not None or not any(directory.glob("shard-*"))
+    is_noted = work.state.is_main_process and is_known and not (directory / MANIFEST).exists()
+
+    def add_seconds() -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if is_noted:
+            add_cost(path, cost_of(now - last, teacher_tokens))
+        last = now
+
+    add_seconds()
+    return add_seconds
 
 
 def build(work: Workspace, directory: Path, samples: SampleDataset, *, repair: bool = False) -> int:

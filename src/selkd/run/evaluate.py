@@ -54,7 +54,7 @@ def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedMode
     record.setdefault("by_entropy", {})[when] = measured.by_entropy()
     run.record["fidelity"] = record
     run.record["teacher"] |= size(work.models.teacher)
-    count_teacher_tokens(work, run, **{f"evaluate_{when}": measured.teacher_tokens})
+    count_teacher_tokens(run, **{f"evaluate_{when}": measured.teacher_tokens})
     if when == "before" and work.state.is_main_process:
         (run.path / "selection").mkdir(exist_ok=True)
         write_whole(run.path / "selection" / "overlap.json", json.dumps(_overlaps(work, measured)) + "\n")

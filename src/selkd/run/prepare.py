@@ -50,5 +50,6 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         } | {k: v for k, v in (run.record.get("student") or {}).items() if k in STUDENT_KEYS}
         teacher = {"model": work.teacher_source.name, "fingerprint": work.teacher_source.fingerprint}
         run.record["teacher"] = {**(run.record.get("teacher") or {}), **teacher}
-        count_teacher_tokens(work, run)
+        pruning = work.pruning  # by this run or, on this machine, by one before it
+        count_teacher_tokens(run, **({} if pruning is None else {"prune": pruning["teacher_tokens"]}))
     run.save()

@@ -85,10 +85,10 @@ def add_seconds(run: RunDirectory, stage: str, seconds: float, peaks: PeakMemory
     peaks.note(run, stage)
 
 
-def count_teacher_tokens(work: Workspace, run: RunDirectory, **tokens: int) -> None:
+def count_teacher_tokens(run: RunDirectory, **tokens: int) -> None:
     """Record by stage the tokens that the teacher ran on; a stage that runs again replaces its count."""
     by_stage = run.record.setdefault("teacher_tokens", {})
-    by_stage.update(work.teacher_tokens | tokens)
+    by_stage.update(tokens)
     run.record["counts"]["teacher_tokens"] = sum(by_stage.values())
 
 
@@ -115,9 +115,9 @@ def read_cost(path: Path) -> Cost | None:
 
 
 def add_cost(path: Path, cost: Cost) -> None:
-    """Add to the cost in a file, for a cache that is built in several runs."""
-    earlier = read_cost(path) or {}
-    write_whole(path, json.dumps({key: round(earlier.get(key, 0) + more, 3) for key, more in cost.items()}) + "\n")
+    """Write a cost, its seconds added to those in the file: a part may be built in several runs, and in steps."""
+    seconds = (read_cost(path) or {}).get("seconds", 0) + cost["seconds"]
+    write_whole(path, json.dumps(cost | {"seconds": round(seconds, 3)}) + "\n")
 
 
 def size(model: PreTrainedModel) -> dict[str, int]:

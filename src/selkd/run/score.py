@@ -42,7 +42,8 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
             if estimate is not None:
                 run.record["scoring_agreement"] = _scoring_agreement(work, options, scores)
             if tokens:
-                count_teacher_tokens(work, run, score=tokens)
+                count_teacher_tokens(run, score=tokens)
+            run.save()  # before the scores are there: a run that is killed between the two does not count again
         if options.path:
             note_shared(run, "score", cost)
         kept = highest(scores, options.fraction)

@@ -48,7 +48,7 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: Tea
     if work.recipe.student.lora is not None:  # the saved student has no adapters
         run.record["student"]["parameters"] -= trained
     _record_training(run, trainer, peaks)
-    count_teacher_tokens(work, run, train=trainer.totals.teacher_tokens)
+    count_teacher_tokens(run, train=trainer.totals.teacher_tokens)
     work.state.wait_for_everyone()
     run.record["student"]["fingerprint"] = locate(str(student), work.cache_dir).fingerprint
     forget_after(run)

@@ -42,7 +42,7 @@ from selkd.training.arguments import DistillArguments
 from selkd.training.on_policy import require_answers_fit
 
 T = TypeVar("T")
-STUDENT_FORMAT = 1
+STUDENT_FORMAT = 2
 
 
 class Workspace:
@@ -54,9 +54,6 @@ class Workspace:
         splits: replaces the recipe's data, as a probe does with a few samples.
         teacher_source: replaces the recipe's teacher, as an estimate does with a model without weights.
         student_source: replaces the recipe's student in the same way.
-
-    Attributes:
-        teacher_tokens: how many tokens the teacher ran on while inputs were made, by stage.
     """
 
     def __init__(
@@ -81,7 +78,6 @@ class Workspace:
                 process_group["backend"] = recipe.training["ddp_backend"]
         self.state = PartialState(cpu=self._on_cpu, **process_group)
         self.cache_dir = default_cache_dir()
-        self.teacher_tokens: dict[str, int] = {}
 
     def check(self) -> None:
         """Check that this machine and these processes can run the recipe; nothing is loaded or written.
@@ -260,7 +256,7 @@ class Workspace:
 
     @cached_property
     def pruning(self) -> dict[str, Any] | None:
-        """Which layers a student that was cut from the teacher kept, and the block influence of every layer."""
+        """Which layers a student that was cut from the teacher kept, and why, and the tokens that this took."""
         if self.recipe.student.prune_from_teacher is None:
             return None
         content: dict[str, Any] = json.loads((self.student_source.path / "pruning.json").read_text(encoding="utf-8"))
@@ -278,8 +274,8 @@ class Workspace:
         if not folder.exists():
             batches = [collate(samples[i : i + 4], int(self.tokenizer.pad_token_id)) for i in range(0, len(samples), 4)]
             student, kept, influence = prune(self.models.teacher, options.layers, batches)
-            self.teacher_tokens["prune"] = sum(batch["input_ids"].numel() for batch in batches)
-            pruning = {"kept_layers": kept, "influence": influence}
+            tokens = sum(batch["input_ids"].numel() for batch in batches)
+            pruning = {"kept_layers": kept, "influence": influence, "teacher_tokens": tokens}
             with new_folder(folder) as new:
                 student.save_pretrained(new)
                 self.tokenizer.save_pretrained(new)

@@ -4,7 +4,7 @@ Draws depend on the seed and the sample's content alone, and the teacher's batch
 built again, or by several processes, is the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +25,83 @@ from selkd.teacher.live import LiveTeacher
 SHARD_TOKENS = 2**17
 
 
+class CacheBuild:
+    """The cache of ``samples`` in ``directory``, to be built or finished. Whole shards that are already there are kept.
+
+    Every process makes its own, and all take part in making it and in ``run``.
+
+    Attributes:
+        planned_tokens: the tokens, padding included, that the teacher's body runs on for all shards.
+        missing_tokens: those for the shards that are missing, by all processes together.
+    """
+
+    def __init__(
+        self, directory: Path, fingerprint: Fingerprint, samples: SampleDataset, *, repair: bool = False
+    ) -> None:
+        """Claims the folder and finds what is missing; nothing is written but the plan.
+
+        Args:
+            fingerprint: everything that determines the draws; ``vocabulary`` is the number of classes both models
+                share.
+            repair: also write a lost or damaged plan anew if the folder's shards show that it is this cache's.
+
+        Raises:
+            InputError: the folder is another cache's, or not a cache's.
+            RunError: the disk refused.
+        """
+        self._state, self._samples = PartialState(), samples
+        shards = plan_shards(samples)
+        with self._state.main_process_first():  # the first one claims the folder
+            shard_ids = [[samples.ids[i] for i in shard] for shard in shards]
+            self._writer = CacheWriter(directory, fingerprint, shard_ids, repair=repair)
+        # Each process checks its share of the shards; all have checked before any of them writes.
+        processes = self._state.num_processes
+        missing = self._writer.missing_shards(range(self._state.process_index, len(shards), processes))
+        self._missing = sorted(gather_object(missing)) if processes > 1 else missing
+        self._batches = [plan_batches(samples, shard) for shard in shards]
+        tokens = [sum(len(batch) * int(samples.lengths[batch].max()) for batch in shard) for shard in self._batches]
+        self.planned_tokens, self.missing_tokens = sum(tokens), sum(tokens[number] for number in self._missing)
+
+    def run(
+        self, teacher: Callable[[], LiveTeacher], pad_token_id: int, on_shard: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write the missing shards and complete the cache.
+
+        Args:
+            teacher: loads the teacher, with a class sampler; called only if a shard is missing.
+            on_shard: called after each shard that this process has written.
+
+        Raises:
+            RunError: the disk refused; finished shards stay.
+            Interrupted: a process was asked to end; finished shards stay.
+        """
+        error: RunError | Interrupted | None = None
+        try:
+            self._write_own_share(teacher, pad_token_id, on_shard)
+        except (RunError, Interrupted) as raised:  # told to the other processes first, which would wait for this one
+            error = raised
+        raise_together(error)
+        if self._state.is_main_process:
+            self._writer.finish()
+        self._state.wait_for_everyone()
+
+    def _write_own_share(
+        self, teacher: Callable[[], LiveTeacher], pad_token_id: int, on_shard: Callable[[], None]
+    ) -> None:
+        own_share = self._missing[self._state.process_index :: self._state.num_processes]
+        if not own_share:
+            return
+        self._writer.require_writable()
+        live, samples = teacher(), self._samples
+        batches = {number: self._batches[number] for number in own_share}
+
+        def draw(batch: list[int]) -> list[SampleRows]:
+            return draw_rows(live, [samples[index] for index in batch], pad_token_id)
+
+        for _ in _written(self._writer, batches, draw):
+            on_shard()
+
+
 def build_cache(
     directory: Path,
     fingerprint: Fingerprint,
@@ -34,47 +111,14 @@ def build_cache(
     *,
     repair: bool = False,
 ) -> int:
-    """Build, or finish, the cache of ``samples`` in ``directory``. Whole shards that are already there are kept.
-
-    Args:
-        fingerprint: everything that determines the draws; ``vocabulary`` is the number of classes both models share.
-        teacher: loads the teacher, with a class sampler; called only if a shard is missing.
-        repair: also write a lost or damaged plan anew if the folder's shards show that it is this cache's.
+    """Build, or finish, a cache, as ``CacheBuild`` and its ``run`` say.
 
     Returns:
         The tokens, padding included, that the teacher's body ran on in all processes together.
-
-    Raises:
-        InputError: the folder is another cache's, or not a cache's.
-        RunError: the disk refused; finished shards stay.
-        Interrupted: a process was asked to end; finished shards stay.
     """
-    state = PartialState()
-    shards = plan_shards(samples)
-    with state.main_process_first():  # the first one claims the folder
-        shard_ids = [[samples.ids[i] for i in shard] for shard in shards]
-        writer = CacheWriter(directory, fingerprint, shard_ids, repair=repair)
-    # Each process checks its share of the shards; all have checked before any of them writes.
-    missing = writer.missing_shards(range(state.process_index, len(shards), state.num_processes))
-    missing = sorted(gather_object(missing)) if state.num_processes > 1 else missing
-    own_share = missing[state.process_index :: state.num_processes]
-    batches = {number: plan_batches(samples, shards[number]) for number in own_share}
-    error: RunError | Interrupted | None = None
-    try:
-        if own_share:
-            writer.require_writable()
-            live = teacher()
-            _write_all(
-                writer, batches, lambda batch: draw_rows(live, [samples[index] for index in batch], pad_token_id)
-            )
-    except (RunError, Interrupted) as raised:  # told to the other processes first, which would wait for this one
-        error = raised
-    raise_together(error)
-    if state.is_main_process:
-        writer.finish()
-    state.wait_for_everyone()
-    tokens = sum(len(batch) * int(samples.lengths[batch].max()) for shard in batches.values() for batch in shard)
-    return sum(gather_object([tokens])) if state.num_processes > 1 else tokens
+    build = CacheBuild(directory, fingerprint, samples, repair=repair)
+    build.run(teacher, pad_token_id)
+    return build.missing_tokens
 
 
 def plan_shards(samples: SampleDataset) -> list[list[int]]:
@@ -124,26 +168,29 @@ def draw_rows(teacher: LiveTeacher, samples: list[Sample], pad_token_id: int) ->
     )
 
 
-def _write_all(
+def _written(
     writer: CacheWriter, shards: dict[int, list[list[int]]], draw: Callable[[list[int]], list[SampleRows]]
-) -> None:
-    """Draw and write these shards: number -> batches of samples.
+) -> Iterator[int]:
+    """Draw and write these shards: number -> batches of samples. Yields the number of each that is on disk.
 
     A shard is written while the teacher draws the next one, so that coding does not keep an accelerator waiting.
     """
     n_samples = sum(len(batch) for batches in shards.values() for batch in batches)
     bar = tqdm(total=n_samples, desc="caching the teacher", unit=" samples", disable=not PartialState().is_main_process)
     with bar, ThreadPoolExecutor(1) as pool:
-        written: Future[None] | None = None
+        writing: tuple[int, Future[None]] | None = None
         for number, batches in shards.items():
             rows: dict[int, SampleRows] = {}
             for batch in batches:
                 stop_if_asked()
                 rows.update(zip(batch, draw(batch), strict=True))
                 bar.update(len(batch))
-            if written is not None:
-                written.result()
+            if writing is not None:
+                writing[1].result()
+                yield writing[0]
             # The samples of a shard are in the data's order, which is that of their indices.
-            written = pool.submit(writer.write_shard, number, [rows[index] for index in sorted(rows)])
-        if written is not None:
-            written.result()
+            ordered = [rows[index] for index in sorted(rows)]
+            writing = number, pool.submit(writer.write_shard, number, ordered)
+        if writing is not None:
+            writing[1].result()
+            yield writing[0]

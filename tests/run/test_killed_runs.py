@@ -1,0 +1,90 @@
+"""Runs that are killed at their writes and continued end as one that nothing disturbed; ``benchmarks/kills.py`` kills.
+
+    OMP_NUM_THREADS=1 python benchmarks/kills.py --kills 200
+
+kills as often as docs/results/kills.md says.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import make_recipe
+
+from selkd import distill
+from selkd.cache.writer import CacheWriter
+from selkd.selection.samples import SampleScores
+from selkd.teacher import build_cache
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing in a run may catch it."""
+
+
+@pytest.mark.parametrize("strikes", ["in the middle of a build", "between a build and its record"])
+def test_what_a_killed_build_ran_on_is_counted_once(
+    strikes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_cache, "SHARD_TOKENS", 256)
+    shared = {"path": str(tmp_path / "cache")}
+    recipe = make_recipe(tmp_path, evaluation={"suite": []}, cache=shared)
+    write, finish, written = CacheWriter.write_shard, CacheWriter.finish, []
+
+    def write_shard(self: CacheWriter, number: int, samples: Any) -> None:
+        if len(written) == 2 and strikes == "in the middle of a build":
+            raise Killed
+        write(self, number, samples)
+        written.append(number)
+
+    def finish_and_end(self: CacheWriter) -> None:
+        finish(self)
+        raise Killed
+
+    with monkeypatch.context() as killed:
+        killed.setattr(CacheWriter, "write_shard", write_shard)
+        killed.setattr(CacheWriter, "finish", finish_and_end)
+        with pytest.raises(Killed):
+            distill(recipe, tmp_path / "run")
+    assert len(written) >= 2
+    record = distill(recipe, tmp_path / "run").record
+    straight = distill(recipe | {"cache": {"path": str(tmp_path / "other")}}, tmp_path / "straight").record
+    assert record["teacher_tokens"] == straight["teacher_tokens"]
+    assert record["counts"] == straight["counts"]
+    costs = [record["shared"]["cache"], straight["shared"]["cache"]]
+    assert costs[0]["teacher_tokens"] == costs[1]["teacher_tokens"] == straight["teacher_tokens"]["cache"]
+    assert all(cost["seconds"] > 0 for cost in costs)
+
+
+def test_what_scoring_ran_on_is_counted_although_its_record_was_not_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = {"metric": "kl", "fraction": 0.2, "path": str(tmp_path / "scores.parquet")}
+    approximate = {"scoring": "approximate", "metric": "student_entropy", "frequent_classes": 20, "tail_classes": 20}
+    for name, options in {"exact": samples, "approximate": samples | approximate}.items():
+        options |= {"path": str(tmp_path / f"{name}.parquet")}
+        recipe = make_recipe(tmp_path, evaluation={"suite": []}, cache=None, samples=options)
+        write = SampleScores.write
+
+        def write_and_end(self: SampleScores, *arguments: Any, write: Any = write) -> None:
+            write(self, *arguments)
+            raise Killed
+
+        with monkeypatch.context() as killed:
+            killed.setattr(SampleScores, "write", write_and_end)
+            with pytest.raises(Killed):
+                distill(recipe, tmp_path / name)
+        record = distill(recipe, tmp_path / name).record
+        options |= {"path": str(tmp_path / f"{name}-straight.parquet")}
+        straight = distill(recipe | {"samples": options}, tmp_path / f"{name}-straight").record
+        assert record["teacher_tokens"] == straight["teacher_tokens"]
+        agreements = [each.get("scoring_agreement") for each in (record, straight)]
+        assert all(each is None or each.pop("seconds") > 0 for each in agreements)
+        assert agreements[0] == agreements[1]
+        assert (agreements[0] is not None) == (name == "approximate")
+
+
+def test_a_student_is_cut_once_on_a_machine_and_counted_in_every_run(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, evaluation={"suite": []}, samples=None, cache=None)
+    first, second = (distill(recipe, tmp_path / name).record["teacher_tokens"] for name in ("first", "second"))
+    assert first["prune"] > 0
+    assert first == second
