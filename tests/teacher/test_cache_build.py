@@ -140,7 +140,7 @@ def test_a_fingerprint_may_say_another_total_than_its_draws(tmp_path: Path) -> N
 
 def test_a_class_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path, {**FINGERPRINT, "vocabulary": 1000}, plan())
-    with pytest.raises(InputError, match="the fingerprint's vocabulary is 1000"):
+    with pytest.raises(InputError, match="by its fingerprint the cache holds 1000 classes"):
         writer.write_shard(0, shard_samples(0))
 
 
