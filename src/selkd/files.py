@@ -6,10 +6,12 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 import xxhash
@@ -17,6 +19,8 @@ import xxhash
 from selkd.errors import InputError, RunError
 
 RECIPE, RECORD = "recipe.yaml", "record.json"  # what makes a folder a run's
+_HIDDEN_LOCK = "lock"
+_REFUSED = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|unexpected pos")
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 LOCK = "run.lock"  # in a run's folder: who works in it
 # What file systems without locks, or without syncing of folders, answer.
@@ -86,13 +90,14 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True) as temporary:
-            new = Path(temporary, "new")  # readable for others as far as the umask says, which its parent is not
+        _remove_left_folders(path.parent)
+        with _hidden_beside(path) as hidden:
+            new = hidden / "new"  # readable for others as far as the umask says, which its parent is not
             new.mkdir()
-            yield new
-            for written in new.rglob("*"):
-                sync(written)
-            old = path.rename(new.with_name("old")) if replace and path.exists() else None
+            with saving(new, path):
+                yield new
+                settle(new)
+            old = path.rename(hidden / "old") if replace and path.exists() else None
             try:
                 new.rename(path)
             except OSError:
@@ -102,10 +107,41 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                     raise
             sync(path.parent)
     except OSError as error:
-        raise RunError(
-            f"{path} can't be written ({error}). Free space there, or choose another folder (SELKD_CACHE, --out); then "
-            "run again."
-        ) from error
+        raise _folder_refused(path, error) from error
+
+
+@contextmanager
+def saving(folder: Path, shown: Path | None = None) -> Iterator[None]:
+    """Where the system refuses what a library writes into ``folder`` in the block, the error says which file it was.
+
+    Args:
+        shown: the folder's name for the error; None: its own.
+
+    Raises:
+        RunError: the operating system refused (disk full, no permission, …).
+    """
+    try:
+        yield
+    except Exception as error:
+        # Rust's libraries raise errors of their own, which end in "(os error 28)"; torch.save raises RuntimeError.
+        if not isinstance(error, OSError) and not _REFUSED.search(str(error)):
+            raise
+        name = getattr(error, "filename", None) or _newest_in(folder)
+        within = Path(name).relative_to(folder) if name and folder in Path(name).parents else name
+        raise _folder_refused((shown or folder) / (within or ""), error) from error
+
+
+def settle(folder: Path) -> None:
+    """Make what a library wrote into ``folder`` outlast a power cut, and as readable for others as the folder is.
+
+    Safetensors makes its files readable for their owner alone, whatever the umask says.
+    """
+    usual = folder.stat().st_mode & 0o666
+    for path in (*folder.rglob("*"), folder):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if path.is_file() and mode | usual != mode:
+            path.chmod(mode | usual)
+        sync(path)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -139,9 +175,10 @@ def remove_temporaries(folder: Path) -> None:
     """
     with suppress(OSError):  # a folder that can't be listed keeps them
         for path in folder.iterdir():
-            if is_temporary(path.name):
+            if is_temporary(path.name) and not path.is_dir():
                 with suppress(OSError):  # being written, just finished, or not ours to remove
                     _remove_unless_written(path)
+    _remove_left_folders(folder)
 
 
 def _new_temporary(path: Path) -> BinaryIO:
@@ -151,25 +188,88 @@ def _new_temporary(path: Path) -> BinaryIO:
     system has no locks the file goes without: there ``remove_temporaries`` removes nothing.
     """
     while True:
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-        file = temporary.open("xb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                file.close()
-                temporary.unlink(missing_ok=True)
-                raise
+        if (file := _new_locked(path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp"))) is not None:
             return file
-        if temporary.exists():
-            return file
-        file.close()  # removed as a remnant in the moment between its making and its lock
+
+
+def _new_locked(path: Path) -> BinaryIO | None:
+    """A new file, locked if the file system can; None if it was removed in the moment between its making and its lock.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    file = path.open("xb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            file.close()
+            path.unlink(missing_ok=True)
+            raise
+        return file
+    if path.exists():
+        return file
+    file.close()
+    return None
 
 
 def _remove_unless_written(path: Path) -> None:
     with path.open("r+b") as file:  # for writing: over NFS a lock is refused to one who only reads
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _hidden_beside(path: Path) -> Iterator[Path]:
+    """A new hidden folder beside ``path``, which goes when the block ends; a lock in it tells remains apart."""
+    lock = None
+    while lock is None:
+        hidden = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        hidden.mkdir(mode=0o700)
+        with suppress(FileNotFoundError):  # removed as a remnant before it had its lock
+            lock = _new_locked(hidden / _HIDDEN_LOCK)
+    with lock:
+        try:
+            yield hidden
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _remove_left_folders(parent: Path) -> None:
+    """Removes the hidden folders that killed processes left, not those that are being filled, nor what isn't ours."""
+    with suppress(OSError):  # a folder that can't be listed keeps them
+        for path in parent.iterdir():
+            if path.name.startswith(".") and is_temporary(path.name) and path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # being filled, just finished, or not ours to remove
+                    _remove_unless_filled(path)
+
+
+def _remove_unless_filled(hidden: Path) -> None:
+    names = {path.name for path in hidden.iterdir()}
+    if not names:
+        hidden.rmdir()  # killed before there was a lock
+    elif _HIDDEN_LOCK in names and names <= {_HIDDEN_LOCK, "new", "old"}:
+        with (hidden / _HIDDEN_LOCK).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path = hidden.with_name(hidden.name[1:].rpartition(".")[0].rpartition(".")[0])
+            if "old" in names and not path.exists():  # killed between the two renames: the new one is whole
+                (hidden / "new").rename(path)
+            shutil.rmtree(hidden)
+
+
+def _folder_refused(path: Path, error: Exception) -> RunError:
+    return RunError(
+        f"{path} can't be written ({error}). Nothing finished before it was touched. Free space there, or choose "
+        "another folder (SELKD_CACHE, --out); then run again to continue."
+    )
+
+
+def _newest_in(folder: Path) -> str | None:
+    """The file that was written last: where an error does not say, the one that could not be finished."""
+    with suppress(OSError):
+        files = [(path.stat().st_mtime_ns, str(path)) for path in folder.rglob("*") if path.is_file()]
+        return max(files)[1] if files else None
+    return None
 
 
 def sync(path: Path) -> None:

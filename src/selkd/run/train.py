@@ -9,6 +9,7 @@ from transformers import PrinterCallback, ProgressCallback
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, Interrupted
+from selkd.files import saving, settle
 from selkd.interrupts import interrupted
 from selkd.models.adapters import merged
 from selkd.models.sources import locate
@@ -120,14 +121,17 @@ def _save(work: Workspace, run: RunDirectory, trainer: DistillTrainer) -> Path:
     """Save the student with its adapters merged, and return its folder."""
     student = run.path / "student"
     saved = run.path / "adapter" if work.recipe.student.lora is not None else student
-    trainer.save_model(str(saved))
+    with saving(saved):
+        trainer.save_model(str(saved))
     if work.state.is_main_process:
-        (saved / "training_args.bin").unlink(
-            missing_ok=True
-        )  # a pickle of the Trainer's, which a student does not need
-        if saved != student:
-            merged(work.models.student).save_pretrained(student)
-            work.tokenizer.save_pretrained(student)
+        with saving(student):
+            # A pickle of the Trainer's, which a student does not need.
+            (saved / "training_args.bin").unlink(missing_ok=True)
+            if saved != student:
+                merged(work.models.student).save_pretrained(student)
+                work.tokenizer.save_pretrained(student)
+                settle(saved)
+            settle(student)
     return student
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from selkd.errors import InputError, RunError
+from selkd.files import saving
 from selkd.training.checkpoints import ScheduleKept
 from selkd.training.evaluation import EvaluatingTrainer
 from selkd.training.sampling import FilledSampler
@@ -115,7 +116,8 @@ class ResumingTrainer(EvaluatingTrainer):
             unseal(checkpoint)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with saving(checkpoint):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()

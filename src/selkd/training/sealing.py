@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from selkd.files import file_digest, is_temporary, sync, write_whole
+from selkd.files import file_digest, is_temporary, saving, settle, write_whole
 from selkd.training.checkpoints import random_states, stored_schedule
 
 DIGESTS = "digests.json"
@@ -21,9 +21,10 @@ def seal(checkpoint: Path) -> None:
     Raises:
         RunError: the operating system refused (disk full, …).
     """
+    with saving(checkpoint):
+        settle(checkpoint)
     digests = {}
     for path in sorted(checkpoint.rglob("*")):
-        sync(path)
         if path.is_file() and not is_temporary(path.name) and path.name not in (DIGESTS, _BEING_WRITTEN):
             digests[path.relative_to(checkpoint).as_posix()] = file_digest(path)
     write_whole(checkpoint / DIGESTS, json.dumps(digests, indent=1) + "\n")
