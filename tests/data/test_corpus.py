@@ -50,14 +50,28 @@ def manual_and_modules() -> tuple[list[str], list[str]]:
 
 
 def test_the_demo_starts_with_the_manual_less_nested_topics() -> None:
+    """Also one whose headings have other rules where it is nested, as ``attribute-access`` in ``specialnames``."""
     manual, _ = manual_and_modules()
-    whole = "".join(manual)
-    bodies = {name: text.strip().partition("\n\n")[2] for name, text in topics.items()}
+
+    def lines(text: str) -> str:
+        return "\n".join(line for line in text.splitlines() if not line or set(line) - set("*=-~^+'\""))
+
+    whole, plain = lines("".join(manual)), {name: lines(text) for name, text in topics.items()}
+    bodies = {name: text.strip().partition("\n\n")[2] for name, text in plain.items()}
     assert all(body in whole for body in bodies.values())
-    nested = [name for name in bodies if any(bodies[name] in topics[other] for other in topics if other != name)]
-    assert "with" in nested
-    assert len(whole) == sum(len(topics[name]) for name in topics if name not in nested)
+    nested = [name for name in bodies if any(bodies[name] in plain[other] for other in plain if other != name)]
+    assert {"with", "attribute-access", "naming", "try", "async"} <= set(nested)
+    assert len("".join(manual)) == sum(len(topics[name]) for name in topics if name not in nested)
     assert max(map(len, manual)) < 20_000
+
+
+@pytest.mark.parametrize("rule", ["", "====\n", "~~~~\n"])
+def test_a_topic_under_two_names_is_taken_once(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "A body.\n\nIts part\n{}\nMore of it.\n"
+    first, second = (f"Title {n}\n*******\n\n{body.format(line)}" for n, line in ((1, "====\n"), (2, rule)))
+    monkeypatch.setattr("selkd.data.demo_text.topics", {"b": second, "a": first, "c": "Other\n*****\n\nOther body.\n"})
+    monkeypatch.setattr("sys.stdlib_module_names", frozenset())
+    assert [text.split("\n")[0] for text in demo_documents()] == ["Title 1", "Other"]
 
 
 def test_the_demo_goes_on_with_one_document_a_module(monkeypatch: pytest.MonkeyPatch) -> None:

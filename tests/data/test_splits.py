@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +28,9 @@ WORDS = "the teacher shows each student where a careful answer begins and how it
 
 
 def document(number: int, words: int = 20) -> str:
-    return " ".join([str(number), *(WORDS[(number * 7 + place) % len(WORDS)] for place in range(words - 1))])
+    """The number, then words that no other document has in this order: what it shares with another is no copy."""
+    order = np.random.default_rng(number).integers(len(WORDS), size=words - 1)
+    return " ".join([str(number), *(WORDS[index] for index in order)])
 
 
 TEXTS = [document(number, 10 + number % 23) for number in range(200)]

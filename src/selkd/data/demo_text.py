@@ -1,6 +1,7 @@
 """The text that comes with every Python: the language's manual, then the standard library's docstrings."""
 
 import ast
+import re
 import sys
 import sysconfig
 import warnings
@@ -13,6 +14,7 @@ import xxhash
 from selkd.data.text_files import sections
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
+_HEADING_RULE = re.compile(r"^([^\w\s])\1+\n", re.MULTILINE)  # the line under a heading, which shows its level
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -20,20 +22,26 @@ def demo_documents() -> Iterator[str]:
     """The manual's topics by name, in sections of about 10,000 characters, then one document of docstrings a module.
 
     A topic that another topic contains (``with`` is a section of ``compound``) is left out, so that held-out text is
-    never training text. The text differs a little between Python versions. Modules are read with ``ast``, not imported.
+    never training text: its lines stand there, under headings of another level. The text differs a little between
+    Python versions. Modules are read with ``ast``, not imported.
     """
-    texts = [topics[name] for name in sorted(topics)]
-    for text in texts:
-        if not any(_body(text) in other for other in texts if other is not text):
-            yield from sections(text.splitlines(keepends=True))
+    for text in _without_nested([topics[name] for name in sorted(topics)]):
+        yield from sections(text.splitlines(keepends=True))
     for module, path in _stdlib_modules():
         if text := _docstrings(module, path.read_bytes()):
             yield text
 
 
-def _body(topic: str) -> str:
-    """A topic without its title and the line under it, whose level differs within another topic."""
-    return topic.strip().partition("\n\n")[2]
+def _without_nested(texts: list[str]) -> list[str]:
+    """The texts that no other contains, whatever the level of its headings; the first of those that are the same."""
+    plain = [_HEADING_RULE.sub("", text) for text in texts]
+    bodies = [text.strip().partition("\n\n")[2] for text in plain]  # without the title
+
+    def is_nested(inner: int) -> bool:
+        around = (outer for outer in range(len(texts)) if outer != inner and bodies[inner] in plain[outer])
+        return any(outer < inner or bodies[outer] not in plain[inner] for outer in around)
+
+    return [text for number, text in enumerate(texts) if not is_nested(number)]
 
 
 def demo_digest() -> str:

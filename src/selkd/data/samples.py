@@ -6,6 +6,7 @@ Legend: L tokens of a sample, n documents in it, N samples.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ FEATURES = Features(
     }
 )
 _ROWS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 2**19
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +109,18 @@ class Sample:
     def n_valid(self) -> int:
         """How many positions are valid: without a prompt, every token but the last of each document."""
         return int(self.valid_mask.sum())
+
+
+class TokenBlock(NamedTuple):
+    """The tokens of some samples laid end to end.
+
+    Attributes:
+        token_ids: int32 [n].
+        document_starts: int64: where each document begins; every sample begins one.
+    """
+
+    token_ids: np.ndarray
+    document_starts: np.ndarray
 
 
 def _int32(name: str, values: np.ndarray) -> np.ndarray:
@@ -200,6 +214,17 @@ class SampleDataset(TorchDataset[Sample]):
         """int64 [N]: valid positions of each sample."""
         return self._numbers("n_valid")
 
+    def token_blocks(self) -> Iterator[TokenBlock]:
+        """The tokens of all samples in row order, about half a million at a time."""
+        rows_at_once = _TOKENS_AT_ONCE // int(self.lengths.max(initial=1)) + 1
+        for table in self._tables("token_ids", "document_starts", rows_at_once=min(rows_at_once, _ROWS_AT_ONCE)):
+            for rows in table.to_batches():
+                tokens, starts = rows["token_ids"], rows["document_starts"]
+                sample_starts = np.cumsum([0, *pc.list_value_length(tokens).to_numpy()[:-1]])
+                n_documents = pc.list_value_length(starts).to_numpy()
+                document_starts = starts.flatten().to_numpy() + np.repeat(sample_starts, n_documents)
+                yield TokenBlock(tokens.flatten().to_numpy(), document_starts)
+
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """int64 [vocab_size]: how often each class occurs in the samples. Greater token ids are left out."""
         counts = np.zeros(vocab_size, np.int64)
@@ -216,5 +241,5 @@ class SampleDataset(TorchDataset[Sample]):
         parts = [(pc.list_value_length(values) if is_list else values).to_numpy() for values in columns]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
-    def _tables(self, column: str) -> Iterator[pa.Table]:
-        return self._rows.select_columns([column]).iter(batch_size=_ROWS_AT_ONCE)
+    def _tables(self, *columns: str, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[pa.Table]:
+        return self._rows.select_columns(list(columns)).iter(batch_size=rows_at_once)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from selkd.data.copies import COPY, NGRAM, Overlap, without_copies
 from selkd.data.corpus import Corpus, open_corpus
 from selkd.data.documents import Document, split_key
 from selkd.data.encoding import Encoder
@@ -24,7 +25,7 @@ from selkd.files import new_folder
 from selkd.interrupts import stop_if_asked
 from selkd.recipe.data import DataOptions
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _SAMPLES_AT_ONCE = 512
 _logger = logging.getLogger(__name__)
 
@@ -35,11 +36,12 @@ class Splits:
 
     Args:
         train: the training samples, in the text's order.
-        held_out: samples of documents whose content is in no training sample.
+        held_out: samples of documents that are no training documents, without copies of training text.
         fingerprint: 32 hex digits of everything that determines the samples.
         documents: the number of documents that were read for both splits together.
         train_tokens: the number of tokens in the training samples.
         misfits: how many documents are not in the samples, or only in part.
+        overlap: how much of the held-out samples stands in the training samples, and how many copies were dropped.
     """
 
     train: SampleDataset
@@ -48,6 +50,7 @@ class Splits:
     documents: int
     train_tokens: int
     misfits: Misfits
+    overlap: Overlap
 
 
 def load_splits(
@@ -58,11 +61,12 @@ def load_splits(
     Each text is tokenised with the tokenizer's own special tokens and ends with its end-of-sequence token if it has
     one; for prompts and conversations see ``encoding.Encoder``. A document is held out iff xxh3_64(its text or prompt)
     / 2^64 < ``held_out_fraction``, so a duplicate never lies in both splits. Reading stops once the training samples
-    fill ``data.tokens``, so held-out text comes from the same stretch of the corpus.
+    fill ``data.tokens``, so held-out text comes from the same stretch of the corpus. Held-out samples that are copies
+    of training text are dropped (see ``copies``).
 
     Raises:
-        InputError: there is no text, there are fewer tokens than one sample, the held-out split has no sample, stored
-            samples are damaged, or as ``corpus.open_corpus`` and ``Corpus.documents``.
+        InputError: there is no text, there are fewer tokens than one sample, the held-out split has no sample or copies
+            alone, stored samples are damaged, or as ``corpus.open_corpus`` and ``Corpus.documents``.
         RunError: the samples can't be written, or reading broke off.
     """
     corpus = open_corpus(options)
@@ -73,7 +77,9 @@ def load_splits(
         with new_folder(folder) as new:
             _write_splits(new, options, corpus, encoder)
     splits = _open(folder, fingerprint)
-    splits.misfits.warn(options.path, splits.documents, options.max_length)  # at every run, not only at the first
+    # At every run, not only at the first.
+    splits.misfits.warn(options.path, splits.documents, options.max_length)
+    splits.overlap.warn(options.path)
     # A budget is filled until another sample might not fit. If more is missing, the text was too short.
     if options.tokens is not None and splits.train_tokens <= options.tokens - options.max_length:
         _logger.warning(
@@ -137,22 +143,30 @@ def _write_splits(folder: Path, options: DataOptions, corpus: Corpus, encoder: E
             f"documents ({reading.held_out_documents} more were held out), fewer than one sample: data.max_length is "
             f"{options.max_length}, data.tokens is {options.tokens}. Give more text or lower data.max_length."
         )
-    n_held_out, _ = _write(
-        folder / "held_out.arrow", maker(reading.held_out), options.held_out_tokens, options.max_length
-    )
-    if n_held_out == 0 and options.held_out_fraction > 0:
+    held_out = list(_within(maker(reading.held_out), options.held_out_tokens, options.max_length))
+    if not held_out and options.held_out_fraction > 0:
         raise InputError(
             f"data.held_out_fraction: at {options.held_out_fraction}, {reading.held_out_documents} of "
             f"{reading.train_documents + reading.held_out_documents} documents were held out, "
             f"{reading.held_out_tokens} tokens, fewer than one sample of data.max_length = {options.max_length}. Raise "
             f"data.held_out_fraction, or data.tokens if given, or give more documents; 0 means no held-out split."
         )
+    training = _samples_in(folder / "train.arrow").token_blocks()
+    kept, overlap = without_copies(held_out, training, has_prompts=options.has_prompts)
+    if held_out and not kept:
+        raise InputError(
+            f"data.path: all {len(held_out)} held-out samples of {options.path} are copies of its training text (at "
+            f"least {COPY:.0%} of their tokens stand there in runs of {NGRAM} tokens), so nothing could be measured on "
+            "them. Remove repeated text, raise data.held_out_fraction, or set it to 0 for no held-out split."
+        )
+    _write(folder / "held_out.arrow", kept, None, options.max_length)
     summary = {
         "format": FORMAT_VERSION,
         "documents": reading.train_documents + reading.held_out_documents,
         "train_samples": n_train,
         "train_tokens": train_tokens,
-        "held_out_samples": n_held_out,
+        "held_out_samples": len(kept),
+        "overlap": asdict(overlap),
         **vars(misfits),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -183,14 +197,19 @@ def _within(samples: Iterable[Sample], budget: int | None, max_length: int) -> I
             return
 
 
+def _samples_in(path: Path) -> SampleDataset:
+    return SampleDataset(Dataset.from_file(str(path)))
+
+
 def _open(folder: Path, fingerprint: str) -> Splits:
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        train = SampleDataset(Dataset.from_file(str(folder / "train.arrow")))
-        held_out = SampleDataset(Dataset.from_file(str(folder / "held_out.arrow")))
+        train = _samples_in(folder / "train.arrow")
+        held_out = _samples_in(folder / "held_out.arrow")
         if (len(train), len(held_out)) != (summary["train_samples"], summary["held_out_samples"]):
             raise ValueError(f"{len(train)} and {len(held_out)} samples instead of those that the summary names")
         misfits = Misfits(summary["cut"], summary["too_long"], summary["unanswered"])
-        return Splits(train, held_out, fingerprint, summary["documents"], summary["train_tokens"], misfits)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        documents, train_tokens = summary["documents"], summary["train_tokens"]
+        return Splits(train, held_out, fingerprint, documents, train_tokens, misfits, Overlap(**summary["overlap"]))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise InputError(f"The tokenised text in {folder} is damaged ({error}). Move it away and run again.") from error

@@ -32,6 +32,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
                 "train_tokens": splits.train_tokens,
                 "train_positions": n_valid,
                 "held_out_samples": len(splits.held_out),
+                "held_out_overlap": splits.overlap.described(),
                 "cut_documents": splits.misfits.cut,
                 "prompts_too_long": splits.misfits.too_long,
                 "documents_without_target": splits.misfits.unanswered,
