@@ -1,3 +1,5 @@
+import copy
+import json
 import re
 import subprocess
 import sys
@@ -6,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_run import make_recipe, make_task
+from tiny_run import make_recipe, make_task, make_teacher
 from transformers import AutoModelForCausalLM
 
 from selkd import distill
@@ -53,6 +55,66 @@ def test_a_local_folder_is_no_base_model_and_its_path_stays_here(
         assert "base_model" not in front_matter(card)
         assert "distilled from `mine`" in card
         assert name not in card.split("## Recipe")[0]
+
+
+def test_no_key_shows_a_path_of_this_machine(record: dict[str, Any]) -> None:
+    """A path in every key of a recipe that may hold one, in the spellings of several systems."""
+    secrets = [
+        "/home/alice/secret/x",
+        "~/secret/x",
+        "../secret/x",
+        r"C:\\Users\\secret\\x",
+        "s3://secret/x",
+        "secret/deep/x/",
+    ]
+    for secret in secrets:
+        recipe = copy.deepcopy(record["recipe"])
+        recipe["teacher"]["model"] = recipe["data"]["path"] = secret
+        recipe["student"] = {
+            "model": secret,
+            "prune_from_teacher": None,
+            "lora": {"rank": 1, "alpha": 2, "target_modules": [secret]},
+        }
+        recipe["samples"] = {"metric": "student_entropy", "fraction": 0.2, "path": secret}
+        recipe["cache"] = {"path": secret}
+        recipe["evaluation"] = {"suite": ["paper"], "data": [secret, secret], "keep_best": None}
+        nested = {"fsdp_config": {"a": [secret], "b": {"c": secret}}, "accelerator_config": secret}
+        recipe["training"] = {"logging_dir": secret, "lr_scheduler_kwargs": nested, **nested, "report_to": [secret]}
+        record |= {"recipe": recipe, "teacher": {"model": secret}, "student": {"model": secret}}
+        record["data"]["path"] = secret
+        card = model_card(record)
+        assert "secret" not in card, card
+        shown = yaml.safe_load(card.split("```yaml\n")[1].split("\n```")[0])
+        assert shown["teacher"]["model"] == shown["training"]["fsdp_config"]["b"]["c"] == "x"
+        assert shown["data"]["path"] == "local files"
+        assert shown["evaluation"]["data"] == ["local files", "local files"]
+        assert "of local files." in card
+
+
+def test_what_is_no_path_is_shown_as_it_is(record: dict[str, Any]) -> None:
+    record["recipe"]["hub"] = {"repo": "me/student", "private": True}
+    record["recipe"]["data"] |= {"path": "openai/gsm8k", "template": "a/b {prompt}\\n/c {completion}"}
+    record["recipe"]["teacher"]["model"] = "Qwen/Qwen3-8B"
+    shown = yaml.safe_load(model_card(record).split("```yaml\n")[1].split("\n```")[0])
+    assert shown == record["recipe"]
+
+
+@pytest.mark.parametrize("is_pruned", [True, False])
+def test_the_folder_that_is_pushed_names_no_place(is_pruned: bool, tmp_path: Path) -> None:
+    """Also where the models' files have one, as older versions of Transformers wrote it."""
+    recipe = make_recipe(tmp_path, cache=None, classes={"sampler": "all"}, samples=None)
+    own = make_teacher(tmp_path / "own", seed=4)
+    if not is_pruned:
+        recipe["student"] = {"model": str(own)}
+    for folder in (tmp_path / "teacher", own):
+        for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+            content = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({**content, key: str(folder)}))
+    recipe["training"]["max_steps"] = 1
+    student = distill(recipe, tmp_path / "run").student
+    files = [path for path in student.rglob("*") if path.is_file()]
+    assert {"config.json", "tokenizer_config.json", "README.md", "model.safetensors"} <= {path.name for path in files}
+    assert not [path.name for path in files if str(tmp_path).encode() in path.read_bytes()]
 
 
 def test_hostile_names_stay_text(record: dict[str, Any]) -> None:
@@ -125,7 +187,7 @@ def test_a_run_with_adapters_at_its_own_answers_says_so(tmp_path: Path) -> None:
     assert run.record["student"]["parameters"] == saved.num_parameters()
     assert "adapters (LoRA) of rank 4, alpha 8, on q\\_proj, v\\_proj, 896 parameters; they are merged" in card
     assert (
-        "- Data: prompts of task.jsonl, 50% answered by the student itself, the others with the data’s own answers."
+        "- Data: prompts of local files, 50% answered by the student itself, the others with the data’s own answers."
         in card
     )
     assert (

@@ -1,6 +1,5 @@
 """Writes the student's model card as the Hugging Face hub reads it: YAML front matter, then Markdown."""
 
-import copy
 import re
 from functools import partial
 from pathlib import Path
@@ -14,14 +13,17 @@ from selkd.reporting.measures import closeness
 from selkd.reporting.rendering import render
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PATHS = (("teacher", "model"), ("student", "model"), ("data", "path"), ("samples", "path"), ("cache", "path"))
+# Keys whose text is no place, whatever characters it has, and keys of the user's own text.
+_NO_PATHS = (("data", "template"), ("hub", "repo"))
+_OWN_DATA = (("data", "path"), ("evaluation", "data"))
 
 
 def model_card(record: dict[str, Any]) -> str:
     """Write the student's README.md from a run's record.json.
 
-    The card names a base model and a data set only if they are ids of the hub; of a path on this machine it shows the
-    last part. It claims no licence, as the base model's holds. It leaves out what is not known.
+    The card names a base model and a data set only if they are ids of the hub. It shows no path of this machine: of a
+    model the folder's name, and of data that it is local. It claims no licence, as the base model's holds. It leaves
+    out what is not known.
     """
     # The student began with its own model's weights or with those of the teacher that it was cut from.
     pruned = dig(record, "student", "pruned_from_teacher") is not None
@@ -32,13 +34,14 @@ def model_card(record: dict[str, Any]) -> str:
     if (data_id := _hub_id(dig(record, "recipe", "data", "path"))) is not None:
         front["datasets"] = [data_id]
     front["tags"] = ["selkd", "knowledge-distillation", "selective-knowledge-distillation"]
-    recipe_yaml = _yaml(_portable(record["recipe"])).strip()
+    recipe = _portable(record["recipe"])
+    recipe_yaml = _yaml(recipe).strip()
     # A fence longer than any run of backticks in it can't be closed from within.
     longest = max((len(run) for run in re.findall(r"`+", recipe_yaml)), default=0)
     return render(
         "card.md.j2",
         front_matter=_yaml(front),
-        get=partial(dig, record),
+        get=partial(dig, {**record, "recipe": recipe}),
         words=words,
         base=base,
         figures=[row for row in closeness(record) if row.after is not None],
@@ -57,9 +60,19 @@ def _hub_id(name: str | None) -> str | None:
 
 
 def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Shorten each local path of the recipe to its last part: a folder of this machine means nothing elsewhere."""
-    recipe = copy.deepcopy(recipe)
-    for part, key in _PATHS:
-        if isinstance(value := dig(recipe, part, key), str) and value != "demo" and _hub_id(value) is None:
-            recipe[part][key] = Path(value).name
-    return recipe
+    """The recipe without places of this machine, which mean nothing elsewhere and are nobody's business."""
+    return {key: _without_places(value, (key,)) for key, value in recipe.items()}
+
+
+def _without_places(value: Any, key: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_places(inner, (*key, str(name))) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner, key) for inner in value]
+    if not isinstance(value, str) or key in _NO_PATHS or value == "demo":
+        return value
+    if key in _OWN_DATA:
+        return value if _hub_id(value) is not None else words.LOCAL_FILES
+    if key[-1] == "model" and _hub_id(value) is not None:
+        return value
+    return words.last_part(value)

@@ -1,7 +1,7 @@
 """Says in plain English what a run did, for the page and the model card."""
 
+import re
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from selkd.plugins import Criterion, Metric, Policy, Sampler
@@ -9,6 +9,7 @@ from selkd.reporting import formats
 from selkd.reporting.formats import dig
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LOCAL_FILES = "local files"
 
 
 def metric(name: str | None) -> str:
@@ -31,7 +32,12 @@ def model(name: str | None) -> str:
     """A model's name without its owner or its folders."""
     if name is None:
         return formats.DASH
-    return PurePath(DEMO_MODEL if name == "demo" else name).name or name
+    return last_part(DEMO_MODEL if name == "demo" else name)
+
+
+def last_part(place: str) -> str:
+    """The last part of a path or an address, in the spelling of any system; any other text as it is."""
+    return re.split(r"[/\\]", place.rstrip("/\\"))[-1] or place
 
 
 def fraction(value: Any) -> str:
