@@ -93,20 +93,47 @@ def test_two_processes_go_on_in_every_epoch(strategy: str, cases: list[str], tmp
 
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_samples_or_is_refused(tmp_path: Path) -> None:
-    """One process that takes two micro-batches a step sees what two processes see that take one."""
-    job = {"cases": ["top_k"]}
-    run(tmp_path, job | {"folder": "straight"}, job | {"folder": "killed", "kill_step": 3})
-    folder = tmp_path / "killed" / "top_k"
-    one = make_trainer("top_k", folder, tmp_path, save_steps=100)
-    with pytest.raises(InputError, match=r"samples_per_step = 4, this one 2: .* set per_device_train_batch_size and"):
-        one.train(resume_from_checkpoint=True)
-    one = make_trainer("top_k", folder, tmp_path, save_steps=1, gradient_accumulation_steps=2)
-    one.train(resume_from_checkpoint=True)
+    """One process that takes four micro-batches a step sees what two processes see that take two each, or one of two.
+
+    Seven samples in micro-batches of one, or two: the last step of an epoch is a part of one.
+    """
+    cases = ["top_k", "gls", "random", "cached", "on-policy"]
+    ways: dict[str, dict[str, Any]] = {  # four samples a step each
+        "two": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        "one": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        "one, pairs": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    }
+    job = {"cases": cases, "changes": ways["two"]}
+    killed_by_two = [job | {"folder": way, "kill_step": 3} for way in ("one", "one, pairs")]
+    run(tmp_path, job | {"folder": "straight"}, *killed_by_two, {**killed_by_two[0], "cases": ["dropout"]})
+    for case in cases:
+        killed = make_trainer(case, tmp_path / "killed by one" / case, tmp_path, **ways["one"], save_steps=1)
+        kill_at(killed, 3, "step")
+        with pytest.raises(Killed):
+            killed.train()
+    run(tmp_path, job | {"folder": "killed by one"})
+
+    for case in cases:
+        expected, found = found_by("straight", case, tmp_path), {"two": found_by("killed by one", case, tmp_path)}
+        for way in ("one", "one, pairs"):
+            one = make_trainer(case, tmp_path / way / case, tmp_path, save_steps=1, **ways[way])
+            one.train(resume_from_checkpoint=True)
+            found[way] = result_of(one)
+        for way, answer in found.items():
+            for name, value in expected["student"].items():  # up to the order of sums
+                torch.testing.assert_close(answer["student"][name], value, rtol=0, atol=2e-5, msg=f"{case}, {way}")
+            padded = {"teacher_tokens": answer["totals"]["teacher_tokens"]}  # as far as micro-batches are padded
+            assert answer["totals"] == expected["totals"] | padded, (case, way)
+
+    folder = tmp_path / "one" / "top_k"
     assert last_complete_checkpoint(folder) == folder / "checkpoint-6", "its own checkpoints are one process's"
-    found, expected = result_of(one), found_by("straight", "top_k", tmp_path)
-    for name, value in expected["student"].items():  # up to the order of sums
-        torch.testing.assert_close(found["student"][name], value, rtol=0, atol=2e-5)
-    assert found["totals"] == expected["totals"] | {"teacher_tokens": found["totals"]["teacher_tokens"]}
+    with pytest.raises(InputError, match=r"samples_per_step = 4, this one 2: .* set per_device_train_batch_size and"):
+        make_trainer("top_k", folder, tmp_path).train(resume_from_checkpoint=True)
+    # The two processes drew their dropout for micro-batches of their own.
+    with pytest.raises(InputError, match=r"its training has cut = .*'processes': 2.*, this one .*'processes': 1"):
+        make_trainer("dropout", tmp_path / "one" / "dropout", tmp_path, **ways["one"]).train(
+            resume_from_checkpoint=True
+        )
 
 
 @pytest.mark.parametrize(
