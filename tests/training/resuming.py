@@ -1,8 +1,8 @@
 """Trainings that are killed and go on, for tests in this process and, as a script, for each of several.
 
 As a script, started by torchrun: ``resuming.py OUT JOBS_JSON``. A job trains ``cases`` into ``folder``, with
-``changes`` of arguments, under FSDP2 if ``sharded``; each ends before the update of ``kill_step``, and the process by
-``signal``.
+``changes`` of arguments, under FSDP2 with the configuration ``sharded``; each ends before the update of ``kill_step``,
+and the process by ``signal``.
 """
 
 import json
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from tiny import V, make_arguments, make_model, make_prompts, make_samples, make_tokenizer
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from selkd import DistillTrainer, TeacherCache
 from selkd.data.samples import SampleDataset
@@ -88,11 +89,17 @@ def make_trainer(case: str, out: Path, shared: Path, **changes: Any) -> DistillT
         live = LiveTeacher(make_model(0, layers=3), drawn, 1.0, 11, V)
         build_cache(shared / "cache", fingerprint, samples, lambda: live, 1)
         teacher = TeacherCache.open(shared / "cache")
+    if (replicas := options.pop("replicas", None)) is not None:
+        shards = int(os.environ["WORLD_SIZE"]) // replicas
+        options["parallelism_config"] = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
     arguments = make_arguments(out, **options)
     if arguments.fsdp:  # Accelerate shards on accelerators only; FSDP2 itself runs on CPUs, too
         arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return DistillTrainer(student, teacher, arguments, samples, processing_class=make_tokenizer())
+    trainer = DistillTrainer(student, teacher, arguments, samples, processing_class=make_tokenizer())
+    if arguments.fsdp and trainer.accelerator.state.fsdp_plugin.cpu_offload:
+        trainer.accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # an accelerator pins
+    return trainer
 
 
 class Killed(BaseException):
@@ -156,9 +163,9 @@ def kill_seed() -> int:
 def _train_all(out: Path, job: dict[str, Any]) -> Iterator[tuple[str, DistillTrainer]]:
     """The trainings of a job, one after another; those that are killed give nothing."""
     changes = {"ddp_backend": "gloo", "save_steps": 1, **job.get("changes", {})}
-    if job.get("sharded"):
+    if "sharded" in job:
         layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        changes |= {"fsdp": "full_shard", "fsdp_config": layers}
+        changes |= {"fsdp": "full_shard", "fsdp_config": layers | job["sharded"]}
     for case in job["cases"]:
         trainer = make_trainer(case, out / job["folder"] / case, out, **changes)
         if "kill_step" in job:
@@ -176,6 +183,8 @@ if __name__ == "__main__":
     for job in json.loads(sys.argv[2]):
         for name, done in _train_all(folder, job):
             found = result_of(done)
+            if "sharded" in job:
+                done.save_model(str(folder / f"{job['folder']} {name}, saved"))
             if done.is_world_process_zero():
                 save_file(found.pop("student"), folder / f"{job['folder']} {name}.safetensors")
                 (folder / f"{job['folder']} {name}.json").write_text(json.dumps(found))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, ParallelismConfig, PartialState
 from bench import Bench, digest, put_back  # noqa: F401  a fixture
 from tiny import make_model, make_samples, make_tokenizer
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
@@ -555,7 +555,7 @@ REFUSED = {
     "use_liger_kernel": True,
     "liger_kernel_config": {"rope": True},
     "deepspeed": {"zero_optimization": {"stage": 2}},
-    "parallelism_config": SimpleNamespace(tp_size=2),
+    "parallelism_config": ParallelismConfig(tp_size=2),
     "use_cache": True,
     "label_smoothing_factor": 0.1,
     "average_tokens_across_devices": False,

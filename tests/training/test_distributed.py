@@ -14,8 +14,18 @@ from tiny import make_samples
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-def torchrun(*arguments: str, timeout_seconds: int = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node"],
+    # `--multi_gpu` starts processes as for accelerators; which device they take is theirs to say.
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+                   "--dynamo_backend", "no", "--num_processes"],
+}  # fmt: skip
+
+
+def torchrun(
+    *arguments: str, processes: int = 2, launcher: str = "torchrun", timeout_seconds: int = 300
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(processes), *arguments]
     paths = [str(WORKER.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(

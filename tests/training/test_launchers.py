@@ -73,8 +73,53 @@ def test_a_launcher_that_compiles_is_refused_at_once_and_by_what_accelerate_beca
         DistillTrainer(make_model(1), make_model(0), arguments, make_samples(4), processing_class=make_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"TP_SIZE": "2"}, "tp_size = 2 can't be honoured: tensor parallelism splits the head"),
+        ({"CP_SIZE": "2"}, "cp_size = 2 can't be honoured: context parallelism splits a sample"),
+        ({"SP_SIZE": "2"}, "sp_size = 2 can't be honoured: sequence parallelism splits a sample"),
+        ({"DP_REPLICATE_SIZE": "2"}, "shards nothing"),
+        ({"DP_REPLICATE_SIZE": "2", "DP_SHARD_SIZE": "2"}, "times dp_shard_size = 2 is 4, and there are 1 processes"),
+        ({"DP_SHARD_SIZE": "0"}, "dp_shard_size must be at least 1, but got 0"),
+    ],
+)
+def test_a_mesh_of_processes_splits_samples_and_weights_and_nothing_else(
+    sizes: dict[str, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    for name, size in sizes.items():
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}", size)
+    if "DP_SHARD_SIZE" in sizes:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(InputError, match=f"ACCELERATE_USE_PARALLELISM_CONFIG: .*{told}"):
+        make_arguments(tmp_path)
+
+
+def test_the_first_fsdp_and_its_state_dict_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"fsdp_config\.version: 1 can't be honoured"):
+        make_arguments(tmp_path, fsdp=True, fsdp_config={"version": 1})
+    with pytest.raises(InputError, match="state_dict_type: FSDP2 has no LOCAL_STATE_DICT"):
+        make_arguments(tmp_path, fsdp=True, fsdp_config={"state_dict_type": "LOCAL_STATE_DICT"})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"fsdp_config\.version: 1 can't be honoured"):
+        make_arguments(tmp_path)  # what Accelerate's launcher takes where nothing is said
+
+
+@pytest.mark.parametrize("name", ["model", "teacher"])
+def test_a_model_that_was_split_while_loading_is_refused(name: str, tmp_path: Path) -> None:
+    models = {"model": make_model(1), "teacher": make_model(0)}
+    models[name]._is_distributed_loading_by_transformers = True
+    with pytest.raises(InputError, match=f"^{name}: it was loaded in parts over several processes"):
+        DistillTrainer(
+            **models, args=make_arguments(tmp_path), train_dataset=make_samples(4), processing_class=make_tokenizer()
+        )
+
+
 def test_sharding_that_would_shard_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "1")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(InputError, match="fsdp: Accelerate shards a student over several processes on accelerators"):
         Bench(tmp_path, monkeypatch).trainer()
 
@@ -148,6 +193,7 @@ def test_a_launcher_that_shards_an_answering_student_is_refused(
 ) -> None:
     assert not make_arguments(tmp_path).is_sharded
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     assert make_arguments(tmp_path).is_sharded
     with pytest.raises(InputError, match="on_policy: a student sharded by FSDP does not generate"):
         make_arguments(tmp_path, **ON_POLICY)
@@ -169,6 +215,7 @@ def test_a_recipe_that_a_launcher_shards_is_refused_what_shards_can_not_do(
     work.state = SimpleNamespace(num_processes=2)
     assert not work.arguments.is_sharded
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     work = workspace(tmp_path, **changes)
     work.state = SimpleNamespace(num_processes=2)
     with pytest.raises(InputError, match=named):
@@ -179,6 +226,7 @@ def test_a_recipe_whose_answering_student_a_launcher_shards_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     task = make_task(tmp_path, packing=False)
     recipe = {"data": task, "on_policy": {"max_new_tokens": 4}, "samples": None, "cache": None, "classes": {}}
     with pytest.raises(InputError, match="on_policy: a student sharded by FSDP does not generate"):
@@ -187,5 +235,6 @@ def test_a_recipe_whose_answering_student_a_launcher_shards_is_refused(
 
 def test_one_process_that_a_launcher_shards_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(InputError, match=r"training\.fsdp: shards over several processes, and this is one"):
         workspace(tmp_path).check()

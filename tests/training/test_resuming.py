@@ -62,9 +62,9 @@ def found_by(folder: str, case: str, tmp_path: Path) -> dict[str, Any]:
     return left | {"student": load_file(tmp_path / f"{folder} {case}.safetensors")}
 
 
-def run(tmp_path: Path, *jobs: dict[str, Any]) -> int:
-    """``resuming.py`` in two processes; its exit code."""
-    done = torchrun(str(WORKER.with_name("resuming.py")), str(tmp_path), json.dumps(jobs))
+def run(tmp_path: Path, *jobs: dict[str, Any], **launched: Any) -> int:
+    """``resuming.py`` in two processes, or as ``launched`` says; its exit code."""
+    done = torchrun(str(WORKER.with_name("resuming.py")), str(tmp_path), json.dumps(jobs), **launched)
     if not any("signal" in job for job in jobs):
         assert done.returncode == 0, done.stderr[-3000:]
     return done.returncode
@@ -80,7 +80,9 @@ def run(tmp_path: Path, *jobs: dict[str, Any]) -> int:
 )
 def test_two_processes_go_on_in_every_epoch(strategy: str, cases: list[str], tmp_path: Path) -> None:
     """Killed within the second and within the third epoch of four steps each, whose orders are not the first one's."""
-    job = {"cases": cases, "sharded": strategy == "fsdp2", "changes": {"per_device_train_batch_size": 1}}
+    job: dict[str, Any] = {"cases": cases, "changes": {"per_device_train_batch_size": 1}}
+    if strategy == "fsdp2":
+        job["sharded"] = {}
     straight, killed = job | {"folder": "straight"}, job | {"folder": "killed"}
     chosen = random.Random(kill_seed())
     run(tmp_path, straight, killed | {"kill_step": chosen.choice((5, 6, 7))})

@@ -19,13 +19,13 @@ from selkd.recipe.models import check_device
 from selkd.recipe.part import Part, parse_part
 from selkd.recipe.training import check_accelerator, check_supported
 from selkd.training.objective import Objective
+from selkd.training.splitting import is_sharded, require_supported_split
 
 # What ``accelerate launch`` sets to split the student in another way than by data-parallel ranks or FSDP -> the reason
 # why selkd refuses it.
 _LAUNCHERS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: the loss reads the whole head, which ZeRO splits; use FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: it splits the head, which the loss reads whole; use FSDP",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism: samples are spread over data-parallel ranks",
 }
 # The recipe's parts that are arguments of a training, too.
 PARTS: dict[str, type[Part]] = {
@@ -121,6 +121,7 @@ class DistillArguments(TrainingArguments):
             check_combination(self.criterion, self.positions, self.classes, self.on_policy, self.data)
             if self.is_sharded:
                 check_sharded(self.on_policy, has_adapters=False)  # the trainer checks again when it has the model
+        require_supported_split(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As ``TrainingArguments.to_dict``, with the parts as plain data, for logging and storing."""
@@ -139,7 +140,7 @@ class DistillArguments(TrainingArguments):
     @property
     def is_sharded(self) -> bool:
         """Whether these arguments or the launcher ask FSDP to shard the student."""
-        return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        return is_sharded(self)
 
     @property
     def compute_dtype(self) -> torch.dtype:

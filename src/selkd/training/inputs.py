@@ -20,6 +20,7 @@ from selkd.teacher.live import LiveTeacher
 from selkd.teacher.targets import Teacher
 from selkd.training.arguments import DistillArguments
 from selkd.training.sampling import FilledDataset
+from selkd.training.splitting import require_whole
 
 
 def require_parameters(args: DistillArguments, teacher: Any, tokenizer: Any, others: Mapping[str, Any]) -> None:
@@ -57,6 +58,7 @@ def require_trainable(student: PreTrainedModel, teacher: PreTrainedModel | Teach
             "model: its adapter learns a prompt (prefix or prompt tuning), which moves every position of the text. "
             "Take adapters of layers (LoRA, IA3)."
         )
+    require_whole(student, "model")
     devices = set((getattr(student, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
         raise InputError(
@@ -157,6 +159,7 @@ def as_teacher(teacher: PreTrainedModel | TeacherCache, args: DistillArguments, 
                     f"say {value!r}. Set it to the cache's, or build another cache."
                 )
         return CachedTeacher(teacher)
+    require_whole(teacher, "teacher")
     teacher.eval().requires_grad_(False)
     teacher = _on_device(teacher, args)
     check_head(teacher)
