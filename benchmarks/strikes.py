@@ -1,8 +1,8 @@
 """Ends a process at one of its writes: what ``benchmarks/kills.py`` puts under a run.
 
 Each call that changes the disk below a folder has windows, which are numbered as they come: before it and after it, and
-for a file's writing also "torn", with half of what was written on disk, which is what a kill in the middle leaves. At
-the window of a given number the process sends itself a signal.
+for a file's writing also "torn", with half of what was written on disk, which is what a kill in the middle leaves (what
+was synced is never torn). At the window of a given number the process sends itself a signal.
 
 Watched are Python's own calls (open for writing, close, fsync, rename, mkdir, unlink, rmdir) and the writers that go
 around them: safetensors, ``torch.save`` and pyarrow's files.
@@ -69,6 +69,7 @@ class Watch:
     signal_number: int = signal.SIGKILL
     seen: list[Window] = field(default_factory=list)
     _lock: Any = field(default_factory=threading.RLock)
+    _unsynced: dict[int, Callable[[], None]] = field(default_factory=dict)  # open files: what tears each of them
 
     def window(self, call: str, name: str, phase: str, tear: Callable[[], None] | None = None) -> None:
         """Pass a window; ``tear`` cuts the file, for a kill alone: a process that goes on has no half a file."""
@@ -112,6 +113,8 @@ class Watch:
             name = self.name_of(target, options.get("dir_fd"))
             if name is None:
                 return original(path, *args, **options)
+            if call == "fsync" and path in self._unsynced:
+                self.window("write", name, "torn", self._unsynced.pop(path))
             self.window(shown, name, "before")
             found = original(path, *args, **options)
             self.window(shown, name, "after")
@@ -135,6 +138,7 @@ class Watch:
                 return raw
             buffer = watch._closing(io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
             buffer.window_name, buffer.begin = name, raw.tell()
+            watch._unsynced[raw.fileno()] = buffer.tear
             return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline, buffering == 1)
 
         def watched_os_open(path: Any, flags: int, *args: Any, **options: Any) -> int:
@@ -156,7 +160,7 @@ class Watch:
         watch = self
 
         class Closing(kind):  # type: ignore[misc]
-            """A buffered file with windows before it is closed and, with half of its content, torn."""
+            """A buffered file with windows when it is closed: torn, if it was not synced before, and after."""
 
             window_name: str
             begin: int
@@ -164,11 +168,12 @@ class Watch:
             def close(self) -> None:
                 if not self.closed:
                     self.flush()
-                    watch.window("close", self.window_name, "torn", self._tear)
+                    if watch._unsynced.pop(self.fileno(), None) is not None:
+                        watch.window("write", self.window_name, "torn", self.tear)
                     super().close()
                     watch.window("close", self.window_name, "after")
 
-            def _tear(self) -> None:
+            def tear(self) -> None:
                 end = os.fstat(self.fileno()).st_size
                 os.ftruncate(self.fileno(), self.begin + (end - self.begin) // 2)
 
