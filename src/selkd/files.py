@@ -181,6 +181,12 @@ def remove_temporaries(folder: Path) -> None:
     _remove_left_folders(folder)
 
 
+def remove_temporaries_below(folder: Path) -> None:
+    """``remove_temporaries`` of a folder and of those inside it, two deep, as runs and selkd's cache folder are."""
+    for inside in (folder, *folder.glob("*/"), *folder.glob("*/*/")):
+        remove_temporaries(inside)
+
+
 def _new_temporary(path: Path) -> BinaryIO:
     """A new locked file beside ``path``; the lock ends with the process, however it ends, and tells remains apart.
 

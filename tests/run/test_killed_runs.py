@@ -13,6 +13,9 @@ from tiny_run import make_recipe
 
 from selkd import distill
 from selkd.cache.writer import CacheWriter
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+from selkd.run.pipeline import score_only
 from selkd.selection.samples import SampleScores
 from selkd.teacher import build_cache
 
@@ -88,3 +91,21 @@ def test_a_student_is_cut_once_on_a_machine_and_counted_in_every_run(tmp_path: P
     first, second = (distill(recipe, tmp_path / name).record["teacher_tokens"] for name in ("first", "second"))
     assert first["prune"] > 0
     assert first == second
+
+
+def test_what_killed_processes_left_goes_when_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "shared"))
+    recipe = make_recipe(tmp_path, evaluation={"suite": []}, cache=None)
+    score_only(parse_part(Recipe, recipe), tmp_path / "run")
+    tail = "0123456789abcdef.tmp"
+    left = [f"run/{name}.{tail}" for name in ("record.json", "selection/samples.parquet", "student/README.md")]
+    left += [f"shared/fingerprints/a.json.{tail}", f"shared/students/.a.{tail}/lock", f"run/.best_student.{tail}/lock"]
+    others = [
+        tmp_path / name for name in ("run/notes.tmp", f"shared/students/.a.{tail}b/lock", f"shared/b/c/d/e.{tail}")
+    ]
+    for path in (*(tmp_path / name for name in left), *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    distill(recipe, tmp_path / "run")
+    assert [name for name in left if (tmp_path / name).exists()] == []
+    assert all(path.exists() for path in others)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from selkd.errors import RunError
-from selkd.files import RECIPE, write_whole
+from selkd.files import RECIPE, remove_temporaries_below, write_whole
 from selkd.models.loading import load_model
 from selkd.models.pair import ModelPair
 from selkd.models.sources import locate
@@ -104,6 +104,9 @@ def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> Iterator
         if pushes and not run.record.get("hub"):
             require_login()
         work.state.wait_for_everyone()  # all have read the folder before the main process writes
+        if work.state.is_main_process:
+            for folder in (path, work.cache_dir):
+                remove_temporaries_below(folder)
         prepare(work, run)
         yield work, run
 
