@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,9 +27,12 @@ class View:
     width: int
     console: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # those that the page's own policy stopped
     overflow: int = 0
     smallest_text: float = 0.0
     background: str = ""
+    text: str = ""
+    title: str = ""
     png: bytes = b""
 
 
@@ -39,9 +43,14 @@ _SMALLEST = """() => Math.min(...[...document.querySelectorAll('svg text')].map(
 }))"""
 
 
+def _note_refused(request: Any, view: View) -> None:
+    if request.failure in ("csp", "net::ERR_BLOCKED_BY_CSP"):
+        view.refused.append(request.url)
+
+
 @contextmanager
-def views(page: Path, *settings: tuple[int, str]) -> Iterator[list[View]]:
-    """The page at each (width, "light" or "dark")."""
+def views(page: Path, *settings: tuple[int, str], scripts: bool = True) -> Iterator[list[View]]:
+    """The page at each (width, "light" or "dark"); ``scripts``: whether the browser would run its scripts."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -50,15 +59,20 @@ def views(page: Path, *settings: tuple[int, str]) -> Iterator[list[View]]:
         try:
             found = []
             for width, scheme in settings:
-                context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+                context = browser.new_context(
+                    viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=scripts
+                )
                 tab, view = context.new_page(), View(width)
                 tab.on("console", lambda message, view=view: view.console.append(message.text))
                 tab.on("pageerror", lambda error, view=view: view.console.append(str(error)))
                 tab.on("request", lambda request, view=view: view.requests.append(request.url))
+                tab.on("requestfailed", lambda request, view=view: _note_refused(request, view))
                 tab.goto(page.as_uri())
                 view.overflow = tab.evaluate("document.documentElement.scrollWidth - innerWidth")
                 view.smallest_text = tab.evaluate(_SMALLEST)
                 view.background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+                view.title = tab.title()
+                view.text = tab.inner_text("body")
                 view.png = tab.screenshot(full_page=True)
                 found.append(view)
                 context.close()

@@ -14,9 +14,23 @@ from selkd.reporting.comparison import compare
 from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.page import write_page
 
+# What a page must not do, should any of it get in: it would show in the title, or as a request.
+INJECTED = """<base href="https://example.org/"><script>document.title = "ran"</script>
+<img src="https://example.org/x.png" onerror="document.title = 'ran'"><iframe src="https://example.org/"></iframe>
+<link rel="stylesheet" href="https://example.org/x.css"><style>@import "https://example.org/y.css";</style>
+<style>body { background-image: url(https://example.org/z.png) }</style>
+<form action="https://example.org/"><input name="a"></form><script>document.forms[0].submit()</script>"""
+
 
 def check(page: Path) -> list[View]:
     """What every page of ours must be."""
+    with views(page, (DESKTOP, "light"), scripts=False) as without:
+        pass
+    (injected := page.with_name("injected.html")).write_text(page.read_text().replace("<main>", f"<main>{INJECTED}", 1))
+    with views(injected, (DESKTOP, "light")) as attacked:
+        assert sorted(attacked[0].requests) == sorted([injected.as_uri(), *attacked[0].refused])
+        assert len(attacked[0].refused) >= 4
+        assert attacked[0].title != "ran"
     with views(page, (DESKTOP, "light"), (PHONE, "dark")) as found:
         for view in found:
             assert view.console == []
@@ -26,6 +40,7 @@ def check(page: Path) -> list[View]:
             width, height = struct.unpack(">II", view.png[16:24])
             assert (width, height > 1500) == (view.width, True)
         assert found[0].background != found[1].background
+        assert (found[0].text, found[0].png) == (without[0].text, without[0].png)
         return found
 
 
