@@ -66,7 +66,7 @@ def test_a_part_that_changed_is_not_taken_for_the_one_that_began(
     distill(recipe, tmp_path / "run")
     assert distill(recipe, tmp_path / "run").record["own_parts"].keys() == {"metric"}
     module.write_text(code + "# another\n")
-    with pytest.raises(InputError, match="the source of this recipe's own metric changed since the run began"):
+    with pytest.raises(InputError, match="other inputs than those that the run began with: own_metric: then"):
         distill(recipe, tmp_path / "run")
 
 

@@ -5,10 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 from made_run import TEXT, demo_metrics, demo_record, example, write_run
+
+from selkd.selection.samples import SampleScores
 
 
 @pytest.fixture
@@ -25,8 +26,7 @@ def run_dir(tmp_path: Path, record: dict[str, Any]) -> Path:
     scores = [3.0 + 0.5 * math.sin(0.37 * i) + 0.6 * math.sin(1.9 * i) ** 3 + 0.2 * math.cos(5 * i) for i in range(417)]
     cut = sorted(scores)[-84]
     ids, kept = [f"{i:032x}" for i in range(417)], [score >= cut for score in scores]
-    table = pa.table({"sample_id": ids, "score": scores, "kept": kept})
-    pq.write_table(table, folder / "selection" / "samples.parquet")
+    SampleScores(ids, np.array(scores), {}, np.array(kept)).write(folder / "selection" / "samples.parquet")
     halves = TEXT.partition("If a target")
     samples = [example(halves[0], ids[3]), example(halves[1] + halves[2], ids[7])]
     (folder / "selection" / "examples.json").write_text(json.dumps({"metric": "student_entropy", "samples": samples}))

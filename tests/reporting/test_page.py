@@ -247,7 +247,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         ("record.json", "[]", r"record\.json: expected a JSON object, found list"),
         ("metrics.jsonl", '{"step": 1, "loss": 2}\n{"step": 2, "lo\n', r"metrics\.jsonl, line 2: expected JSON"),
         ("metrics.jsonl", '{"loss": 2}\n', r'metrics\.jsonl, line 1: expected an object with a whole "step"'),
-        ("selection/samples.parquet", "text", r"samples\.parquet: expected a Parquet table"),
+        ("selection/samples.parquet", "text", r"samples\.parquet: not a whole file of sample scores"),
         (
             "selection/overlap.json",
             '{"positions": {"metrics": ["a"], "overlap": [[1, 2]]}}',

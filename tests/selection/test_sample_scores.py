@@ -28,8 +28,9 @@ def test_a_score_that_is_not_finite_is_refused() -> None:
 
 def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
     path = tmp_path / "selection" / "samples.parquet"
-    scores = SampleScores(["00" * 16, "ff" * 16], np.array([0.25, 1 / 3]), {"metric": "student_entropy", "data": "d"})
-    scores.write(path, np.array([1]))
+    fingerprint = {"metric": "student_entropy", "data": "d"}
+    scores = SampleScores(["00" * 16, "ff" * 16], np.array([0.25, 1 / 3]), fingerprint, np.array([False, True]))
+    scores.write(path)
     back = SampleScores.read(path, {"metric": "student_entropy", "data": "d"})
     assert back.sample_ids == scores.sample_ids
     assert np.array_equal(back.scores, scores.scores)
@@ -39,7 +40,8 @@ def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
 
 def test_scores_of_something_else_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "samples.parquet"
-    SampleScores(["00" * 16], np.array([1.0]), {"metric": "student_entropy", "data": "old"}).write(path, np.array([0]))
+    fingerprint = {"metric": "student_entropy", "data": "old"}
+    SampleScores(["00" * 16], np.array([1.0]), fingerprint, np.array([True])).write(path)
     with pytest.raises(InputError, match=r"another data: stored 'old', expected 'new'.*Give another samples.path"):
         SampleScores.read(path, {"data": "new"})
 
@@ -48,7 +50,7 @@ def test_files_that_are_no_scores_are_refused(tmp_path: Path) -> None:
     text, table = tmp_path / "a.parquet", tmp_path / "b.parquet"
     text.write_text("hello")
     pq.write_table(pa.table({"x": [1]}), table)
-    with pytest.raises(InputError, match="not a file of sample scores"):
+    with pytest.raises(InputError, match="not a whole file of sample scores"):
         SampleScores.read(text)
     with pytest.raises(InputError, match="not sample scores written by selkd"):
         SampleScores.read(table)

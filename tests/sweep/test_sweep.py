@@ -316,7 +316,7 @@ def test_a_whole_study_shares_survives_a_failure_and_continues(tmp_path: Path, m
     told.clear()
     after = sweep("toy", mended, tmp_path, moved, tell=told.append)
     assert after.failed.keys() == {"full/seed-2"}
-    assert "record.json: damaged" in after.failed["full/seed-2"]
+    assert "record.json: expected JSON" in after.failed["full/seed-2"]
     assert after.table is not None
     assert [len(recipe["runs"]) for recipe in after.table["recipes"]] == [1, 2]
     assert str(out) not in (moved / "runs" / "se" / "seed-2" / "recipe.yaml").read_text()

@@ -27,10 +27,12 @@ from selkd.cli.options import (
     print_json,
     quiet,
 )
+from selkd.cli.verify import verify
 from selkd.errors import InputError, Interrupted, RunError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")
+app.command()(verify)
 
 
 def main() -> None:

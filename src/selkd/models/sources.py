@@ -51,8 +51,17 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "selkd"
 
 
-def locate(model: str, cache_dir: Path) -> ModelSource:
+def revision_of(source: ModelSource) -> str | None:
+    """The hub's commit that the files are of; None of files that are not the hub's."""
+    path = source.path
+    return path.name if path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name) else None
+
+
+def locate(model: str, cache_dir: Path, revision: str | None = None) -> ModelSource:
     """The files of ``model``: "demo", else a local folder or .gguf file, else a hub id, which is downloaded.
+
+    Args:
+        revision: the hub's commit; None: the newest. It matters for a hub id alone.
 
     Raises:
         InputError: there is no such model, a folder holds no model with safetensors weights, the hub can't be reached,
@@ -71,11 +80,11 @@ def locate(model: str, cache_dir: Path) -> ModelSource:
     elif model.endswith(".gguf") and path.is_file():
         path = converted_gguf(path, model, cache_dir)
     elif not path.is_dir():
-        path = downloaded(model)
+        path = downloaded(model, revision=revision)
     return ModelSource(name, path, _fingerprint(model, path, cache_dir))
 
 
-def downloaded(model: str, files: Sequence[str] = _HUB_FILES) -> Path:
+def downloaded(model: str, files: Sequence[str] = _HUB_FILES, revision: str | None = None) -> Path:
     """The folder in the hub's cache with the model's ``files`` (patterns), subfolders left out.
 
     Raises:
@@ -85,7 +94,7 @@ def downloaded(model: str, files: Sequence[str] = _HUB_FILES) -> Path:
         raise InputError(f"model {model!r}: there is no such folder, and it is not a hub id (owner/name) either.")
     try:
         folder = huggingface_hub.snapshot_download(
-            model, allow_patterns=list(files), ignore_patterns=["*/*", "consolidated*"]
+            model, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*", "consolidated*"]
         )
         return Path(folder)
     except hub_errors.RepositoryNotFoundError as error:

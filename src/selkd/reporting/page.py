@@ -1,28 +1,34 @@
 """A run's page: report.html, one file that needs nothing else, neither a script nor the network."""
 
+import errno
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from selkd.errors import InputError, RunError
 from selkd.reporting import benchmarks, coloured_text, formats, plots, rendering, words
 from selkd.reporting.figure import Plot
 from selkd.reporting.formats import dig
 from selkd.reporting.measures import closeness
 from selkd.reporting.run_files import RunFiles, read_run
+from selkd.sealed import REPORT
 
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 SHOWN_SAMPLES = 3  # the examples hold more, for the histogram
 
 
 def write_page(run_dir: Path, out: Path | None = None) -> Path:
     """Write report.html from the run's files into the folder ``out`` (run_dir if not given) and return its path.
 
+    A page that is there already, the same, is left as it is.
+
     record.json and recipe.yaml are needed; the rest may be absent, and what a stage did not produce shows as a dash.
     The template reads the record itself; only what is more than one of its values is made here.
 
     Raises:
-        InputError: run_dir is not a run, or a file in it is damaged.
+        InputError: run_dir is not a run, or a file in it is damaged, or its folder may not be written.
         RunError: the page can't be written.
     """
     run = read_run(run_dir)
@@ -41,7 +47,19 @@ def write_page(run_dir: Path, out: Path | None = None) -> Path:
         recipe_yaml=run.recipe_yaml.strip(),
         **_text(run),
     )
-    return rendering.write_text((out or run_dir) / "report.html", html)
+    page = (out or run_dir) / REPORT
+    if page.is_file() and page.read_bytes() == html.encode("utf-8", errors="replace"):
+        return page
+    try:
+        return rendering.write_text(page, html)
+    except RunError as error:
+        reason = error.__cause__
+        if not isinstance(reason, OSError) or reason.errno not in _READ_ONLY:
+            raise
+        raise InputError(
+            f"{page.parent}: the page can't be written there ({reason.strerror}). `selkd report {run_dir} --out DIR` "
+            "writes it elsewhere."
+        ) from None
 
 
 def training_plots(run: RunFiles) -> list[Plot]:

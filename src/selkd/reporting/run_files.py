@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from selkd.errors import InputError
 from selkd.files import RECIPE, RECORD
 from selkd.reporting.formats import dig
+from selkd.sealed import EXAMPLES, FILES, METRICS, OVERLAP, SCORES, differences, unsealed
+from selkd.selection.samples import SampleScores
 
 _Content = TypeVar("_Content")
 
@@ -58,20 +58,31 @@ def require_run(run_dir: Path) -> None:
 def read_record(run_dir: Path) -> dict[str, Any]:
     """Read the record alone. Raise InputError where the folder is not a run or its record is damaged."""
     require_run(run_dir)
-    return _json_object(_text(run_dir / RECORD), str(run_dir / RECORD))
+    return unsealed(run_dir / RECORD)
 
 
 def read_run(run_dir: Path) -> RunFiles:
     """Read a run directory. Raise InputError where the folder is not a run or a file in it is damaged."""
-    selection = run_dir / "selection"
+    record = read_record(run_dir)
+    files = record.get(FILES, {})  # of a finished run
+    read = [name for name in _READ if name in files and (run_dir / name).exists()]
+    if changed := differences(run_dir, files, read):
+        raise InputError(
+            f"{run_dir}: {' and '.join(changed)} changed since the run was finished. `selkd distill` with the run's "
+            "recipe makes it again, or says how it comes back."
+        )
     return RunFiles(
-        record=read_record(run_dir),
+        record=record,
         recipe_yaml=_text(run_dir / RECIPE),
-        metrics=_if_present(run_dir / "metrics.jsonl", _metrics) or [],
-        scored_samples=_if_present(selection / "samples.parquet", _scored_samples),
-        examples=_if_present(selection / "examples.json", _examples),
-        overlaps=_if_present(selection / "overlap.json", _overlaps) or {},
+        metrics=_if_present(run_dir / METRICS, _metrics) or [],
+        scored_samples=_if_present(run_dir / SCORES, _scored_samples),
+        examples=_if_present(run_dir / EXAMPLES, _examples),
+        overlaps=_if_present(run_dir / OVERLAP, _overlaps) or {},
     )
+
+
+_READ = (RECIPE, METRICS, SCORES, EXAMPLES, OVERLAP)
+_AGAIN = "Move it away, and `selkd distill` with the run's recipe makes it again."
 
 
 def _if_present(path: Path, read: Callable[[Path], _Content]) -> _Content | None:
@@ -82,10 +93,10 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, found other bytes ({error}). Run the stage again.") from error
+        raise InputError(f"{path}: expected UTF-8 text, found other bytes ({error}). {_AGAIN}") from error
 
 
-def _json_object(text: str, where: str, remedy: str = "Run the stage again.") -> dict[str, Any]:
+def _json_object(text: str, where: str, remedy: str = _AGAIN) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -111,28 +122,21 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _scored_samples(path: Path) -> ScoredSamples:
-    try:
-        table = pq.read_table(path, columns=["score", "kept"])
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise InputError(f"{path}: expected a Parquet table of samples ({error}). Run the scoring again.") from error
-    missing = {"score", "kept"} - set(table.column_names)
-    if missing:
-        raise InputError(f"{path}: expected the columns score and kept, missing {', '.join(sorted(missing))}.")
-    scores = np.asarray(table["score"].to_numpy(), dtype=np.float64)
-    finite = np.isfinite(scores)
-    return ScoredSamples(scores=scores[finite], kept=np.asarray(table["kept"].to_numpy(), dtype=bool)[finite])
+    stored = SampleScores.read(path)
+    finite = np.isfinite(stored.scores)
+    return ScoredSamples(scores=stored.scores[finite], kept=stored.kept[finite])
 
 
 def _examples(path: Path) -> dict[str, Any]:
     examples = _json_object(_text(path), str(path))
     if not isinstance(examples.get("samples"), list):
-        raise InputError(f'{path}: expected a list "samples". Run the stage again.')
+        raise InputError(f'{path}: expected a list "samples". {_AGAIN}')
     for number, sample in enumerate(examples["samples"]):
         lengths = {}
         for key in ("tokens", "scores", "selected", "valid"):
             column = dig(sample, key)
             if not isinstance(column, list):
-                raise InputError(f'{path}, sample {number}: expected a list "{key}". Run the stage again.')
+                raise InputError(f'{path}, sample {number}: expected a list "{key}". {_AGAIN}')
             lengths[key] = len(column)
         if len(set(lengths.values())) != 1:
             listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
@@ -153,7 +157,7 @@ def _overlaps(path: Path) -> dict[str, Overlap]:
         if not isinstance(names, list) or not names or overlap.shape != (len(names), len(names)):
             raise InputError(
                 f'{path}, {part}: expected "metrics", a list of names, and "overlap", a square of numbers of that '
-                "size. Run the stage again."
+                f"size. {_AGAIN}"
             )
         overlaps[part] = Overlap([str(name) for name in names], overlap)
     return overlaps

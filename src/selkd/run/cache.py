@@ -6,13 +6,12 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from selkd.cache.manifest import MANIFEST, TAIL, Fingerprint
+from selkd.cache.manifest import MANIFEST, PLAN, TAIL, Fingerprint, check_same_fingerprint, read_plan
 from selkd.cache.reader import TeacherCache
 from selkd.cache.remote import fetch_cache, is_remote
 from selkd.cache.verify import verify_cache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
-from selkd.models.tokenizers import tokenizer_fingerprint
 from selkd.run.directory import RunDirectory
 from selkd.run.record import CACHE_COST, add_cost, cost_of, count_teacher_tokens, note_shared, read_cost, timed
 from selkd.run.workspace import Workspace
@@ -41,6 +40,19 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     run.record["teacher_cache"] = opened.stats()
     run.save()
     return opened
+
+
+def require_own_cache(work: Workspace, run: RunDirectory) -> None:
+    """Raises InputError where the cache in the recipe's folder was built from something else."""
+    options = work.recipe.cache
+    if options is None or (options.path is not None and is_remote(options.path)):
+        return
+    directory = cache_directory(work, run)
+    try:
+        plan, _ = read_plan(directory / PLAN)
+    except InputError:  # there is none, or it is damaged, which the build will say or mend
+        return
+    check_same_fingerprint(plan["fingerprint"], cache_fingerprint(work), directory)
 
 
 def _larger(work: Workspace, directory: Path, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache | None:
@@ -146,7 +158,7 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
         **{f"{kind}_source": digest for kind, digest in work.own_parts.items() if kind == "sampler"},
         "teacher": work.teacher_source.fingerprint,
         "teacher_dtype": work.teacher_precision,
-        "tokenizer": tokenizer_fingerprint(work.tokenizer),
+        "tokenizer": work.tokenizer_fingerprint,
         "vocabulary": work.vocab_size,
         "sampler": recipe.classes.sampler,
         "draws": recipe.classes.draws,

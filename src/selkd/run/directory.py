@@ -1,13 +1,15 @@
 """A run's folder, which belongs to one recipe, and the record in it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError
 from selkd.files import LOCK, RECIPE, RECORD, is_temporary, remove_temporaries, write_whole
+from selkd.own_code import only_read
 from selkd.recipe.files import stored_recipe, to_yaml
+from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
+from selkd.sealed import FILES, sealed, unsealed
 
 
 class RunDirectory:
@@ -35,6 +37,9 @@ class RunDirectory:
             recipe_file = path / RECIPE
             if recipe_file.exists():
                 _require_same(path, stored_recipe(recipe_file), recipe)
+            elif (path / RECORD).exists() and "recipe" in (record := unsealed(path / RECORD)):
+                with only_read():
+                    _require_same(path, parse_part(Recipe, record["recipe"]), recipe)
             elif path.exists() and any(e.name != LOCK and not is_temporary(e.name) for e in path.iterdir()):
                 raise InputError(
                     f"{path}: not a run (no {RECIPE}) and not empty. Give another --out; nothing was changed."
@@ -49,32 +54,57 @@ class RunDirectory:
         Nothing is written before ``save``, so a recipe whose models or text are not found leaves no trace.
 
         Raises:
-            InputError: the folder holds a run of another recipe, or something else.
+            InputError: the folder holds a run of another recipe, or something else, or its record is damaged or lost.
         """
         cls.require_belongs(path, recipe)
-        record = path / RECORD
-        return cls(path, recipe, _read(record) if record.exists() else {}, is_writer)
+        return cls(path, recipe, _record(path), is_writer)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was finished and its record closed, with the digests of all its files in it."""
+        return FILES in self.record
 
     def save(self) -> None:
         """Write the record, and the first time the recipe, too; each file whole or not at all.
 
+        The record of a finished run is closed: no stage changes it any more.
+
         Raises:
             RunError: a file can't be written.
         """
+        if not self.is_finished:
+            self._write()
+
+    def close(self, files: dict[str, str]) -> None:
+        """Write the record with the digests of the finished run's files."""
+        self.record[FILES] = files
+        self._write()
+
+    def reopen(self) -> None:
+        """Make the record that of an unfinished run: its student is to be trained again."""
+        self.record.pop(FILES, None)
+
+    def _write(self) -> None:
+        text = sealed(self.record)
         if not self.is_writer:
             return
         remove_temporaries(self.path)
         if not (self.path / RECIPE).exists():
             write_whole(self.path / RECIPE, to_yaml(self.recipe))
-        write_whole(self.path / RECORD, json.dumps(self.record, indent=2, allow_nan=False) + "\n")
+        write_whole(self.path / RECORD, text)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}). Move it away to run again.") from None
-    return record
+def _record(path: Path) -> dict[str, Any]:
+    """The record in a run's folder; empty if there is none yet. Raises InputError if it is damaged or lost."""
+    if (path / RECORD).exists():
+        return unsealed(path / RECORD)
+    trained = [name for name in ("checkpoints", "student") if any((path / name).glob("*"))]
+    if trained:
+        raise InputError(
+            f"{path}: {RECORD} is lost, so nothing says what {' and '.join(trained)} there were trained on. Put it "
+            f"back, or move {' and '.join(trained)} away to train anew; nothing was changed."
+        )
+    return {}
 
 
 def _require_same(path: Path, stored: Recipe, current: Recipe) -> None:

@@ -13,6 +13,7 @@ from selkd.run import benchmarks
 from selkd.run.directory import RunDirectory
 from selkd.run.record import count_teacher_tokens, size, timed
 from selkd.run.workspace import Workspace
+from selkd.sealed import OVERLAP
 
 FIGURES = ("perplexity", "kl_nats", "top1_agreement")  # of fidelity, for the record and the metrics' file
 
@@ -55,13 +56,18 @@ def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedMode
     run.record["fidelity"] = record
     run.record["teacher"] |= size(work.models.teacher)
     count_teacher_tokens(run, **{f"evaluate_{when}": measured.teacher_tokens})
-    if when == "before" and work.state.is_main_process:
-        (run.path / "selection").mkdir(exist_ok=True)
-        write_whole(run.path / "selection" / "overlap.json", json.dumps(_overlaps(work, measured)) + "\n")
+    if when == "before":
+        write_overlaps(work, run, measured)
+
+
+def write_overlaps(work: Workspace, run: RunDirectory, measured: Fidelity) -> None:
+    """Write how far the metrics of the initial student, ``measured`` on the held-out split, agree."""
+    if work.state.is_main_process:
+        write_whole(run.path / OVERLAP, json.dumps(_overlaps(work, measured)) + "\n")
 
 
 def _overlaps(work: Workspace, measured: Fidelity) -> dict[str, Any]:
-    """How far the metrics of the initial student agree on the held-out split, at the recipe's fractions."""
+    """The overlaps of the metrics at the recipe's fractions."""
     recipe = work.recipe
     fraction = recipe.positions.fraction
     if isinstance(fraction, FractionSchedule):

@@ -1,28 +1,35 @@
 """The stage that finds the models, tokenises the text, cuts the student and records all of them."""
 
-from selkd.errors import InputError
+from selkd.run.cache import require_own_cache
 from selkd.run.directory import RunDirectory
+from selkd.run.inputs import held_inputs
 from selkd.run.record import COUNTS, count_teacher_tokens, environment, timed
+from selkd.run.score import stored_scores
 from selkd.run.workspace import Workspace
+from selkd.sealed import INPUTS
 
 STUDENT_KEYS = ("fingerprint", "parameters", "layers", "trained_parameters")  # later stages record these
 
 
 def prepare(work: Workspace, run: RunDirectory) -> None:
-    """Find the models, tokenise the text, cut the student, and record them."""
+    """Find the models, tokenise the text, cut the student, and record them; of a finished run, nothing is recorded.
+
+    Raises:
+        InputError: an input is not the one that the run began with, or scores or a cache are there and were made from
+            others. Nothing was written.
+    """
     with timed(run, "prepare"):
         work.require_positions()
+        inputs = held_inputs(work, run)
+        if run.is_finished:
+            return
+        stored_scores(work)  # refused before anything is written
+        require_own_cache(work, run)
         splits, recipe = work.splits, work.recipe
         n_valid = int(splits.train.n_valid.sum())
-        own = work.own_parts
-        changed = [kind for kind, digest in run.record.get("own_parts", own).items() if own.get(kind) != digest]
-        if changed:
-            raise InputError(
-                f"{run.path}: the source of this recipe's own {changed[0]} changed since the run began. Give another "
-                "--out, or restore it; nothing was changed."
-            )
+        run.record[INPUTS] = inputs
         run.record.update(
-            own_parts=own,
+            own_parts=work.own_parts,
             name=recipe.name or run.path.name,
             recipe=recipe.resolved(),
             environment=environment(work),

@@ -71,7 +71,10 @@ def _raise_to(noted: dict[str, Any], peaks: dict[str, int | None]) -> dict[str, 
 
 @contextmanager
 def timed(run: RunDirectory, stage: str) -> Iterator[None]:
-    """Record the seconds and the peak memory of the block, which runs a stage."""
+    """Record the seconds and the peak memory of the block, which runs a stage; a closed record stays as it is."""
+    if run.is_finished:
+        yield
+        return
     peaks, started = PeakMemory(run), time.perf_counter()
     yield
     add_seconds(run, stage, time.perf_counter() - started, peaks)
@@ -87,6 +90,8 @@ def add_seconds(run: RunDirectory, stage: str, seconds: float, peaks: PeakMemory
 
 def count_teacher_tokens(run: RunDirectory, **tokens: int) -> None:
     """Record by stage the tokens that the teacher ran on; a stage that runs again replaces its count."""
+    if run.is_finished:
+        return
     by_stage = run.record.setdefault("teacher_tokens", {})
     by_stage.update(tokens)
     run.record["counts"]["teacher_tokens"] = sum(by_stage.values())

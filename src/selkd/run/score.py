@@ -1,6 +1,7 @@
 """The stage that scores the samples with the initial student and keeps the highest."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from selkd.recipe.choices import SampleOptions
 from selkd.run.directory import RunDirectory
 from selkd.run.record import cost_of, count_teacher_tokens, note_shared, timed
 from selkd.run.workspace import Workspace
+from selkd.sealed import SCORES
 from selkd.selection.randomness import sample_generator
 from selkd.selection.samples import SampleScores, highest
 from selkd.selection.two_stage import Estimator, by_frequency
@@ -27,36 +29,89 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
         run.save()
         return train
     with timed(run, "score"):
-        own = run.path / "selection" / "samples.parquet"
-        path = Path(options.path).expanduser() if options.path else own
-        fingerprint = _fingerprint(work, options)
-        is_new = not path.exists()
-        if not is_new:
-            stored = SampleScores.read(path, fingerprint)
-            scores, cost = stored.scores, stored.cost
-        else:
-            started = time.perf_counter()
-            estimate = _estimator(work, options)
-            scores, tokens = score_samples(options.metric, train, work.models, work.recipe.seed, estimate)
-            cost = cost_of(time.perf_counter() - started, tokens)
-            if estimate is not None:
-                run.record["scoring_agreement"] = _scoring_agreement(work, options, scores)
-            if tokens:
-                count_teacher_tokens(run, score=tokens)
-            run.save()  # before the scores are there: a run that is killed between the two does not count again
+        path, own = _scores_path(work), work.run_path / SCORES
+        scores, is_new = stored_scores(work), False
+        work.state.wait_for_everyone()  # all have looked for the file before the main process writes it
+        if scores is None:
+            scores, is_new = _scored_and_counted(work, run), True
         if options.path:
-            note_shared(run, "score", cost)
-        kept = highest(scores, options.fraction)
+            note_shared(run, "score", scores.cost)
         if work.state.is_main_process:
-            sample_scores = SampleScores([sample_id.hex() for sample_id in train.ids], scores, fingerprint, cost)
             if is_new:
-                sample_scores.write(path, kept)
-            if own != path:  # a shared file keeps the choice of the run that wrote it
-                sample_scores.write(own, kept)
+                scores.write(path)
+            if own != path and not _holds(own, scores):  # a shared file keeps the choice of the run that wrote it
+                scores.write(own)
         work.state.wait_for_everyone()
-    run.record["counts"]["samples_kept"] = len(kept)
+    run.record["counts"]["samples_kept"] = int(scores.kept.sum())
     run.save()
-    return train.select(kept)
+    return train.select(np.flatnonzero(scores.kept))
+
+
+def kept_samples(work: Workspace) -> SampleDataset:
+    """The recipe's kept samples, for commands that only look at a run: nothing is written."""
+    train = work.splits.train
+    if work.recipe.samples is None:
+        return train
+    scores = stored_scores(work) or scored(work)
+    return train.select(np.flatnonzero(scores.kept))
+
+
+def stored_scores(work: Workspace) -> SampleScores | None:
+    """The scores in the recipe's file, with the samples that this recipe keeps; None if there is no file.
+
+    Raises:
+        InputError: the file is damaged, or its scores are of another text, student or metric.
+    """
+    options, path = work.recipe.samples, _scores_path(work)
+    if options is None or not path.exists():
+        return None
+    stored = SampleScores.read(path, _fingerprint(work, options))
+    return replace(stored, kept=_kept(stored.scores, options))
+
+
+def _scored_and_counted(work: Workspace, run: RunDirectory) -> SampleScores:
+    scores = scored(work)
+    assert scores.cost is not None, "it was measured"
+    if tokens := int(scores.cost["teacher_tokens"]):
+        count_teacher_tokens(run, score=tokens)
+    options = work.recipe.samples
+    if options is not None and options.scoring == "approximate" and not run.is_finished:
+        run.record["scoring_agreement"] = _scoring_agreement(work, options, scores.scores)
+    run.save()  # before the scores are there: a run that is killed between the two does not count again
+    return scores
+
+
+def scored(work: Workspace) -> SampleScores:
+    """Scores of all samples by the frozen initial student."""
+    options, train = work.recipe.samples, work.splits.train
+    assert options is not None, "a recipe without samples scores none"
+    started = time.perf_counter()
+    estimate = _estimator(work, options)
+    scores, tokens = score_samples(options.metric, train, work.models, work.recipe.seed, estimate)
+    cost = cost_of(time.perf_counter() - started, tokens)
+    sample_ids = [sample_id.hex() for sample_id in train.ids]
+    return SampleScores(sample_ids, scores, _fingerprint(work, options), _kept(scores, options), cost)
+
+
+def _kept(scores: np.ndarray, options: SampleOptions) -> np.ndarray:
+    """bool [N]: which of the samples with these scores are kept."""
+    kept = np.zeros(len(scores), dtype=bool)
+    kept[highest(scores, options.fraction)] = True
+    return kept
+
+
+def _scores_path(work: Workspace) -> Path:
+    """Where the recipe keeps its scores."""
+    shared = work.recipe.samples.path if work.recipe.samples is not None else None
+    return Path(shared).expanduser() if shared else work.run_path / SCORES
+
+
+def _holds(path: Path, scores: SampleScores) -> bool:
+    """Whether a run's own file of scores holds these already."""
+    if not path.exists():
+        return False
+    stored = SampleScores.read(path, scores.fingerprint)
+    return bool((stored.kept == scores.kept).all() and (stored.scores == scores.scores).all())
 
 
 def _fingerprint(work: Workspace, options: SampleOptions) -> dict[str, str]:

@@ -15,8 +15,9 @@ from selkd.plugins import Sampler
 from selkd.recipe.files import load_recipe
 from selkd.recipe.recipe import Recipe
 from selkd.run.cache import build, cache_directory, cache_fingerprint, live_teacher
+from selkd.run.inputs import held_inputs
 from selkd.run.pipeline import start
-from selkd.run.score import score
+from selkd.run.score import kept_samples
 from selkd.run.workspace import Workspace
 from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.recheck_cache import compare_again
@@ -143,4 +144,5 @@ def _kept(directory: Path, recipe: Recipe, run_path: Path | None) -> Iterator[tu
                 f"this recipe keeps its cache in {recipe_cache}, not in {directory}: "
                 f"give --recipe with --set cache.path={directory}"
             )
-        yield work, score(work, run)
+        held_inputs(work, run)
+        yield work, kept_samples(work)

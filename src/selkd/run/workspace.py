@@ -54,6 +54,9 @@ class Workspace:
         splits: replaces the recipe's data, as a probe does with a few samples.
         teacher_source: replaces the recipe's teacher, as an estimate does with a model without weights.
         student_source: replaces the recipe's student in the same way.
+
+    Attributes:
+        revisions: the hub's commits of ``teacher`` and ``student``, where a run began with one.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Workspace:
                 process_group["backend"] = recipe.training["ddp_backend"]
         self.state = PartialState(cpu=self._on_cpu, **process_group)
         self.cache_dir = default_cache_dir()
+        self.revisions: dict[str, str] = {}
 
     def check(self) -> None:
         """Check that this machine and these processes can run the recipe; nothing is loaded or written.
@@ -164,7 +168,7 @@ class Workspace:
     @cached_property
     def teacher_source(self) -> ModelSource:
         return self._teacher_source or self._main_process_first(
-            lambda: locate(self.recipe.teacher.model, self.cache_dir)
+            lambda: locate(self.recipe.teacher.model, self.cache_dir, self.revisions.get("teacher"))
         )
 
     @property
@@ -189,10 +193,14 @@ class Workspace:
         return tokenizer
 
     @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @cached_property
     def splits(self) -> Splits:
         if self._splits is not None:
             return self._splits
-        fingerprint = tokenizer_fingerprint(self.tokenizer)
+        fingerprint = self.tokenizer_fingerprint  # before the block, as every process needs it
         return self._main_process_first(
             lambda: load_splits(self.recipe.data, self.tokenizer, fingerprint, self.cache_dir)
         )
@@ -237,7 +245,7 @@ class Workspace:
             return self._student_source
         model = self.recipe.student.model
         if model is not None:
-            return self._main_process_first(lambda: locate(model, self.cache_dir))
+            return self._main_process_first(lambda: locate(model, self.cache_dir, self.revisions.get("student")))
         samples = self.splits.train  # before the block: all processes take part in reading the text
         return self._main_process_first(lambda: self._pruned(samples))
 
