@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny_run import make_recipe
 
+from selkd.bench import variants
 from selkd.bench.names import VARIANTS
 from selkd.bench.report import bench
 from selkd.bench.subject import BenchSubject
 from selkd.bench.variants import step_of
 from selkd.cli.main import main
 from selkd.errors import InputError
+from selkd.recipe.choices import PositionOptions
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 
@@ -60,6 +62,18 @@ def test_variants_that_are_the_same_mathematics_give_the_same_gradients(
         for other in selective[1:]:
             cosine = torch.cosine_similarity(other[key].flatten(), selective[0][key].flatten(), dim=0)
             assert cosine > 0.99
+    subject.close()
+
+
+def test_cross_entropy_is_the_texts_loss(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every position, chunked and plain are the same mathematics but for the mean over samples."""
+    subject = BenchSubject(recipe)
+    everywhere = PositionOptions.model_validate({"policy": "all"})
+    plain = gradients("cross_entropy_plain", subject, monkeypatch)
+    monkeypatch.setattr(variants, "positions_of", lambda *_: everywhere)
+    chunked = gradients("cross_entropy_chunked", subject, monkeypatch)
+    for key in plain:
+        assert torch.cosine_similarity(plain[key].flatten(), chunked[key].flatten(), dim=0) > 0.99
     subject.close()
 
 

@@ -16,6 +16,8 @@ VARIANTS = {
     "se_kd_dense_student_head": "the student's full logits, the teacher's at the selected positions",
     "se_kd_dense_teacher_head": "the teacher's full logits, the student's at the selected positions",
     "se_kd_cached": "20% of the positions, the teacher's drawn classes from a cache",
+    "cross_entropy_plain": "no teacher: cross-entropy with the text on the student's full logits",
+    "cross_entropy_chunked": "no teacher: chunked cross-entropy at the positions of se_kd_cached",
 }
 
 

@@ -3,6 +3,7 @@
 Shapes: B batch, T positions, N selected positions, V classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from selkd.bench.measure import Step
 from selkd.bench.subject import BenchSubject
-from selkd.maths.chunked import chunks, piece_size, wide
-from selkd.maths.divergence import entropy
+from selkd.maths.chunked import chunked_loss, chunks, compute_dtype, piece_size, wide
+from selkd.maths.divergence import ValueAndGradient, cross_entropy, entropy
+from selkd.maths.head import Head
 from selkd.models.head import hidden_states
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
+from selkd.selection.position_scores import choose_positions
 from selkd.selection.positions import StepContext, select, step_context
 from selkd.teacher.targets import FullDistribution, Teacher, TeacherTargets
 from selkd.training.objective import Objective
@@ -26,8 +29,8 @@ EVERY_CLASS = ClassOptions.model_validate({"sampler": "all"})
 
 
 def positions_of(name: str, subject: BenchSubject) -> PositionOptions | None:
-    """The options by which a variant selects positions; None for the two that select nothing."""
-    if name in ("floor", "full_kd_plain"):
+    """The options by which a variant selects positions; None for those that select nothing."""
+    if name in ("floor", "full_kd_plain", "cross_entropy_plain"):
         return None
     if name == "recipe":
         return subject.recipe.positions
@@ -68,9 +71,13 @@ def step_of(name: str, subject: BenchSubject) -> Step:
         return floor
     if name == "full_kd_plain":
         return lambda: backward(plain_loss(subject))
+    if name == "cross_entropy_plain":
+        return lambda: backward(plain_cross_entropy(subject))
     assert positions is not None
     is_recipe = name == "recipe"
     classes = subject.recipe.classes if is_recipe else EVERY_CLASS
+    if name == "cross_entropy_chunked":
+        return _on_text(subject, positions, backward)
     if name == "se_kd_cached" or (is_recipe and subject.recipe.cache is not None):
         supervision = subject.cached_teacher(classes)
     else:
@@ -100,6 +107,42 @@ def plain_loss(subject: BenchSubject) -> Tensor:
     with subject.autocast():
         student_logits = subject.student(**inputs, use_cache=False).logits[..., :vocab_size]
     return plain_kl(student_logits, teacher_logits)[subject.batch["valid_mask"]].mean()
+
+
+def plain_cross_entropy(subject: BenchSubject) -> Tensor:
+    """The loss of any training on text: cross-entropy in float32 over the student's full logits at all positions."""
+    valid = subject.batch["valid_mask"]
+    with subject.autocast():
+        logits = subject.student(**subject.inputs, use_cache=False).logits[..., : subject.work.vocab_size]
+    return torch.nn.functional.cross_entropy(logits[valid].float(), subject.batch["targets"][valid])
+
+
+def _on_text(subject: BenchSubject, positions: PositionOptions, backward: Callable[[Tensor], None]) -> Step:
+    """``Objective`` with the text's tokens in place of a teacher: same scores, same positions, same chunks."""
+    objective, context, batch = objective_of(subject, positions), last_step(positions), subject.batch
+    normaliser = objective.normaliser(objective.budget(batch, context))
+
+    def loss(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+        with torch.no_grad():
+            narrow = head.to(compute_dtype(hidden))
+        scores = objective.score(hidden.detach(), narrow, batch, None, context).values
+        coefficients = choose_positions(positions, scores, batch, context, seed=objective.seed).flatten()
+        selected = coefficients.nonzero().flatten()
+        targets = batch["targets"].flatten()[selected]
+
+        def compare(logits: Tensor, rows: slice) -> ValueAndGradient:
+            return cross_entropy(logits, targets[rows])
+
+        weights = coefficients[selected] / normaliser
+        picked = hidden.flatten(0, 1)[selected]
+        return {"loss": chunked_loss(picked, head, weights, compare, compute_head=narrow)[0]}
+
+    def step() -> None:
+        with subject.autocast():
+            outputs = subject.student(**subject.inputs, distillation=loss)
+        backward(outputs["loss"])
+
+    return step
 
 
 def plain_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
