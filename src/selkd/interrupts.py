@@ -1,10 +1,13 @@
 """Whether this process was asked to end. A run's signals and time limit ask; loops look where ending loses least."""
 
+import signal
+
 from selkd.errors import Interrupted, RunError
 
 
 class _Asked:
     why: str | None = None
+    is_left_to_parent = False
 
 
 def ask(why: str) -> None:
@@ -47,3 +50,15 @@ def raise_together(error: RunError | Interrupted | None) -> None:
 def stop_together() -> None:
     """Raises Interrupted on every process if any was asked to end, once every process has come here."""
     raise_together(None if asked() is None else interrupted())
+
+
+def leave_to_parent(is_left: bool) -> None:
+    """Say whether processes that this one forks, such as a data loader's, leave signals to it, as within a run."""
+    _Asked.is_left_to_parent = is_left
+
+
+def ignore_in_worker() -> None:
+    """In a data loader's process: a signal to all processes at once must not take the data from a step under way."""
+    if _Asked.is_left_to_parent:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)

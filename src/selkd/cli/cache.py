@@ -6,7 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from selkd.cli.options import Json, NoPlugins, Out, Overrides, RecipeName, load, own_code, possible, print_answer, quiet
+from selkd.cli.options import (
+    Json,
+    MaxHours,
+    NoPlugins,
+    Out,
+    Overrides,
+    RecipeName,
+    limited,
+    load,
+    own_code,
+    possible,
+    print_answer,
+    quiet,
+)
 from selkd.errors import InputError
 
 cache_app = typer.Typer(no_args_is_help=True, help="Build, verify or inspect a teacher cache.")
@@ -19,11 +32,12 @@ def cache_build(
     recipe: RecipeName,
     out: Out = None,
     overrides: Overrides = None,
+    max_hours: MaxHours = None,
     no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Run the teacher once over the kept samples and store its drawn classes."""
-    loaded = load(recipe, overrides, no_plugins)
+    loaded = load(recipe, limited(overrides, max_hours), no_plugins)
     if loaded.cache is None:
         raise InputError(
             "cache: this recipe keeps the teacher live; give --set 'cache={path: null}' and a class sampler."

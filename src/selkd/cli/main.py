@@ -6,6 +6,7 @@ the answer to standard output; progress and messages go to standard error.
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +17,12 @@ from typer import Argument, Option
 from selkd.cli.cache import cache_app
 from selkd.cli.options import (
     Json,
+    MaxHours,
     NoPlugins,
     Out,
     Overrides,
     RecipeName,
+    limited,
     load,
     own_code,
     possible,
@@ -39,12 +42,13 @@ def main() -> None:
     """The console script. ``--debug``, anywhere, shows the traceback of an error."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until a run begins, which then looks after them itself
+        signal.signal(number, _leave_at_once)
     try:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # Typer's code for Ctrl-C
-            typer.echo("selkd: interrupted. The same command continues from what was finished.", err=True)
-            sys.exit(1)
+            _leave_at_once()
         if not stop.code:
             _leave_process_group()
         raise
@@ -59,6 +63,11 @@ def main() -> None:
         message = f"selkd: failed while running ({type(error).__name__}: {error}). Finished stages are kept"
         typer.echo(f"{message}; --debug shows where it happened.", err=True)
         sys.exit(1)
+
+
+def _leave_at_once(*_: Any) -> None:
+    typer.echo("selkd: interrupted. The same command continues from what was finished.", err=True)
+    os._exit(os.EX_TEMPFAIL)
 
 
 def _leave_process_group() -> None:
@@ -94,14 +103,17 @@ def demo(
     out: Out = None,
     compare: Annotated[bool, Option("--compare", help="Also run Full KD on the same samples.")] = False,
     overrides: Overrides = None,
+    max_hours: MaxHours = None,
     json_output: Json = False,
 ) -> None:
     """Distil a real 135M model on this machine: SE-KD 3X on the embedded default, in minutes."""
-    recipe = load("demo", overrides)
+    recipe = load("demo", limited(overrides, max_hours))
     from selkd.run.pipeline import distill, full_kd_on_same_samples
+    from selkd.run.watch import watched
 
-    run = distill(recipe, out)
-    runs = [run, full_kd_on_same_samples(run)] if compare else [run]
+    with watched(recipe.run):  # one time limit for both
+        run = distill(recipe, out)
+        runs = [run, full_kd_on_same_samples(run)] if compare else [run]
     _show(runs, json_output)
 
 
@@ -110,11 +122,12 @@ def distill_command(
     recipe: RecipeName,
     out: Out = None,
     overrides: Overrides = None,
+    max_hours: MaxHours = None,
     no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Score, cache, train, evaluate and report. Repeat the command to continue an interrupted run."""
-    loaded = load(recipe, overrides, no_plugins)
+    loaded = load(recipe, limited(overrides, max_hours), no_plugins)
     from selkd.run.pipeline import distill
 
     _show([distill(loaded, out)], json_output)
@@ -125,11 +138,12 @@ def score(
     recipe: RecipeName,
     out: Out = None,
     overrides: Overrides = None,
+    max_hours: MaxHours = None,
     no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Score the samples with the frozen initial student and choose which to keep."""
-    loaded = load(recipe, overrides, no_plugins)
+    loaded = load(recipe, limited(overrides, max_hours), no_plugins)
     from selkd.run.pipeline import score_only
 
     run = score_only(loaded, out)
@@ -199,9 +213,12 @@ def eval_command(
     measured = FidelityOptions(text, text_field, limit, prompt_field, completion_field, messages_field, template)
     checked_options(benchmarks, measured, teacher, dtype)
     from selkd.evaluation.command import evaluate_models
+    from selkd.recipe.recipe import RunOptions
+    from selkd.run.watch import watched
 
     quiet()
-    answer = evaluate_models(models, benchmarks, measured, teacher, dtype, out)
+    with watched(RunOptions()):
+        answer = evaluate_models(models, benchmarks, measured, teacher, dtype, out)
     if json_output:
         typer.echo(json.dumps(answer, indent=2, allow_nan=False))
         return
@@ -304,17 +321,22 @@ def sweep_command(
         Path | None, Option(callback=possible, help="The study's folder; runs/<study name> if not given.")
     ] = None,
     overrides: Overrides = None,
+    max_hours: MaxHours = None,
     no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Run every recipe of a study with every seed and write one table. Repeat the command to continue or to retry."""
     from selkd.recipe.files import parse_override
+    from selkd.recipe.part import parse_part
+    from selkd.recipe.recipe import RunOptions
+    from selkd.run.watch import watched
     from selkd.sweep.study import load_study
     from selkd.sweep.sweep import sweep
 
     name, content, folder = load_study(study)
     keys = dict(parse_override(override) for override in overrides or [])
-    with own_code(no_plugins):
+    options = parse_part(RunOptions, {"max_hours": max_hours}, "run")
+    with own_code(no_plugins), watched(options):
         result = sweep(name, content, folder, out or Path("runs") / name, keys)
     comparison = result.out / "comparison"
     if json_output:

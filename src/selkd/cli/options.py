@@ -32,6 +32,10 @@ Out = Annotated[Path | None, Option(callback=possible, help="The run's folder; r
 Overrides = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set positions.fraction=0.1.")
 ]
+MaxHours = Annotated[
+    float | None,
+    Option(metavar="HOURS", help="Save and end after so many hours, with exit code 75; the same command continues."),
+]
 NoPlugins = Annotated[
     bool,
     Option("--no-plugins", help="Refuse a recipe that names code to run (module:function)."),
@@ -73,6 +77,11 @@ def load(recipe: str, overrides: list[str] | None, no_plugins: bool = False) -> 
         loaded = load_recipe(recipe, overrides)
     quiet()
     return loaded
+
+
+def limited(overrides: list[str] | None, max_hours: float | None) -> list[str]:
+    """The overrides with ``--max-hours`` among them, which is the key ``run.max_hours``."""
+    return [*(overrides or []), *([] if max_hours is None else [f"run.max_hours={max_hours}"])]
 
 
 def print_json(answer: object) -> None:

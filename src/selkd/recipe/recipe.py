@@ -31,6 +31,26 @@ class HubOptions(Part):
     private: bool = Field(True, description="Whether a new repository is private.")
 
 
+class RunOptions(Part):
+    """How a run ends early and how often it saves. A run that is continued may have other values."""
+
+    grace_seconds: float = Field(
+        25.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds from SIGTERM, SIGUSR1 or the end of max_hours until the run has saved and ended.",
+    )
+    max_hours: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="The run saves and ends after so many hours; null: no limit."
+    )
+    save_minutes: float | None = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A checkpoint is also written after so many minutes of training without one; null: it is not.",
+    )
+
+
 class Recipe(Part):
     """One distillation. It factorises into choices that combine freely: criterion x positions x classes x samples.
 
@@ -64,6 +84,7 @@ class Recipe(Part):
     )
     evaluation: EvaluationOptions = Field(EvaluationOptions(), description="What is measured, and when.")
     hub: HubOptions | None = Field(None, description="Where the finished student is pushed; null: nowhere.")
+    run: RunOptions = Field(RunOptions(), description="How the run ends early, and how often it saves.")
     seed: int = Field(1337, ge=0, lt=2**32, description="The seed of everything that is random.")
 
     @model_validator(mode="after")
@@ -126,3 +147,7 @@ class Recipe(Part):
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain data, with every default; reading it back gives an equal recipe."""
         return self.model_dump(mode="json")
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same: ``resolved`` without how a run ends early, which may change on the way."""
+        return {key: value for key, value in self.resolved().items() if key != "run"}

@@ -13,7 +13,7 @@ from selkd.reporting.measures import Record, ReportedMeasure, Summary, measures_
 from selkd.reporting.run_files import read_record, require_run
 
 # Keys that may differ between runs of one recipe without changing what is compared.
-_INCIDENTAL = (("name",), ("seed",), ("samples", "path"), ("cache", "path"))
+_INCIDENTAL = (("name",), ("seed",), ("run",), ("samples", "path"), ("cache", "path"))
 
 
 @dataclass(frozen=True)

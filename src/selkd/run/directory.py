@@ -108,7 +108,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _require_same(path: Path, stored: Recipe, current: Recipe) -> None:
-    differences = _differences(stored.resolved(), current.resolved())
+    differences = _differences(stored.identity(), current.identity())
     if differences:
         raise InputError(
             f"{path}: the run of another recipe ({'; '.join(differences[:5])}). Give another --out, or the same recipe "

@@ -25,6 +25,7 @@ from selkd.run.prepare import prepare
 from selkd.run.restore import restore
 from selkd.run.score import score
 from selkd.run.train import is_trained, train
+from selkd.run.watch import watched
 from selkd.run.workspace import Workspace
 from selkd.sealed import REPORT
 
@@ -57,6 +58,8 @@ def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | N
     Raises:
         InputError: the recipe, the models, the data or the folder can't be used.
         RunError: a stage failed; finished stages are kept, and the same call continues.
+        Interrupted: a signal or ``run.max_hours`` asked for the end; what was finished is kept, and the same call
+            continues. Within the call SIGTERM, SIGUSR1 and Ctrl-C ask for it, if this is the main thread.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else parse_part(Recipe, dict(recipe))
@@ -94,13 +97,13 @@ def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
 
 @contextmanager
 def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> Iterator[tuple[Workspace, RunDirectory]]:
-    """Lock the run's folder for the block, and claim it. ``pushes``: whether its student goes to the hub."""
+    """Watch over the block, lock the run's folder for it, and claim it. ``pushes``: its student goes to the hub."""
     path = out or Path("runs") / (recipe.name or "recipe")
     work = Workspace(recipe, path)
     work.check()
     require_benchmarks(recipe.evaluation)
     RunDirectory.require_belongs(path, recipe)  # before the lock makes a file in it
-    with working_in(path, work.state, is_finished=(path / REPORT).exists()):
+    with watched(recipe.run), working_in(path, work.state, is_finished=(path / REPORT).exists()):
         run = RunDirectory.claim(path, recipe, is_writer=work.state.is_main_process)
         work.revisions = revisions_of(run.record)
         if pushes and not run.record.get("hub"):

@@ -9,8 +9,8 @@ from transformers import PrinterCallback, ProgressCallback
 from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, Interrupted
-from selkd.files import saving, settle
-from selkd.interrupts import interrupted
+from selkd.files import new_folder
+from selkd.interrupts import interrupted, stop_together
 from selkd.models.adapters import merged
 from selkd.models.sources import locate
 from selkd.run import benchmarks
@@ -24,6 +24,7 @@ from selkd.training.trainer import DistillTrainer
 
 def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: TeacherCache | None) -> None:
     """Train the student on ``samples``, from its last checkpoint if it has one; save it and record the training."""
+    stop_together()
     peaks = PeakMemory(run)
     if cache is not None:
         work.models.release_teacher()
@@ -118,20 +119,19 @@ class RunTrainer(DistillTrainer):
 
 
 def _save(work: Workspace, run: RunDirectory, trainer: DistillTrainer) -> Path:
-    """Save the student with its adapters merged, and return its folder."""
+    """Save the student with its adapters merged, whole or not at all, and return its folder."""
     student = run.path / "student"
     saved = run.path / "adapter" if work.recipe.student.lora is not None else student
-    with saving(saved):
-        trainer.save_model(str(saved))
-    if work.state.is_main_process:
-        with saving(student):
-            # A pickle of the Trainer's, which a student does not need.
-            (saved / "training_args.bin").unlink(missing_ok=True)
-            if saved != student:
-                merged(work.models.student).save_pretrained(student)
-                work.tokenizer.save_pretrained(student)
-                settle(saved)
-            settle(student)
+    if not work.state.is_main_process:
+        trainer.save_model(str(saved))  # it has a part of the weights, and writes nothing
+        return student
+    with new_folder(saved, replace=True) as new:
+        trainer.save_model(str(new))
+        (new / "training_args.bin").unlink(missing_ok=True)  # a pickle, which a student does not need
+    if saved != student:
+        with new_folder(student, replace=True) as new:
+            merged(work.models.student).save_pretrained(new)
+            work.tokenizer.save_pretrained(new)
     return student
 
 

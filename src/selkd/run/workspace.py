@@ -117,8 +117,11 @@ class Workspace:
             "report_to": "none",
             "logging_steps": 10,
             "logging_first_step": True,
+            "save_total_limit": 2,
             **recipe.training,
         }
+        if recipe.run.save_minutes is not None and options.get("save_strategy") != "no":
+            options["save_seconds"] = 60 * recipe.run.save_minutes
         options.pop("enable_jit_checkpoint", None)  # a run always saves and ends on a signal
         if self.device.type == "cpu":
             options["use_cpu"] = True  # without it Transformers refuses bfloat16 on a CPU

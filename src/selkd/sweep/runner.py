@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from selkd.errors import RunError
+from selkd import interrupts
+from selkd.errors import Interrupted, RunError
 from selkd.recipe.recipe import Recipe
 
 
@@ -24,6 +25,7 @@ def run_apart(recipe: Recipe, out: Path, log: Path) -> str | None:
 
     Raises:
         RunError: ``log`` can't be written.
+        Interrupted: the study or the run was asked to end; the run has saved what it had.
     """
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -41,13 +43,21 @@ def run_apart(recipe: Recipe, out: Path, log: Path) -> str | None:
     process.start()
     run_end.close()  # the end of the process is now the end of the pipe
     try:
-        return study_end.recv()
-    except EOFError:
+        is_told = False
+        while not study_end.poll(0.2):
+            if interrupts.asked() is not None and not is_told:
+                study_end.send(interrupts.asked())
+                is_told = True
+        why, is_interrupted = study_end.recv()
+    except (EOFError, BrokenPipeError):
         process.join()
-        return _how_it_ended(process.exitcode)
+        why, is_interrupted = _how_it_ended(process.exitcode), interrupts.asked() is not None
     finally:
         study_end.close()
         process.join()
+    if is_interrupted:
+        raise Interrupted(f"{out}: {why}")
+    return why
 
 
 def _how_it_ended(code: int | None) -> str:
@@ -59,10 +69,11 @@ def _how_it_ended(code: int | None) -> str:
 
 
 def _work(content: dict[str, Any], out: str, log: str, environment: Mapping[str, str], answer: Connection) -> None:
-    """Run the recipe in the new process, and send None or the reason of its failure."""
+    """Run the recipe in the new process; send None or the reason of its failure, and whether it was interrupted."""
     os.environ.clear()  # the server may have been started in another environment
     os.environ.update(environment)
-    threading.Thread(target=_end_with, args=(answer,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the study passes it on
+    threading.Thread(target=_obey, args=(answer,), daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -74,16 +85,20 @@ def _work(content: dict[str, Any], out: str, log: str, environment: Mapping[str,
 
     logging.disable_progress_bar()
     why: str | None = None
+    is_interrupted = False
     try:
         distill(content, out)
+    except Interrupted as error:
+        why, is_interrupted = str(error), True
     except BaseException as error:  # noqa: BLE001  the study goes on with the next run
         traceback.print_exc()
         why = " ".join(f"{type(error).__name__}: {error}".split()) or type(error).__name__
-    answer.send(why)
+    answer.send((why, is_interrupted))
 
 
-def _end_with(study: Connection) -> None:
-    """End this process as soon as the study's process has ended: nobody waits for the run any more."""
+def _obey(study: Connection) -> None:
+    """Ask the run to end when the study says so, and end this process once the study's has ended: nobody waits."""
     with contextlib.suppress(EOFError, OSError):
-        study.recv()  # the study never sends
+        while True:
+            interrupts.ask(study.recv())
     os._exit(1)

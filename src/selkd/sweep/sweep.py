@@ -52,6 +52,7 @@ def sweep(
         tell: called with each line of progress; None prints them to standard error.
 
     Raises:
+        Interrupted: the study was asked to end; its current run has saved what it had.
         InputError: the study is not valid, ``out`` is no study's folder, or it holds other recipes of these names.
     """
     tell = tell or (lambda line: print(line, file=sys.stderr, flush=True))
@@ -135,7 +136,7 @@ def _has_moved(path: Path, recipe: Recipe) -> bool:
 
 def _without_shared_folder(recipe: Recipe) -> dict[str, Any]:
     """The recipe with only the names of shared scores and caches, which hold all that they depend on."""
-    content = recipe.resolved()
+    content = recipe.identity()
     for part in ("samples", "cache"):
         place = (content[part] or {}).get("path")
         if place is not None and Path(place).parent.parent.name == SHARED:

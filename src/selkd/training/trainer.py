@@ -204,7 +204,10 @@ class DistillTrainer(ResumingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's; ``train_dataset`` may have been set to other rows since the trainer was made."""
         self._fill_train_dataset()
-        return super().get_train_dataloader()
+        loader = super().get_train_dataloader()
+        if loader.num_workers:
+            loader.worker_init_fn = partial(_ignoring_signals, loader.worker_init_fn)
+        return loader
 
     def _fill_train_dataset(self) -> None:
         """Make samples of a ``train_dataset`` that was set to rows."""
@@ -417,3 +420,9 @@ class DistillTrainer(ResumingTrainer):
                 if self.is_world_process_zero():
                     self.rollouts.write(self._tokenizer, self.answering.options.log_rollouts, self.state.global_step)
         super().log(logs, start_time)
+
+
+def _ignoring_signals(begin: Callable[[int], None] | None, worker: int) -> None:
+    interrupts.ignore_in_worker()
+    if begin is not None:
+        begin(worker)
