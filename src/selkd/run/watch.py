@@ -21,6 +21,7 @@ from selkd.run.others import Ended, Others
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _LOOKS_EVERY = 0.5  # seconds
 _TIME_TO_FOLLOW = 3.0  # seconds in which a process ends by itself when it hears that another has ended
+_ECHO = 2.0  # seconds in which torchrun passes on a Ctrl-C that the terminal has already given to all processes
 _ENDED_AT_ONCE = 130  # what shells know as the end by Ctrl-C
 
 
@@ -61,11 +62,12 @@ class Watch:
     def __init__(self, options: RunOptions) -> None:
         self.options = options
         self._began = time.monotonic()
+        self._has_launcher = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self._ends_at: float | None = None  # when the grace time is over
         self._heard_at: float | None = None  # when it was first heard that another process has ended
         self._stopped = threading.Event()
         self._others: Others | None = None
-        self._interrupts = 0  # how often Ctrl-C was pressed
+        self._interrupted_at: float | None = None  # when Ctrl-C was first pressed
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
@@ -131,11 +133,13 @@ class Watch:
         if number != signal.SIGINT:
             self._ask(number.name, is_limited=True)
             return
-        self._interrupts += 1
-        if self._interrupts > 1:
+        now, first = time.monotonic(), self._interrupted_at
+        if first is not None and not (self._has_launcher and now - first < _ECHO):
             _say("ended at once. The same command continues from what was finished.")
             os._exit(_ENDED_AT_ONCE)
-        self._ask("Ctrl-C", is_limited=False)
+        if first is None:
+            self._interrupted_at = now
+            self._ask("Ctrl-C", is_limited=False)
 
     def _ask(self, why: str, is_limited: bool) -> None:
         """Ask this process to end, within the grace time if ``is_limited``; a person at a terminal can wait."""
