@@ -128,7 +128,8 @@ def test_an_interrupted_training_that_a_record_calls_done_goes_on(tmp_path: Path
     recipe = make_recipe(tmp_path)
     recipe["training"] |= {"num_train_epochs": 1}
     first = distill(recipe, tmp_path / "run")
-    record = first.record | {"train": first.record["train"] | {"steps": 7}}
+    record = {key: value for key, value in first.record.items() if key not in ("digest", "inputs", "files")}
+    record |= {"train": first.record["train"] | {"steps": 7}}
     (first.path / "record.json").write_text(json.dumps(record))
     assert distill(recipe, tmp_path / "run").record["train"]["steps"] == 13
 
