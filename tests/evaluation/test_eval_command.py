@@ -1,6 +1,8 @@
 """``selkd eval`` as a user meets it: figures, what is kept, comparisons, and bad input."""
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,10 @@ import pytest
 import torch
 from tiny import make_tokenizer
 from tiny_benchmarks import ROWS, make_byte_tokenizer, save_model, write_rows
+from tiny_run import make_recipe, make_text
 from transformers import AutoModelForCausalLM
 
+from selkd import distill
 from selkd.cli.main import main
 from selkd.errors import InputError
 from selkd.evaluation.evaluated_model import find_model
@@ -219,6 +223,28 @@ def test_a_model_may_be_a_runs_student_and_have_a_sign_in_its_path(tmp_path: Pat
     for nameless in ("", "x=", f"={folder}"):
         with pytest.raises(InputError, match=r"expected MODEL or NAME=MODEL\."):
             find_model(nameless, "float32", device)
+
+
+def test_a_runs_student_on_its_own_training_text_is_told(
+    selkd_eval: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make_recipe(tmp_path, samples=None, cache=None, classes={"sampler": "all"}, evaluation={"suite": []})
+    recipe["training"]["max_steps"] = 1
+    run, other = distill(recipe, tmp_path / "run").path, make_text(tmp_path / "other.jsonl", seed=5)
+    shares = {}
+    for text in (recipe["data"]["path"], other):
+        caplog.clear()
+        code, out, err = selkd_eval(run, f"copy={run / 'student'}", "--text", text, "--json")
+        assert code == 0, err
+        student, copy = json.loads(out)["models"]
+        shares[text] = student["training_overlap"]
+        assert copy["training_overlap"] is None  # nobody knows what a folder of weights was trained on
+        assert ("of the tokens that fidelity is measured on stand in the text" in caplog.text) == (text != other)
+    assert shares[other] == 0
+    assert shares[recipe["data"]["path"]] > 0.5
+    shutil.rmtree(Path(os.environ["SELKD_CACHE"]) / "tokenised")
+    code, out, _ = selkd_eval(run, "--text", other, "--json")
+    assert json.loads(out)["models"][0]["training_overlap"] is None
 
 
 def test_a_validation_suite_says_what_it_had_to_leave_out(selkd_eval: Run, tmp_path: Path) -> None:

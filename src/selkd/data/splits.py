@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -86,6 +87,12 @@ def load_splits(
             "data.tokens asks for %d training tokens; %s holds %d.", options.tokens, options.path, splits.train_tokens
         )
     return splits
+
+
+def stored_training(cache_dir: Path, fingerprint: str) -> SampleDataset | None:
+    """The training samples with this ``Splits.fingerprint``; None if they are not in ``cache_dir`` (any more)."""
+    file = cache_dir / "tokenised" / fingerprint / "train.arrow"
+    return _samples_in(file) if re.fullmatch(r"[0-9a-f]{32}", fingerprint) and file.is_file() else None
 
 
 def is_held_out(document: Document, fraction: float) -> bool:

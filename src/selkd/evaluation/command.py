@@ -16,6 +16,7 @@ from selkd.evaluation.intervals import RESAMPLES
 from selkd.evaluation.options import BenchmarkOptions, FidelityOptions, checked_options
 from selkd.evaluation.results import TaskResult, digest
 from selkd.evaluation.summary import compare, summarise
+from selkd.evaluation.training_text import training_overlap
 from selkd.files import require_writable
 
 
@@ -53,10 +54,13 @@ def evaluate_models(
         raise InputError(f"two models are called {repeated[0]!r}; tell them apart with NAME=MODEL.")
     fidelity_teacher = None if teacher is None else find_model(teacher, dtype, device)
     tasks = load_benchmarks(options)
+    overlaps: dict[str, float | None] = {}
     for student in students:
         require_answerable(tasks, student, options.chat_template)
         if "fidelity" in options.suite:
-            text_windows(student, fidelity_teacher, text)
+            windows = text_windows(student, fidelity_teacher, text)
+            has_prompts = text.prompt_field is not None or text.messages_field is not None
+            overlaps[student.name] = training_overlap(student, windows, has_prompts=has_prompts)
     require_writable(out)
     results, answers = [], []
     for student in students:
@@ -74,6 +78,7 @@ def evaluate_models(
                 "model": student.source,
                 "fingerprint": student.fingerprint,
                 "dtype": student.dtype_name,
+                "training_overlap": overlaps.get(student.name),
                 **summarise(student_results, options.suite, left_out),
             }
         )

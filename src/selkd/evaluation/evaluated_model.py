@@ -29,6 +29,7 @@ class EvaluatedModel:
         positions: the most positions that it takes; None: no limit.
         weights: loads the model, in evaluation mode, on first use.
         generation: the text of its generation settings, such as a repetition penalty.
+        trained_on: the fingerprint of the text that it was trained on; None if it is no run's student.
     """
 
     name: str
@@ -39,6 +40,7 @@ class EvaluatedModel:
     weights: ModelSlot
     tokenizer: PreTrainedTokenizerBase
     generation: str = ""
+    trained_on: str | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -68,9 +70,10 @@ def find_model(argument: str, dtype: str, device: torch.device) -> EvaluatedMode
         model = ""
     if not model:
         raise InputError(f"{argument!r}: expected MODEL or NAME=MODEL.")
-    folder = Path(model).expanduser()
+    folder, trained_on = Path(model).expanduser(), None
     if (folder / RECORD).is_file():
-        name = name or _run_name(folder)
+        run_name, trained_on = _run(folder)
+        name = name or run_name
         if not (folder / "student").is_dir():
             raise InputError(f"{folder} is a run without a finished student. Finish it with selkd distill.")
         model = str(folder / "student")
@@ -86,11 +89,17 @@ def find_model(argument: str, dtype: str, device: torch.device) -> EvaluatedMode
         weights=ModelSlot(lambda: load_model(source, model_dtype, device)),
         tokenizer=load_tokenizer(source),
         generation=generation.read_text(encoding="utf-8") if generation.is_file() else "",
+        trained_on=trained_on,
     )
 
 
-def _run_name(folder: Path) -> str:
+def _run(folder: Path) -> tuple[str, str | None]:
+    """The name of a run and the fingerprint of its text; without them in its record, the folder's name and None."""
     try:
-        return str(json.loads((folder / RECORD).read_text(encoding="utf-8"))["name"])
-    except (ValueError, KeyError, TypeError):
-        return folder.name
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    told = record if isinstance(record, dict) else {}
+    text = told.get("data")
+    fingerprint = text.get("fingerprint") if isinstance(text, dict) else None
+    return str(told.get("name", folder.name)), fingerprint if isinstance(fingerprint, str) else None
