@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import stat
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,9 +21,11 @@ from selkd.errors import InputError, RunError
 
 RECIPE, RECORD = "recipe.yaml", "record.json"  # what makes a folder a run's
 _HIDDEN_LOCK = "lock"
-_REFUSED = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|unexpected pos")
+_REFUSED = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|unexpected pos|iostream error")
+_SAVERS = {"save_file": "filename", "save": "f"}  # of safetensors and torch: the argument that is the file
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 LOCK = "run.lock"  # in a run's folder: who works in it
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What file systems without locks, or without syncing of folders, answer.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -126,9 +129,10 @@ def saving(folder: Path, shown: Path | None = None) -> Iterator[None]:
         # Rust's libraries raise errors of their own, which end in "(os error 28)"; torch.save raises RuntimeError.
         if not isinstance(error, OSError) and not _REFUSED.search(str(error)):
             raise
-        name = getattr(error, "filename", None) or _newest_in(folder)
-        within = Path(name).relative_to(folder) if name and folder in Path(name).parents else name
-        raise _folder_refused((shown or folder) / (within or ""), error) from error
+        path = _refused_file(error, folder)
+        if folder in (path, *path.parents):
+            path = (shown or folder) / path.relative_to(folder)
+        raise _folder_refused(path, error) from error
 
 
 def settle(folder: Path) -> None:
@@ -270,12 +274,21 @@ def _folder_refused(path: Path, error: Exception) -> RunError:
     )
 
 
-def _newest_in(folder: Path) -> str | None:
-    """The file that was written last: where an error does not say, the one that could not be finished."""
-    with suppress(OSError):
-        files = [(path.stat().st_mtime_ns, str(path)) for path in folder.rglob("*") if path.is_file()]
-        return max(files)[1] if files else None
-    return None
+def _refused_file(error: Exception, folder: Path) -> Path:
+    """The file that a library could not write into ``folder``, or the folder if nothing tells."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return Path(os.fsdecode(error.filename))
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        argument = frame.f_locals.get(_SAVERS.get(frame.f_code.co_name, ""))
+        if isinstance(argument, str | os.PathLike):
+            return Path(argument)
+    with suppress(OSError):  # else the file that was written last
+        return max(
+            (path for path in folder.rglob("*") if path.is_file()),
+            key=lambda path: path.stat().st_mtime_ns,
+            default=folder,
+        )
+    return folder
 
 
 def sync(path: Path) -> None:

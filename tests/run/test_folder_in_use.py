@@ -38,8 +38,11 @@ def process(work: Callable[..., None], *arguments: Any) -> Iterator[Any]:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    while not holds():
+    for _ in range(20_000):
+        if holds():
+            return
         time.sleep(0.01)
+    raise AssertionError("what was waited for did not come")
 
 
 def is_beating(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HTTPError
 from selkd.data.documents import Document, columns_of, document_of
 from selkd.data.text_files import content_digest
 from selkd.errors import InputError, RunError
+from selkd.files import DISK_FULL
 from selkd.recipe.data import DataOptions
 
 
@@ -72,6 +73,11 @@ class HubDataset:
                 rows = self._builder.as_dataset(split=split)
         except (DatasetsError, HTTPError, OSError, ValueError) as error:
             reason = error.__cause__ or error  # of a generation error, only the cause names the file
+            if isinstance(reason, OSError) and reason.errno in DISK_FULL:
+                raise RunError(
+                    f"{self._builder.cache_dir} can't be written ({reason}). Free space there, or set "
+                    "HF_DATASETS_CACHE to another folder; then run again."
+                ) from error
             raise InputError(f"data.split: can't load {split!r} of {self._shown} ({reason}).") from error
         # Other columns may hold images or audio, which would be decoded. A stream may not know its columns beforehand.
         columns = list(columns_of(options).values())

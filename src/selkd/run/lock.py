@@ -30,13 +30,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from selkd.errors import InputError, RunError
-from selkd.files import LOCK, NO_LOCKS, sync
+from selkd.files import DISK_FULL, LOCK, NO_LOCKS, sync
 
 BEAT_SECONDS = 10.0
 WATCH_SECONDS = 35.0
 _SETTLE_SECONDS = 2.0  # after which the later of two that took over one left lock is seen in the file
 _JOIN_SECONDS = 60.0  # a network's file system may show a new file late
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OPENING = '{"beat": "'  # the number follows: 16 hex digits
 _logger = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class FolderLock:
             self.release()
             if isinstance(error, InputError):
                 raise
-            if isinstance(error, OSError) and error.errno in _FULL:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise RunError(f"{self.path} can't be written ({error}). Free space there, then run again.") from None
             raise Unwritable(
                 f"{self.folder}: expected a folder that can be made and written ({error}). Give another --out."
@@ -220,8 +219,10 @@ class FolderLock:
         owner = {"process": os.getpid(), "host": socket.gethostname(), "since": since, "token": self.token}
         content = f'{_OPENING}{secrets.token_hex(8)}", {json.dumps(owner)[1:]}\n'.encode()
         assert self._descriptor is not None, "the lock's file is open"
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, content, 0)
+        with os.fdopen(self._descriptor, "r+b", closefd=False) as file:
+            file.seek(0)
+            file.truncate()
+            file.write(content)
         sync(self.path)
 
     def _owner(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from selkd.files import write_whole
+from selkd.files import saving, write_whole
 
 _WRITTEN = ("loss", "held_out_", "benchmark_")  # logs with a name that begins so are written to the metrics' file
 
@@ -38,7 +38,7 @@ class StepLines:
         write_whole(self.path, "".join(_line(line) for line in self.read(step)))
 
     def append(self, lines: list[dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(_line(line) for line in lines))
 
 
