@@ -38,7 +38,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from run_content import Content, content_of, differences, remains_of
-from strikes import Watch, Window, new_page, read_page
+from strikes import Watch, Window, new_page, read_page, steps_of
 from tiny_run import make_recipe, make_task
 
 import selkd.cli.main
@@ -91,12 +91,14 @@ class Attempt:
         codes: the exit code of each process; negative: the signal that ended it.
         struck: the kill and where it struck; None if the processes were left alone, or had ended before.
         seconds: how long it took.
+        steps: how many optimiser steps it made.
         words: the last words of each process on standard error.
     """
 
     codes: list[int]
     struck: tuple[Kill, Window | None] | None
     seconds: float
+    steps: int
     words: list[str]
 
     def __str__(self) -> str:
@@ -112,10 +114,16 @@ class Trial:
     """One run: what was done to it, and what came of it."""
 
     recipe: str
+    steps: int
     attempts: list[Attempt] = field(default_factory=list)
     lost: str | None = None
     different: list[str] = field(default_factory=list)
     remains: list[str] = field(default_factory=list)
+
+    @property
+    def steps_again(self) -> int:
+        """How many optimiser steps were made twice, or more often."""
+        return sum(attempt.steps for attempt in self.attempts) - self.steps
 
     @property
     def is_good(self) -> bool:
@@ -165,7 +173,7 @@ class Command:
             is_struck, window = read_page(pages[kill.rank])
             struck = (kill, window) if is_struck else None
         words = [(self.logs / f"{rank}.err").read_text(errors="replace")[-2000:] for rank in range(self.processes)]
-        return Attempt(codes, struck, time.monotonic() - started, words)
+        return Attempt(codes, struck, time.monotonic() - started, steps_of(pages[0]), words)
 
     def windows(self) -> list[list[Window]]:
         """The windows that each process passed in the last call, if it ended by itself."""
@@ -242,14 +250,14 @@ class Bench:
         first = command()
         if any(first.codes):
             raise SystemExit(f"{name}, undisturbed: exit codes {first.codes}\n" + "\n".join(first.words))
-        self.seconds, self.windows = first.seconds, command.windows()
+        self.seconds, self.steps, self.windows = first.seconds, first.steps, command.windows()
         self.expected: Content = content_of(command.run, command.shared)
         self.remains = remains_of(command.run, command.shared)
         self.deck = list(_deck(self.windows, random.Random(seed)))
 
     def trial(self, number: int) -> Trial:
         """Kill a run, perhaps several times, and let it come to its end."""
-        rng, trial = random.Random(f"{self.seed} {self.name} {number}"), Trial(self.name)
+        rng, trial = random.Random(f"{self.seed} {self.name} {number}"), Trial(self.name, self.steps)
         self.command.clear()
         kill: Kill | None = self._first_kill(number, rng)
         while trial.lost is None:
@@ -310,6 +318,16 @@ def _empty_picture(_: Figure, buffer: BinaryIO, **__: Any) -> None:
     buffer.write(b"<svg ></svg>")
 
 
+def _steps_again(trials: list[Trial]) -> dict[str, list[int]]:
+    """The steps that were made again in each trial, by the signal that struck it if it was one."""
+    found: dict[str, list[int]] = {}
+    for trial in trials:
+        names = {attempt.struck[0].signal_number.name for attempt in trial.attempts if attempt.struck}
+        if trial.lost is None and names:
+            found.setdefault(names.pop() if len(names) == 1 else "several signals", []).append(trial.steps_again)
+    return dict(sorted(found.items()))
+
+
 def report_of(trials: list[Trial]) -> dict[str, Any]:
     """The figures of all trials, and every trial that is not good, as plain data."""
     struck = [(*attempt.struck, attempt) for trial in trials for attempt in trial.attempts if attempt.struck]
@@ -322,6 +340,8 @@ def report_of(trials: list[Trial]) -> dict[str, Any]:
         "lost": sum(trial.lost is not None for trial in trials),
         "different": sum(bool(trial.different) for trial in trials),
         "with_remains": sum(bool(trial.remains) for trial in trials),
+        "steps": sum(trial.steps for trial in trials),
+        "steps_made_again": {name: sum(again) for name, again in _steps_again(trials).items()},
         "struck_by_stage": dict(places.most_common()),
         "struck_by_window": dict(ways.most_common()) | {"by time": sum(not kill.at for kill, _, _ in struck)},
         "exit_codes": dict(sorted(ends.items())),

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PAGE = 4096
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+PAGE, _STEPS = 4096, slice(4088, 4096)
 _RANDOM = (  # what names hold that differs from run to run
     (re.compile(r"\.[0-9a-f]{16}\.tmp"), ".*.tmp"),
     (re.compile(r"[0-9a-f]{32}"), "<digest>"),
@@ -58,7 +60,8 @@ class Watch:
 
     Args:
         root: only what lies below it is watched.
-        page: shared memory, in which the last window and whether it was struck stand when the process is dead.
+        page: shared memory, in which the last window, whether it was struck, and the count of optimiser steps stand
+            when the process is dead.
         at: the number of the window, from 1 on; 0: none.
         signal_number: the signal.
     """
@@ -104,6 +107,7 @@ class Watch:
             setattr(os, name, self._watched(name, getattr(os, name)))
         self._watch_open()
         self._watch_writers()
+        register_optimizer_step_post_hook(lambda *_: count_step(self.page))
 
     def _watched(self, call: str, original: Callable[..., Any]) -> Callable[..., Any]:
         shown = {"replace": "rename", "remove": "unlink"}.get(call, call)
@@ -224,9 +228,18 @@ def new_page() -> mmap.mmap:
     return mmap.mmap(-1, PAGE)
 
 
+def count_step(page: mmap.mmap) -> None:
+    page[_STEPS] = (steps_of(page) + 1).to_bytes(8, "little")
+
+
+def steps_of(page: mmap.mmap) -> int:
+    """How many optimiser steps the process has made."""
+    return int.from_bytes(page[_STEPS], "little")
+
+
 def write_page(page: mmap.mmap, is_struck: bool, window: Window) -> None:
     content = "\n".join(["struck" if is_struck else "passed", window.stage, window.call, window.name, window.phase])
-    encoded = content.encode()[: PAGE - 1]
+    encoded = content.encode()[: _STEPS.start - 1]
     page[: len(encoded) + 1] = encoded + b"\0"
 
 

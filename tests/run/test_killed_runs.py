@@ -5,6 +5,9 @@
 kills as often as docs/results/kills.md says.
 """
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,36 @@ from selkd.run.pipeline import score_only
 from selkd.selection.samples import SampleScores
 from selkd.teacher import build_cache
 
+HARNESS = Path(__file__).parent.parent.parent / "benchmarks" / "kills.py"
+
 
 class Killed(BaseException):
     """Stands for the end of a process: nothing in a run may catch it."""
+
+
+def kills(*arguments: object) -> dict[str, Any]:
+    command = [sys.executable, str(HARNESS), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.stdout, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["bad"] == [], json.dumps(report["bad"], indent=1)
+    assert done.returncode == 0
+    return report
+
+
+@pytest.mark.slow
+def test_a_dozen_kills_in_every_stage_lose_nothing(tmp_path: Path) -> None:
+    report = kills("--kills", 12, "--recipes", "cached", "--out", tmp_path)
+    assert report["kills"] >= 12
+    assert report["struck_by_stage"].keys() >= {"prepare", "score", "cache", "train", "evaluate", "finish"}
+    windows = set(report["struck_by_window"])
+    assert {window.split()[0] for window in windows} >= {"before", "torn", "after"}
+    assert {window.split()[1] for window in windows} >= {"open", "fsync", "rename", "time"}
+
+
+@pytest.mark.slow
+def test_one_rank_of_two_is_killed_and_nothing_is_lost(tmp_path: Path) -> None:
+    assert kills("--kills", 4, "--processes", 2, "--recipes", "cached", "--out", tmp_path)["kills"] >= 4
 
 
 @pytest.mark.parametrize("strikes", ["in the middle of a build", "between a build and its record"])
