@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/kills.py [--kills 200] [--processes 2] [--recipes cached live ...] [--seed 0]
 
 The runs are whole runs at toy size, each in a process (or two, as torchrun starts them) that is forked from this one,
-so that it begins in milliseconds. A kill is SIGKILL, SIGTERM or SIGINT, after a random time or at a numbered window of
+so that it begins in milliseconds. A kill is SIGKILL, SIGTERM, SIGINT or SIGUSR1, after a random time or at a numbered window of
 a write (``benchmarks/strikes.py``); every kind of window is struck before one is struck again. The command is repeated,
 and perhaps killed again, until it exits with 0. Then everything must be as in the undisturbed run: student, selection,
 cache, metrics, examples, fidelity, counts, record (``benchmarks/run_content.py``), and nothing hidden may remain.
@@ -45,7 +45,7 @@ import selkd.cli.main
 import selkd.run.pipeline
 import selkd.teacher.build_cache
 
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # the first is what loses most
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the first is what loses most
 LONGEST = 120.0  # seconds; a run of some three seconds that takes longer hangs
 LAUNCHER_WAITS = 10.0  # seconds between SIGTERM and SIGKILL for the other processes (torchrun: 30)
 AGAIN = 75
@@ -303,13 +303,11 @@ def _deck(windows: list[list[Window]], rng: random.Random) -> Iterator[tuple[int
             kinds.setdefault((rank, window.stage, window.call, window.phase, name), []).append((rank, place))
     left = list(kinds)
     rng.shuffle(left)
-    stages: Counter[str] = Counter()
-    ways: Counter[tuple[str, str]] = Counter()
+    seen: Counter[str] = Counter()  # stages, phases and calls
     while left:
-        kind = min(left, key=lambda kind: stages[kind[1]] + 2 * ways[kind[2:4]])
+        kind = min(left, key=lambda kind: (seen[kind[1]], seen[kind[3]], seen[kind[2]]))
         left.remove(kind)
-        stages[kind[1]] += 1
-        ways[kind[2:4]] += 1
+        seen.update(kind[1:4])
         yield rng.choice(kinds[kind])
 
 
@@ -363,6 +361,7 @@ def report_of(trials: list[Trial]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="how many kills, at least")
+    parser.add_argument("--runs", type=int, help="how many runs, whatever the number of kills")
     parser.add_argument("--processes", type=int, default=1, help="how many processes share a run")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="which recipes; all if not given")
     parser.add_argument("--seed", type=int, default=0)
@@ -381,7 +380,7 @@ def main() -> None:
         benches = [Bench(name, Command(made[name], out, given.processes), given.seed) for name in names]
         trials: list[Trial] = []
         number = given.first
-        while report_of(trials)["kills"] < given.kills:
+        while report_of(trials)["kills"] < given.kills if given.runs is None else len(trials) < given.runs:
             bench = benches[number % len(benches)]
             trial = bench.trial(number // len(benches))
             trials.append(trial)
