@@ -90,46 +90,58 @@ def test_a_run_of_the_same_own_part_is_still_known_as_the_same(trap: tuple[str, 
     RunDirectory.claim(tmp_path / "run", recipe, is_writer=True)
 
 
+def commands(folder: Path, module: str) -> list[tuple[object, ...]]:
+    """Every command that runs a recipe, with a recipe that names the module."""
+    recipe, study = own_recipe(folder, module), folder / "study.yaml"
+    study.write_text(yaml.safe_dump({"base": "own.yaml", "seeds": [1, 2]}))
+    (folder / "cache").mkdir()
+    return [
+        ("distill", recipe),
+        ("score", recipe),
+        ("cache", "build", recipe),
+        ("cache", "verify", folder / "cache", "--rescore", "1", "--recipe", recipe),
+        ("sweep", study),
+        ("bench", recipe),
+        ("estimate", recipe),
+        ("tokens", "demo", "text", "--metric", f"{module}:part"),
+        ("tokens", "demo", "text", "--policy", f"{module}:part"),
+    ]
+
+
 def test_own_code_is_named_before_it_is_imported(selkd: Command, trap: tuple[str, Path], tmp_path: Path) -> None:
     module, left = trap
-    (tmp_path / f"{module}.py").write_text(
-        f"raise RuntimeError('stop here')\n{(tmp_path / f'{module}.py').read_text()}"
-    )
-    code, err = selkd("distill", own_recipe(tmp_path, module), "--out", tmp_path / "run")
-    assert code == 2
-    first, second, *_ = err.splitlines()
-    assert first == f"selkd: positions.metric runs your own code, {module}:part"
-    assert "can't be imported (RuntimeError: stop here)" in second
-    assert not left.exists()
+    source = tmp_path / f"{module}.py"
+    source.write_text(f"raise RuntimeError('stop here')\n{source.read_text()}")
+    for arguments in commands(tmp_path, module):
+        code, err = selkd(*arguments)
+        assert code == 2, (arguments, err)
+        first, second, *_ = err.splitlines()
+        key = "positions.policy" if "--policy" in arguments else "positions.metric"
+        assert first == f"selkd: {key} runs your own code, {module}:part", arguments
+        assert "can't be imported (RuntimeError: stop here)" in second
+        assert not left.exists()
 
 
 def test_no_plugins_refuses_own_code_in_every_command_that_runs_a_recipe(
     selkd: Command, trap: tuple[str, Path], tmp_path: Path
 ) -> None:
     module, left = trap
-    recipe, study = own_recipe(tmp_path, module), tmp_path / "study.yaml"
-    study.write_text(yaml.safe_dump({"base": "own.yaml", "seeds": [1, 2]}))
-    (tmp_path / "cache").mkdir()
-    for arguments in (
-        ("distill", recipe),
-        ("score", recipe),
-        ("cache", "build", recipe),
-        ("cache", "verify", tmp_path / "cache", "--rescore", "1", "--recipe", recipe),
-        ("sweep", study),
-        ("bench", recipe),
-        ("estimate", recipe),
-        ("tokens", "demo", "text", "--metric", f"{module}:part"),
-        ("tokens", "demo", "text", "--policy", f"{module}:part"),
-    ):
+    for arguments in commands(tmp_path, module):
         code, err = selkd(*arguments, "--no-plugins")
         assert code == 2, (arguments, err)
         assert f"'{module}:part' is code to run, and --no-plugins refuses it" in err, arguments
         assert "runs your own code" not in err
         assert not left.exists(), arguments
-    code, err = selkd("recipes", "se_kd", "--json")
-    assert code == 0
-    expand(Study.model_validate({"base": yaml.safe_load(recipe.read_text()), "seeds": [1]}), tmp_path)  # from Python
+
+
+def test_from_python_own_code_is_imported_without_a_line(
+    trap: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, left = trap
+    base = yaml.safe_load(own_recipe(tmp_path, module).read_text())
+    expand(Study.model_validate({"base": base, "seeds": [1]}), tmp_path)
     assert left.exists()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("address", ["https://example.org/recipe.yaml", "http://example.org/r.yaml", "hf://o/r/r.yaml"])

@@ -10,9 +10,12 @@ from made_run import BENCHMARKS, OVERLAP, demo_metrics
 from test_comparison import make_runs
 from test_page import HOSTILE
 
+from selkd.recipe.choices import PositionOptions
 from selkd.reporting.comparison import compare
 from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.page import write_page
+from selkd.tokens.views import describe
+from selkd.tokens.views import write_page as write_tokens
 
 # What a page must not do, should any of it get in: it would show in the title, or as a request.
 INJECTED = """<base href="https://example.org/"><script>document.title = "ran"</script>
@@ -70,3 +73,25 @@ def test_the_page_of_several_runs(tmp_path: Path) -> None:
     runs = make_runs(tmp_path / "runs")
     write_comparison(compare(runs, failed={HOSTILE: HOSTILE}), tmp_path / "out", HOSTILE)
     check(tmp_path / "out" / "report.html")
+
+
+def test_the_page_of_a_text(tmp_path: Path) -> None:
+    tokens = [HOSTILE, *(f" word{number}" for number in range(300))]
+    sample = {
+        "tokens": tokens,
+        "valid": [*[True] * 300, False],
+        "scores": [*(number % 7 / 2 for number in range(300)), None],
+        "coefficients": [[float(number % 5 == 0) for number in range(301)]],
+    }
+    options = PositionOptions(policy="top_k", fraction=0.2).model_dump(mode="json")
+    looked_at = {
+        "model": HOSTILE,
+        "teacher": None,
+        "metric": "student_entropy",
+        "seed": 1,
+        "options": [{"label": f"top_k {HOSTILE}", **options, "progress": 0.0}],
+        "samples": [sample] * 6,
+    }
+    page = tmp_path / "tokens.html"
+    write_tokens(page, describe(looked_at))
+    check(page)

@@ -68,6 +68,10 @@ def test_a_run_writes_what_the_contract_names(tmp_path: Path) -> None:
         assert record["fidelity"][when].keys() == {"perplexity", "kl_nats", "top1_agreement"}
     assert record["fidelity"]["after"]["kl_nats"] < record["fidelity"]["before"]["kl_nats"]
 
+    overlap = record["data"]["held_out_overlap"]
+    assert overlap["samples"] == record["data"]["held_out_samples"] > 0
+    assert (overlap["ngram"], overlap["copies"], overlap["share"]) == (13, 0, 0.0)
+
     counts, scores = record["counts"], pq.read_table(run.path / "selection" / "samples.parquet").to_pylist()
     kept = [row for row in scores if row["kept"]]
     assert counts["samples"] == len(scores) == record["data"]["train_samples"]
