@@ -55,3 +55,28 @@ def test_files_that_are_no_scores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not sample scores written by selkd"):
         SampleScores.read(table)
     assert text.read_text() == "hello"
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
+    """Most are found; the others are in bytes that Parquet's reader does not look at."""
+    generator = np.random.default_rng(3)
+    path, values = tmp_path / "samples.parquet", generator.random(40)
+    ids, cost = [f"{number:032x}" for number in range(40)], {"seconds": 1.5, "teacher_tokens": 3}
+    written = SampleScores(ids, values, {"metric": "student_entropy"}, values > 0.5, cost)
+    written.write(path)
+    whole = path.read_bytes()
+    found = 0
+    for at, bit in zip(generator.integers(len(whole), size=400), generator.integers(8, size=400), strict=True):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(bit)
+        path.write_bytes(damaged)
+        try:
+            read = SampleScores.read(path)
+        except InputError as error:
+            assert f"{path}: not a whole file of sample scores" in str(error)  # noqa: PT017  one of 400
+            found += 1
+        else:
+            assert (read.sample_ids, read.fingerprint, read.cost) == (ids, written.fingerprint, cost)
+            assert (read.scores == values).all()
+            assert (read.kept == written.kept).all()
+    assert found > 200

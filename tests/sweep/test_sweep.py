@@ -19,6 +19,7 @@ from selkd.errors import InputError
 from selkd.recipe.files import load_recipe
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
+from selkd.run.verify import verify_run
 from selkd.sweep.runner import _how_it_ended, run_apart
 from selkd.sweep.sharing import with_shared_paths
 from selkd.sweep.study import Study, expand, load_study, named_studies
@@ -320,6 +321,8 @@ def test_a_whole_study_shares_survives_a_failure_and_continues(tmp_path: Path, m
     assert after.table is not None
     assert [len(recipe["runs"]) for recipe in after.table["recipes"]] == [1, 2]
     assert str(out) not in (moved / "runs" / "se" / "seed-2" / "recipe.yaml").read_text()
+    for run in ("se/seed-1", "se/seed-2", "full/seed-1"):
+        assert verify_run(moved / "runs" / run).problems == [], run
     out = moved
 
     changed = mended.model_copy(update={"set": {"training.learning_rate": 0.5}})

@@ -111,10 +111,15 @@ def downloaded(model: str, files: Sequence[str] = _HUB_FILES, revision: str | No
 
 
 def _fingerprint(model: str, path: Path, cache_dir: Path) -> str:
-    """A digest of config.json and every weight file, remembered by path, sizes and modification times."""
+    """A digest of config.json and every weight file, remembered by path, sizes and times.
+
+    A copy may keep the time of modification of what it replaces, as a clock that was set back does. The time of the
+    last change of the file's entry is nobody's to choose.
+    """
     config, *weights = _model_files(model, path)
     # stat follows links, and a snapshot in the hub's cache consists of links to blobs.
-    state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in (config, *weights)]
+    stats = {file.name: file.stat() for file in (config, *weights)}
+    state = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()]
     memo = cache_dir / "fingerprints" / f"{xxhash.xxh3_64_hexdigest(os.fsencode(path.resolve()))}.json"
     if remembered := _remembered(memo, state):
         return remembered

@@ -1,7 +1,10 @@
 """A run's folder, which belongs to one recipe, and the record in it."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from selkd.errors import InputError
 from selkd.files import LOCK, RECIPE, RECORD, is_temporary, remove_temporaries, write_whole
@@ -92,6 +95,19 @@ class RunDirectory:
         if not (self.path / RECIPE).exists():
             write_whole(self.path / RECIPE, to_yaml(self.recipe))
         write_whole(self.path / RECORD, text)
+
+
+def write_moved_recipe(path: Path, recipe: Recipe) -> None:
+    """Write where a run's scores and cache are by now into its record, and then into its recipe."""
+    text = to_yaml(recipe)
+    with suppress(InputError):  # a damaged record stays: the run itself will say so
+        run = RunDirectory(path, recipe, _record(path), is_writer=True)
+        run.record |= {"recipe": recipe.resolved()} if run.record else {}
+        if run.is_finished:
+            run.close(run.record[FILES] | {RECIPE: xxhash.xxh3_128_hexdigest(text.encode())})
+        elif run.record:
+            run.save()
+    write_whole(path / RECIPE, text)
 
 
 def _record(path: Path) -> dict[str, Any]:

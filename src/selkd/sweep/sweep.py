@@ -11,11 +11,12 @@ from typing import Any
 
 from selkd.errors import InputError
 from selkd.files import LOCK, RECIPE, write_whole
-from selkd.recipe.files import stored_recipe, to_yaml
+from selkd.recipe.files import stored_recipe
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import compare
 from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.run_files import read_record
+from selkd.run.directory import write_moved_recipe
 from selkd.run.lock import working_in
 from selkd.sweep.runner import run_apart
 from selkd.sweep.sharing import with_shared_paths
@@ -67,7 +68,7 @@ def sweep(
         moved = [run_id for run_id, recipe in recipes.items() if _has_moved(paths[run_id], recipe)]
         _save(out, name, status)  # marks the folder as a study's
         for run_id in moved:
-            write_whole(paths[run_id] / RECIPE, to_yaml(recipes[run_id]))
+            write_moved_recipe(paths[run_id], recipes[run_id])
         _run_each(name, out, recipes, status, tell)
         failed = {run_id: str(status[run_id]["error"]) for run_id in paths if status[run_id]["status"] == "failed"}
         finished = [run for run in planned if run.id not in failed]
