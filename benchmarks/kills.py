@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/kills.py [--kills 200] [--processes 2] [--recipes cached live ...] [--seed 0]
 
 The runs are whole runs at toy size, each in a process (or two, as torchrun starts them) that is forked from this one,
-so that it begins in milliseconds. A kill is SIGKILL, SIGTERM, SIGINT or SIGUSR1, after a random time or at a numbered window of
-a write (``benchmarks/strikes.py``); every kind of window is struck before one is struck again. The command is repeated,
-and perhaps killed again, until it exits with 0. Then everything must be as in the undisturbed run: student, selection,
-cache, metrics, examples, fidelity, counts, record (``benchmarks/run_content.py``), and nothing hidden may remain.
+so that it begins in milliseconds. A kill is SIGKILL, SIGTERM, SIGINT or SIGUSR1, after a random time or at a numbered
+window of a write (``benchmarks/strikes.py``); every kind of window is struck before one is struck again. The command is
+repeated, and perhaps killed again, until it exits with 0. Then everything must be as in the undisturbed run: student,
+selection, cache, metrics, examples, fidelity, counts, record (``benchmarks/run_content.py``), and nothing hidden may
+remain.
 
 A run is lost if the command, undisturbed, exits with anything but 0, or does not end. Exits with 1 if a run was lost,
 differs, or left something behind; its folder is kept below ``--out``.
@@ -45,7 +46,7 @@ import selkd.cli.main
 import selkd.run.pipeline
 import selkd.teacher.build_cache
 
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the first is what loses most
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGKILL loses most
 LONGEST = 120.0  # seconds; a run of some three seconds that takes longer hangs
 LAUNCHER_WAITS = 10.0  # seconds between SIGTERM and SIGKILL for the other processes (torchrun: 30)
 AGAIN = 75
@@ -385,7 +386,8 @@ def main() -> None:
             trial = bench.trial(number // len(benches))
             trials.append(trial)
             word = "good" if trial.is_good else "BAD"
-            print(f"{number} {trial.recipe}: {word} {'; '.join(map(str, trial.attempts))}", file=sys.stderr, flush=True)
+            told = [*map(str, trial.attempts), *trial.different[:3], *trial.remains[:3]]
+            print(f"{number} {trial.recipe}: {word} {'; '.join(told)}", file=sys.stderr, flush=True)
             if not trial.is_good and given.out is not None:
                 shutil.rmtree(out / f"bad-{number}", ignore_errors=True)
                 bench.command.place.rename(out / f"bad-{number}")

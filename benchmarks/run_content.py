@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from selkd.files import is_temporary
+from selkd.files import file_digest, is_temporary
 
 _OF_THE_CLOCK = ("seconds", "peak_memory_bytes", "environment", "runtime", "per_second")
 _UNCOMPARED = {"report.html", "run.lock"}  # a page of seconds and peaks, which the record holds; a lock
@@ -81,8 +81,10 @@ def _card(path: Path) -> str:
 def _json(path: Path) -> Any:
     content = without_clock(json.loads(path.read_text(encoding="utf-8")))
     if path.name == "record.json":
-        # Digests of files that hold seconds differ; which files have one does not.
-        content["files"] = sorted(content.get("files", {}))
+        # Digests of files that hold seconds differ; that they are right does not.
+        digests = content.get("files", {}).items()
+        content["files"] = {name: file_digest(path.parent / name) == digest for name, digest in digests}
+        del content["digest"]
     return content
 
 
@@ -93,6 +95,7 @@ def _lines(path: Path) -> list[Any]:
 def _scores(path: Path) -> dict[str, Any]:
     table = pq.read_table(path)
     meta = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    del meta["selkd.digest"]  # of the cost, too
     meta["selkd.cost"] = without_clock(json.loads(meta.get("selkd.cost", "null")))
     return {"rows": table.to_pydict(), "metadata": meta}
 
