@@ -1,11 +1,9 @@
 """A real browser for the tests: headless Chromium, driven by Playwright."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
@@ -48,34 +46,43 @@ def _note_refused(request: Any, view: View) -> None:
         view.refused.append(request.url)
 
 
-@contextmanager
-def views(page: Path, *settings: tuple[int, str], scripts: bool = True) -> Iterator[list[View]]:
-    """The page at each (width, "light" or "dark"); ``scripts``: whether the browser would run its scripts."""
+class Look(NamedTuple):
+    """A page at one width, in the colour scheme "light" or "dark", with or without scripts."""
+
+    page: Path
+    width: int
+    scheme: Literal["light", "dark"]
+    scripts: bool = True
+
+
+def views(*looks: Look) -> list[View]:
+    """What one browser found at each look."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         # Without its sandbox, which root in a container may not use; the page is our own.
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         try:
-            found = []
-            for width, scheme in settings:
-                context = browser.new_context(
-                    viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=scripts
-                )
-                tab, view = context.new_page(), View(width)
-                tab.on("console", lambda message, view=view: view.console.append(message.text))
-                tab.on("pageerror", lambda error, view=view: view.console.append(str(error)))
-                tab.on("request", lambda request, view=view: view.requests.append(request.url))
-                tab.on("requestfailed", lambda request, view=view: _note_refused(request, view))
-                tab.goto(page.as_uri())
-                view.overflow = tab.evaluate("document.documentElement.scrollWidth - innerWidth")
-                view.smallest_text = tab.evaluate(_SMALLEST)
-                view.background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-                view.title = tab.title()
-                view.text = tab.inner_text("body")
-                view.png = tab.screenshot(full_page=True)
-                found.append(view)
-                context.close()
-            yield found
+            return [_view(browser, look) for look in looks]
         finally:
             browser.close()
+
+
+def _view(browser: Any, look: Look) -> View:
+    context = browser.new_context(
+        viewport={"width": look.width, "height": 900}, color_scheme=look.scheme, java_script_enabled=look.scripts
+    )
+    tab, view = context.new_page(), View(look.width)
+    tab.on("console", lambda message: view.console.append(message.text))
+    tab.on("pageerror", lambda error: view.console.append(str(error)))
+    tab.on("request", lambda request: view.requests.append(request.url))
+    tab.on("requestfailed", lambda request: _note_refused(request, view))
+    tab.goto(look.page.as_uri())
+    view.overflow = tab.evaluate("document.documentElement.scrollWidth - innerWidth")
+    view.smallest_text = tab.evaluate(_SMALLEST)
+    view.background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    view.title = tab.title()
+    view.text = tab.inner_text("body")
+    view.png = tab.screenshot(full_page=True)
+    context.close()
+    return view

@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from browser import DESKTOP, PHONE, View, views
+from browser import DESKTOP, PHONE, Look, views
 from made_run import BENCHMARKS, OVERLAP, demo_metrics
 from test_comparison import make_runs
 from test_page import HOSTILE
@@ -25,26 +25,28 @@ INJECTED = """<base href="https://example.org/"><script>document.title = "ran"</
 <form action="https://example.org/"><input name="a"></form><script>document.forms[0].submit()</script>"""
 
 
-def check(page: Path) -> list[View]:
+def check(page: Path) -> None:
     """What every page of ours must be."""
-    with views(page, (DESKTOP, "light"), scripts=False) as without:
-        pass
-    (injected := page.with_name("injected.html")).write_text(page.read_text().replace("<main>", f"<main>{INJECTED}", 1))
-    with views(injected, (DESKTOP, "light")) as attacked:
-        assert sorted(attacked[0].requests) == sorted([injected.as_uri(), *attacked[0].refused])
-        assert len(attacked[0].refused) >= 4
-        assert attacked[0].title != "ran"
-    with views(page, (DESKTOP, "light"), (PHONE, "dark")) as found:
-        for view in found:
-            assert view.console == []
-            assert view.requests == [page.as_uri()]
-            assert view.overflow <= 0, f"the page is {view.overflow} px wider than {view.width} px"
-            assert view.smallest_text >= 7.5
-            width, height = struct.unpack(">II", view.png[16:24])
-            assert (width, height > 1500) == (view.width, True)
-        assert found[0].background != found[1].background
-        assert (found[0].text, found[0].png) == (without[0].text, without[0].png)
-        return found
+    injected = page.with_name("injected.html")
+    injected.write_text(page.read_text().replace("<main>", f"<main>{INJECTED}", 1))
+    plain, phone, without, attacked = views(
+        Look(page, DESKTOP, "light"),
+        Look(page, PHONE, "dark"),
+        Look(page, DESKTOP, "light", scripts=False),
+        Look(injected, DESKTOP, "light"),
+    )
+    for view in (plain, phone):
+        assert view.console == []
+        assert view.requests == [page.as_uri()]
+        assert view.overflow <= 0, f"the page is {view.overflow} px wider than {view.width} px"
+        assert view.smallest_text >= 7.5
+        width, height = struct.unpack(">II", view.png[16:24])
+        assert (width, height > 1500) == (view.width, True)
+    assert plain.background != phone.background
+    assert (plain.text, plain.png) == (without.text, without.png)  # no script is needed
+    assert sorted(attacked.requests) == sorted([injected.as_uri(), *attacked.refused])
+    assert len(attacked.refused) >= 4
+    assert attacked.title != "ran"
 
 
 def test_a_full_page_of_one_run(run_dir: Path, record: dict[str, Any]) -> None:
