@@ -139,3 +139,8 @@ def test_a_disk_that_grows_takes_the_run_a_little_further_each_time(small_disk: 
         assert str(small_disk) in said
     assert attempts[-1] == ""
     require_equal(small_disk / "run", straight)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    before = files_below(small_disk)
+    assert attempt(recipe, small_disk / "run") == ""  # finished: it needs no lock and writes nothing
+    assert "expected a folder that can be made and written" in attempt(recipe, small_disk / "new")
+    assert files_below(small_disk) == before

@@ -17,8 +17,9 @@ import pytest
 from tiny_run import make_recipe
 
 from selkd import distill
+from selkd.cache.verify import verify_cache
 from selkd.errors import InputError
-from selkd.files import LOCK
+from selkd.files import LOCK, is_temporary
 from selkd.run import lock
 from selkd.run.lock import FolderLock, working_in
 
@@ -225,3 +226,30 @@ def test_two_runs_at_once_are_one_run_and_one_refusal(tmp_path: Path) -> None:
             until((tmp_path / "run" / "metrics.jsonl").exists)
         steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, len(steps) + 1))
+
+
+def test_two_runs_that_make_the_same_shared_files_at_once_are_both_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They tokenise one text, prune one student, write one file of scores and build one cache."""
+    shared = {"samples": {"metric": "student_entropy", "fraction": 0.3, "path": str(tmp_path / "scores.parquet")}}
+    recipe = make_recipe(tmp_path, cache={"path": str(tmp_path / "cache")}, evaluation={"suite": []}, **shared)
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
+    start = FORK.Barrier(2)
+
+    def work(out: Path) -> None:
+        start.wait()
+        distill(recipe, out)
+
+    with process(work, tmp_path / "a") as first, process(work, tmp_path / "b") as second:
+        for each in (first, second):
+            each.join()
+            assert each.exitcode == 0
+    students = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in "ab"]
+    assert students[0] == students[1]
+    assert verify_cache(tmp_path / "cache") == []
+    made = [path for path in tmp_path.rglob("*") if path.parent.name in ("tokenised", "students")]
+    assert len(made) == 2
+    assert not [path for path in tmp_path.rglob("*") if is_temporary(path.name) or path.name == LOCK]
+    alone = distill(recipe | {"cache": {"path": None}, "samples": shared["samples"] | {"path": None}}, tmp_path / "c")
+    assert (alone.student / "model.safetensors").read_bytes() == students[0]
