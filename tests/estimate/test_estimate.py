@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from selkd import distill
 from selkd.errors import InputError
-from selkd.estimate.architecture import describe
-from selkd.estimate.body import inference_peak, training_memory, why_rough
-from selkd.estimate.cache_size import MEASURED, typical_bytes
 from selkd.estimate.estimate import estimate
-from selkd.estimate.optimiser import optimiser_bytes
 from selkd.models.head import hidden_states
+from selkd.needs.architecture import describe
+from selkd.needs.body import inference_peak, training_memory, why_rough
+from selkd.needs.cache_size import MEASURED, typical_bytes
+from selkd.needs.optimiser import optimiser_bytes
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.training.arguments import DistillArguments

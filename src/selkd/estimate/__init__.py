@@ -1,1 +1,1 @@
-"""Estimates what a run will need before it starts: parameters, memory, teacher queries, cache and time."""
+"""Estimates what a run will need before it starts; a probe measures what can't be counted."""

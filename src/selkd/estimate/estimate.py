@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from selkd.errors import InputError
-from selkd.estimate.architecture import Architecture, find_files, teacher_and_student
-from selkd.estimate.cache_size import MEASURED, SOURCE, typical_bytes
-from selkd.estimate.memory import Memory, memory
-from selkd.estimate.plan import Plan, make_plan
 from selkd.estimate.probe import probe
 from selkd.models.loading import resolve_dtype
 from selkd.models.sources import default_cache_dir
+from selkd.needs.architecture import Architecture, find_files, teacher_and_student
+from selkd.needs.cache_size import MEASURED, SOURCE, typical_bytes
+from selkd.needs.memory import Memory, memory
+from selkd.needs.plan import Plan, make_plan, tokens_to_plan
 from selkd.recipe.evaluation import benchmarks_of
 from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import Workspace
@@ -46,7 +46,9 @@ def estimate(
     if gpus is not None and with_probe and work.device.type == "cpu":
         raise InputError("--probe: it measures this machine's device, a CPU, and --gpus plans accelerators. Leave one.")
     teacher, student = teacher_and_student(recipe, teacher_source, student_source)
-    plan = make_plan(recipe, work, gpus or work.state.num_processes, tokens)
+    planned = tokens_to_plan(recipe, tokens)
+    text = work.splits if planned is None else planned
+    plan = make_plan(recipe, work.arguments, gpus or work.state.num_processes, text)
     needed = memory(student, teacher, plan, _dtypes(work, is_cpu), is_cpu=is_cpu)
     rates = probe(recipe) if with_probe else None
     return {

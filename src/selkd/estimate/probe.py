@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from selkd.data.samples import SampleDataset
 from selkd.data.splits import Splits
-from selkd.estimate.plan import is_local
+from selkd.needs.plan import is_local
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.cache import cache as build_or_find_cache

@@ -13,6 +13,7 @@ from selkd.cache.verify import verify_cache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.run.directory import RunDirectory
+from selkd.run.enough import warn_if_short
 from selkd.run.record import CACHE_COST, add_cost, cost_of, count_teacher_tokens, note_shared, read_cost, timed
 from selkd.run.workspace import Workspace
 from selkd.selection.classes import class_sampler
@@ -88,6 +89,7 @@ def _built(
     """
     build = CacheBuild(directory, fingerprint, samples)
     if build.missing_tokens:
+        warn_if_short(work, "cache", directory)
         counted = run.record.get("teacher_tokens", {}).get("cache", 0)
         if not counted or run.record.get("teacher_cache") is not None:  # else an interrupted build counted them
             run.record["teacher_cache"] = None

@@ -11,6 +11,7 @@ from selkd.files import write_whole
 from selkd.recipe.choices import FractionSchedule, PositionOptions, SampleOptions
 from selkd.run import benchmarks
 from selkd.run.directory import RunDirectory
+from selkd.run.enough import warn_if_short
 from selkd.run.record import count_teacher_tokens, size, timed
 from selkd.run.workspace import Workspace
 from selkd.sealed import OVERLAP
@@ -35,6 +36,7 @@ def forget_after(run: RunDirectory) -> None:
 def evaluate(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
     """Measure ``student`` ``before`` or ``after`` training, and record fidelity and benchmarks."""
     options = work.recipe.evaluation
+    warn_if_short(work, "evaluate")
     with timed(run, "evaluate"):
         run.record["student"] |= size(student)
         if "fidelity" in options.suite:

@@ -11,6 +11,7 @@ from selkd.data.samples import SampleDataset
 from selkd.evaluation.sample_scores import score_samples
 from selkd.recipe.choices import SampleOptions
 from selkd.run.directory import RunDirectory
+from selkd.run.enough import warn_if_short
 from selkd.run.record import cost_of, count_teacher_tokens, note_shared, timed
 from selkd.run.workspace import Workspace
 from selkd.sealed import SCORES
@@ -70,6 +71,7 @@ def stored_scores(work: Workspace) -> SampleScores | None:
 
 
 def _scored_and_counted(work: Workspace, run: RunDirectory) -> SampleScores:
+    warn_if_short(work, "score")
     scores = scored(work)
     assert scores.cost is not None, "it was measured"
     if tokens := int(scores.cost["teacher_tokens"]):

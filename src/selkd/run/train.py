@@ -15,6 +15,7 @@ from selkd.models.adapters import merged
 from selkd.models.sources import locate
 from selkd.run import benchmarks
 from selkd.run.directory import RunDirectory
+from selkd.run.enough import warn_if_short
 from selkd.run.evaluate import FIGURES, benchmarks_record, forget_after, measure_fidelity
 from selkd.run.record import PeakMemory, add_seconds, count_teacher_tokens, size
 from selkd.run.workspace import Workspace
@@ -28,6 +29,7 @@ def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: Tea
     peaks = PeakMemory(run)
     if cache is not None:
         work.models.release_teacher()
+    warn_if_short(work, "train", Path(work.arguments.output_dir))
     trainer = RunTrainer(
         work,
         is_cached=cache is not None,

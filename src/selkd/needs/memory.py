@@ -6,11 +6,11 @@ import psutil
 import torch
 
 from selkd.data.collate import TOKENS_AT_ONCE
-from selkd.estimate.architecture import Architecture
-from selkd.estimate.body import inference_peak, training_memory, why_rough
-from selkd.estimate.optimiser import optimiser_bytes
-from selkd.estimate.plan import Plan
 from selkd.maths.chunked import CHUNK_BYTES
+from selkd.needs.architecture import Architecture
+from selkd.needs.body import inference_peak, training_memory, why_rough
+from selkd.needs.optimiser import optimiser_bytes
+from selkd.needs.plan import Plan
 from selkd.training.arguments import DistillArguments
 
 # How many tensors of one chunk of logits are alive together: the student's, its gradient, what the criterion makes of

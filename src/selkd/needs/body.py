@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from selkd.estimate.architecture import Architecture
+from selkd.needs.architecture import Architecture
 
 # Results [B, T, F] that an activation keeps beyond its input and output where Transformers writes it out in steps.
 _EXTRA_RESULTS = {"gelu_new": 3, "gelu_fast": 3, "quick_gelu": 1}

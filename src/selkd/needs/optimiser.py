@@ -1,6 +1,6 @@
 """The memory of an optimiser's state, by the optimiser's name in Transformers."""
 
-from selkd.estimate.architecture import Architecture
+from selkd.needs.architecture import Architecture
 from selkd.training.arguments import DistillArguments
 
 # How many numbers an optimiser keeps for each parameter, by how its name begins. Adafactor keeps one a row and column.

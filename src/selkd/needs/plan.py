@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from selkd.data.splits import Splits
 from selkd.errors import InputError
 from selkd.recipe.choices import FractionSchedule
+from selkd.recipe.pruning import CALIBRATION_SAMPLES
 from selkd.recipe.recipe import Recipe
-from selkd.run.workspace import CALIBRATION_SAMPLES, Workspace
 from selkd.training.arguments import DistillArguments
 
 
@@ -94,13 +95,13 @@ def is_local(recipe: Recipe) -> bool:
     return recipe.data.path == "demo" or Path(recipe.data.path).expanduser().exists()
 
 
-def make_plan(recipe: Recipe, work: Workspace, devices: int, tokens: int | None) -> Plan:
-    """Plan a run over ``tokens`` training tokens; None takes a local text's own or, for one on the hub, data.tokens.
+def tokens_to_plan(recipe: Recipe, tokens: int | None) -> int | None:
+    """The training tokens to plan for: ``tokens``, or ``data.tokens`` of a text on the hub; None: count the text's.
 
     Raises:
         InputError: ``tokens`` are too few, or the text is on the hub and its number of tokens is not named.
     """
-    length, arguments = recipe.data.max_length, work.arguments
+    length = recipe.data.max_length
     if tokens is not None and tokens < length:
         raise InputError(f"--tokens: {tokens} are fewer than one sample of data.max_length = {length}.")
     if tokens is None and not is_local(recipe):
@@ -109,14 +110,18 @@ def make_plan(recipe: Recipe, work: Workspace, devices: int, tokens: int | None)
             raise InputError(
                 f"data.tokens: not given, and {recipe.data.path} is not on this machine to be counted. Give --tokens."
             )
-    if tokens is None:
-        train = work.splits.train
-        samples, tokens = len(train), work.splits.train_tokens
-        positions, held_out = int(train.n_valid.sum()), int(work.splits.held_out.lengths.sum())
-    else:
-        samples = max(1, tokens // length)
-        positions = samples * (length - 1)
+    return tokens
+
+
+def make_plan(recipe: Recipe, arguments: DistillArguments, devices: int, text: Splits | int) -> Plan:
+    """Plan a run over ``text``: its samples, or how many training tokens it has."""
+    if isinstance(text, int):
+        samples, tokens = max(1, text // recipe.data.max_length), text
+        positions = samples * (recipe.data.max_length - 1)
         held_out = recipe.data.held_out_tokens if recipe.data.held_out_fraction > 0 else 0
+    else:
+        samples, tokens = len(text.train), text.train_tokens
+        positions, held_out = int(text.train.n_valid.sum()), int(text.held_out.lengths.sum())
     kept = samples if recipe.samples is None else max(1, math.ceil(recipe.samples.fraction * samples - 1e-9))
     # Steps of an epoch, as the Trainer counts them.
     batches = math.ceil(kept / (arguments.per_device_train_batch_size * devices))
