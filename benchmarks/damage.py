@@ -3,9 +3,9 @@
     python benchmarks/damage.py RUN [--flips 1000] [--seed 0]
 
 RUN is copied, and each flip is taken back before the next. A file is drawn first, then a byte and a bit of it. A flip
-is ``found`` if verify names a problem; ``noted`` if it says that a file which users may edit or write anew (the card,
-the page) is another; ``without effect`` if verify says nothing, and what is read of the file is the same; else
-``missed``.
+is ``found`` if verify names a problem; ``noted`` if it says that a file which may differ (the card, the page, the note
+of the cache's cost) is another; ``without effect`` if verify says nothing, and what is read of the file is the same;
+else ``missed``.
 """
 
 import argparse

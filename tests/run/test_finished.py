@@ -228,6 +228,17 @@ def test_verify_names_what_is_wrong(run: Path, recipe: dict[str, Any], selkd: Co
         distill(recipe, run)
 
 
+def test_a_finished_run_does_without_its_cache(run: Path, recipe: dict[str, Any]) -> None:
+    shutil.rmtree(run / "teacher_cache")
+    before = contents(run)
+    distill(recipe, run)
+    assert contents(run) == before
+    assert (verify_run(run).problems, verify_run(run).notes) == (
+        [],
+        ["teacher_cache: it is gone; the finished run does without"],
+    )
+
+
 def test_verify_of_a_run_that_is_under_way(tmp_path: Path) -> None:
     """A line that was cut off in writing is no damage: the training that goes on drops it. One in the middle is."""
     recipe = short_recipe(tmp_path)

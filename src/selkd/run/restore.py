@@ -13,7 +13,7 @@ from selkd.run.evaluate import measure_fidelity, write_overlaps
 from selkd.run.finish import write_card, write_examples
 from selkd.run.score import scored, stored_scores
 from selkd.run.workspace import Workspace
-from selkd.sealed import CARD, EXAMPLES, FILES, OVERLAP, REPORT, SCORES, differences
+from selkd.sealed import CACHE_COST, CARD, EXAMPLES, FILES, OVERLAP, REPORT, SCORES, differences
 
 _STUDENT = "student"
 
@@ -32,6 +32,7 @@ def restore(work: Workspace, run: RunDirectory) -> None:
     lost = differences(run.path, files, files.keys() - weights)
     if lost.get(CARD) == "changed":  # by the user, who may
         del lost[CARD]
+    lost.pop(CACHE_COST, None)  # what the cache's builds noted: a finished run needs neither it nor its cache
     work.state.wait_for_everyone()  # all have seen what is lost before the main process writes it
     if not lost:
         return

@@ -13,7 +13,7 @@ from selkd.files import RECIPE, RECORD
 from selkd.recipe.files import recipe_content
 from selkd.reporting.run_files import read_run
 from selkd.run.inputs import recipe_digest
-from selkd.sealed import CARD, DIGEST, FILES, INPUTS, REPORT, SCORES, differences, unsealed
+from selkd.sealed import CACHE_COST, CARD, DIGEST, FILES, INPUTS, REPORT, SCORES, differences, unsealed
 from selkd.selection.samples import SampleScores
 from selkd.training.sealing import DIGESTS, fault_of
 
@@ -24,7 +24,11 @@ FORM: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("counts", "seconds", "peak_memory_bytes", "teacher_tokens", "train"), (dict,)),
     **{key: (dict, type(None)) for key in ("fidelity", "teacher_cache", "benchmarks", "on_policy")},
 }
-_EDITED = {CARD: "the run wrote another card: it was edited", REPORT: "the run wrote another page: it was written anew"}
+_MAY_DIFFER = {
+    CARD: "the run wrote another card: it was edited",
+    REPORT: "the run wrote another page: it was written anew",
+    CACHE_COST: "the run noted another cost of the cache: a part of it was built again, or the note is damaged",
+}
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,11 @@ def _check_files(checked: Checked, run_path: Path, record: dict[str, Any]) -> bo
     found = differences(run_path, files)
     for name in files:
         problem = found.get(name)
-        if problem == "changed" and name in _EDITED:
-            checked.notes.append(f"{name}: {_EDITED[name]}")
+        if problem == "changed" and name in _MAY_DIFFER:
+            checked.notes.append(f"{name}: {_MAY_DIFFER[name]}")
+            del found[name]
+        elif name == CACHE_COST and not (run_path / name).parent.exists():
+            checked.notes.append("teacher_cache: it is gone; the finished run does without")
             del found[name]
         else:
             checked.add(name, [] if problem is None else [f"{name} is {problem}"])
