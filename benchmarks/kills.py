@@ -47,6 +47,7 @@ import selkd.run.pipeline
 import selkd.teacher.build_cache
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGKILL loses most
+ALL = -1
 LONGEST = 120.0  # seconds; a run of some three seconds that takes longer hangs
 LAUNCHER_WAITS = 10.0  # seconds between SIGTERM and SIGKILL for the other processes (torchrun: 30)
 AGAIN = 75
@@ -76,7 +77,7 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Kill:
-    """One signal to one process: after ``seconds``, or at its window ``at``."""
+    """One signal: to one process at its window ``at``; or after ``seconds`` to one, or to ``ALL`` as schedulers do."""
 
     signal_number: signal.Signals
     rank: int
@@ -107,7 +108,8 @@ class Attempt:
             return f"exit codes {self.codes}"
         kill, window = self.struck
         how = "at" if kill.at else f"{kill.seconds:.2f} s in, at or after"
-        return f"{kill.signal_number.name} to rank {kill.rank} {how} {window or 'the start'}: exit codes {self.codes}"
+        whom = "all ranks" if kill.rank == ALL else f"rank {kill.rank}"
+        return f"{kill.signal_number.name} to {whom} {how} {window or 'the start'}: exit codes {self.codes}"
 
 
 @dataclass
@@ -168,7 +170,7 @@ class Command:
                 self._be(rank, port, watch)
             children[child] = rank
         sent: list[Window | None] = []
-        codes = self._wait(children, kill, started, lambda: sent.append(read_page(pages[kill.rank])[1]))
+        codes = self._wait(children, kill, started, lambda: sent.append(read_page(pages[max(0, kill.rank)])[1]))
         struck = (kill, sent[0]) if kill is not None and sent else None
         if kill is not None and kill.at:
             is_struck, window = read_page(pages[kill.rank])
@@ -225,11 +227,12 @@ class Command:
                     codes[rank] = os.waitstatus_to_exitcode(ended[1])
             left = [child for child, rank in children.items() if rank not in codes]
             if kill is not None and kill.seconds and not was_sent and now - started >= kill.seconds:
-                for child in left:
-                    if children[child] == kill.rank:
-                        was_sent = True
-                        on_kill()
-                        os.kill(child, kill.signal_number)
+                meant = [child for child in left if kill.rank in (children[child], ALL)]
+                was_sent = True
+                if meant:
+                    on_kill()
+                for child in meant:
+                    os.kill(child, kill.signal_number)
             if any(codes.values()) and not failed_at:
                 failed_at = now
             if left and failed_at and not is_ended and now - failed_at > 0.1:
@@ -292,7 +295,8 @@ class Bench:
         return Kill(rng.choice(SIGNALS), rank, at=rng.randrange(len(self.windows[rank])) // 2 + 1)
 
     def _by_time(self, rng: random.Random, until: float) -> Kill:
-        return Kill(rng.choice(SIGNALS), rng.randrange(len(self.windows)), seconds=rng.uniform(0.001, until))
+        ranks = [*range(len(self.windows)), *([ALL] if len(self.windows) > 1 else [])]
+        return Kill(rng.choice(SIGNALS), rng.choice(ranks), seconds=rng.uniform(0.001, until))
 
 
 def _deck(windows: list[list[Window]], rng: random.Random) -> Iterator[tuple[int, int]]:
@@ -332,7 +336,7 @@ def report_of(trials: list[Trial]) -> dict[str, Any]:
     struck = [(*attempt.struck, attempt) for trial in trials for attempt in trial.attempts if attempt.struck]
     places = Counter((window.stage if window else "start") for _, window, _ in struck)
     ways = Counter(f"{window.phase} {window.call}" for kill, window, _ in struck if kill.at and window)
-    ends = Counter(f"{kill.signal_number.name}: {attempt.codes[kill.rank]}" for kill, _, attempt in struck)
+    ends = Counter(f"{kill.signal_number.name}: {attempt.codes[max(0, kill.rank)]}" for kill, _, attempt in struck)
     return {
         "kills": len(struck),
         "runs": len(trials),

@@ -5,7 +5,10 @@
 kills as often as docs/results/kills.md says.
 """
 
+import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ from tiny_run import make_recipe
 
 from selkd import distill
 from selkd.cache.writer import CacheWriter
+from selkd.files import write_whole
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.pipeline import score_only
@@ -52,6 +56,54 @@ def test_a_dozen_kills_in_every_stage_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_one_rank_of_two_is_killed_and_nothing_is_lost(tmp_path: Path) -> None:
     assert kills("--runs", 3, "--processes", 2, "--recipes", "cached", "--out", tmp_path)["kills"] >= 3
+
+
+def test_every_window_of_a_write_is_struck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at each in turn, a file that is replaced is the old one or the new one, and half a file is temporary."""
+    monkeypatch.syspath_prepend(str(HARNESS.parent))
+    strikes = importlib.import_module("strikes")
+    struck, halves, place = [], 0, tmp_path / "file"
+    while not struck or struck[-1] is not None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        place.write_bytes(b"old" * 100)
+        page = strikes.new_page()
+        if (child := os.fork()) == 0:
+            strikes.Watch(str(tmp_path), page, len(struck) + 1, signal.SIGKILL).install()
+            write_whole(place, b"new" * 100)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        is_struck, window = strikes.read_page(page)
+        assert code == (-signal.SIGKILL if is_struck else 0)
+        struck.append((window.phase, window.call) if is_struck else None)
+        is_renamed = struck[-1] is None or ("after", "rename") in struck
+        assert place.read_bytes() == (b"new" if is_renamed else b"old") * 100
+        halves += [path.stat().st_size for path in tmp_path.glob("*.tmp")] == [150]
+    assert halves == 1
+    assert struck == [
+        *(("before", "open"), ("after", "open"), ("torn", "write"), ("before", "fsync"), ("after", "fsync")),
+        *(("before", "rename"), ("after", "rename"), ("after", "close"), None),
+    ]
+
+
+def test_what_differs_between_two_runs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HARNESS.parent))
+    run_content = importlib.import_module("run_content")
+    runs = [distill(make_recipe(tmp_path, cache=None, samples=None), tmp_path / name).path for name in ("a", "b")]
+    first, second = (run_content.content_of(run, tmp_path / "none") for run in runs)
+    assert run_content.differences(second, first) == []
+    assert run_content.remains_of(runs[1], tmp_path / "none") == []
+    student, metrics = runs[1] / "student" / "model.safetensors", runs[1] / "metrics.jsonl"
+    student.write_bytes(student.read_bytes()[:-1] + b"x")
+    metrics.write_text(metrics.read_text().replace('"loss": ', '"loss": 1'))
+    (runs[1] / "selection" / "examples.json").unlink()
+    (runs[1] / "student" / "README.md.0123456789abcdef.tmp").touch()
+    told = run_content.differences(run_content.content_of(runs[1], tmp_path / "none"), first)
+    assert {line.partition(":")[0].partition("[")[0] for line in told} == {
+        *("student/model.safetensors", "metrics.jsonl", "selection/examples.json"),
+        *(f"record.json.files.{name}" for name in ("student/model.safetensors", "metrics.jsonl")),
+    } | {"record.json.files.selection/examples.json"}
+    assert run_content.remains_of(runs[1], tmp_path / "none") == ["student/README.md.0123456789abcdef.tmp"]
 
 
 @pytest.mark.parametrize("strikes", ["in the middle of a build", "between a build and its record"])
