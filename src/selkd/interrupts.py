@@ -1,8 +1,13 @@
 """Whether this process was asked to end. A run's signals and time limit ask; loops look where ending loses least."""
 
+import ctypes
+import os
 import signal
+import sys
 
 from selkd.errors import Interrupted, RunError
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 
 class _Asked:
@@ -62,3 +67,12 @@ def ignore_in_worker() -> None:
     if _Asked.is_left_to_parent:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_launcher(number: signal.Signals) -> None:
+    """Have the system send this process the signal ``number`` when torchrun, which started it, ends; on Linux alone.
+
+    Else a worker goes on by itself when its launcher is killed, and the workers of the next launch may join it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))

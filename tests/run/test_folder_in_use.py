@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from selkd import distill
 from selkd.cache.verify import verify_cache
 from selkd.errors import InputError
 from selkd.files import LOCK, is_temporary
+from selkd.interrupts import end_with_launcher
 from selkd.run import lock
 from selkd.run.lock import FolderLock, working_in
 
@@ -126,6 +128,27 @@ def test_a_worker_that_outlives_its_main_process_keeps_the_folder_locked(tmp_pat
             second.join()
             with working_in(tmp_path):
                 pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent ended")
+def test_a_worker_ends_when_its_launcher_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the workers of the next launch may find it and train with it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    reading, writing = os.pipe()
+
+    def launcher() -> None:
+        os.close(reading)
+        if os.fork() == 0:
+            end_with_launcher(signal.SIGKILL)
+            os.write(writing, b"here")
+        signal.pause()
+
+    with process(launcher) as launched:
+        os.close(writing)
+        assert os.read(reading, 4) == b"here"
+        launched.kill()
+        assert os.read(reading, 4) == b""  # nobody holds the pipe's other end any more
+    os.close(reading)
 
 
 @pytest.fixture

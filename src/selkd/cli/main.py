@@ -32,6 +32,7 @@ from selkd.cli.options import (
 )
 from selkd.cli.verify import verify
 from selkd.errors import InputError, Interrupted, RunError
+from selkd.interrupts import end_with_launcher
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")
@@ -42,6 +43,7 @@ def main() -> None:
     """The console script. ``--debug``, anywhere, shows the traceback of an error."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    end_with_launcher(signal.SIGKILL)  # nothing is done yet
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until a run begins, which then looks after them itself
         signal.signal(number, _leave_at_once)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from selkd.errors import RunError
 from selkd.files import RECIPE, remove_temporaries_below
+from selkd.interrupts import end_with_launcher
 from selkd.recipe.files import load_recipe
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
@@ -99,7 +101,9 @@ def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
 def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> Iterator[tuple[Workspace, RunDirectory]]:
     """Watch over the block, lock the run's folder for it, and claim it. ``pushes``: its student goes to the hub."""
     path = out or Path("runs") / (recipe.name or "recipe")
+    end_with_launcher(signal.SIGKILL)  # while processes find each other, nothing else ends one that waits
     work = Workspace(recipe, path)
+    end_with_launcher(signal.SIGTERM)  # from here on it saves what it has
     work.check()
     require_benchmarks(recipe.evaluation)
     RunDirectory.require_belongs(path, recipe)  # before the lock makes a file in it
