@@ -174,7 +174,7 @@ from selkd.cli.main import main; main()"
     failed = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, check=False)
     assert failed.returncode == 1, failed.stderr
     assert "Traceback" not in failed.stderr
-    assert "selkd: failed while running" in failed.stderr
+    assert "Free space there, or choose another folder" in failed.stderr
     finished = snapshot(tmp_path / "run" / "teacher_cache")
     assert finished.keys() >= {"manifest.json", "shard-00000.selkd"}
     done = subprocess.run(command(recipe, tmp_path / "run"), capture_output=True, text=True, check=True)

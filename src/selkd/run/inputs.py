@@ -76,8 +76,9 @@ def _recipe_digest(run: RunDirectory) -> str:
 
 
 def recipe_digest(content: dict[str, Any]) -> str:
-    """The digest of a resolved recipe's content, but for the paths of scores and cache."""
+    """The digest of a resolved recipe's content, but for how a run ends early and the paths of scores and cache."""
     content = json.loads(json.dumps(content))
+    content.pop("run", None)
     for part in ("samples", "cache"):
         (content.get(part) or {}).pop("path", None)
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
