@@ -52,7 +52,7 @@ def test_nothing_loose_stands_at_the_root() -> None:
 
 def test_a_command_is_told_of_itself_without_torch() -> None:
     """Reading the package, a command's help and the recipe's models need no torch; it takes a second to import."""
-    modules = """cli.main recipe.files recipe.pruning sweep.study tokens.text tokens.policy bench.names
+    modules = """cli.main recipe.files recipe.pruning sweep.sweep tokens.text tokens.policy bench.names
         evaluation.options cache.reader run.directory reporting.page reporting.comparison_page"""
     names = ", ".join(f"selkd.{name}" for name in modules.split())
     code = f"import sys, {names}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

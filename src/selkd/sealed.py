@@ -40,7 +40,7 @@ def unsealed(path: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes().decode("utf-8")
         content = json.loads(text, parse_constant=_refuse)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # or nested too deep to be a record
         raise InputError(f"{path}: expected JSON, could not read it ({error}). {_REMEDY}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}. {_REMEDY}")

@@ -44,13 +44,18 @@ def test_missing_weights_are_refused_not_invented(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
-    [("config.json", '{"model_type": "unheard_of"}'), ("config.json", "{}"), ("model.safetensors", "not a header")],
+    ("file", "content", "told"),
+    [
+        ("config.json", '{"model_type": "unheard_of"}', ": its configuration can't be read"),
+        ("config.json", "{}", ": its configuration can't be read"),
+        ("model.safetensors", "not a header" * 1000, " can't be loaded as a causal language model"),
+        ("model.safetensors", "too small", r": .*config.json describes a model .* weight files, 9 bytes, can't hold"),
+    ],
 )
-def test_what_cannot_be_loaded_is_named(tmp_path: Path, file: str, content: str) -> None:
+def test_what_cannot_be_loaded_is_named(tmp_path: Path, file: str, content: str, told: str) -> None:
     tiny_model("llama", torch.float32).save_pretrained(tmp_path)
     (tmp_path / file).write_text(content)
-    with pytest.raises(InputError, match="model 'the-model' can't be loaded as a causal language model"):
+    with pytest.raises(InputError, match=f"model 'the-model'{told}"):
         load_model(_source(tmp_path), torch.float32, CPU)
 
 

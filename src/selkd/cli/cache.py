@@ -14,11 +14,11 @@ from selkd.cli.options import (
     Overrides,
     RecipeName,
     limited,
-    load,
     own_code,
     possible,
     print_answer,
     quiet,
+    read,
 )
 from selkd.errors import InputError
 
@@ -37,13 +37,14 @@ def cache_build(
     json_output: Json = False,
 ) -> None:
     """Run the teacher once over the kept samples and store its drawn classes."""
-    loaded = load(recipe, limited(overrides, max_hours), no_plugins)
+    loaded = read(recipe, limited(overrides, max_hours), no_plugins)
     if loaded.cache is None:
         raise InputError(
             "cache: this recipe keeps the teacher live; give --set 'cache={path: null}' and a class sampler."
         )
     from selkd.run.pipeline import cache_only
 
+    quiet()
     print_answer(cache_only(loaded, out).record["teacher_cache"], json_output)
 
 
@@ -70,6 +71,10 @@ def cache_verify(
 
     if not directory.is_dir():
         raise InputError(f"{directory}: no such folder.")
+    if not (repair or rescore):
+        for option, given in {"--recipe": recipe, "--set": overrides, "--out": out}.items():
+            if given:
+                raise InputError(f"{option}: without effect; the teacher runs with --repair or --rescore N alone.")
     problems = verify_cache(directory)
     answer: dict[str, Any] = {"problems": problems}
     failed = bool(problems)

@@ -69,12 +69,17 @@ def own_code(no_plugins: bool) -> Iterator[None]:
         yield
 
 
-def load(recipe: str, overrides: list[str] | None, no_plugins: bool = False) -> "Recipe":
-    """Load the recipe of a command that runs models. A recipe that is refused is so before torch is imported."""
+def read(recipe: str, overrides: list[str] | None, no_plugins: bool = False) -> "Recipe":
+    """Read the recipe of a command. One that is refused is so before torch is imported."""
     from selkd.recipe.files import load_recipe
 
     with own_code(no_plugins):
-        loaded = load_recipe(recipe, overrides)
+        return load_recipe(recipe, overrides)
+
+
+def load(recipe: str, overrides: list[str] | None, no_plugins: bool = False) -> "Recipe":
+    """``read`` the recipe of a command that runs models."""
+    loaded = read(recipe, overrides, no_plugins)
     quiet()
     return loaded
 

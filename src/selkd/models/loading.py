@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selkd.errors import InputError
+from selkd.errors import InputError, shown
 from selkd.models.quantisation import quantization_config, require_quantization
 from selkd.models.sources import ModelSource
+from selkd.recipe.part import LARGEST_COUNT
 
+# The sizes in a configuration that decide how much memory a model takes; a family may lack some.
+_SIZES = ("hidden_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 # The names of bf16 arithmetic in torch.cpu.get_capabilities().
 _X86_BF16 = ("avx512_bf16", "amx_bf16")
@@ -67,6 +69,7 @@ def load_model(
         InputError: this version of Transformers knows no such causal language model, or weights are damaged or missing
             (Transformers would fill them with random numbers).
     """
+    read_config(source)  # sizes that no weights can have would fill the memory first
     options: dict[str, Any] = {}
     if quantization is not None:
         require_quantization(quantization, device)
@@ -81,7 +84,9 @@ def load_model(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # damaged files make Transformers stumble in every way
         raise InputError(
             f"model {source.name!r} can't be loaded as a causal language model from {source.path}: {error}"
         ) from error
@@ -100,18 +105,50 @@ def n_parameters(model: torch.nn.Module) -> int:
 
 
 def read_config(source: ModelSource) -> Any:
-    """The model's configuration. Raises InputError if this version of Transformers does not know it."""
+    """The model's configuration.
+
+    Raises:
+        InputError: this version of Transformers does not know it, a size in it is none, or the weight files can't hold
+            a model of these sizes.
+    """
     try:
-        return AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+        sizes = {name: getattr(config.get_text_config(decoder=True), name, None) for name in _SIZES}
+    except Exception as error:  # a damaged file makes Transformers stumble in every way
         raise InputError(
-            f"model {source.name!r}: its configuration can't be read from {source.path}: {error}"
+            f"model {source.name!r}: its configuration can't be read from {source.path} "
+            f"({type(error).__name__}: {error})."
         ) from error
+    for name, size in sizes.items():
+        if size is not None and not (isinstance(size, int) and 1 <= size <= LARGEST_COUNT):
+            raise InputError(
+                f"model {source.name!r}: {name} in {source.path / 'config.json'} is {shown(size)}, expected a whole "
+                f"number from 1 to {LARGEST_COUNT:,}."
+            )
+    _require_weights_for(sizes, source)
+    return config
+
+
+def _require_weights_for(sizes: Mapping[str, int | None], source: ModelSource) -> None:
+    """Raises InputError if the weight files are too small for the embeddings and one number a layer and channel."""
+    channels, classes, layers = (sizes[name] or 0 for name in ("hidden_size", "vocab_size", "num_hidden_layers"))
+    bits = 8 * sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
+    if bits and channels * (classes + layers) > bits:  # no weight has less than a bit
+        given = ", ".join(f"{name} = {size:,}" for name, size in sizes.items() if size is not None)
+        raise InputError(
+            f"model {source.name!r}: {source.path / 'config.json'} describes a model ({given}) that its weight files, "
+            f"{bits // 8:,} bytes, can't hold. Give the configuration that belongs to these weights."
+        )
 
 
 def n_rows(source: ModelSource) -> int:
     """The number of classes of the model's head. Raises as ``read_config``."""
     return int(read_config(source).get_text_config(decoder=True).vocab_size)
+
+
+def n_layers(source: ModelSource) -> int:
+    """The number of the model's layers. Raises as ``read_config``."""
+    return int(read_config(source).get_text_config(decoder=True).num_hidden_layers)
 
 
 def n_positions(source: ModelSource) -> int | None:

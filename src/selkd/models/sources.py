@@ -160,7 +160,7 @@ def _model_files(model: str, path: Path) -> list[Path]:
 def _architecture(model: str, file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"model {model!r}: {file} is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise InputError(f"model {model!r}: {file} holds a {type(config).__name__}, not an object.")

@@ -36,8 +36,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"model {source.name!r}: no tokenizer can be loaded from {source.path}: {error}") from error
+    except Exception as error:  # a damaged file makes Transformers and tokenizers stumble in every way
+        raise InputError(
+            f"model {source.name!r}: no tokenizer can be loaded from {source.path} ({type(error).__name__}: {error}). "
+            "Give a model with the files of its tokenizer, undamaged."
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _padding_token(source, tokenizer)
     return tokenizer

@@ -2,6 +2,7 @@
 
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions
 from selkd.recipe.data import RowOptions
+from selkd.recipe.part import LARGEST_COUNT
 
 
 def check_combination(
@@ -38,6 +39,16 @@ def check_loss(criterion: CriterionOptions, classes: ClassOptions) -> None:
             f"criterion.name: {criterion.name} of drawn classes would be a biased estimate: drawn classes give forward "
             "KL's gradient alone without bias (E[c/U] = p enters it linearly); take criterion.name: forward_kl, or "
             "classes.sampler: all with a live teacher (cache: null)"
+        )
+
+
+def check_batch(per_device: int, data: RowOptions) -> None:
+    """Raises ValueError for a micro-batch with more positions than kernels index."""
+    if per_device * data.max_length > LARGEST_COUNT:
+        raise ValueError(
+            f"per_device_train_batch_size: {per_device:,} samples of data.max_length = {data.max_length:,} tokens have "
+            f"more positions than a tensor's 31-bit index reaches ({LARGEST_COUNT:,}); lower it, and raise "
+            "gradient_accumulation_steps"
         )
 
 

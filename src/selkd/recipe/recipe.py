@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions, SampleOptions
-from selkd.recipe.combinations import check_cached, check_combination, check_sharded, on_policy_criterion
+from selkd.recipe.combinations import check_batch, check_cached, check_combination, check_sharded, on_policy_criterion
 from selkd.recipe.data import DataOptions
 from selkd.recipe.evaluation import EvaluationOptions
 from selkd.recipe.models import StudentOptions, TeacherOptions
@@ -57,7 +57,7 @@ class Recipe(Part):
     A key that a choice makes meaningless (a fraction beside ``policy: all``) is null in the resolved recipe.
     """
 
-    name: str | None = Field(
+    name: PathText | None = Field(
         None, pattern=r"^[\w][\w.-]*$", description="The name of the run's folder below runs/, if no folder is given."
     )
     teacher: TeacherOptions = Field(description="The large model.")
@@ -98,6 +98,10 @@ class Recipe(Part):
         if self.on_policy is not None:
             self._settle(criterion=on_policy_criterion(self.criterion))
         check_combination(self.criterion, self.positions, self.classes, self.on_policy, self.data)
+        try:
+            check_batch(self.training.get("per_device_train_batch_size", 1), self.data)
+        except ValueError as error:
+            raise ValueError(f"training.{error}") from None
         if self.cache is not None:
             self._check_cache()
         if self.data.is_prompt_only and self.samples is not None:

@@ -99,7 +99,7 @@ def _text(path: Path) -> str:
 def _json_object(text: str, where: str, remedy: str = _AGAIN) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, a number too long, or nested too deep
         raise InputError(f"{where}: expected JSON, could not read it ({error}). {remedy}") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}. {remedy}")

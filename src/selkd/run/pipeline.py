@@ -26,6 +26,7 @@ from selkd.run.lock import working_in
 from selkd.run.prepare import prepare
 from selkd.run.restore import restore
 from selkd.run.score import score
+from selkd.run.shared_paths import check_shared_paths
 from selkd.run.train import is_trained, train
 from selkd.run.watch import watched
 from selkd.run.workspace import Workspace
@@ -101,6 +102,7 @@ def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
 def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> Iterator[tuple[Workspace, RunDirectory]]:
     """Watch over the block, lock the run's folder for it, and claim it. ``pushes``: its student goes to the hub."""
     path = out or Path("runs") / (recipe.name or "recipe")
+    check_shared_paths(recipe)
     end_with_launcher(signal.SIGKILL)  # while processes find each other, nothing else ends one that waits
     work = Workspace(recipe, path)
     end_with_launcher(signal.SIGTERM)  # from here on it saves what it has
@@ -116,6 +118,7 @@ def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> Iterator
         if work.state.is_main_process:
             for folder in (path, work.cache_dir):
                 remove_temporaries_below(folder)
+        work.require_layers()
         yield work, run
 
 

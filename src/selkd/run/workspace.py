@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import xxhash
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 
 from selkd import plugins
@@ -25,6 +25,7 @@ from selkd.models.adapters import with_adapters
 from selkd.models.head import check_head, check_packing
 from selkd.models.loading import (
     load_model,
+    n_layers,
     n_positions,
     n_rows,
     native_dtype,
@@ -32,7 +33,7 @@ from selkd.models.loading import (
     resolve_dtype,
 )
 from selkd.models.pair import ModelPair
-from selkd.models.pruning import prune
+from selkd.models.pruning import prune, require_fewer_layers
 from selkd.models.quantisation import precision_of, require_quantization
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
@@ -91,7 +92,7 @@ class Workspace:
                 device is not here, or it can't run the teacher quantised.
         """
         with _as_input_error():
-            Trainer.get_optimizer_cls_and_kwargs(self.arguments)
+            self.arguments.try_optimiser()
             for callback in get_reporting_integration_callbacks(self.arguments.report_to):
                 callback()
         if self.arguments.is_sharded:
@@ -220,6 +221,12 @@ class Workspace:
                 )
         if self.recipe.on_policy is not None:
             require_answers_fit(self.splits.train, self.recipe.on_policy, windows)
+
+    def require_layers(self) -> None:
+        """Raises InputError if a student can't be cut from the teacher to the layers asked for; nothing is loaded."""
+        options = self.recipe.student.prune_from_teacher
+        if options is not None:
+            require_fewer_layers(options.layers, n_layers(self.teacher_source))
 
     @cached_property
     def models(self) -> ModelPair:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -14,12 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from selkd.errors import InputError, nearest
 from selkd.recipe.files import named_texts, put_key, read_mapping, read_text, recipe_content
-from selkd.recipe.part import explain, parse_part
+from selkd.recipe.part import PathText, explain, parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import comparable
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _NAME = r"[\w][\w.-]*"
+_MOST_RECIPES = 10_000
 _LONGEST = 120  # letters of a recipe's name, which is also its folder's
 
 
@@ -41,7 +43,7 @@ class Study(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: str | dict[str, Any]
+    base: PathText | dict[str, Any]
     set: dict[str, Any] = {}
     variants: dict[Annotated[str, Field(pattern=f"^{_NAME}$")], dict[str, Any]] = {}
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
@@ -61,6 +63,9 @@ class Study(BaseModel):
         for key, values in self.grid.items():
             if len({json.dumps(value, sort_keys=True, default=str) for value in values}) < len(values):
                 raise ValueError(f"grid.{key}: {values} holds a value twice; each is one recipe")
+        recipes = math.prod(map(len, self.grid.values())) * max(1, len(self.variants))
+        if recipes > _MOST_RECIPES:
+            raise ValueError(f"grid: {recipes:,} recipes, of which a study has at most {_MOST_RECIPES:,}")
         variants = {f"variants.{name}": keys for name, keys in self.variants.items()}
         for part, keys in {"set": self.set, "grid": self.grid, **variants}.items():
             _refuse_owned(keys, part)

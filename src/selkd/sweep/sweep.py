@@ -17,7 +17,6 @@ from selkd.reporting.comparison import compare
 from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.run_files import read_record
 from selkd.run.directory import write_moved_recipe
-from selkd.run.lock import working_in
 from selkd.sweep.runner import run_apart
 from selkd.sweep.sharing import with_shared_paths
 from selkd.sweep.study import Study, expand
@@ -60,6 +59,8 @@ def sweep(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("sweep: its runs are processes of its own, one after another. Start it without torchrun.")
     planned = expand(study, folder, overrides)
+    from selkd.run.lock import working_in  # here, as a study is refused without torch
+
     _claim(out)  # before the lock makes a file in it
     with working_in(out):
         status = _claim(out)

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from selkd.errors import InputError
+from selkd.errors import InputError, cut, shown
 from selkd.plugins import Metric
 from selkd.recipe.choices import PositionOptions
 from selkd.recipe.part import parse_part
+from selkd.recipe.yaml_text import parse_yaml
 from selkd.selection.positions import StepContext, step_context
 
 # A text has no optimiser steps, so ``progress`` says which share of a run of this length is done.
@@ -63,25 +62,29 @@ def parse_policy(label: str, metric: str, fraction: float) -> PolicyChoice:
     for pair in pairs:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not key:
-            raise InputError(f"--policy {label}: {pair!r} is no option; expected key=value, as in pos_rs,smoothing=2.")
+            raise InputError(
+                f"--policy {cut(label)}: {shown(pair)} is no option; expected key=value, as in pos_rs,smoothing=2."
+            )
         if key in options:
-            raise InputError(f"--policy {label}: {key} stands twice.")
+            raise InputError(f"--policy {cut(label)}: {key} stands twice.")
         try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"--policy {label}: the value of {key} is not readable: {value!r}.") from None
+            options[key] = parse_yaml(value)
+        except ValueError:
+            raise InputError(f"--policy {cut(label)}: the value of {key} is not readable: {shown(value)}.") from None
     if "=" in name:
-        raise InputError(f"--policy {label}: the policy's name comes first, as in top_k,{label}.")
+        raise InputError(f"--policy {cut(label)}: the policy's name comes first, as in top_k,{cut(label)}.")
     progress = options.pop("progress", 0.0)
     if isinstance(progress, bool) or not isinstance(progress, int | float) or not 0 <= progress <= 1:
-        raise InputError(f"--policy {label}: progress is the share of the run that is done, 0 to 1; got {progress!r}.")
+        raise InputError(
+            f"--policy {cut(label)}: progress is the share of the run that is done, 0 to 1; got {shown(progress)}."
+        )
     try:
         checked = parse_part(PositionOptions, {"metric": metric, "fraction": fraction} | options, "positions")
     except InputError as error:
-        raise InputError(f"--policy {label}: {error}") from None
+        raise InputError(f"--policy {cut(label)}: {error}") from None
     if isinstance(checked.curriculum_steps, int):
         raise InputError(
-            f"--policy {label}: curriculum_steps counts a run's steps, and a text has none; give a share of them "
+            f"--policy {cut(label)}: curriculum_steps counts a run's steps, and a text has none; give a share of them "
             "(curriculum_steps=0.5), and progress for the place in the run."
         )
     return PolicyChoice(label.strip(), checked, float(progress))

@@ -9,11 +9,11 @@ from typing import Any, Self
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, DynamoBackend, parse_flag_from_env
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from selkd.errors import InputError
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions
-from selkd.recipe.combinations import check_combination, check_sharded, on_policy_criterion
+from selkd.recipe.combinations import check_batch, check_combination, check_sharded, on_policy_criterion
 from selkd.recipe.data import RowOptions
 from selkd.recipe.models import check_device
 from selkd.recipe.part import Part, parse_part
@@ -119,9 +119,19 @@ class DistillArguments(TrainingArguments):
             self.criterion = on_policy_criterion(self.criterion)
         with _as_input_error("{}."):
             check_combination(self.criterion, self.positions, self.classes, self.on_policy, self.data)
+            check_batch(self.per_device_train_batch_size, self.data)
             if self.is_sharded:
                 check_sharded(self.on_policy, has_adapters=False)  # the trainer checks again when it has the model
         require_supported_split(self)
+
+    def try_optimiser(self) -> None:
+        """Make the optimiser and the schedule for a single number; raises what torch and Transformers do if they can't.
+
+        A value that they refuse would stop the training only when all before it is done.
+        """
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(self)
+        optimiser = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        get_scheduler(self.lr_scheduler_type, optimiser, self.get_warmup_steps(100), 100, self.lr_scheduler_kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As ``TrainingArguments.to_dict``, with the parts as plain data, for logging and storing."""
