@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import ParallelismConfig, PartialState
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from tiny import V, make_arguments, make_model, make_prompts, make_samples, make_tokenizer
@@ -89,15 +89,12 @@ def make_trainer(case: str, out: Path, shared: Path, **changes: Any) -> DistillT
         live = LiveTeacher(make_model(0, layers=3), drawn, 1.0, 11, V)
         build_cache(shared / "cache", fingerprint, samples, lambda: live, 1)
         teacher = TeacherCache.open(shared / "cache")
-    if (replicas := options.pop("replicas", None)) is not None:
-        shards = int(os.environ["WORLD_SIZE"]) // replicas
-        options["parallelism_config"] = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
     arguments = make_arguments(out, **options)
-    if arguments.fsdp:  # Accelerate shards on accelerators only; FSDP2 itself runs on CPUs, too
+    if arguments.is_sharded:  # Accelerate shards on accelerators only; FSDP2 itself runs on CPUs, too
         arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = DistillTrainer(student, teacher, arguments, samples, processing_class=make_tokenizer())
-    if arguments.fsdp and trainer.accelerator.state.fsdp_plugin.cpu_offload:
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.cpu_offload:
         trainer.accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # an accelerator pins
     return trainer
 
@@ -183,7 +180,7 @@ if __name__ == "__main__":
     for job in json.loads(sys.argv[2]):
         for name, done in _train_all(folder, job):
             found = result_of(done)
-            if "sharded" in job:
+            if done.is_fsdp_enabled:
                 done.save_model(str(folder / f"{job['folder']} {name}, saved"))
             if done.is_world_process_zero():
                 save_file(found.pop("student"), folder / f"{job['folder']} {name}.safetensors")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,21 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node"],
-    # `--multi_gpu` starts processes as for accelerators; which device they take is theirs to say.
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+    "accelerate": ["accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
                    "--dynamo_backend", "no", "--num_processes"],
 }  # fmt: skip
+# Starts processes as for accelerators; which device they take is theirs to say.
+MULTI_GPU = ("--multi_gpu",)
 
 
 def torchrun(
-    *arguments: str, processes: int = 2, launcher: str = "torchrun", timeout_seconds: int = 300
+    *arguments: str,
+    processes: int = 2,
+    launcher: str = "torchrun",
+    options: Sequence[str] = (),
+    timeout_seconds: int = 300,
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(processes), *arguments]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(processes), *options, *arguments]
     paths = [str(WORKER.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(

@@ -201,7 +201,10 @@ def test_a_launcher_that_shards_an_answering_student_is_refused(
 
 SHARDED = {
     "lora": ({"student": {"prune_from_teacher": {"layers": 2}, "lora": {"rank": 2}}}, r"student.lora"),
-    "every_steps": ({"evaluation": {"every_steps": 2}}, r"evaluation.every_steps"),
+    "every_steps": (
+        {"evaluation": {"every_steps": 2, "suite": ["fidelity", "paper"]}},
+        r"evaluation.every_steps: benchmarks are measured by one process",
+    ),
 }
 
 

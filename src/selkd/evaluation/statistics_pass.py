@@ -16,8 +16,9 @@ from tqdm import tqdm
 from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import SampleDataset
 from selkd.errors import Interrupted, RunError
-from selkd.interrupts import raise_together, stop_if_asked
+from selkd.interrupts import asked, interrupted, raise_together
 from selkd.maths.finite import require_finite
+from selkd.maths.head import Head
 from selkd.maths.importance import OF_STUDENT
 from selkd.models.head import evaluating
 from selkd.models.pair import ModelPair
@@ -52,20 +53,26 @@ def over_samples(
         RunError: a statistic is not finite; the message names sample and position.
     """
     state = PartialState()
-    mine = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)[state.process_index :: state.num_processes]
-    student, head, with_teacher = models.student, models.student_head, not OF_STUDENT.issuperset(names)
+    groups = group_by_tokens(samples.lengths, TOKENS_AT_ONCE)
+    mine = groups[state.process_index :: state.num_processes]
+    # Each forward of a sharded student needs all processes: one with a batch fewer takes part with another's.
+    n_together = -(-len(groups) // state.num_processes) if models.is_sharded else len(mine)
+    through_student, with_teacher = models.through_student(), not OF_STUDENT.issuperset(names)
 
     def one_batch(group: list[int]) -> tuple[R, int]:  # its tensors are freed before the next one's
         padded = collate([samples[index] for index in group], models.pad_token_id)
-        batch = {name: tensor.to(student.device) for name, tensor in padded.items()}
-        valid_mask, hidden = batch["valid_mask"], models.student_hidden(batch)
-        if estimator is None:
-            teacher_logits = models.teacher_logits(batch) if with_teacher else None
-            targets = batch["targets"][valid_mask]
-            statistics = position_statistics(names, hidden[valid_mask], head, targets, teacher_logits)
-        else:
+        batch = {name: tensor.to(models.student_device) for name, tensor in padded.items()}
+        valid_mask = batch["valid_mask"]
+
+        def measure(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+            if estimator is None:
+                teacher_logits = models.teacher_logits(batch) if with_teacher else None
+                targets = batch["targets"][valid_mask]
+                return position_statistics(names, hidden[valid_mask], head, targets, teacher_logits)
             estimates = [estimator(row[mask], head, "samples") for row, mask in zip(hidden, valid_mask, strict=True)]
-            statistics = {"student_entropy": torch.cat(estimates)}
+            return {"student_entropy": torch.cat(estimates)}
+
+        statistics = through_student(batch, measure)
         index, totals = valid_mask.flatten().nonzero().flatten(), torch.stack(list(statistics.values())).sum(dim=0)
         require_finite(totals, index, batch, f"the student's or the teacher's logits, while {description}")
         return reduce(group, valid_mask, statistics), valid_mask.numel() if with_teacher else 0
@@ -74,20 +81,22 @@ def over_samples(
     tokens = 0
     error: RunError | Interrupted | None = None
     progress = tqdm(total=sum(map(len, mine)), desc=description, unit=" samples", disable=not state.is_main_process)
-    with evaluating(student), evaluating(models.teacher) if with_teacher else nullcontext(), progress:
-        for group in mine:
-            try:
-                stop_if_asked()
-                part, of_teacher = one_batch(group)
-            except (
-                RunError,
-                Interrupted,
-            ) as raised:  # told to the others first, which would wait
-                error = raised
+    with evaluating(models.student), evaluating(models.teacher) if with_teacher else nullcontext(), progress:
+        for group in (mine + groups[:1])[:n_together]:
+            error = error or (None if asked() is None else interrupted())
+            if models.is_sharded:
+                raise_together(error)
+            if error is not None:  # told to the others first, which would wait
                 break
-            reduced.append(part)
-            tokens += of_teacher
-            progress.update(len(group))
+            try:
+                part, of_teacher = one_batch(group)
+            except RunError as raised:
+                error = raised
+                continue
+            if len(reduced) < len(mine):
+                reduced.append(part)
+                tokens += of_teacher
+                progress.update(len(group))
     raise_together(error)
     if state.num_processes > 1:
         reduced, tokens = gather_object(reduced), sum(gather_object([tokens]))

@@ -7,6 +7,8 @@ import gc
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,6 +16,8 @@ from selkd.maths.chunked import ChunkedLogits
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 
+Measure = Callable[[Tensor, Head], dict[str, Tensor]]
+"""Makes tensors of a batch's hidden states [B, T, D] and the student's head."""
 Load = Callable[[], PreTrainedModel]
 """Loads a model. It is called on first use, and again on the next use after the model's memory was freed."""
 
@@ -71,6 +75,40 @@ class ModelPair:
         device = self.student.device.type
         with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return hidden_states(self.student, batch["input_ids"], batch["position_ids"])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 shards the student: then each of its forwards needs all processes."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        from torch.distributed.fsdp import FSDPModule  # slow to import
+
+        return isinstance(self.student, FSDPModule)
+
+    @property
+    def student_device(self) -> torch.device:
+        """Where the student computes; the weights of a sharded one may be elsewhere."""
+        return PartialState().device if self.is_sharded else self.student.device
+
+    def through_student(self) -> Callable[[Mapping[str, Tensor], Measure], dict[str, Tensor]]:
+        """A function of a batch and a ``Measure``: it runs the student's body and returns what is measured."""
+        if self.is_sharded:
+            return self._through_shards
+        head = self.student_head  # cast once
+        return lambda batch, measure: measure(self.student_hidden(batch), head)
+
+    def _through_shards(self, batch: Mapping[str, Tensor], measure: Measure) -> dict[str, Tensor]:
+        """The head is whole only within the whole model's forward, which a trainer gave its ``distillation``."""
+        device = self.student_device.type
+
+        def outside_autocast(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+            with torch.autocast(device, enabled=False):
+                return measure(hidden, head.to(self.dtype))
+
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            measured: dict[str, Tensor] = self.student(**inputs, distillation=outside_autocast)
+        return measured
 
     def teacher_hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The teacher's hidden states [B, T, D] of the same batch, on its own device and in its own dtype."""

@@ -143,9 +143,11 @@ class Recipe(Part):
     def check_sharded(self) -> None:
         """Raises ValueError for what can't be done with a sharded student; a launcher may ask for sharding, too."""
         check_sharded(self.on_policy, has_adapters=self.student.lora is not None)
-        if self.evaluation.every_steps is not None:
+        if self.evaluation.every_steps is not None and self.evaluation.has_benchmarks:
             raise ValueError(
-                "evaluation.every_steps: a student sharded by training.fsdp is measured after training only"
+                "evaluation.every_steps: benchmarks are measured by one process, which has a part only of a student "
+                "sharded by training.fsdp; leave [fidelity] alone in evaluation.suite, or every_steps out to measure "
+                "benchmarks before and after training"
             )
 
     def resolved(self) -> dict[str, Any]:

@@ -87,12 +87,19 @@ def figures(summary: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def keep_if_best(work: Workspace, student: PreTrainedModel, step: int, measured: dict[str, float]) -> None:
+def keep_if_best(
+    work: Workspace,
+    student: PreTrainedModel,
+    step: int,
+    measured: dict[str, float],
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Save ``student`` as the run's ``best_student`` if the figure of ``evaluation.keep_best`` is its best so far.
 
     Args:
         measured: the figures of fidelity by their names, and the mean of the validation suite as
             ``benchmark_validation``.
+        weights: all weights of a student that is sharded, on the main process; None: the student has them.
 
     Raises:
         RunError: the student can't be written.
@@ -106,7 +113,7 @@ def keep_if_best(work: Workspace, student: PreTrainedModel, step: int, measured:
     if math.isfinite(value) and (best is None or sign * value > sign * best["value"]):
         best = {"metric": metric, "value": value, "step": step}
         with new_folder(work.run_path / BEST, replace=True) as new:
-            merged(student).save_pretrained(new)
+            merged(student).save_pretrained(new, state_dict=weights)
             work.tokenizer.save_pretrained(new)
             (new / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
 

@@ -107,7 +107,9 @@ class RunTrainer(DistillTrainer):
         if "fidelity" in options.suite:
             self.totals.teacher_tokens += fidelity.teacher_tokens
         self.log(logs)
-        benchmarks.keep_if_best(work, work.models.student, step, measured | logs)
+        is_gathered = options.keep_best is not None and self.is_fsdp_enabled
+        weights = self.accelerator.get_state_dict(self.model) if is_gathered else None
+        benchmarks.keep_if_best(work, work.models.student, step, measured | logs, weights)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         epochs_and_steps = super()._init_training_state(*args)
