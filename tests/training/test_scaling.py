@@ -13,6 +13,7 @@ from test_sealing import flip_a_bit
 from tiny_run import make_recipe
 from transformers import LlamaForCausalLM
 
+from selkd import distill
 from selkd.errors import InputError
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
@@ -89,10 +90,10 @@ def test_launchers_shards_and_other_numbers_of_processes_make_one_student(tmp_pa
 def test_a_sharded_student_is_measured_on_the_way_as_a_whole_one_is(tmp_path: Path) -> None:
     """The few held-out samples are one batch, which the second process has no part of."""
     plain = make_recipe(tmp_path, evaluation={"suite": ["fidelity"], "every_steps": 2, "keep_best": "kl_nats"})
-    plain["training"] |= {"max_steps": 6, "ddp_backend": "gloo"}
+    plain["training"] |= {"max_steps": 6}
     layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
     sharded = plain | {"training": plain["training"] | {"fsdp": "full_shard", "fsdp_config": layers}}
-    recipes = json.dumps({"ddp": plain, "sharded": sharded})
+    recipes = json.dumps({"ddp": plain, "cut": plain, "sharded": sharded})
     done = torchrun(str(WORKER.with_name("sharded_run.py")), str(tmp_path), recipes)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -111,6 +112,12 @@ def test_a_sharded_student_is_measured_on_the_way_as_a_whole_one_is(tmp_path: Pa
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=f"{kept}: {name}")
     assert read_best(tmp_path / "sharded")["step"] == read_best(tmp_path / "ddp")["step"]
+
+    cut = tmp_path / "cut"
+    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"samples_per_step = 8, this one 4: .* start as many processes as then"):
+        distill(plain, cut)
+    assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
 
 
 def test_what_one_process_measures_is_refused_beside_shards(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from selkd.run.record import COUNTS, count_teacher_tokens, environment, timed
 from selkd.run.score import stored_scores
 from selkd.run.workspace import Workspace
 from selkd.sealed import INPUTS
+from selkd.training.resuming import require_same_steps
 
 STUDENT_KEYS = ("fingerprint", "parameters", "layers", "trained_parameters")  # later stages record these
 
@@ -16,7 +17,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
 
     Raises:
         InputError: an input is not the one that the run began with, or scores or a cache are there and were made from
-            others. Nothing was written.
+            others, or the training has other steps with this number of processes. Nothing was written.
     """
     with timed(run, "prepare"):
         work.require_positions()
@@ -25,6 +26,8 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
             return
         stored_scores(work)  # refused before anything is written
         require_own_cache(work, run)
+        if run.record.get("train") is None:  # it is still to be trained, or to be trained on
+            require_same_steps(work.arguments)
         splits, recipe = work.splits, work.recipe
         n_valid = int(splits.train.n_valid.sum())
         run.record[INPUTS] = inputs

@@ -80,8 +80,8 @@ class ScheduleKept(TrainerCallback, ExportableState):
 _FREE = ("processes", "is_sealed")  # may differ
 _ADVICE = {
     "data": "give the data that it began with",
-    "samples_per_step": "set per_device_train_batch_size and gradient_accumulation_steps so that their product with "
-    "the number of processes is what it was",
+    "samples_per_step": "start as many processes as then, or set per_device_train_batch_size and "
+    "gradient_accumulation_steps so that their product with the number of processes is what it was",
     "samples_per_epoch": "set dataloader_drop_last, per_device_train_batch_size and the number of processes to what "
     "they were",
     "order_seed": "set seed, data_seed and train_sampling_strategy to what they were",

@@ -1,5 +1,6 @@
 """Saving and resuming: checkpoints are sealed and checked, and a training keeps the schedule that it began with."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from transformers import TrainerCallback, TrainerState
 
 from selkd.errors import InputError, RunError
 from selkd.files import saving
-from selkd.training.checkpoints import ScheduleKept
+from selkd.training.arguments import DistillArguments
+from selkd.training.checkpoints import ScheduleKept, stored_schedule
 from selkd.training.evaluation import EvaluatingTrainer
 from selkd.training.sampling import FilledSampler
-from selkd.training.sealing import fault_of, last_complete_checkpoint, rotate, seal, unseal
+from selkd.training.sealing import checkpoints_in, fault_of, last_complete_checkpoint, rotate, seal, unseal
 
 
 class ResumingTrainer(EvaluatingTrainer):
@@ -28,7 +30,7 @@ class ResumingTrainer(EvaluatingTrainer):
 
     def _schedule(self) -> ScheduleKept:
         """What the optimiser steps see with the current batch size, accumulation and number of processes."""
-        args, parts = self.args, self.args.plain_parts()
+        args = self.args
         sampler: FilledSampler = self._get_train_sampler()
         if len(sampler) == 0:
             raise InputError(
@@ -44,12 +46,9 @@ class ResumingTrainer(EvaluatingTrainer):
         return ScheduleKept(
             {
                 "data": self.train_dataset.samples.digest,
-                "samples_per_step": self._train_batch_size * args.world_size * args.gradient_accumulation_steps,
+                **_arguments_schedule(args, self._train_batch_size),
                 "samples_per_epoch": min(len(sampler), len(self.train_dataset)),
                 "order_seed": sampler.seed,
-                "seed": args.seed,
-                **{name: parts[name] for name in ("criterion", "positions", "classes", "on_policy")},
-                "precision": str(args.compute_dtype).removeprefix("torch."),
                 "sharding": None if plugin is None else plugin.state_dict_type.name,
                 "cut": cut if _draws_in_forward(self.model) else None,
                 "processes": args.world_size,
@@ -154,3 +153,29 @@ def _draws_in_forward(model: nn.Module) -> bool:
     return modules or any(
         isinstance(value, float) and value > 0 for name, value in settings.items() if "drop" in name or "jitter" in name
     )
+
+
+def _arguments_schedule(args: DistillArguments, batch_size: int) -> dict[str, Any]:
+    """The part of a schedule that arguments and the number of processes decide."""
+    parts = args.plain_parts()
+    return {
+        "samples_per_step": batch_size * args.world_size * args.gradient_accumulation_steps,
+        "seed": args.seed,
+        **{name: parts[name] for name in ("criterion", "positions", "classes", "on_policy")},
+        "precision": str(args.compute_dtype).removeprefix("torch."),
+    }
+
+
+def require_same_steps(args: DistillArguments) -> None:
+    """Refuse before anything is loaded what resuming would refuse: arguments of other steps than the checkpoints have.
+
+    Raises:
+        InputError: the newest checkpoint in ``output_dir`` that can be read is of another schedule.
+    """
+    for checkpoint in reversed(checkpoints_in(Path(args.output_dir))):
+        with suppress(OSError, ValueError):  # damaged: an earlier one says the same
+            stored_schedule(checkpoint)
+            break
+    else:
+        return
+    ScheduleKept(_arguments_schedule(args, args.per_device_train_batch_size)).require_same(checkpoint)

@@ -83,7 +83,7 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint in ``folder`` without a fault, or None. Those passed over are told in the log."""
     passed_over = []
     found = None
-    for path in reversed(_by_step(folder)):
+    for path in reversed(checkpoints_in(folder)):
         fault = fault_of(path)
         if fault is None:
             found = path
@@ -103,7 +103,7 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     """
     if limit is None or limit <= 0:
         return
-    checkpoints = _by_step(newest.parent)
+    checkpoints = checkpoints_in(newest.parent)
     place = checkpoints.index(newest)
     oldest_first = [*checkpoints[place + 1 :], *checkpoints[:place]]
     removable = [path for path in oldest_first if best is None or path != Path(best)]
@@ -112,7 +112,7 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
         shutil.rmtree(path, ignore_errors=True)  # what can't be removed is no reason to end a training
 
 
-def _by_step(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """The folders that are named like checkpoints, in the order of their steps."""
 
     def numbered() -> Iterator[tuple[int, Path]]:
