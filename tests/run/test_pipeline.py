@@ -262,6 +262,22 @@ def test_scores_and_cache_are_shared_between_runs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"temperature: stored 1.0, expected 2.0"):
         distill(make_recipe(tmp_path, **shared, criterion={"temperature": 2.0}), tmp_path / "e")
     assert snapshot(tmp_path / "cache") == stored
+    assert not any((tmp_path / name).exists() for name in "cde")  # so another samples.path or cache.path can be given
+
+
+def test_a_folder_that_can_hold_no_cache_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"mine")
+    places = {
+        "photos": r"not a teacher cache and not empty \(it holds 'holiday.jpg'\)",
+        "photos/holiday.jpg": "is no folder",
+        "photos/holiday.jpg/cache": r"is no folder, as .*holiday\.jpg is a file",
+    }
+    for place, why in places.items():
+        with pytest.raises(InputError, match=why):
+            distill(make_recipe(tmp_path, cache={"path": str(tmp_path / place)}), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    assert snapshot(tmp_path / "photos").keys() == {"holiday.jpg"}
 
 
 @pytest.fixture(scope="module")

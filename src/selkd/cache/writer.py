@@ -1,5 +1,6 @@
 """Writing a cache shard by shard, by one process or several; an interrupted build is continued."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -151,23 +152,14 @@ class CacheWriter:
         plan_path = self.directory / PLAN
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            names = [path.name for path in self.directory.iterdir()]
-            # The plan is looked for after the listing, because another process of this build may be a step ahead.
-            is_begun = plan_path.exists()
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"{self.directory} is no folder: use another cache.path") from error
         except OSError as error:
             raise RunError(f"the teacher cache folder {self.directory} can't be used: {error}") from error
         try:
-            if is_begun:
+            if require_claimable(self.directory):
                 self._check_same_plan(plan_path)
                 return
-            # A build that was killed before its plan was in place leaves temporary files; others are not selkd's.
-            if foreign := sorted(name for name in names if not is_temporary(name)):
-                raise InputError(
-                    f"{self.directory} is not a teacher cache and not empty (it holds {foreign[0]!r}): "
-                    "use a new or empty folder as cache.path; nothing in it was changed"
-                )
         except InputError:
             if not (repair and self._is_ours(plan_path)):
                 raise
@@ -226,3 +218,32 @@ class CacheWriter:
             n_written += 1
         if n_written < len(planned):
             raise InputError(f"shard {number} expected {len(planned)} samples and got {n_written}")
+
+
+def require_claimable(directory: Path) -> bool:
+    """Whether a cache was begun in the folder, which need not be there yet. Nothing is written.
+
+    Raises:
+        InputError: it is no folder, can't be made or written, or holds something else.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"{directory} is no folder, as {existing} is a file: use another cache.path")
+    if not (directory / MANIFEST).exists() and not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{directory}: no cache can be built there, as {existing} may not be written: use another cache.path"
+        )
+    try:
+        names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    except OSError as error:
+        raise RunError(f"the teacher cache folder {directory} can't be used: {error}") from error
+    # The plan is looked for after the listing, because another process of this build may be a step ahead.
+    if (directory / PLAN).exists():
+        return True
+    # A build that was killed before its plan was in place leaves temporary files; others are not selkd's.
+    if foreign := sorted(name for name in names if not is_temporary(name)):
+        raise InputError(
+            f"{directory} is not a teacher cache and not empty (it holds {foreign[0]!r}): "
+            "use a new or empty folder as cache.path; nothing in it was changed"
+        )
+    return False

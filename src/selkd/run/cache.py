@@ -10,6 +10,7 @@ from selkd.cache.manifest import MANIFEST, PLAN, TAIL, Fingerprint, check_same_f
 from selkd.cache.reader import TeacherCache
 from selkd.cache.remote import fetch_cache, is_remote
 from selkd.cache.verify import verify_cache
+from selkd.cache.writer import require_claimable
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.run.directory import RunDirectory
@@ -44,11 +45,12 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
 
 
 def require_own_cache(work: Workspace, run: RunDirectory) -> None:
-    """Raises InputError where the cache in the recipe's folder was built from something else."""
+    """Raises InputError where the recipe's folder can't hold a cache, or its cache was built from something else."""
     options = work.recipe.cache
     if options is None or (options.path is not None and is_remote(options.path)):
         return
     directory = cache_directory(work, run)
+    require_claimable(directory)
     try:
         plan, _ = read_plan(directory / PLAN)
     except InputError:  # there is none, or it is damaged, which the build will say or mend
