@@ -633,6 +633,38 @@ def test_a_field_that_is_not_honoured_is_refused_by_its_name(name: str, tmp_path
         DistillArguments(output_dir=str(tmp_path), use_cpu=True, **{name: REFUSED[name]})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("adam_beta1", 5.0),
+        ("adam_beta2", float("nan")),
+        ("adam_epsilon", float("nan")),
+        ("weight_decay", float("nan")),
+        ("max_grad_norm", float("nan")),
+        ("save_total_limit", -4),
+        ("warmup_steps", 2.7),
+        ("max_steps", 10**15),
+        ("per_device_train_batch_size", 10**9),
+        ("dataloader_prefetch_factor", 2),
+        ("gradient_checkpointing_kwargs", {"x": 1}),
+        ("accelerator_config", {"x": 1}),
+    ],
+)
+def test_a_value_that_would_fail_late_or_change_nothing_is_refused_by_its_key(
+    name: str, value: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=rf"{name}\b"):
+        DistillArguments(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_a_schedule_that_cant_be_made_is_told_by_trying_it(tmp_path: Path) -> None:
+    given = {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}}
+    DistillArguments(output_dir=str(tmp_path), use_cpu=True, **given).try_optimiser()
+    given["lr_scheduler_kwargs"] = {"cycles": 2}
+    with pytest.raises(TypeError, match="cycles"):
+        DistillArguments(output_dir=str(tmp_path), use_cpu=True, **given).try_optimiser()
+
+
 @pytest.mark.parametrize("name", NOT_OURS)
 def test_what_others_read_changes_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     value, _ = NOT_OURS[name]

@@ -1,7 +1,8 @@
 """YAML as recipes and studies are written in it: mappings, lists, texts and numbers; all else is refused with its line.
 
-PyYAML alone would take much that nobody means: a date, ``1:30`` for 90, ``010`` for 8, the last of two equal keys. It
-reads ``1e-5`` as a text. And it fails without a word about the place on what looks like a number and is none.
+PyYAML alone would take much that nobody means: a date, ``1:30`` for 90, ``010`` for 8, ``no`` for false, the last of
+two equal keys. It reads ``1e-5`` as a text. And it fails without a word about the place on what looks like a number and
+is none.
 """
 
 import re
@@ -18,6 +19,7 @@ _MOST_NODES = 100_000  # with what aliases stand for
 _BITS = 64  # of an integer
 _PREFIX = "tag:yaml.org,2002:"
 _READ = ("str", "int", "float", "bool", "null", "seq", "map")
+_BOOLEAN = re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)\Z")
 _FLOAT = re.compile(
     r"([-+]?[0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[-+]?\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
@@ -142,15 +144,16 @@ def _fault(problem: str, place: Any) -> ConstructorError:
 
 
 def _set_resolvers(reader: Any, left_out: Iterable[str]) -> None:
-    """Give a loader or dumper the resolvers of its own that ``_INTEGER`` and ``_FLOAT`` are."""
+    """Give a loader or dumper the resolvers of its own that ``_BOOLEAN``, ``_INTEGER`` and ``_FLOAT`` are."""
     tags = {_PREFIX + kind for kind in left_out}
     reader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in tags]
         for first, resolvers in reader.yaml_implicit_resolvers.items()
     }
+    reader.add_implicit_resolver(f"{_PREFIX}bool", _BOOLEAN, list("tTfF"))
     reader.add_implicit_resolver(f"{_PREFIX}float", _FLOAT, list("-+.0123456789"))
     reader.add_implicit_resolver(f"{_PREFIX}int", _INTEGER, list("-+0123456789"))
 
 
-_set_resolvers(_Loader, left_out=("timestamp", "merge", "value", "int", "float"))
+_set_resolvers(_Loader, left_out=("timestamp", "merge", "value", "bool", "int", "float"))
 _set_resolvers(_Dumper, left_out=())  # it goes on to quote what other readers of YAML take for a number or a date
