@@ -19,6 +19,7 @@ from selkd.errors import InputError
 from selkd.recipe.files import load_recipe
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
+from selkd.run.lock import working_in
 from selkd.run.verify import verify_run
 from selkd.sweep.runner import _how_it_ended, run_apart
 from selkd.sweep.sharing import with_shared_paths
@@ -335,6 +336,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a study's folder and not empty"):
         sweep("toy", study(), tmp_path, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_study_that_another_command_runs_is_left_to_it(tmp_path: Path) -> None:
+    with working_in(tmp_path / "study"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError, match="works in this folder since"):
+            sweep("toy", study(), tmp_path, tmp_path / "study")
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_estimated_scores_are_not_shared_between_seeds() -> None:
