@@ -357,12 +357,12 @@ def demo_runs() -> str:
         if name != "demo" and not name.startswith("demo_"):
             continue
         f = run["figures"]
-        reached = [str(f["perplexity_after"]), f["kl_after"].value, str(f["agreement_after"])]
+        reached = ("perplexity_after", "kl_after", "agreement_after")  # missing where the text was another
         times = [f["total"].duration, *(f[stage].value for stage in stages)]
         where = f"{run['machine']}, {run.get('date', 'date not recorded')}"
-        rows.append([where, *times, *reached, str(f["cache"]), str(f["peak"])])
+        rows.append([where, *times, *(str(f.get(name, "")) for name in reached), str(f["cache"]), str(f["peak"])])
     return table(
-        "machine | whole run | prepare, s | score, s | cache, s | train, s | evaluate, s | perplexity | KL, nats "
+        "machine | whole run | prepare, s | score, s | cache, s | train, s | evaluate, s | perplexity | KL "
         "| agreement | a cached position | peak memory",
         rows,
     )
