@@ -276,3 +276,16 @@ def test_a_page_that_can_not_be_written_leaves_nothing_behind(run_dir: Path) -> 
         write_page(run_dir)
     assert (run_dir / "report.html" / "kept").read_text() == "the user's"
     assert [path.name for path in run_dir.glob("*report*")] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    ("copies", "told"),
+    [(0, "64; 1.5% of their tokens stand in training text"),
+     (3, "64; 1.5% of their tokens stand in training text, and 3 copies of it were dropped")],
+)  # fmt: skip
+def test_what_of_the_held_out_text_was_trained_on_is_told(
+    copies: int, told: str, run_dir: Path, record: dict[str, Any]
+) -> None:
+    record["data"]["held_out_overlap"] = {"kept_share": 0.015, "copies": copies}
+    (run_dir / "record.json").write_text(json.dumps(record))
+    assert f"<dd>{told}</dd>" in write_page(run_dir).read_text()
