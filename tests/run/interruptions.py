@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 PLACES = {  # name -> the module, the function in it that is wrapped
     "tokenising": ("selkd.data.splits", "record_batch"),
     "scoring": ("selkd.evaluation.sample_scores", "score_samples"),
@@ -47,11 +45,10 @@ class Act:
     Args:
         does: "SIGTERM", …: it gets these signals, one after another; "raise": an error is raised.
         hangs: whether the call does not return afterwards.
-        to_all: whether its own processes get the signals first, as where a scheduler signals all there are.
     """
 
-    def __init__(self, place: str, n: int, *does: str, hangs: bool = False, to_all: bool = False) -> None:
-        self.place, self.n, self.does, self.hangs, self.to_all = place, n, does, hangs, to_all
+    def __init__(self, place: str, n: int, *does: str, hangs: bool = False) -> None:
+        self.place, self.n, self.does, self.hangs = place, n, does, hangs
 
     def install(self) -> None:
         module_name, name = PLACES[self.place]
@@ -77,8 +74,6 @@ class Act:
         for what in self.does:
             if what == "raise":
                 raise ValueError("the memory is full of mice")
-            for child in psutil.Process().children(recursive=True) if self.to_all else []:
-                child.send_signal(getattr(signal, what))
             os.kill(os.getpid(), getattr(signal, what))
             _wait(lambda: interrupts.asked() is not None)
         _wait(lambda: not self.hangs)

@@ -98,17 +98,6 @@ def test_ctrl_c_twice_ends_at_once_and_the_grace_time_is_kept(tmp_path: Path) ->
     assert "interrupted by its time limit of 1e-09 hours" in said(log)[-1]
 
 
-def test_a_signal_to_all_processes_leaves_the_data_loaders_to_finish_the_step(tmp_path: Path) -> None:
-    recipe, log = write_recipe(tmp_path), tmp_path / "log"
-    content = yaml.safe_load(recipe.read_text())
-    content["training"] |= {"dataloader_num_workers": 1, "gradient_accumulation_steps": 2}
-    recipe.write_text(yaml.safe_dump(content))
-    arguments = distilling(recipe, tmp_path / "run")
-    assert run(arguments, log, Act("training", 3, "SIGTERM", to_all=True)) == INTERRUPTED, log.read_text()
-    assert "at optimiser step 2 of 7, which is saved" in said(log)[-1]
-    assert run(arguments, log) == 0, log.read_text()
-
-
 def test_a_study_passes_its_end_on_to_the_run_under_way(tmp_path: Path) -> None:
     recipe = yaml.safe_load(write_recipe(tmp_path).read_text())
     recipe["training"]["num_train_epochs"] = 500

@@ -1,9 +1,13 @@
 """How a training ends, and goes on: no step too many, the same logs, the checkpoint that was just written."""
 
 import os
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 import torch
 from tiny import make_arguments, make_model, make_prompts, make_samples, make_tokenizer
 from transformers import TrainerCallback
@@ -134,3 +138,28 @@ def test_checkpoints_go_by_their_steps_and_not_by_their_dates(tmp_path: Path) ->
         os.utime(tmp_path / name, (4e9, 4e9))
     trained(tmp_path, resume=True, max_steps=4, save_total_limit=2)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_signal_to_all_processes_leaves_a_runs_data_loader_its_samples(tmp_path: Path) -> None:
+    """Outside a run, PyTorch has it: a loader's process that a signal ended fails the training."""
+
+    def read(is_run: bool) -> int:
+        interrupts.leave_to_parent(is_run)
+        arguments = make_arguments(tmp_path, dataloader_num_workers=1)
+        trainer = DistillTrainer(
+            make_model(1), make_model(0, layers=3), arguments, make_samples(60), processing_class=make_tokenizer()
+        )
+        batches = iter(trainer.get_train_dataloader())
+        next(batches)
+        (worker,) = psutil.Process().children()
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # one that its parent sent would be obeyed
+        with suppress(psutil.TimeoutExpired):
+            worker.wait(0.5)
+        return 1 + len(list(batches))
+
+    try:
+        assert read(is_run=True) == 15
+        with pytest.raises(RuntimeError, match="is killed by signal: Terminated"):
+            read(is_run=False)
+    finally:
+        interrupts.leave_to_parent(False)

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,10 +46,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     end_with_launcher(signal.SIGKILL)  # nothing is done yet
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until a run begins, which then looks after them itself
-        signal.signal(number, _leave_at_once)
     try:
-        app()
+        with _leaving_on_signals():
+            app()
     except SystemExit as stop:
         if stop.code == 130:  # Typer's code for Ctrl-C
             _leave_at_once()
@@ -67,8 +68,19 @@ def main() -> None:
         sys.exit(1)
 
 
+@contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """End at once on SIGTERM and SIGUSR1, but where a run looks after them itself: nothing is half written."""
+    before = {number: signal.signal(number, _leave_at_once) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _leave_at_once(*_: Any) -> None:
-    typer.echo("selkd: interrupted. The same command continues from what was finished.", err=True)
+    os.write(2, b"selkd: interrupted. The same command continues from what was finished.\n")
     os._exit(os.EX_TEMPFAIL)
 
 

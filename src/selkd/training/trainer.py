@@ -206,7 +206,8 @@ class DistillTrainer(ResumingTrainer):
         self._fill_train_dataset()
         loader = super().get_train_dataloader()
         if loader.num_workers:
-            loader.worker_init_fn = partial(_ignoring_signals, loader.worker_init_fn)
+            inner = getattr(loader, "base_dataloader", loader)  # Accelerate's stands around the one that forks
+            inner.worker_init_fn = partial(_ignoring_signals, inner.worker_init_fn)
         return loader
 
     def _fill_train_dataset(self) -> None:
