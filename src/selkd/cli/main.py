@@ -8,8 +8,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +15,7 @@ import typer
 from typer import Argument, Option
 
 from selkd.cli.cache import cache_app
+from selkd.cli.ending import leave_at_once, leave_process_group, leaving_on_signals
 from selkd.cli.options import (
     Json,
     MaxHours,
@@ -47,13 +46,13 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     end_with_launcher(signal.SIGKILL)  # nothing is done yet
     try:
-        with _leaving_on_signals():
+        with leaving_on_signals():
             app()
     except SystemExit as stop:
         if stop.code == 130:  # Typer's code for Ctrl-C
-            _leave_at_once()
+            leave_at_once()
         if not stop.code:
-            _leave_process_group()
+            leave_process_group()
         raise
     except (InputError, RunError, Interrupted) as error:
         if debug:
@@ -66,32 +65,6 @@ def main() -> None:
         message = f"selkd: failed while running ({type(error).__name__}: {error}). Finished stages are kept"
         typer.echo(f"{message}; --debug shows where it happened.", err=True)
         sys.exit(1)
-
-
-@contextmanager
-def _leaving_on_signals() -> Iterator[None]:
-    """End at once on SIGTERM and SIGUSR1, but where a run looks after them itself: nothing is half written."""
-    before = {number: signal.signal(number, _leave_at_once) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _leave_at_once(*_: Any) -> None:
-    os.write(2, b"selkd: interrupted. The same command continues from what was finished.\n")
-    os._exit(os.EX_TEMPFAIL)
-
-
-def _leave_process_group() -> None:
-    """Leave torchrun's process group: one left open can abort the interpreter at its exit."""
-    if "torch" in sys.modules:
-        from torch import distributed
-
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.barrier()  # no rank leaves while another still reads what it sent
-            distributed.destroy_process_group()
 
 
 def _print_version(is_asked: bool) -> None:
