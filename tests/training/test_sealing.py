@@ -15,7 +15,7 @@ from tiny_run import make_recipe
 
 from selkd import distill
 from selkd.errors import InputError
-from selkd.training.sealing import DIGESTS, fault_of, last_complete_checkpoint, rotate
+from selkd.training.sealing import DIGESTS, checkpoints_in, fault_of, last_complete_checkpoint, rotate
 
 
 def truncate(path: Path) -> None:
@@ -159,3 +159,12 @@ def test_a_run_whose_only_checkpoint_is_damaged_says_so_and_trains_anew(
         again = distill(recipe, tmp_path / "run")
     assert "model.safetensors is not as it was written. In its place the training begins anew" in caplog.text
     assert again.record["student"]["fingerprint"] == expected
+
+
+def test_a_checkpoint_that_was_being_removed_when_the_training_was_killed_goes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    make_trainer("top_k", out, tmp_path, save_total_limit=2, num_train_epochs=2).train()
+    (out / "checkpoint-2").mkdir()
+    assert [path.name for path in checkpoints_in(out)] == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
+    make_trainer("top_k", out, tmp_path, save_total_limit=2, num_train_epochs=2).train(resume_from_checkpoint=True)
+    assert [path.name for path in checkpoints_in(out)] == ["checkpoint-6", "checkpoint-8"]

@@ -90,6 +90,7 @@ class ResumingTrainer(EvaluatingTrainer):
                 )
         if resume_from_checkpoint:
             self._require_resumable(Path(resume_from_checkpoint))
+            self._finish_rotating(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _require_resumable(self, checkpoint: Path) -> None:
@@ -104,6 +105,12 @@ class ResumingTrainer(EvaluatingTrainer):
                 state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
                 self._train_batch_size = state.train_batch_size or self._train_batch_size
             self._schedule().require_same(checkpoint)
+
+    def _finish_rotating(self, checkpoint: Path) -> None:
+        """Remove what a training that was killed while it removed an old checkpoint left of that one."""
+        if self.args.should_save and checkpoint in checkpoints_in(Path(self.args.output_dir)):
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the Trainer's; once all processes have written their parts, the main one seals it and removes old ones.
