@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from selkd import interrupts
@@ -27,6 +27,7 @@ _ENDED_AT_ONCE = 130  # what shells know as the end by Ctrl-C
 
 class _Current:
     watch: "Watch | None" = None  # of this process
+    number = 0  # of watches so far, the same in all processes of a run
 
 
 @contextmanager
@@ -61,6 +62,7 @@ class Watch:
 
     def __init__(self, options: RunOptions) -> None:
         self.options = options
+        _Current.number += 1
         self._began = time.monotonic()
         self._has_launcher = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self._ends_at: float | None = None  # when the grace time is over
@@ -145,11 +147,12 @@ class Watch:
         """Ask this process to end, within the grace time if ``is_limited``; a person at a terminal can wait."""
         if interrupts.asked() is None:
             interrupts.ask(why)
-            if self._others is None or self._others.rank == 0:
+            others = self._known_others()
+            if others is None or others.rank == 0:
                 within = f" within {self.options.grace_seconds:g} s" if is_limited else "; Ctrl-C again ends at once"
                 _say(f"{why}: saving and ending at the next safe point{within}.")
-            if self._others is not None:
-                self._others.ask(why)
+            if others is not None:
+                others.ask(why)
         if is_limited and self._ends_at is None:
             self._ends_at = time.monotonic() + self.options.grace_seconds
 
@@ -172,7 +175,7 @@ class Watch:
 
     def _known_others(self) -> Others | None:
         if self._others is None:
-            self._others = Others.find()
+            self._others = Others.find(_Current.number)
         return self._others
 
     def _look_at_others(self, now: float) -> None:
@@ -197,7 +200,8 @@ def _code_of(error: Exception) -> int:
 
 
 def _say(words: str) -> None:
-    os.write(2, f"selkd: {words}\n".encode())
+    with suppress(OSError):  # nobody may be left to read it: the watch goes on
+        os.write(2, f"selkd: {words}\n".encode())
 
 
 def _in_child() -> None:
