@@ -14,7 +14,7 @@ from test_resuming import assert_equal
 from tiny_run import make_recipe
 
 from selkd import distill
-from selkd.errors import InputError
+from selkd.errors import InputError, RunError
 from selkd.training.sealing import DIGESTS, checkpoints_in, fault_of, last_complete_checkpoint, rotate
 
 
@@ -168,3 +168,25 @@ def test_a_checkpoint_that_was_being_removed_when_the_training_was_killed_goes(t
     assert [path.name for path in checkpoints_in(out)] == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
     make_trainer("top_k", out, tmp_path, save_total_limit=2, num_train_epochs=2).train(resume_from_checkpoint=True)
     assert [path.name for path in checkpoints_in(out)] == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_later_checkpoints_stay_until_the_next_one_is_there(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    make_trainer("top_k", out, tmp_path, save_total_limit=2, num_train_epochs=2).train()
+    trainer = make_trainer("top_k", out, tmp_path, save_total_limit=1, num_train_epochs=2)
+    trainer._finish_rotating(out / "checkpoint-6")
+    assert [path.name for path in checkpoints_in(out)] == ["checkpoint-6", "checkpoint-8"]
+    trainer._finish_rotating(out / "checkpoint-8")
+    assert [path.name for path in checkpoints_in(out)] == ["checkpoint-8"]
+
+
+def test_a_checkpoint_that_can_not_be_read_is_not_taken_for_a_damaged_one(
+    killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("selkd.training.sealing.file_digest", refuses)
+    with pytest.raises(RunError, match=r"checkpoint-8 can't be read .*Permission denied.* Make it readable"):
+        last_complete_checkpoint(killed)
+    assert "Permission denied" in str(fault_of(killed / "checkpoint-8"))

@@ -107,8 +107,11 @@ class ResumingTrainer(EvaluatingTrainer):
             self._schedule().require_same(checkpoint)
 
     def _finish_rotating(self, checkpoint: Path) -> None:
-        """Remove what a training that was killed while it removed an old checkpoint left of that one."""
-        if self.args.should_save and checkpoint in checkpoints_in(Path(self.args.output_dir)):
+        """Remove what a training that was killed while it removed an old checkpoint left of that one.
+
+        Where there are later ones nothing goes before the next checkpoint is there: they may be what one returns to.
+        """
+        if self.args.should_save and [checkpoint] == checkpoints_in(Path(self.args.output_dir))[-1:]:
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
 

@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from selkd.errors import RunError
 from selkd.files import file_digest, is_temporary, saving, settle, write_whole
 from selkd.training.checkpoints import random_states, stored_schedule
 
 DIGESTS = "digests.json"
 """File of a checkpoint: each other file's path in it -> ``files.file_digest``. Written last: it makes it complete."""
 _BEING_WRITTEN = "checkpoint-is-incomplete.txt"  # the Trainer's mark while it writes a checkpoint on a signal
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _logger = logging.getLogger(__name__)
 
 
@@ -41,6 +43,14 @@ def fault_of(checkpoint: Path) -> str | None:
     One from before there were digests is believed if the main process wrote ``trainer_state.json``, its last file,
     to the end, and every process its random state.
     """
+    try:
+        return _fault_of(checkpoint)
+    except OSError as error:
+        return f"it can't be read ({error})"
+
+
+def _fault_of(checkpoint: Path) -> str | None:
+    """As ``fault_of``. Raises OSError where the system refuses to read a file, which says nothing of what it holds."""
     return _fault_of_sealed(checkpoint) if (checkpoint / DIGESTS).exists() else _fault_of_unsealed(checkpoint)
 
 
@@ -50,7 +60,7 @@ def _fault_of_sealed(checkpoint: Path) -> str | None:
         for name, digest in _digests(checkpoint).items():
             if file_digest(checkpoint / name) != digest:
                 return f"{name} is not as it was written"
-    except OSError as error:
+    except _MISSING as error:
         return f"{name} can't be read ({error.strerror})"
     except ValueError:
         return f"{DIGESTS} is not as it was written"
@@ -67,7 +77,7 @@ def _digests(checkpoint: Path) -> dict[str, str]:
 def _fault_of_unsealed(checkpoint: Path) -> str | None:
     try:
         schedule = stored_schedule(checkpoint)
-    except (OSError, ValueError):
+    except (*_MISSING, ValueError):
         return "it was not written to its end, as trainer_state.json is not there or cut off"
     if schedule is None:
         return None
@@ -80,11 +90,21 @@ def _fault_of_unsealed(checkpoint: Path) -> str | None:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint in ``folder`` without a fault, or None. Those passed over are told in the log."""
+    """The latest checkpoint in ``folder`` without a fault, or None. Those passed over are told in the log.
+
+    Raises:
+        RunError: the system refuses to read one. It may be whole, and a training without it would replace it.
+    """
     passed_over = []
     found = None
     for path in reversed(checkpoints_in(folder)):
-        fault = fault_of(path)
+        try:
+            fault = _fault_of(path)
+        except OSError as error:
+            raise RunError(
+                f"{path} can't be read ({error}). Make it readable, or move it away to go on without it; nothing was "
+                "changed."
+            ) from None
         if fault is None:
             found = path
             break
