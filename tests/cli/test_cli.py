@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, messages, JSON, and a quick ``--help``."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,14 @@ def test_help_needs_no_torch() -> None:
         "sweep",
     ):
         assert command in done.stdout
+
+
+def test_the_exit_code_is_right_where_nobody_reads_standard_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "selkd", "distill", "none such"], stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 2
 
 
 def test_recipes_lists_and_prints(run_selkd) -> None:

@@ -4,8 +4,10 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import typer
 
 
 @contextmanager
@@ -20,8 +22,17 @@ def leaving_on_signals() -> Iterator[None]:
 
 
 def leave_at_once(*_: Any) -> None:
-    os.write(2, b"selkd: interrupted. The same command continues from what was finished.\n")
+    with suppress(OSError):  # nobody may be left to read it
+        os.write(2, b"selkd: interrupted. The same command continues from what was finished.\n")
     os._exit(os.EX_TEMPFAIL)
+
+
+def say(words: str) -> None:
+    """Write a line to standard error; the exit code says the same where nobody is left to read it."""
+    try:
+        typer.echo(f"selkd: {words}", err=True)
+    except OSError:  # as after a Ctrl-C, which ended `tee`, too; what is buffered would fail again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def leave_process_group() -> None:

@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from selkd.cli.cache import cache_app
-from selkd.cli.ending import leave_at_once, leave_process_group, leaving_on_signals
+from selkd.cli.ending import leave_at_once, leave_process_group, leaving_on_signals, say
 from selkd.cli.options import (
     Json,
     MaxHours,
@@ -57,13 +57,13 @@ def main() -> None:
     except (InputError, RunError, Interrupted) as error:
         if debug:
             raise
-        typer.echo(f"selkd: {error}", err=True)
+        say(str(error))
         sys.exit(2 if isinstance(error, InputError) else 1 if isinstance(error, RunError) else os.EX_TEMPFAIL)
     except Exception as error:
         if debug:
             raise
-        message = f"selkd: failed while running ({type(error).__name__}: {error}). Finished stages are kept"
-        typer.echo(f"{message}; --debug shows where it happened.", err=True)
+        message = f"failed while running ({type(error).__name__}: {error}). Finished stages are kept"
+        say(f"{message}; --debug shows where it happened.")
         sys.exit(1)
 
 
