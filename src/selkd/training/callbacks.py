@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
+from selkd.errors import InputError
 from selkd.files import saving, write_whole
 
 _WRITTEN = ("loss", "held_out_", "benchmark_")  # logs with a name that begins so are written to the metrics' file
@@ -24,22 +25,35 @@ class StepLines:
         self.path = path
 
     def read(self, up_to_step: int | None = None) -> list[dict[str, Any]]:
-        """The lines of the steps up to ``up_to_step``, without a last line that was cut off while it was written."""
+        """The lines of the steps up to ``up_to_step``, without a last line that was cut off while it was written.
+
+        Raises:
+            InputError: a line is damaged.
+        """
         lines: list[dict[str, Any]] = []
         if self.path.exists():
             # Not splitlines: an answer may hold one of the other characters that it takes for a line's end.
-            for text in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
+            for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
                 if text.strip():
-                    lines.append(json.loads(text))
+                    lines.append(_content(text, f"{self.path}, line {number}"))
         return [line for line in lines if up_to_step is None or line["step"] <= up_to_step]
 
     def cut(self, step: int) -> None:
         """Drop the lines after ``step``, at which a resumed training begins: it runs the later steps again."""
-        write_whole(self.path, "".join(_line(line) for line in self.read(step)))
+        write_whole(self.path, "".join(_line(line) for line in (self.read(step) if step else ())))
 
     def append(self, lines: list[dict[str, Any]]) -> None:
         with saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(_line(line) for line in lines))
+
+
+def _content(text: bytes, place: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(text.decode("utf-8"))
+        int(content["step"])
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{place}: damaged. Put it back, or remove that line; then run again to continue.") from None
+    return content
 
 
 def _line(content: dict[str, Any]) -> str:
