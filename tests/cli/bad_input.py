@@ -355,6 +355,7 @@ COMMANDS = [
     command("cache verify: a file", f"cache verify {TOY}", "no such folder"),
     command("cache verify: less than none", "cache verify {toy} --rescore -1", "--rescore"),
     command("cache verify: recipe without use", "cache verify {toy} --recipe demo", "--recipe: .*--repair or --rescore"),
+    command("verify: long name", f"verify {LONG}", "too long for a path"),
     command("report: no run", "report {toy}", "is not a run directory"),
     command("report: no folder", "report {here}/none", "is not a run directory"),
     command("report: long name", f"report {LONG}", "too long for a path"),

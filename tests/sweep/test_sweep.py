@@ -24,7 +24,7 @@ from selkd.run.verify import verify_run
 from selkd.sweep.runner import _how_it_ended, run_apart
 from selkd.sweep.sharing import with_shared_paths
 from selkd.sweep.study import Study, expand, load_study, named_studies
-from selkd.sweep.sweep import sweep
+from selkd.sweep.sweep import _claim, sweep
 
 BASE: dict[str, Any] = {
     "teacher": {"model": "demo"},
@@ -336,6 +336,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a study's folder and not empty"):
         sweep("toy", study(), tmp_path, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_a_study_left_that_was_killed_at_its_first_write_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "study.json.0123456789abcdef.tmp").touch()
+    (tmp_path / "run.lock").touch()
+    assert _claim(tmp_path) == {}
 
 
 def test_a_study_that_another_command_runs_is_left_to_it(tmp_path: Path) -> None:

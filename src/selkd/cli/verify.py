@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
-from selkd.cli.options import Json, print_answer
+from selkd.cli.options import Json, possible, print_answer
 
 
 def verify(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `selkd distill` wrote.")],
+    run: Annotated[
+        Path, typer.Argument(callback=possible, metavar="RUN", help="The folder that `selkd distill` wrote.")
+    ],
     json_output: Json = False,
 ) -> None:
     """Read every byte of a run, and name what is damaged or missing. The exit code is 1 if anything is."""

@@ -84,7 +84,7 @@ def load_model(
             output_loading_info=True,
             **options,
         )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # damaged files make Transformers stumble in every way
         raise InputError(

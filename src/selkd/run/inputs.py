@@ -109,9 +109,11 @@ def _require_same(run: RunDirectory, began: Inputs, found: Inputs) -> None:
     if not different:
         return
     listed = "; ".join(f"{_WORDS.get(field, field)}: then {began[field]}, now {found[field]}" for field in different)
+    earlier = " An earlier version of selkd began it, which may split the same text otherwise: use that one."
+    earlier = "" if INPUTS in run.record else earlier
     raise InputError(
         f"{run.path}: other inputs than those that the run began with: {listed}. Put back what changed to continue the "
-        "run, or give another --out for a new one; nothing was changed."
+        f"run, or give another --out for a new one; nothing was changed.{earlier}"
     )
 
 

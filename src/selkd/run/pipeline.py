@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selkd.errors import RunError
-from selkd.files import RECIPE, remove_temporaries_below
+from selkd.files import RECIPE, new_folder, remove_temporaries_below
 from selkd.interrupts import end_with_launcher
 from selkd.recipe.files import load_recipe
 from selkd.recipe.part import parse_part
@@ -143,10 +142,9 @@ def prune_into(recipe: Recipe, out: Path) -> dict[str, Any]:
 
     Raises:
         InputError: ``distill`` would refuse teacher, layers or text.
+        RunError: the disk refused.
     """
     source = Workspace(recipe, out).student_source
-    try:
-        shutil.copytree(source.path, out)
-    except OSError as error:
-        raise RunError(f"{out}: can't be written ({error}).") from None
+    with new_folder(out) as new:
+        shutil.copytree(source.path, new, dirs_exist_ok=True)
     return {"student": str(out), **json.loads((out / "pruning.json").read_text(encoding="utf-8"))}

@@ -3,10 +3,9 @@
 import tempfile
 from pathlib import Path
 
-import yaml
-
 from selkd.errors import InputError
 from selkd.files import RECIPE, file_digest, write_whole
+from selkd.recipe.yaml_text import dump_yaml
 from selkd.reporting.page import write_page
 from selkd.run.directory import RunDirectory
 from selkd.run.evaluate import measure_fidelity, write_overlaps
@@ -79,7 +78,7 @@ def _examples(work: Workspace, run: RunDirectory) -> None:
 def _recipe(work: Workspace, run: RunDirectory) -> None:
     """As the run began with it, which the record tells."""
     if work.state.is_main_process:
-        write_whole(run.path / RECIPE, yaml.safe_dump(run.record["recipe"], sort_keys=False, allow_unicode=True))
+        write_whole(run.path / RECIPE, dump_yaml(run.record["recipe"]))
 
 
 def _card(work: Workspace, run: RunDirectory) -> None:

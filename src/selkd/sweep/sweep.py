@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selkd.errors import InputError
-from selkd.files import LOCK, RECIPE, write_whole
+from selkd.files import LOCK, RECIPE, is_temporary, write_whole
 from selkd.recipe.files import stored_recipe
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import compare
@@ -107,9 +107,10 @@ def _claim(out: Path) -> dict[str, dict[str, Any]]:
     """Read the status of the folder's runs; refuse a folder that is neither new nor empty nor a study's."""
     if not out.exists():
         return {}
-    if not out.is_dir() or (any(e.name != LOCK for e in out.iterdir()) and not (out / STATUS).is_file()):
+    is_studys = (out / STATUS).is_file()
+    if not out.is_dir() or not (is_studys or all(e.name == LOCK or is_temporary(e.name) for e in out.iterdir())):
         raise InputError(f"{out}: not a study's folder and not empty. Give another --out; nothing was changed.")
-    if not (out / STATUS).is_file():
+    if not is_studys:
         return {}
     try:
         content: dict[str, dict[str, Any]] = json.loads((out / STATUS).read_text(encoding="utf-8"))["runs"]
