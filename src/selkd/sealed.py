@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from selkd.errors import InputError
-from selkd.files import RECIPE, file_digest, is_temporary
+from selkd.files import RECIPE, RECORD, file_digest, is_temporary
 
 DIGEST, INPUTS, FILES = "digest", "inputs", "files"  # keys of the record
 EXAMPLES, OVERLAP, SCORES = "selection/examples.json", "selection/overlap.json", "selection/samples.parquet"
@@ -53,6 +53,12 @@ def unsealed(path: Path) -> dict[str, Any]:
             f"can be relied on. {_REMEDY}"
         )
     return content
+
+
+def require_begun(run_path: Path) -> None:
+    """Raises InputError for a folder in which no run was begun."""
+    if not any((run_path / name).is_file() for name in (RECORD, RECIPE)):
+        raise InputError(f"{run_path}: no run: neither {RECORD} nor {RECIPE} is there. Give a folder that selkd wrote.")
 
 
 _REMEDY = "Put back what selkd wrote, or give another --out; nothing was changed."

@@ -4,6 +4,7 @@ import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from selkd.needs.disk import disk
 from selkd.needs.plan import make_plan
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
+from selkd.run.enough import warn_if_short
 from selkd.run.workspace import Workspace
 
 
@@ -55,3 +57,16 @@ def test_the_bytes_of_checkpoints_are_those_that_are_written(tmp_path: Path, lim
     for checkpoint in kept:
         size = sum((checkpoint / name).stat().st_size for name in ("model.safetensors", "optimizer.pt"))
         assert 3 * weights < size < 3 * weights + 20_000  # headers and names
+
+
+def test_a_family_that_can_not_be_counted_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown(*_: object) -> None:
+        raise TypeError("a size for each layer")
+
+    work: Any = SimpleNamespace(state=SimpleNamespace(is_main_process=True))
+    monkeypatch.setattr("selkd.run.enough._needs", unknown)
+    with caplog.at_level(logging.INFO, "selkd.run.enough"):
+        warn_if_short(work, "score")
+    assert "score: what it needs can't be counted (TypeError: a size for each layer)" in caplog.text

@@ -16,6 +16,9 @@ def verify(
     json_output: Json = False,
 ) -> None:
     """Read every byte of a run, and name what is damaged or missing. The exit code is 1 if anything is."""
+    from selkd.sealed import require_begun
+
+    require_begun(run)  # before torch is imported
     from selkd.run.verify import verify_run
 
     checked = verify_run(run)

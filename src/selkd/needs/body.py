@@ -110,7 +110,7 @@ class _Body:
         activation = _first(text, "hidden_activation", "hidden_act", "activation_function")
         self.mlp_results = self.mlp * (2 + _EXTRA_RESULTS.get(str(activation), 0))
         routes = int(_first(text, "num_experts_per_tok") or 0) if self.has_experts else 0
-        experts = routes * int(_first(text, "moe_intermediate_size", "intermediate_size") or 0)
+        experts = routes * int(_first(text, "moe_intermediate_size", "intermediate_size") or 0) if routes else 0
         self.expert_results = 3 * experts + 2 * d * routes
         self._kept_by_experts = 4 * (4 * experts + 2 * d * routes)
 

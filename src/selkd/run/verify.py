@@ -13,7 +13,7 @@ from selkd.files import RECIPE, RECORD
 from selkd.recipe.files import recipe_content
 from selkd.reporting.run_files import read_run
 from selkd.run.inputs import recipe_digest
-from selkd.sealed import CACHE_COST, CARD, DIGEST, FILES, INPUTS, REPORT, SCORES, differences, unsealed
+from selkd.sealed import CACHE_COST, CARD, DIGEST, FILES, INPUTS, REPORT, SCORES, differences, require_begun, unsealed
 from selkd.selection.samples import SampleScores
 from selkd.training.sealing import DIGESTS, fault_of
 
@@ -61,8 +61,7 @@ def verify_run(run_path: Path) -> Checked:
     Raises:
         InputError: the folder is no run.
     """
-    if not any((run_path / name).is_file() for name in (RECORD, RECIPE)):
-        raise InputError(f"{run_path}: no run: neither {RECORD} nor {RECIPE} is there. Give a folder that selkd wrote.")
+    require_begun(run_path)
     try:
         record = unsealed(run_path / RECORD)
     except (InputError, OSError) as error:
