@@ -162,6 +162,36 @@ def test_a_record_of_an_earlier_version_is_compared_by_what_it_has(tmp_path: Pat
     assert distill(recipe, tmp_path / "run").record["inputs"] == known
 
 
+def test_a_finished_run_of_an_earlier_version_is_left_as_it_is(tmp_path: Path) -> None:
+    """That version's digest of the text is another, as its format was."""
+    recipe = short_recipe(tmp_path, **ALONE)
+    distill(recipe, tmp_path / "run")
+    path = tmp_path / "run" / "record.json"
+    record = {key: value for key, value in unsealed(path).items() if key not in ("inputs", "files", "digest")}
+    record["data"]["fingerprint"] = record["data"]["held_out_fingerprint"] = "0" * 32
+    path.write_text(json.dumps(record))
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert distill(recipe, tmp_path / "run").record == record
+    assert score_only(parse_part(Recipe, recipe), tmp_path / "run").record == record
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+    make_teacher(tmp_path / "teacher", seed=5)
+    with pytest.raises(InputError, match=r"teacher: then .*, now "):
+        distill(recipe, tmp_path / "run")
+
+
+def test_a_finished_run_does_without_the_precision_it_was_made_in(tmp_path: Path) -> None:
+    """As on a machine where the dtype of ``auto`` is another."""
+    recipe = short_recipe(tmp_path, **ALONE)
+    distill(recipe, tmp_path / "run")
+    path = tmp_path / "run" / "record.json"
+    record = unsealed(path)
+    record["inputs"]["teacher_precision"] = "float16"
+    path.write_text(sealed(record))
+    text = path.read_text()
+    distill(recipe, tmp_path / "run")
+    assert path.read_text() == text
+
+
 @pytest.mark.parametrize("field", ["student_precision", "teacher_precision", "tokenizer"])
 def test_another_precision_is_refused(tmp_path: Path, field: str) -> None:
     """As on another machine, where the dtype of ``auto`` is another."""

@@ -47,7 +47,8 @@ class RunOptions(Part):
         10.0,
         gt=0,
         allow_inf_nan=False,
-        description="A checkpoint is also written after so many minutes of training without one; null: it is not.",
+        description="A checkpoint is also written after so many minutes of training without one; null, or "
+        "training.save_strategy: no, and it is not.",
     )
 
 

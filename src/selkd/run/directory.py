@@ -23,6 +23,8 @@ class RunDirectory:
         recipe: the recipe that it belongs to.
         record: the content of ``record.json``.
         is_writer: whether this process writes the files; of several processes one does.
+        is_left_as_it_is: whether an earlier version of selkd finished it on text that this one splits otherwise, so
+            that nothing of it can be compared or made again.
     """
 
     def __init__(self, path: Path, recipe: Recipe, record: dict[str, Any], is_writer: bool) -> None:
@@ -30,6 +32,7 @@ class RunDirectory:
         self.recipe = recipe
         self.record = record
         self.is_writer = is_writer
+        self.is_left_as_it_is = False
 
     @staticmethod
     def require_belongs(path: Path, recipe: Recipe) -> None:
@@ -75,8 +78,12 @@ class RunDirectory:
         Raises:
             RunError: a file can't be written.
         """
-        if not self.is_finished:
+        if not self.is_finished and not self.is_left_as_it_is:
             self._write()
+
+    def leave_as_it_is(self) -> None:
+        """Write nothing of it, and take back what this process noted in its record."""
+        self.is_left_as_it_is, self.record = True, _record(self.path)
 
     def close(self, files: dict[str, str]) -> None:
         """Write the record with the digests of the finished run's files."""

@@ -12,9 +12,11 @@ from selkd.models.sources import revision_of
 from selkd.recipe.files import recipe_content
 from selkd.run.directory import RunDirectory
 from selkd.run.workspace import Workspace
-from selkd.sealed import INPUTS
+from selkd.sealed import INPUTS, REPORT
 
 Inputs = dict[str, str | int]
+_TEXT = {"data", "held_out"}
+_PRECISIONS = {"student_precision", "teacher_precision"}
 PROCESSES = "processes"  # recorded alone: the training's schedule says whether another number may continue it
 _PRECISION = re.compile(r"student (\S+) over float32 weights, teacher (.+)")
 
@@ -27,7 +29,11 @@ def held_inputs(work: Workspace, run: RunDirectory) -> Inputs:
     """
     began = inputs_of(run.record)
     found = _found(work, run)
+    if INPUTS not in run.record and run.record.get("train") is not None and (run.path / REPORT).exists():
+        run.is_left_as_it_is = any(began.get(field, found[field]) != found[field] for field in _TEXT)
     _require_same(run, began, found)
+    if run.is_left_as_it_is:
+        return began
     # A student that is cut from the teacher only now: from what is known to be the same teacher and text.
     found |= {"student": work.student_source.fingerprint}
     generation = work.student_source.path / "generation_config.json"  # has the tokens that end an answer
@@ -104,7 +110,12 @@ def inputs_of(record: dict[str, Any]) -> Inputs:
 
 
 def _require_same(run: RunDirectory, began: Inputs, found: Inputs) -> None:
-    compared = [field for field in began if field in found and field != PROCESSES]
+    passed_over = {PROCESSES}
+    if run.is_left_as_it_is:
+        passed_over |= _TEXT
+    if run.is_finished:  # on a machine of another default precision, too: nothing is computed any more
+        passed_over |= _PRECISIONS
+    compared = [field for field in began if field in found and field not in passed_over]
     different = [field for field in compared if began[field] != found[field]]
     if not different:
         return

@@ -115,6 +115,11 @@ class FolderLock:
                 raise
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise RunError(f"{self.path} can't be written ({error}). Free space there, then run again.") from None
+            if isinstance(error, PermissionError) and os.access(self.folder, os.W_OK) and self.path.exists():
+                raise Unwritable(
+                    f"{self.path}: another user's ({error}). If no command works in that folder, remove the file; else "
+                    "give another --out."
+                ) from None
             raise Unwritable(
                 f"{self.folder}: expected a folder that can be made and written ({error}). Give another --out."
             ) from None

@@ -67,6 +67,8 @@ def distill(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path | N
         recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else parse_part(Recipe, dict(recipe))
     with start(recipe, None if out is None else Path(out), pushes=recipe.hub is not None) as (work, run):
         prepare(work, run)
+        if run.is_left_as_it_is:
+            return Run(run.path, run.record)
         if run.is_finished and is_trained(work, run):
             restore(work, run)
         else:
@@ -85,7 +87,8 @@ def score_only(recipe: Recipe, out: Path | None = None) -> Run:
     """Run the scoring stage only; ``distill`` into the same folder goes on from there."""
     with start(recipe, out) as (work, run):
         prepare(work, run)
-        score(work, run)
+        if not run.is_left_as_it_is:
+            score(work, run)
     return Run(run.path, run.record)
 
 
@@ -93,7 +96,8 @@ def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
     """Run the scoring and caching stages only; ``distill`` into the same folder goes on from there."""
     with start(recipe, out) as (work, run):
         prepare(work, run)
-        cache(work, run, score(work, run))
+        if not run.is_left_as_it_is:
+            cache(work, run, score(work, run))
     return Run(run.path, run.record)
 
 
@@ -101,7 +105,8 @@ def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
 def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> Iterator[tuple[Workspace, RunDirectory]]:
     """Watch over the block, lock the run's folder for it, and claim it. ``pushes``: its student goes to the hub."""
     path = out or Path("runs") / (recipe.name or "recipe")
-    check_shared_paths(recipe)
+    if not (path / REPORT).exists():  # a finished run needs neither scores nor cache
+        check_shared_paths(recipe)
     end_with_launcher(signal.SIGKILL)  # while processes find each other, nothing else ends one that waits
     work = Workspace(recipe, path)
     end_with_launcher(signal.SIGTERM)  # from here on it saves what it has

@@ -22,7 +22,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
     with timed(run, "prepare"):
         work.require_positions()
         inputs = held_inputs(work, run)
-        if run.is_finished:
+        if run.is_finished or run.is_left_as_it_is:
             return
         stored_scores(work)  # refused before anything is written
         require_own_cache(work, run)

@@ -77,7 +77,10 @@ def timed(run: RunDirectory, stage: str) -> Iterator[None]:
         return
     peaks, started = PeakMemory(run), time.perf_counter()
     yield
-    add_seconds(run, stage, time.perf_counter() - started, peaks)
+    if run.is_left_as_it_is:
+        run.leave_as_it_is()
+    else:
+        add_seconds(run, stage, time.perf_counter() - started, peaks)
 
 
 def add_seconds(run: RunDirectory, stage: str, seconds: float, peaks: PeakMemory) -> None:

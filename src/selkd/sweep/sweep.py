@@ -134,7 +134,7 @@ def _has_moved(path: Path, recipe: Recipe) -> bool:
             f"{path}: the run of another recipe of that name. Rename the variant or give another --out; nothing was "
             "changed."
         )
-    return stored is not None and stored != recipe
+    return stored is not None and stored.identity() != recipe.identity()
 
 
 def _without_shared_folder(recipe: Recipe) -> dict[str, Any]:
