@@ -28,6 +28,7 @@ from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.cache import cache as find_cache
 from selkd.run.pipeline import start
+from selkd.run.prepare import prepare
 from selkd.run.score import score
 from selkd.teacher.targets import Batch
 from selkd.training.trainer import DistillTrainer
@@ -87,6 +88,7 @@ def full_kd(recipe: Recipe, out: Path) -> dict[str, float]:
 def as_given(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Seconds of the recipe's own stages, models and tokenised text being in memory before."""
     with start(recipe, out) as (work, run):
+        prepare(work, run)
         for load in (lambda: work.splits, lambda: work.models.student, lambda: work.models.teacher):
             load()
         seconds: dict[str, float] = {}

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -30,7 +31,9 @@ def recipe(folder: Path, **evaluation: Any) -> dict[str, Any]:
     if not (folder / "teacher").exists():
         save_model(folder / "teacher", layers=4)
         write_rows(folder / "data")
-        texts = [f"The {n} lamps stood on chair {n * n % 97}. " * 3 for n in range(24)]
+        # Of bytes: two texts with a phrase in common would be copies of each other.
+        letters = np.random.default_rng(0).choice(list("abcdefgh     "), (24, 105))
+        texts = ["".join(line) for line in letters]
         (folder / "bytes.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     made = make_recipe(folder)
     return made | {

@@ -142,7 +142,7 @@ def test_another_number_of_processes_goes_on_with_the_same_samples_or_is_refused
     ("changes", "told"),
     [
         ({"per_device_train_batch_size": 3}, "samples_per_step = 2, this one 3"),
-        ({"seed": 12}, "order_seed = 11, this one 12"),
+        ({"seed": 12}, "seed = 11, this one 12"),
         ({"data_seed": 4}, "order_seed = 11, this one 4"),
         ({"train_sampling_strategy": "sequential"}, "order_seed = 11, this one None"),
         ({"dataloader_drop_last": True}, "samples_per_epoch = 7, this one 6"),

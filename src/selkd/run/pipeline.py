@@ -122,7 +122,6 @@ def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> Iterator
         if work.state.is_main_process:
             for folder in (path, work.cache_dir):
                 remove_temporaries_below(folder)
-        work.require_layers()
         yield work, run
 
 

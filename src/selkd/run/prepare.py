@@ -20,6 +20,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
             others, or the training has other steps with this number of processes. Nothing was written.
     """
     with timed(run, "prepare"):
+        work.require_layers()
         work.require_positions()
         inputs = held_inputs(work, run)
         if run.is_finished or run.is_left_as_it_is:
