@@ -270,8 +270,8 @@ def test_a_folder_that_can_hold_no_cache_is_refused_before_anything_is_written(t
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"mine")
     places = {
         "photos": r"not a teacher cache and not empty \(holiday\.jpg\)",
-        "photos/holiday.jpg": "is no folder",
-        "photos/holiday.jpg/cache": r"is no folder, as .*holiday\.jpg is a file",
+        "photos/holiday.jpg": "is a file, expected a folder",
+        "photos/holiday.jpg/cache": r"holiday\.jpg is a file, so .*cache can't be made",
     }
     for place, why in places.items():
         with pytest.raises(InputError, match=why):
