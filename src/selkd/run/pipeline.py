@@ -105,6 +105,7 @@ def cache_only(recipe: Recipe, out: Path | None = None) -> Run:
 def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> Iterator[tuple[Workspace, RunDirectory]]:
     """Watch over the block, lock the run's folder for it, and claim it. ``pushes``: its student goes to the hub."""
     path = out or Path("runs") / (recipe.name or "recipe")
+    RunDirectory.require_belongs(path, recipe)  # before the lock makes a file in it
     if not (path / REPORT).exists():  # a finished run needs neither scores nor cache
         check_shared_paths(recipe)
     end_with_launcher(signal.SIGKILL)  # while processes find each other, nothing else ends one that waits
@@ -112,7 +113,6 @@ def start(recipe: Recipe, out: Path | None, *, pushes: bool = False) -> Iterator
     end_with_launcher(signal.SIGTERM)  # from here on it saves what it has
     work.check()
     require_benchmarks(recipe.evaluation)
-    RunDirectory.require_belongs(path, recipe)  # before the lock makes a file in it
     with watched(recipe.run), working_in(path, work.state, is_finished=(path / REPORT).exists()):
         run = RunDirectory.claim(path, recipe, is_writer=work.state.is_main_process)
         work.revisions = revisions_of(run.record)
