@@ -67,6 +67,6 @@ def test_a_family_that_can_not_be_counted_ends_no_run(
 
     work: Any = SimpleNamespace(state=SimpleNamespace(is_main_process=True))
     monkeypatch.setattr("selkd.run.enough._needs", unknown)
-    with caplog.at_level(logging.INFO, "selkd.run.enough"):
+    with caplog.at_level(logging.WARNING, "selkd.run.enough"):
         warn_if_short(work, "score")
     assert "score: what it needs can't be counted (TypeError: a size for each layer)" in caplog.text

@@ -449,3 +449,11 @@ def test_a_crashed_run_keeps_its_time_and_its_teachers_tokens(tmp_path: Path, mo
     resumed = distill(make_recipe(tmp_path, **changes), tmp_path / "crashed")
     assert resumed.record["counts"] == straight.record["counts"]
     assert resumed.record["seconds"]["train"] > 0.02 * resumed.record["train"]["steps"]
+
+
+def test_a_run_that_would_not_save_on_a_signal_is_refused(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    recipe["training"] |= {"enable_jit_checkpoint": False}
+    with pytest.raises(InputError, match="enable_jit_checkpoint: false, but a run always saves and ends on a signal"):
+        distill(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -32,7 +32,7 @@ def warn_if_short(work: Workspace, stage: str, folder: Path | None = None) -> No
     try:
         in_memory, on_disk = _needs(work)
     except Exception as error:  # noqa: BLE001  a formula that does not know every family is no reason to end a run
-        _logger.info("%s: what it needs can't be counted (%s: %s).", stage, type(error).__name__, error)
+        _logger.warning("%s: what it needs can't be counted (%s: %s).", stage, type(error).__name__, error)
         return
     free, of = _memory_left(work.device)
     # Processes on one machine share its memory, but each has its own accelerator.

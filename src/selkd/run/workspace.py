@@ -123,7 +123,10 @@ class Workspace:
         }
         if recipe.run.save_minutes is not None and options.get("save_strategy") != "no":
             options["save_seconds"] = 60 * recipe.run.save_minutes
-        options.pop("enable_jit_checkpoint", None)  # a run always saves and ends on a signal
+        if not options.pop("enable_jit_checkpoint", True):
+            raise InputError(
+                "training.enable_jit_checkpoint: false, but a run always saves and ends on a signal. Leave it out."
+            )
         if self.device.type == "cpu":
             options["use_cpu"] = True  # without it Transformers refuses bfloat16 on a CPU
         elif recipe.cache is not None:  # on a CPU all cores are busy with the steps
