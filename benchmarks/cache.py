@@ -26,10 +26,6 @@ import torch
 from torch import Tensor
 
 from selkd import load_recipe
-from selkd.cache import codec, shard
-from selkd.cache.reader import TeacherCache
-from selkd.cache.rows import Rows
-from selkd.cache.writer import CacheWriter
 from selkd.data.collate import collate
 from selkd.data.samples import Sample, SampleDataset
 from selkd.data.splits import load_splits
@@ -44,6 +40,10 @@ from selkd.selection.classes import ClassSampler, class_sampler, in_units
 from selkd.selection.randomness import position_uniforms
 from selkd.teacher.build_cache import plan_shards
 from selkd.teacher.cached import CachedTeacher
+from selkd_cache import codec, shard
+from selkd_cache.reader import TeacherCache
+from selkd_cache.rows import Rows
+from selkd_cache.writer import CacheWriter
 
 CPU = torch.device("cpu")
 SEED = 1337
@@ -291,8 +291,8 @@ def plot_draws(figures: dict[str, Any], path: Path) -> None:
 READ_AT_SCALE = """
 import json, sys, time
 import numpy as np, psutil
-from selkd.cache.reader import TeacherCache
-from selkd.cache.rows import Rows
+from selkd_cache.reader import TeacherCache
+from selkd_cache.rows import Rows
 before = psutil.Process().memory_info().rss
 clock = time.perf_counter()
 cache = TeacherCache.open(sys.argv[1])

@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel
 
 from selkd import load_recipe
-from selkd.cache.reader import TeacherCache
 from selkd.data.splits import load_splits
 from selkd.models.loading import load_model
 from selkd.models.sources import default_cache_dir, locate
@@ -28,6 +27,7 @@ from selkd.teacher import build_cache as building
 from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.live import LiveTeacher
 from selkd.teacher.recheck_cache import compare_again
+from selkd_cache.reader import TeacherCache
 
 SEED = 1
 SAMPLERS = (("rs_kd", 64), ("rs_kd", 8), ("systematic", 64), ("top_k", 64))

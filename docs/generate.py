@@ -27,6 +27,7 @@ E = TypeVar("E", bound=Entry)
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 SOURCE = ROOT / "src" / "selkd"
+PACKAGES = (SOURCE, ROOT / "packages" / "selkd-cache" / "src" / "selkd_cache")
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "null": "null"}
 SIGNS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
@@ -243,14 +244,14 @@ def first_line(text: str) -> str:
 
 
 def tree() -> str:
-    """Every module of ``src/selkd`` with the first sentence of its docstring; folders of data with their number."""
-    lines = ["selkd/", *tree_below(SOURCE, "  ")]
+    """Every module of both packages with the first sentence of its docstring; folders of data with their number."""
+    lines = [line for source in PACKAGES for line in (f"{source.name}/", *tree_below(source, "  "))]
     return "\n".join(["```text", *lines, "```"])
 
 
 def tree_below(folder: Path, indent: str) -> Iterator[str]:
     """The lines of a folder: its modules, then its data, then the folders below."""
-    modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py" or folder == SOURCE]
+    modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py" or folder in PACKAGES]
     width = max((len(path.name) for path in modules), default=0)
     for path in modules:
         yield f"{indent}{path.name:<{width}}  {first_sentence(path)}".rstrip()

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selkd import reference
-    from selkd.cache.reader import TeacherCache
     from selkd.recipe.files import load_recipe
     from selkd.recipe.recipe import Recipe
     from selkd.run.pipeline import Run, distill
     from selkd.training.arguments import DistillArguments
     from selkd.training.loss import chunked_entropy, distillation_loss, sample_classes, select_positions
     from selkd.training.trainer import DistillTrainer
+    from selkd_cache.reader import TeacherCache
 
 _HOME = {
     "DistillArguments": "selkd.training.arguments",
     "DistillTrainer": "selkd.training.trainer",
     "Recipe": "selkd.recipe.recipe",
     "Run": "selkd.run.pipeline",
-    "TeacherCache": "selkd.cache.reader",
+    "TeacherCache": "selkd_cache.reader",
     "chunked_entropy": "selkd.training.loss",
     "distill": "selkd.run.pipeline",
     "distillation_loss": "selkd.training.loss",

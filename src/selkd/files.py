@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import secrets
@@ -13,33 +12,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import BinaryIO
 
-import xxhash
+from selkd_cache.errors import InputError, RunError
+from selkd_cache.files import NO_LOCKS, file_digest, is_temporary, new_locked, remove_temporary_files, replacing, sync
 
-from selkd.errors import InputError, RunError
+__all__ = [
+    "DISK_FULL",
+    "LOCK",
+    "NO_LOCKS",
+    "RECIPE",
+    "RECORD",
+    "file_digest",
+    "is_temporary",
+    "new_folder",
+    "possible_path",
+    "remove_temporaries",
+    "remove_temporaries_below",
+    "replacing",
+    "require_writable",
+    "saving",
+    "settle",
+    "sync",
+    "write_whole",
+]
 
 RECIPE, RECORD = "recipe.yaml", "record.json"  # what makes a folder a run's
 _HIDDEN_LOCK = "lock"
 _REFUSED = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|unexpected pos|iostream error")
 _SAVERS = {"save_file": "filename", "save": "f"}  # of safetensors and torch: the argument that is the file
-_TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 LOCK = "run.lock"  # in a run's folder: who works in it
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What file systems without locks, or without syncing of folders, answer.
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file of this name is a write of ours, under way or interrupted."""
-    return _TEMPORARY.fullmatch(name) is not None
-
-
-def file_digest(path: Path) -> str:
-    """xxh3_128 (32 hex digits) of a file's content, which is read a part at a time. Raises OSError if it can't be."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def possible_path(text: str) -> str:
@@ -52,32 +54,6 @@ def possible_path(text: str) -> str:
     if len(name) > 255 or len(os.fsencode(text)) > 4095:
         raise ValueError(f"{text[:60]}… is too long for a path: a name has at most 255 bytes, a path 4,095")
     return text
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes ``path``'s place once the block ends, and leaves nothing behind if the block raises.
-
-    Raises:
-        RunError: the operating system refused (disk full, no permission, …).
-    """
-    try:
-        with _new_temporary(path) as file:
-            temporary = Path(file.name)
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.replace(path)
-                sync(path.parent)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise RunError(
-            f"{path.name} in {path.parent} could not be finished: {error}. Nothing finished before it was touched; "
-            "remove the cause and run again to continue"
-        ) from error
 
 
 @contextmanager
@@ -173,15 +149,11 @@ def require_writable(folder: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes the remains of interrupted writes of ours, not the files that another process is writing.
+    """Removes the remains of interrupted writes of ours, files and folders, not what another process is writing.
 
     Where the file system has no locks, the two can't be told apart: remains stay. They do no harm.
     """
-    with suppress(OSError):  # a folder that can't be listed keeps them
-        for path in folder.iterdir():
-            if is_temporary(path.name) and not path.is_dir():
-                with suppress(OSError):  # being written, just finished, or not ours to remove
-                    _remove_unless_written(path)
+    remove_temporary_files(folder)
     _remove_left_folders(folder)
 
 
@@ -189,44 +161,6 @@ def remove_temporaries_below(folder: Path) -> None:
     """``remove_temporaries`` of a folder and of those inside it, two deep, as runs and selkd's cache folder are."""
     for inside in (folder, *folder.glob("*/"), *folder.glob("*/*/")):
         remove_temporaries(inside)
-
-
-def _new_temporary(path: Path) -> BinaryIO:
-    """A new locked file beside ``path``; the lock ends with the process, however it ends, and tells remains apart.
-
-    A name of its own for each attempt: two processes that write the same file do not mix their bytes. Where the file
-    system has no locks the file goes without: there ``remove_temporaries`` removes nothing.
-    """
-    while True:
-        if (file := _new_locked(path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp"))) is not None:
-            return file
-
-
-def _new_locked(path: Path) -> BinaryIO | None:
-    """A new file, locked if the file system can; None if it was removed in the moment between its making and its lock.
-
-    Raises:
-        OSError: it can't be made.
-    """
-    file = path.open("xb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            file.close()
-            path.unlink(missing_ok=True)
-            raise
-        return file
-    if path.exists():
-        return file
-    file.close()
-    return None
-
-
-def _remove_unless_written(path: Path) -> None:
-    with path.open("r+b") as file:  # for writing: over NFS a lock is refused to one who only reads
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -237,7 +171,7 @@ def _hidden_beside(path: Path) -> Iterator[Path]:
         hidden = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         hidden.mkdir(mode=0o700)
         with suppress(FileNotFoundError):  # removed as a remnant before it had its lock
-            lock = _new_locked(hidden / _HIDDEN_LOCK)
+            lock = new_locked(hidden / _HIDDEN_LOCK)
     with lock:
         try:
             yield hidden
@@ -289,15 +223,3 @@ def _refused_file(error: Exception, folder: Path) -> Path:
             default=folder,
         )
     return folder
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a rename in a folder, outlast a power cut, where the file system can."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LIGHT = """cli.main recipe.files recipe.pruning sweep.study evaluation.options tokens.policy tokens.text tokens.views
-    bench.names cache.reader cache.verify reporting.page reporting.comparison reporting.comparison_page"""
+    bench.names reporting.page reporting.comparison reporting.comparison_page"""
 HEAVY = """run.pipeline run.verify_cache sweep.sweep evaluation.command tokens.command bench.report estimate.estimate
     estimate.probe"""
 SECONDS = 100  # after which a case is ended: no judgement of its speed

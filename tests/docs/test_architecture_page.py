@@ -9,14 +9,20 @@ import pytest
 from test_site import DOCS, ROOT, script
 
 SOURCE = ROOT / "src" / "selkd"
+CACHE_PACKAGE = ROOT / "packages" / "selkd-cache" / "src" / "selkd_cache"
 PAGE = (DOCS / "architecture.md").read_text(encoding="utf-8")
-# `room/module`, `room/module:name` or `module:Class.method`, without src/selkd and without .py.
+# `room/module`, `room/module:name` or `module:Class.method`, without src/selkd and without .py; `selkd_cache/module`.
 NAME = re.compile(r"`([a-z_]+/[a-z_]+|[a-z_]+(?=:[A-Za-z_]))(?::([A-Za-z_][\w.]*))?`")
 WALKS = re.findall(r"^## (A .*?)\n(.*?)(?=^## )", PAGE, re.DOTALL | re.MULTILINE)
 
 
 def names(text: str) -> list[tuple[str, str]]:
     return NAME.findall(text)
+
+
+def source(module: str) -> Path:
+    package = CACHE_PACKAGE.parent if module.startswith(f"{CACHE_PACKAGE.name}/") else SOURCE
+    return package / f"{module}.py"
 
 
 def defines(module: Path, name: str) -> bool:
@@ -47,22 +53,22 @@ def test_every_name_in_a_walk_exists(title: str) -> None:
     missing = [
         f"{module}:{name}" if name else module
         for module, name in names(dict(WALKS)[title])
-        if not (SOURCE / f"{module}.py").is_file() or (name and not defines(SOURCE / f"{module}.py", name))
+        if not source(module).is_file() or (name and not defines(source(module), name))
     ]
     assert missing == []
 
 
 def test_a_name_that_does_not_exist_is_found() -> None:
     assert defines(SOURCE / "recipe" / "files.py", "load_recipe")
-    assert defines(SOURCE / "cache" / "reader.py", "TeacherCache.open")
+    assert defines(CACHE_PACKAGE / "reader.py", "TeacherCache.open")
     assert not defines(SOURCE / "recipe" / "files.py", "load_receipt")
-    assert not defines(SOURCE / "cache" / "reader.py", "TeacherCache.close")
+    assert not defines(CACHE_PACKAGE / "reader.py", "TeacherCache.close")
 
 
 def test_the_tree_has_every_module_with_a_sentence() -> None:
     tree = script("generate").tree()
     assert tree in PAGE, "run python docs/generate.py"
-    for module in SOURCE.rglob("*.py"):
+    for module in (*SOURCE.rglob("*.py"), *CACHE_PACKAGE.rglob("*.py")):
         if module.name != "__init__.py":
             lines = [line for line in tree.splitlines() if re.match(rf" +{module.name} +\S", line)]
             assert lines, f"{module.relative_to(ROOT)}: a module's docstring says what it is for"

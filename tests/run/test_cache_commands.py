@@ -15,8 +15,6 @@ import yaml
 from cache_samples import contents
 from tiny_run import make_recipe, make_teacher
 
-from selkd.cache.reader import TeacherCache
-from selkd.cache.rows import Rows, row_sums
 from selkd.cli.main import main
 from selkd.errors import InputError
 from selkd.plugins import Sampler
@@ -27,6 +25,8 @@ from selkd.run.pipeline import cache_only, start
 from selkd.run.verify_cache import judged
 from selkd.teacher import build_cache
 from selkd.teacher.recheck_cache import same_draws
+from selkd_cache.reader import TeacherCache
+from selkd_cache.rows import Rows, row_sums
 
 Command = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -335,7 +335,7 @@ def test_a_sample_without_positions_is_no_worst_one() -> None:
 
 
 def test_rows_and_ids_are_what_the_document_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/cache-format.md: one row a valid position, none at a document's end; and how an id is made."""
+    """The format: one row a valid position, none at a document's end; and how an id is made."""
     monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
     recipe = make_recipe(tmp_path, samples=None)
     parsed = parse_part(Recipe, recipe)

@@ -18,12 +18,12 @@ import pytest
 from tiny_run import make_recipe
 
 from selkd import distill
-from selkd.cache.verify import verify_cache
 from selkd.errors import InputError
 from selkd.files import LOCK, is_temporary
 from selkd.interrupts import end_with_launcher
 from selkd.run import lock
 from selkd.run.lock import FolderLock, working_in
+from selkd_cache.verify import verify_cache
 
 FORK = get_context("fork")
 

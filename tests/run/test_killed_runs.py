@@ -18,13 +18,13 @@ import pytest
 from tiny_run import make_recipe
 
 from selkd import distill
-from selkd.cache.writer import CacheWriter
 from selkd.files import write_whole
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.pipeline import score_only
 from selkd.selection.samples import SampleScores
 from selkd.teacher import build_cache
+from selkd_cache.writer import CacheWriter
 
 HARNESS = Path(__file__).parent.parent.parent / "benchmarks" / "kills.py"
 

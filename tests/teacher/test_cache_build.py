@@ -23,15 +23,15 @@ from cache_samples import (
 )
 
 from selkd import files
-from selkd.cache.reader import TeacherCache
-from selkd.cache.shard import shard_name
-from selkd.cache.writer import CacheWriter, SampleRows
 from selkd.errors import InputError, RunError
+from selkd_cache.reader import TeacherCache
+from selkd_cache.shard import shard_name
+from selkd_cache.writer import CacheWriter, SampleRows
 
 
 def start_python(code: str, *arguments: str) -> subprocess.Popen:
     """Runs code that may import cache_samples in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "cache")}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -220,7 +220,7 @@ import sys, time
 from pathlib import Path
 from typing import Any
 from cache_samples import FINGERPRINT, plan, shard_samples
-from selkd.cache.writer import CacheWriter
+from selkd_cache.writer import CacheWriter
 
 def halfway():
     yield from shard_samples(1)[:2]
@@ -265,7 +265,7 @@ import sys
 from pathlib import Path
 from typing import Any
 from cache_samples import FINGERPRINT, plan, shard_samples
-from selkd.cache.writer import CacheWriter
+from selkd_cache.writer import CacheWriter
 
 writer = CacheWriter(Path(sys.argv[1]), FINGERPRINT, plan(6))
 for shard in range(int(sys.argv[2]), 6, 2):
@@ -289,7 +289,7 @@ import resource, sys
 from pathlib import Path
 from typing import Any
 from cache_samples import FINGERPRINT, plan, shard_samples
-from selkd.cache.writer import CacheWriter
+from selkd_cache.writer import CacheWriter
 from selkd.errors import RunError
 
 writer = CacheWriter(Path(sys.argv[1]), FINGERPRINT, plan())

@@ -10,7 +10,6 @@ from tiny import V, make_arguments, make_model, make_samples, make_tokenizer
 from tiny_run import make_recipe
 from torch import Tensor
 
-from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, RunError
 from selkd.recipe.choices import ClassOptions
@@ -20,6 +19,7 @@ from selkd.run.workspace import Workspace
 from selkd.teacher.build_cache import build_cache
 from selkd.teacher.live import LiveTeacher
 from selkd.training.trainer import DistillTrainer
+from selkd_cache.reader import TeacherCache
 
 
 class ReadBy(TeacherCache):

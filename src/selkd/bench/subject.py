@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selkd.cache.reader import TeacherCache
 from selkd.data.collate import collate
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
@@ -27,6 +26,7 @@ from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.live import LiveTeacher
 from selkd.teacher.targets import Batch, Teacher
 from selkd.training.student import bind_distillation
+from selkd_cache.reader import TeacherCache
 
 DRAWN = ClassOptions(sampler="systematic", draws=64)  # for the cached variant of a recipe that draws no classes
 

@@ -67,7 +67,7 @@ def cache_verify(
 
     The exit code is 1 if damage is left, or if --rescore finds the draws of another teacher.
     """
-    from selkd.cache.verify import verify_cache
+    from selkd_cache.verify import verify_cache
 
     if not directory.is_dir():
         raise InputError(f"{directory}: no such folder.")
@@ -109,7 +109,7 @@ def cache_inspect(
     json_output: Json = False,
 ) -> None:
     """Size, bytes a position against plainer layouts, what was drawn, and what the cache was built from."""
-    from selkd.cache.reader import TeacherCache
+    from selkd_cache.reader import TeacherCache
 
     cache = TeacherCache.open(directory)
     print_answer({**cache.stats(), **cache.contents(samples), "fingerprint": cache.fingerprint}, json_output)

@@ -6,20 +6,20 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from selkd.cache.manifest import MANIFEST, PLAN, TAIL, Fingerprint, check_same_fingerprint, read_plan
-from selkd.cache.reader import TeacherCache
-from selkd.cache.remote import fetch_cache, is_remote
-from selkd.cache.verify import verify_cache
-from selkd.cache.writer import require_claimable
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.run.directory import RunDirectory
 from selkd.run.enough import warn_if_short
+from selkd.run.fetch_cache import fetch_cache, is_remote
 from selkd.run.record import CACHE_COST, add_cost, cost_of, count_teacher_tokens, note_shared, read_cost, timed
 from selkd.run.workspace import Workspace
 from selkd.selection.classes import class_sampler
 from selkd.teacher.build_cache import CacheBuild, build_cache
 from selkd.teacher.live import LiveTeacher
+from selkd_cache.manifest import MANIFEST, PLAN, TAIL, Fingerprint, check_same_fingerprint, read_plan
+from selkd_cache.reader import TeacherCache
+from selkd_cache.verify import verify_cache
+from selkd_cache.writer import require_claimable
 
 
 def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> TeacherCache | None:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from selkd.cache.manifest import MANIFEST, PLAN
 from selkd.errors import InputError
 from selkd.files import is_temporary
 from selkd.recipe.recipe import Recipe
 from selkd.selection.samples import SampleScores
+from selkd_cache.manifest import MANIFEST, PLAN
 
 
 def check_shared_paths(recipe: Recipe) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 
-from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, Interrupted
 from selkd.files import new_folder
@@ -21,6 +20,7 @@ from selkd.run.record import PeakMemory, add_seconds, count_teacher_tokens, size
 from selkd.run.workspace import Workspace
 from selkd.training.callbacks import EverySteps, Measured, MetricsFile, TrainingProgress
 from selkd.training.trainer import DistillTrainer
+from selkd_cache.reader import TeacherCache
 
 
 def train(work: Workspace, run: RunDirectory, samples: SampleDataset, cache: TeacherCache | None) -> None:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selkd.cache.manifest import MANIFEST
-from selkd.cache.verify import verify_cache
 from selkd.errors import InputError
 from selkd.files import RECIPE, RECORD
 from selkd.recipe.files import recipe_content
@@ -16,6 +14,8 @@ from selkd.run.inputs import recipe_digest
 from selkd.sealed import CACHE_COST, CARD, DIGEST, FILES, INPUTS, REPORT, SCORES, differences, require_begun, unsealed
 from selkd.selection.samples import SampleScores
 from selkd.training.sealing import DIGESTS, fault_of
+from selkd_cache.manifest import MANIFEST
+from selkd_cache.verify import verify_cache
 
 # What the record of every finished run has, and of which type; null where a stage did not run.
 FORM: dict[str, tuple[type, ...]] = {

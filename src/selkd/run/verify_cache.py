@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from selkd.cache.reader import TeacherCache
-from selkd.cache.verify import verify_cache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.plugins import Sampler
@@ -21,6 +19,8 @@ from selkd.run.score import kept_samples
 from selkd.run.workspace import Workspace
 from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.recheck_cache import compare_again
+from selkd_cache.reader import TeacherCache
+from selkd_cache.verify import verify_cache
 
 MOST_DRAWS_JUDGED = 64  # the limits were measured at 8 to 64 draws; with more, other teachers' draws are the same, too
 

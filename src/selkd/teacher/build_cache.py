@@ -13,13 +13,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from selkd.cache.manifest import Fingerprint
-from selkd.cache.writer import CacheWriter, SampleRows
 from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import Interrupted, RunError
 from selkd.interrupts import raise_together, stop_if_asked
 from selkd.teacher.live import LiveTeacher
+from selkd_cache.manifest import Fingerprint
+from selkd_cache.writer import CacheWriter, SampleRows
 
 # A shard stores how often each class was drawn, some 30 kB at 50,000 classes: too much for a small shard.
 SHARD_TOKENS = 2**17

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from selkd.cache.manifest import TAIL, count_total
-from selkd.cache.reader import TeacherCache
-from selkd.cache.rows import Rows
 from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets, TruncatedDistribution
+from selkd_cache.manifest import TAIL, count_total
+from selkd_cache.reader import TeacherCache
+from selkd_cache.rows import Rows
 
 
 class CachedTeacher:

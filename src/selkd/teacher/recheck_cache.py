@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from selkd.cache.rows import Rows, row_sums
 from selkd.data.samples import SampleDataset
 from selkd.teacher.build_cache import draw_rows, plan_batches, plan_shards
 from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.live import LiveTeacher
+from selkd_cache.rows import Rows, row_sums
 
 
 def compare_again(

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, default_compute_objective
 
-from selkd.cache.reader import TeacherCache
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.maths.chunked import chunked_statistics, compute_dtype
@@ -31,6 +30,7 @@ from selkd.training.inputs import as_evaluated, require_stored, require_window
 from selkd.training.objective import Objective
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.student import check_student
+from selkd_cache.reader import TeacherCache
 
 KL = "kl_nats"
 """Mean KL(p || q) of a live teacher and the student, temperature 1."""

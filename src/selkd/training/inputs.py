@@ -7,8 +7,6 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selkd.cache.manifest import TAIL
-from selkd.cache.reader import TeacherCache
 from selkd.data.packing import samples_of_rows
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
@@ -21,6 +19,8 @@ from selkd.teacher.targets import Teacher
 from selkd.training.arguments import DistillArguments
 from selkd.training.sampling import FilledDataset
 from selkd.training.splitting import require_whole
+from selkd_cache.manifest import TAIL
+from selkd_cache.reader import TeacherCache
 
 
 def require_parameters(args: DistillArguments, teacher: Any, tokenizer: Any, others: Mapping[str, Any]) -> None:

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from selkd import interrupts
-from selkd.cache.reader import TeacherCache
 from selkd.data.collate import collate
 from selkd.data.samples import Sample
 from selkd.errors import InputError
@@ -53,6 +52,7 @@ from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.selection_log import SelectionLog
 from selkd.training.student import bind_distillation
 from selkd.training.unlogged import Unlogged
+from selkd_cache.reader import TeacherCache
 
 C = TypeVar("C", bound=TrainerCallback)
 

@@ -7,10 +7,10 @@ import fsspec
 import pytest
 from cache_samples import FINGERPRINT, assert_same_rows, build, contents, make_rows, sample_id
 
-from selkd.cache import remote as remote_module
-from selkd.cache.reader import TeacherCache
-from selkd.cache.remote import fetch_cache, is_remote
 from selkd.errors import InputError, RunError
+from selkd.run import fetch_cache as remote_module
+from selkd.run.fetch_cache import fetch_cache, is_remote
+from selkd_cache.reader import TeacherCache
 
 URL = "memory://bucket/cache"
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import xxhash
 
-from selkd.cache import codec
-from selkd.cache.rows import LARGEST_COUNT
-from selkd.cache.shard import ids_digest, shard_name
-from selkd.errors import InputError
-from selkd.files import replacing
+from selkd_cache import codec
+from selkd_cache.errors import InputError
+from selkd_cache.files import replacing
+from selkd_cache.rows import LARGEST_COUNT
+from selkd_cache.shard import ids_digest, shard_name
 
 FORMAT = "selkd-teacher-cache"
 VERSION = 2

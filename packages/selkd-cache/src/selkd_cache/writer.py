@@ -8,7 +8,9 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-from selkd.cache.manifest import (
+from selkd_cache.errors import InputError, RunError
+from selkd_cache.files import is_temporary, remove_temporary_files, replacing
+from selkd_cache.manifest import (
     MANIFEST,
     PLAN,
     Fingerprint,
@@ -23,11 +25,9 @@ from selkd.cache.manifest import (
     render,
     write_document,
 )
-from selkd.cache.rows import Rows, check_totals, checked_rows
-from selkd.cache.sample_index import INDEX_FILE, describe_index, write_sample_index
-from selkd.cache.shard import check_sample_ids, read_shard, shard_name, shard_problem, write_shard
-from selkd.errors import InputError, RunError
-from selkd.files import is_temporary, remove_temporaries, replacing
+from selkd_cache.rows import Rows, check_totals, checked_rows
+from selkd_cache.sample_index import INDEX_FILE, describe_index, write_sample_index
+from selkd_cache.shard import check_sample_ids, read_shard, shard_name, shard_problem, write_shard
 
 SampleRows = tuple[bytes, np.ndarray, np.ndarray, np.ndarray]
 
@@ -141,7 +141,7 @@ class CacheWriter:
                 f"the teacher cache in {self.directory} is incomplete: {len(problems)} of {len(self._shard_ids)} "
                 f"shards are missing or damaged ({'; '.join(problems[:3])}): build these, then finish"
             )
-        remove_temporaries(self.directory)
+        remove_temporary_files(self.directory)
         write_sample_index(self.directory, self._plan_checksum, sample_ids)
         index = describe_index(self.directory / INDEX_FILE)
         path, manifest = self.directory / MANIFEST, make_manifest(self._plan, self._plan_checksum, shards, index)

@@ -1,6 +1,6 @@
 """How integers become symbols of an entropy coder, and how counted symbols become its frequency tables.
 
-``docs/cache-format.md``, "Integers" and "Frequency tables", says the same for writers of other readers.
+The package's README, "Integers" and "Frequency tables", says the same for writers of other readers.
 """
 
 from typing import Final

@@ -1,6 +1,6 @@
 """Builds killed by SIGKILL at random moments, and two builds in one folder at once.
 
-``SELKD_KILLS=50 python -m pytest tests/cache/test_killed.py`` kills as often as docs/results/cache.md says.
+``SELKD_KILLS=50 python -m pytest`` with this file kills as often as docs/results/cache.md says.
 """
 
 import json
@@ -17,8 +17,8 @@ KILLING = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from cache_samples import build, contents
-from selkd.files import is_temporary
-from selkd.cache.verify import verify_cache
+from selkd_cache.files import is_temporary
+from selkd_cache.verify import verify_cache
 
 root, n_kills, n_shards = Path(sys.argv[1]), int(sys.argv[2]), 8
 build(root / "warm", n_shards)
@@ -58,7 +58,7 @@ print(json.dumps(seen))
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
@@ -77,7 +77,7 @@ SLOW_WRITER = """
 import sys, time
 from pathlib import Path
 from cache_samples import FINGERPRINT, plan, shard_samples
-from selkd.cache.writer import CacheWriter
+from selkd_cache.writer import CacheWriter
 
 writer = CacheWriter(Path(sys.argv[1]), FINGERPRINT, plan())
 
@@ -93,7 +93,7 @@ print("written", flush=True)
 
 
 def test_a_build_that_finishes_leaves_another_builds_files_alone(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", SLOW_WRITER, str(tmp_path / "cache")]
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -117,9 +117,9 @@ READ_ONLY = """
 import sys
 from pathlib import Path
 from cache_samples import FINGERPRINT, plan
-from selkd import files
-from selkd.cache.writer import CacheWriter
-from selkd.errors import RunError
+from selkd_cache import files
+from selkd_cache.writer import CacheWriter
+from selkd_cache.errors import RunError
 
 def samples():
     raise SystemExit("the teacher ran although nothing can be written")

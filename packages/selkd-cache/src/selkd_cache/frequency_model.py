@@ -1,6 +1,6 @@
 """The model of a shard: which classes its samples have, how often, and how the coded symbols are distributed.
 
-``codec.fit`` makes it from the shard's own draws; the shard stores it. ``docs/cache-format.md`` defines the bytes.
+``codec.fit`` makes it from the shard's own draws; the shard stores it. The package's README defines the bytes.
 """
 
 import struct
@@ -11,9 +11,9 @@ from typing import Final, Literal
 import numpy as np
 import zstandard
 
-from selkd.cache.integers import LARGEST_VALUE, Buckets, bit_length, frequencies
-from selkd.cache.rows import LARGEST_COUNT, Rows
-from selkd.errors import InputError
+from selkd_cache.errors import InputError
+from selkd_cache.integers import LARGEST_VALUE, Buckets, bit_length, frequencies
+from selkd_cache.rows import LARGEST_COUNT, Rows
 
 CLASSES_LEFT: Final = 16  # contexts tell apart 1, 2, … 15 classes left, and 16 or more
 Table = Literal["singles", "heavies", "gaps", "counts"]

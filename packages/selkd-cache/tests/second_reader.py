@@ -1,4 +1,4 @@
-"""A second reader of shards, written from docs/cache-format.md in plain Python: it shares no code with selkd."""
+"""A second reader of shards, written from the package's README in plain Python: it shares no code with selkd."""
 
 import zstandard
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from selkd.cache.manifest import (
+from selkd_cache.errors import InputError
+from selkd_cache.manifest import (
     MANIFEST,
     PLAN,
     Fingerprint,
@@ -15,11 +16,10 @@ from selkd.cache.manifest import (
     check_same_fingerprint,
     read_complete,
 )
-from selkd.cache.rows import Rows
-from selkd.cache.sample_index import INDEX_FILE, SampleIndex, describe_index
-from selkd.cache.shard import ID_BYTES, Shard, read_shard
-from selkd.cache.verify import verify_cache
-from selkd.errors import InputError
+from selkd_cache.rows import Rows
+from selkd_cache.sample_index import INDEX_FILE, SampleIndex, describe_index
+from selkd_cache.shard import ID_BYTES, Shard, read_shard
+from selkd_cache.verify import verify_cache
 
 # The models and indices of so many shards stay in memory, some 0.4 MB each, so memory does not grow with the cache. At
 # 2^17 tokens a shard, 32 million tokens can be read without reading a model twice.

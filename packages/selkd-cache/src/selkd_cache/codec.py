@@ -1,6 +1,6 @@
 """How the drawn classes of one sample become bytes and come back. Replace this module to change the coding.
 
-The rest of the package uses ``NAME``, ``fit``, ``encode`` and ``decode``. ``docs/cache-format.md`` defines the bytes.
+The rest of the package uses ``NAME``, ``fit``, ``encode`` and ``decode``. The package's README defines the bytes.
 
 A row is two sets of classes: the *singles*, which were drawn once, and the *heavies*, which were drawn more often. A
 set is coded as the gaps between its ascending ranks, so neither the order of the draws nor the counts of the singles
@@ -15,10 +15,10 @@ from typing import Any, Final, NamedTuple
 import constriction
 import numpy as np
 
-from selkd.cache.frequency_model import TABLES, Model, Table
-from selkd.cache.integers import to_codes
-from selkd.cache.rows import Rows, check_totals
-from selkd.errors import InputError
+from selkd_cache.errors import InputError
+from selkd_cache.frequency_model import TABLES, Model, Table
+from selkd_cache.integers import to_codes
+from selkd_cache.rows import Rows, check_totals
 
 NAME: Final = "ranked-gaps-ans"
 

@@ -4,7 +4,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from selkd.errors import InputError
+from selkd_cache.errors import InputError
 
 LARGEST_COUNT: Final = 2**16 - 1
 _LARGEST_UINT32: Final = 2**32 - 1

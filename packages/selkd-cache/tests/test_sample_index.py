@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selkd.cache.sample_index import SampleIndex, write_sample_index
-from selkd.errors import InputError
+from selkd_cache.errors import InputError
+from selkd_cache.sample_index import SampleIndex, write_sample_index
 
 PLAN = "0123456789abcdef" * 2
 N = 1_000_000

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from selkd.cache.manifest import PLAN, read_complete, read_plan
-from selkd.cache.sample_index import INDEX_FILE, describe_index
-from selkd.cache.shard import shard_name, shard_problem
-from selkd.errors import InputError
+from selkd_cache.errors import InputError
+from selkd_cache.manifest import PLAN, read_complete, read_plan
+from selkd_cache.sample_index import INDEX_FILE, describe_index
+from selkd_cache.shard import shard_name, shard_problem
 
 
 def verify_cache(directory: str | Path, *, decode: bool = True) -> list[str]:

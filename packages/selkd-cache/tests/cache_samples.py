@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from selkd.cache.rows import Rows
-from selkd.cache.writer import CacheWriter, SampleRows
+from selkd_cache.rows import Rows
+from selkd_cache.writer import CacheWriter, SampleRows
 
 VOCABULARY = 2**18
 FINGERPRINT: dict[str, str | int | float] = {

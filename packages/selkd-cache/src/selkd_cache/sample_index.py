@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from selkd.errors import InputError
-from selkd.files import file_digest, replacing
+from selkd_cache.errors import InputError
+from selkd_cache.files import file_digest, replacing
 
 INDEX_FILE: Final = "index.selkd"
 VERSION: Final = 1

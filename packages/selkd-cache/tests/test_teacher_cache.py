@@ -12,13 +12,13 @@ import xxhash
 from cache_samples import FINGERPRINT, assert_same_rows, build, make_rows, plan, sample_id, shard_samples
 from second_reader import read_block, read_model
 
-from selkd.cache.manifest import MANIFEST, render
-from selkd.cache.reader import TeacherCache
-from selkd.cache.sample_index import INDEX_FILE
-from selkd.cache.shard import INDEX, shard_name, write_shard
-from selkd.cache.verify import verify_cache
-from selkd.cache.writer import CacheWriter
-from selkd.errors import InputError, RunError
+from selkd_cache.errors import InputError, RunError
+from selkd_cache.manifest import MANIFEST, render
+from selkd_cache.reader import TeacherCache
+from selkd_cache.sample_index import INDEX_FILE
+from selkd_cache.shard import INDEX, shard_name, write_shard
+from selkd_cache.verify import verify_cache
+from selkd_cache.writer import CacheWriter
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def test_a_manifest_that_is_none_is_refused(folder: Path, text: str) -> None:
 
 
 def test_the_format_is_what_its_document_says(folder: Path) -> None:
-    """A second reader, written from docs/cache-format.md with plain slicing: the document is enough, and stays true."""
+    """A second reader, written from the package's README with plain slicing: the document is enough, and stays true."""
     data = (folder / "shard-00001.selkd").read_bytes()
     plan_data = (folder / "plan.json").read_bytes()
     plan_checksum = json.loads(plan_data)["checksum"]

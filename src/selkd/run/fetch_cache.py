@@ -5,12 +5,12 @@ from pathlib import Path
 import fsspec
 import xxhash
 
-from selkd.cache.manifest import MANIFEST, PLAN, read_manifest
-from selkd.cache.reader import TeacherCache
-from selkd.cache.sample_index import INDEX_FILE
-from selkd.cache.verify import verify_cache
 from selkd.errors import InputError, RunError
 from selkd.files import new_folder
+from selkd_cache.manifest import MANIFEST, PLAN, read_manifest
+from selkd_cache.reader import TeacherCache
+from selkd_cache.sample_index import INDEX_FILE
+from selkd_cache.verify import verify_cache
 
 
 def is_remote(path: str) -> bool:

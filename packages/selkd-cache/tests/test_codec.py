@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from properties import examples
 from second_reader import read_block, read_model
 
-from selkd.cache.codec import decode, encode, fit
-from selkd.cache.frequency_model import TABLES, Model
-from selkd.cache.integers import Buckets, frequencies, to_codes
-from selkd.cache.rows import Rows, checked_rows
-from selkd.errors import InputError
+from selkd_cache.codec import decode, encode, fit
+from selkd_cache.errors import InputError
+from selkd_cache.frequency_model import TABLES, Model
+from selkd_cache.integers import Buckets, frequencies, to_codes
+from selkd_cache.rows import Rows, checked_rows
 
 Row = dict[int, int]
 

@@ -1,4 +1,4 @@
-"""One shard file: header, model, one block a sample, index, footer. ``docs/cache-format.md`` has the layout."""
+"""One shard file: header, model, one block a sample, index, footer. The package's README has the layout."""
 
 import os
 import struct
@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from selkd.cache import codec
-from selkd.cache.frequency_model import Model
-from selkd.cache.rows import Rows
-from selkd.errors import InputError
+from selkd_cache import codec
+from selkd_cache.errors import InputError
+from selkd_cache.frequency_model import Model
+from selkd_cache.rows import Rows
 
 VERSION = 2
 ID_BYTES = 16
