@@ -74,6 +74,7 @@ def generated(name: str) -> str:
         ),
         "keys": lambda: table("key | type | default | meaning", keys_of(part)),
         "tree": tree,
+        "saves": saves,
         "demo-printed": demo_printed,
         "demo-fidelity": demo_fidelity,
         "demo-runs": demo_runs,
@@ -308,6 +309,25 @@ def measurements() -> dict[str, dict[str, Any]]:
 def with_figures(measurement: dict[str, Any], text: str) -> str:
     """``text`` with a measurement's figures, its machine and its ``ranges`` in place of their names in braces."""
     return text.format(machine=measurement["machine"], ranges=measurement.get("ranges", {}), **measurement["figures"])
+
+
+def saves() -> str:
+    """What a step, a run and a teacher on disk cost, beside what they cost with full logits everywhere."""
+    measured = measurements()
+    step, run, cache = (measured[name]["figures"] for name in ("step", "whole_run", "cache_bytes"))
+    variants = ("full_kd_plain", "se_kd_exact", "se_kd_cached")
+    reused = f"{run['run'].value}; {run['reused'].value} once scores and file are there"
+    rows = [
+        ["a training step, as a multiple of both models' bodies", *(step[name].value for name in variants)],
+        ["memory for its loss", *(str(step.get(f"{name}_memory", "")) for name in variants)],
+        ["a whole run's processor time", "1", "", reused],
+        ["the teacher on disk, bytes a position", cache["full_logits"].value, "", bytes_by_text(cache)],
+    ]
+    return table(" | Full KD, full logits | SE-KD, teacher in memory | SE-KD 3X, teacher in a file", rows)
+
+
+def bytes_by_text(cache: dict[str, Figure]) -> str:
+    return f"{cache['textbooks'].number:.0f} to {cache['web'].number:.0f}"
 
 
 def demo_printed() -> str:

@@ -19,6 +19,7 @@ from selkd.sweep.study import expand, load_study
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 WRITTEN = [page for page in PAGES if page.name != "commands.md"]  # that one is generated from the commands themselves
+TUTORIAL = DOCS / "tutorial.md"  # test_tutorial runs it
 HUB = {"Qwen/Qwen3-8B": "teacher", "Qwen/Qwen3-1.7B": "student"}
 # Not run here: real models and data, several processes, hundreds of runs; each has tests of its own.
 ELSEWHERE = re.compile(r"demo|se_kd_3x --set|sweep|--suite|torchrun|accelerate|runs/qwen|runs/se\b|prune-student")
@@ -136,7 +137,7 @@ def test_the_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in WRITTEN if page.is_relative_to(DOCS) and blocks(page, "python")],
+    [page for page in WRITTEN if page.is_relative_to(DOCS) and page != TUTORIAL and blocks(page, "python")],
     ids=lambda page: page.name,
 )
 def test_the_python_runs(workplace: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from selkd.plugins import Criterion, Metric, Policy, Sampler
 from selkd.recipe.files import named_recipes
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
+FRAMEWORK = (Path(__file__).parents[2] / "docs" / "framework.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -46,7 +47,7 @@ def test_the_recipe_is_the_named_one() -> None:
     ],
 )
 def test_the_table_of_choices_names_each(key: str, names: list[str]) -> None:
-    (row,) = re.findall(rf"^\| `{key}` \|(.*)\|$", README, re.MULTILINE)
+    (row,) = re.findall(rf"^\| `{key}` \|(.*)\|$", FRAMEWORK, re.MULTILINE)
     assert set(names) <= set(re.findall(r"`(\w+)`", row))
 
 

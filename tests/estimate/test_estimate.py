@@ -18,6 +18,7 @@ from selkd.models.head import hidden_states
 from selkd.needs.architecture import describe
 from selkd.needs.body import inference_peak, training_memory, why_rough
 from selkd.needs.cache_size import MEASURED, typical_bytes
+from selkd.needs.memory import weights_bytes
 from selkd.needs.optimiser import optimiser_bytes
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
@@ -126,6 +127,31 @@ def test_a_body_takes_what_a_memory_tracker_measured(name: str) -> None:
                 memory = training_memory(architecture, *shape, checkpointing=step == "checkpointing")
                 counted = [memory.activations, memory.peak]
             assert counted == pytest.approx(found, rel=tolerance), f"{setting}, {step}"
+
+
+def test_a_quantised_teacher_weighs_what_was_measured() -> None:
+    page = (Path(__file__).parents[2] / "docs/results/task.md").read_text(encoding="utf-8")
+    measured = re.findall(r"^\| `((?:torchao|bitsandbytes)_\w+)`.*?\|.*?\|.*?\| ([\d.]+) \|", page, re.MULTILINE)
+    assert len(measured) == 3
+    architecture = describe(AutoConfig.for_model(**MEASURED_BODIES["smollm2_135m_whole"]["config"]))
+    assert weights_bytes(architecture, torch.bfloat16, None) == 2 * architecture.parameters
+    for quantization, megabytes in measured:
+        counted = weights_bytes(architecture, torch.bfloat16, quantization)
+        assert counted / 1e6 == pytest.approx(float(megabytes), rel=0.03), quantization
+
+
+def test_models_without_weights_are_estimated(tmp_path: Path) -> None:
+    for name, layers in (("big", 4), ("little", 2)):
+        make_model(0, layers=layers).config.save_pretrained(tmp_path / name)
+    models = {"teacher": {"model": str(tmp_path / "big")}, "student": {"model": str(tmp_path / "little")}}
+    recipe = parse_part(Recipe, models | {"data": {"path": "someone/text", "max_length": 16, "tokens": 4096}})
+    answer = estimate(recipe, gpus=1)
+    assert answer["parameters"]["teacher"] > answer["parameters"]["student"]
+    narrow = parse_part(Recipe, recipe.model_dump() | {"teacher": models["teacher"] | {"quantization": "torchao_int8"}})
+    parts = "memory_bytes", "training_parts"
+    assert (
+        estimate(narrow, gpus=1)[parts[0]][parts[1]]["teacher_weights"] < answer[parts[0]][parts[1]]["teacher_weights"]
+    )
 
 
 def test_what_is_counted_roughly_says_so(tmp_path: Path) -> None:

@@ -153,7 +153,6 @@ def _notes(plan: Plan, needed: Memory, gpus: int | None, *, is_probed: bool) -> 
         + ("the probed step's time includes generating them" if is_probed else "the time to generate them neither")
         + "; steps and tokens are counted as if the data's completions were learned": recipe.on_policy is not None,
         "student.lora: counted as if every weight were trained; adapters need less": recipe.student.lora is not None,
-        "teacher.quantization: the teacher is counted as it is without": recipe.teacher.quantization is not None,
         "teacher.device: the teacher is counted on the student's device": recipe.teacher.device is not None,
     }
     if recipe.samples is not None:

@@ -40,14 +40,25 @@ class Architecture:
         """How many parameters the largest block has: FSDP gathers them at once."""
         return max(map(n_parameters, self.blocks), default=0)
 
+    @property
+    def linear_weights(self) -> int:
+        """How many weights the linear layers of its blocks have."""
+        layers = [module for block in self.blocks for module in block.modules() if isinstance(module, nn.Linear)]
+        return sum(layer.weight.numel() for layer in layers)
+
 
 def find_files(model: str, cache_dir: Path) -> ModelSource:
-    """Find the files of ``model``. One on the hub is downloaded without its weights, so its fingerprint is empty.
+    """Find the files of ``model``. Weights are not read, so a folder need not have any and the fingerprint is empty.
+
+    The embedded default and a .gguf file are converted; a model on the hub is downloaded without its weights.
 
     Raises:
         InputError: there is no such model.
     """
-    if model == DEMO or Path(model).expanduser().exists():
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return ModelSource(model, path, "")
+    if model == DEMO or path.exists():
         return locate(model, cache_dir)
     return ModelSource(model, downloaded(model, WITHOUT_WEIGHTS), "")
 

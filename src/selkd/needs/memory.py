@@ -16,6 +16,8 @@ from selkd.training.arguments import DistillArguments
 # How many tensors of one chunk of logits are alive together: the student's, its gradient, what the criterion makes of
 # both, and the teacher's.
 _CHUNK_TENSORS = {"loss": 5, "score": 3, "draw": 4}
+# Bits of a weight of a linear layer, with the scales that NF4 keeps for every 64 of them.
+_QUANTISED_BITS = {"torchao_int8": 8.0, "bitsandbytes_8bit": 8.0, "bitsandbytes_4bit": 4.5}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ def memory(
     shards, is_live = plan.devices if arguments.fsdp else 1, recipe.cache is None
     (dtype, teacher_dtype), chunk = dtypes, CHUNK_BYTES["cpu" if is_cpu else "accelerator"]
     body = training_memory(student, plan.batch, length, dtype, checkpointing=arguments.gradient_checkpointing)
-    weights, teacher_weights = 4 * student.parameters, teacher_dtype.itemsize * teacher.parameters
+    weights = 4 * student.parameters
+    teacher_weights = weights_bytes(teacher, teacher_dtype, recipe.teacher.quantization)
     narrow_head = 0 if dtype == torch.float32 else student.vocab_size * student.hidden_size * dtype.itemsize
     optimiser, note = optimiser_bytes(arguments, student)
     parts = {
@@ -79,6 +82,13 @@ def memory(
     notes = [f"activations: a rough count of the {model}'s, as {why}" for model, why in reasons.items() if why]
     notes += [note] if note else []
     return Memory(parts, stages, notes + ([_sharding_note(shards)] if arguments.fsdp else []))
+
+
+def weights_bytes(architecture: Architecture, dtype: torch.dtype, quantization: str | None) -> int:
+    """Bytes of a teacher's weights. ``teacher.quantization`` narrows the linear layers of the blocks alone."""
+    bits = 8 * dtype.itemsize
+    narrower = 0.0 if quantization is None else bits - _QUANTISED_BITS[quantization]
+    return round((bits * architecture.parameters - narrower * architecture.linear_weights) / 8)
 
 
 def _gathered(student: Architecture, arguments: DistillArguments) -> int:
