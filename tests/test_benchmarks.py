@@ -14,10 +14,12 @@ import torch
 from tiny import make_model, make_samples
 from tiny_run import make_recipe
 from torch import Tensor
+from transformers import AutoConfig
 
 from selkd.bench.subject import BenchSubject
 from selkd.bench.variants import plain_loss
 from selkd.models.head import head_of
+from selkd.needs.architecture import describe
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 
@@ -133,3 +135,18 @@ def test_a_whole_run_counts_its_stages_and_reuses_scores_and_cache(
     assert answer["ratio_to_full_kd_plain"]["full_kd_plain"] == 1.0
     assert (tmp_path / "out" / "scores.parquet").is_file()
     assert (tmp_path / "out" / "cache" / "manifest.json").is_file()
+
+
+def test_the_sizing_page_is_what_its_command_prints(tmp_path: Path) -> None:
+    sizing = script("sizing")
+    page = (FOLDER.parent / "docs" / "sizing.md").read_text(encoding="utf-8")
+    for teacher, students in sizing.PAIRS.items():
+        assert all(page.count(f"| {teacher} → {student} |") == 2 for student in students)
+    for cells in sizing.row(tmp_path, "Qwen3-8B", "Qwen3-0.6B"):
+        assert f"| {' | '.join(['Qwen3-8B → Qwen3-0.6B', *cells])} |" in page
+
+
+def test_a_shape_has_the_parameters_that_its_name_says() -> None:
+    for name, shape in script("sizing").SHAPES.items():
+        billions = describe(AutoConfig.for_model(**shape)).parameters / 1e9
+        assert billions == pytest.approx(float(name.rpartition("-")[2].removesuffix("B")), rel=0.25), name
