@@ -1,6 +1,10 @@
 import math
+import re
+from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as some
 
 from selkd.reporting import formats
 
@@ -36,6 +40,19 @@ from selkd.reporting import formats
         (formats.times(98_304, 31.7), "3,101×"),
         (formats.arrow(1.782, None, formats.nats), "1.78 → –"),
         (formats.arrow(None, None, formats.nats), "–"),
+        (formats.nats(0.0), "0.00"),
+        (formats.nats(-0.00004), "−0.000040"),
+        (formats.percent(-0.0001, 0), "0%"),
+        (formats.fraction(-0.0), "0%"),
+        (formats.counted(1, "optimiser step"), "1 optimiser step"),
+        (formats.counted(2_000, "optimiser step"), "2,000 optimiser steps"),
+        (formats.counted(None, "step"), "– steps"),
+        (formats.plus_minus(-0.00004, 0.00002, formats.nats), "−0.000040 ± 0.000020"),
+        (formats.plus_minus(0.5, 0.0, formats.percent), "50.0% ± 0"),
+        (formats.plus_minus(0.5, None, formats.percent), "50.0%"),
+        (formats.signed(0.3, formats.nats), "+0.30"),
+        (formats.signed(-0.3, formats.nats), "−0.30"),
+        (formats.signed(1e-9, formats.nats), "0.000"),
         (formats.decimal(math.nan, 1), "NaN"),
         (formats.decimal(-math.inf, 1), "−∞"),
     ],
@@ -78,3 +95,42 @@ def test_dig_stops_at_null_and_at_absent_branches() -> None:
     assert formats.dig(tree, "a", "x", "c") is None
     assert formats.dig(tree, "null", "b") is None
     assert formats.dig(tree, "leaf", "b") is None
+
+
+FORMS = (
+    formats.count,
+    formats.perplexity,
+    formats.nats,
+    formats.percent,
+    lambda value: formats.percent(value, 0),
+    formats.fraction,
+    formats.parameters,
+    formats.data_size,
+    formats.bytes_per_position,
+    formats.duration,
+    formats.score,
+)
+
+
+@given(some.floats(-1e15, 1e15, allow_nan=False), some.sampled_from(FORMS))
+def test_no_form_shows_a_negative_zero_or_loses_the_sign(value: float, form: Callable[[float | None], str]) -> None:
+    text = form(value)
+    shows_zero = not re.search(r"[1-9]", text)
+    assert text.startswith(formats.MINUS) == (value < 0 and not shows_zero)
+    assert "-" not in text.replace("e-", "")
+    assert formats.signed(value, form).startswith("+") == (value > 0 and not shows_zero)
+
+
+@given(some.floats(1e-6, 1e6), some.booleans(), some.sampled_from((formats.nats, formats.perplexity, formats.score)))
+def test_what_is_not_zero_does_not_show_as_zero_and_is_within_a_tenth(
+    size: float, is_negative: bool, form: Callable[[float | None], str]
+) -> None:
+    value = -size if is_negative else size
+    shown = float(form(value).replace(formats.MINUS, "-").replace(",", ""))
+    assert shown != 0
+    assert shown == pytest.approx(value, rel=0.1 if size >= 1e-5 else 0.5)
+
+
+@given(some.integers(0, 10**9))
+def test_only_one_is_singular(number: int) -> None:
+    assert formats.counted(number, "step").endswith("steps") == (number != 1)

@@ -87,7 +87,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-SELECTION = ["selection/examples.json", "selection/overlap.json"]
+SELECTION = ["selection/examples.json", "selection/overlap.json", "fidelity.json", "held_out.json"]
 TOKENIZER = ["student/tokenizer.json", "student/tokenizer_config.json"]
 
 
@@ -95,7 +95,7 @@ def test_what_can_be_made_again_is_made_again(run: Path, recipe: dict[str, Any])
     before = contents(run)
     for name in [*SELECTION, *TOKENIZER, "report.html", "student/README.md", "recipe.yaml"]:
         (run / name).unlink()
-    assert len(verify_run(run).problems) == 7
+    assert len(verify_run(run).problems) == 9
     distill(recipe, run)
     assert contents(run) == before
     for name in [*SELECTION, "report.html"]:

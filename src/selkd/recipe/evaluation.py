@@ -103,6 +103,13 @@ class EvaluationOptions(Part):
         description="How many solved examples precede a question, where a benchmark has some.",
     )
     chat_template: bool = Field(False, description="Whether prompts are put into the tokenizer's chat template.")
+    generations: int = Field(
+        3,
+        ge=0,
+        le=20,
+        description="How many held-out prompts the teacher and the student before and after training go on from, with "
+        "40 tokens each, for the report; 0: none.",
+    )
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> "EvaluationOptions":

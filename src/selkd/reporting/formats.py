@@ -1,6 +1,7 @@
 """Formats a record's values for people. Every number may be None (a stage did not run), which shows as a dash."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ DASH = "–"
 MINUS = "−"
 Form = Callable[[float | None], str]  # formats a number for people
 
+_SMALLEST = 1e-6  # smaller numbers show as zero
 _SIZE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -32,14 +34,45 @@ def capital(text: str) -> str:
 
 
 def decimal(value: float | None, digits: int) -> str:
-    """A number with a fixed count of decimals, thousands separated: 1,234.5."""
+    """A number with a fixed count of decimals, thousands separated: 1,234.5.
+
+    A number that these would show as zero, but is none, has as many more as show two of its digits (0.00043), down to
+    a millionth. Zero has no sign.
+    """
     if value is None:
         return DASH
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
         return "∞" if value > 0 else MINUS + "∞"
-    return f"{value:,.{digits}f}".replace("-", MINUS)
+    text = f"{value:,.{digits}f}"
+    if digits and _is_zero(text) and abs(value) >= _SMALLEST:
+        text = f"{value:.{min(6, 1 - math.floor(math.log10(abs(value))))}f}"
+    return text.removeprefix("-") if _is_zero(text) else text.replace("-", MINUS)
+
+
+def _is_zero(text: str) -> bool:
+    return not text.strip("-0.")
+
+
+def counted(value: float | None, noun: str, plural: str | None = None) -> str:
+    """A count with its noun, which is in the plural unless it is one: 1 optimiser step, 2,000 optimiser steps."""
+    text = count(value)
+    return f"{text} {noun if text == '1' else plural or noun + 's'}"
+
+
+def plus_minus(value: float | None, error: float | None, form: Form) -> str:
+    """A figure with its error, if that is known: 7.31 ± 0.26, 54.3% ± 1.2%; an error of exactly zero is 0."""
+    if value is None or error is None:
+        return form(value)
+    return f"{form(value)} ± {form(error) if error else '0'}"
+
+
+def signed(value: float | None, form: Form) -> str:
+    """A difference with its sign: +0.30, −0.30, and 0.00 without one."""
+    text = form(value)
+    shows_more = value is not None and value > 0 and not _is_zero(re.sub(r"[^\d.]", "", text))
+    return f"+{text}" if shows_more else text
 
 
 def count(value: float | None) -> str:
@@ -53,12 +86,13 @@ def perplexity(value: float | None) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return decimal(value, 2 if value < 10 else 1 if value < 1000 else 0)
+    size = abs(value)
+    return decimal(value, 2 if size < 10 else 1 if size < 1000 else 0)
 
 
 def nats(value: float | None) -> str:
     """Two decimals, or three below 0.1: 1.78, 0.078."""
-    return decimal(value, 2 if value is None or abs(value) >= 0.1 else 3)
+    return decimal(value, 2 if not value or abs(value) >= 0.1 else 3)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -68,7 +102,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def fraction(share: float | None) -> str:
     """A recipe's fraction without useless zeros: 20%, 0.25%."""
-    return DASH if share is None else f"{100 * share:.4g}%"
+    return DASH if share is None else f"{100 * share:.4g}%".replace("-0%", "0%").replace("-", MINUS)
 
 
 def parameters(value: float | None) -> str:
@@ -76,7 +110,7 @@ def parameters(value: float | None) -> str:
     if value is None:
         return DASH
     for size, unit in _COUNT_UNITS:
-        if value >= size:
+        if abs(value) >= size:
             return _three_digits(value / size) + unit
     return count(value)
 
@@ -104,13 +138,15 @@ def bytes_per_position(value: float | None) -> str:
     """A size always in bytes, so that layouts compare at a glance: 31.7 B, 98,304 B."""
     if value is None:
         return DASH
-    return decimal(value, 0 if value >= 100 else 1) + " B"
+    return decimal(value, 0 if abs(value) >= 100 else 1) + " B"
 
 
 def duration(seconds: float | None) -> str:
     """A time in its two largest units: 8.4 s, 5 min 20 s, 2 h 05 min."""
     if seconds is None:
         return DASH
+    if seconds < 0:
+        return MINUS + duration(-seconds)
     if seconds < 59.95:
         return decimal(seconds, 1) + " s"
     whole = round(seconds)

@@ -12,6 +12,7 @@ from selkd.recipe.choices import FractionSchedule, PositionOptions, SampleOption
 from selkd.run import benchmarks
 from selkd.run.directory import RunDirectory
 from selkd.run.enough import warn_if_short
+from selkd.run.held_out import standard_errors, write_sums
 from selkd.run.record import count_teacher_tokens, size, timed
 from selkd.run.workspace import Workspace
 from selkd.sealed import OVERLAP
@@ -55,9 +56,12 @@ def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedMode
     record["teacher"] = {"perplexity": measured.teacher_perplexity}
     record["positions"] = measured.positions
     record.setdefault("by_entropy", {})[when] = measured.by_entropy()
+    record.setdefault("standard_errors", {})[when] = standard_errors(measured)
     run.record["fidelity"] = record
     run.record["teacher"] |= size(work.models.teacher)
     count_teacher_tokens(run, **{f"evaluate_{when}": measured.teacher_tokens})
+    if work.state.is_main_process:
+        write_sums(run, measured, when)
     if when == "before":
         write_overlaps(work, run, measured)
 

@@ -14,8 +14,10 @@ from selkd.reporting.page import write_page
 from selkd.reporting.publish import push_student
 from selkd.run.directory import RunDirectory
 from selkd.run.evaluate import evaluate, is_measured
+from selkd.run.held_out import write_held_out
+from selkd.run.record import timed
 from selkd.run.workspace import Workspace
-from selkd.sealed import CARD, EXAMPLES, FILES, digests
+from selkd.sealed import CARD, EXAMPLES, FILES, HELD_OUT, digests
 from selkd.selection.positions import step_context
 from selkd.tokens.examine import examine
 
@@ -28,8 +30,12 @@ def finish(work: Workspace, run: RunDirectory) -> None:
     if unmeasured:
         evaluate(work, run, saved_student(work, run), "after")
     if work.state.is_main_process:
-        if unmeasured or not (run.path / EXAMPLES).exists():
-            write_examples(work, run)
+        with timed(run, "evaluate"):
+            if unmeasured or not (run.path / EXAMPLES).exists():
+                write_examples(work, run)
+            if unmeasured or not (run.path / HELD_OUT).exists():
+                write_held_out(work, run, saved_student(work, run))
+        run.save()  # the page reads the record's file
         if unmeasured or not (run.path / CARD).exists():  # keep a card that the user may have edited
             write_card(run)
         write_page(run.path)

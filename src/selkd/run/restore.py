@@ -9,10 +9,11 @@ from selkd.recipe.yaml_text import dump_yaml
 from selkd.reporting.page import write_page
 from selkd.run.directory import RunDirectory
 from selkd.run.evaluate import measure_fidelity, write_overlaps
-from selkd.run.finish import write_card, write_examples
+from selkd.run.finish import saved_student, write_card, write_examples
+from selkd.run.held_out import write_held_out, write_sums
 from selkd.run.score import scored, stored_scores
 from selkd.run.workspace import Workspace
-from selkd.sealed import CACHE_COST, CARD, EXAMPLES, FILES, OVERLAP, REPORT, SCORES, differences
+from selkd.sealed import CACHE_COST, CARD, EXAMPLES, FIDELITY, FILES, HELD_OUT, OVERLAP, REPORT, SCORES, differences
 
 _STUDENT = "student"
 
@@ -49,7 +50,15 @@ def restore(work: Workspace, run: RunDirectory) -> None:
 
 def _make(work: Workspace, run: RunDirectory, lost: dict[str, str]) -> set[str]:
     """Make the lost files again that come from others, whose names are returned."""
-    makers = {SCORES: _scores, OVERLAP: _overlaps, EXAMPLES: _examples, RECIPE: _recipe, CARD: _card}
+    makers = {
+        SCORES: _scores,
+        OVERLAP: _overlaps,
+        FIDELITY: _sums,
+        EXAMPLES: _examples,
+        HELD_OUT: _held_out,
+        RECIPE: _recipe,
+        CARD: _card,
+    }
     made = {name for name in makers if name in lost}
     for name in makers:
         if name in made:
@@ -68,6 +77,21 @@ def _scores(work: Workspace, run: RunDirectory) -> None:
 
 def _overlaps(work: Workspace, run: RunDirectory) -> None:
     write_overlaps(work, run, measure_fidelity(work, work.models.student, "comparing metrics"))
+
+
+def _sums(work: Workspace, run: RunDirectory) -> None:
+    """From the initial student and from the saved one, both measured again."""
+    (run.path / FIDELITY).unlink(missing_ok=True)
+    work.state.wait_for_everyone()
+    for when, student in (("before", work.models.student), ("after", None)):
+        measured = measure_fidelity(work, student or saved_student(work, run), "measuring fidelity again")
+        if work.state.is_main_process:
+            write_sums(run, measured, when)
+
+
+def _held_out(work: Workspace, run: RunDirectory) -> None:
+    if work.state.is_main_process:
+        write_held_out(work, run, saved_student(work, run))
 
 
 def _examples(work: Workspace, run: RunDirectory) -> None:

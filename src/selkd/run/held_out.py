@@ -1,0 +1,96 @@
+"""What the report shows of held-out text: the change at each token, what the models write, and each sample's sums."""
+
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from selkd.evaluation.fidelity import Fidelity
+from selkd.evaluation.intervals import ExampleMeasures, estimate
+from selkd.files import write_whole
+from selkd.models.loading import load_model
+from selkd.run.directory import RunDirectory
+from selkd.run.workspace import Workspace
+from selkd.sealed import FIDELITY, HELD_OUT
+from selkd.tokens.changes import (
+    NEW_TOKENS,
+    Seen,
+    changed,
+    mapped_texts,
+    prompts_of,
+    see,
+    side_by_side,
+    written,
+)
+
+_logger = logging.getLogger(__name__)
+_SUMS = {"cross_entropy_nats": 1, "kl_nats": 3, "top1_agreement": 4}  # the columns of Fidelity.sums
+_FIGURES = {"perplexity": ("exp_ratio", 1), "kl_nats": ("ratio", 3), "top1_agreement": ("ratio", 4)}
+
+
+def standard_errors(measured: Fidelity) -> dict[str, float | None]:
+    """The standard error of each figure, by resampling the held-out samples; None for a single sample."""
+    sums = measured.sums.sum(dim=1).numpy()
+    return {
+        name: estimate(ExampleMeasures(kind, sums[:, column], sums[:, 0])).standard_error
+        for name, (kind, column) in _FIGURES.items()
+    }
+
+
+def write_sums(run: RunDirectory, measured: Fidelity, when: str) -> None:
+    """Write the sums over each held-out sample, ``before`` or ``after`` training, beside the other's."""
+    path = run.path / FIDELITY
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    sums = measured.sums.sum(dim=1)
+    content["positions"] = [int(count) for count in sums[:, 0].tolist()]
+    content[when] = {name: [round(value, 6) for value in sums[:, column].tolist()] for name, column in _SUMS.items()}
+    write_whole(path, json.dumps(content) + "\n")
+
+
+def write_held_out(work: Workspace, run: RunDirectory, student: PreTrainedModel) -> None:
+    """Write what training changed on a few held-out texts, and what teacher and student write after a few prompts.
+
+    The initial student is loaded again, after the saved one. The teacher runs if fidelity is measured, which needs it
+    in memory anyway; without it, the change is that of the cross-entropy with the text, and no teacher writes.
+    """
+    recipe = work.recipe
+    samples = work.splits.held_out if len(work.splits.held_out) else work.splits.train
+    with_teacher = "fidelity" in recipe.evaluation.suite
+    texts = mapped_texts(samples)
+    prompts = prompts_of(samples, recipe.evaluation.generations, recipe.data.max_length)
+    seen: dict[str, list[Seen]] = {}
+    answers: dict[str, list[list[int]] | None] = {"teacher": None, "before": None, "after": None}
+    failed: list[str] = []
+    initial = work.models.with_student(lambda: load_model(work.student_source, torch.float32, work.device))
+    for when, models in (("after", work.models.with_student(lambda: student)), ("before", initial)):
+        seen[when] = see(models, texts, with_teacher=with_teacher)
+        answers[when] = _answers(work, models.student, prompts, failed)
+    initial.release_student()
+    if with_teacher:
+        answers["teacher"] = _answers(work, work.models.teacher, prompts, failed)
+    content = {
+        "nats_of": "kl" if with_teacher else "student_ce",
+        "is_held_out": len(work.splits.held_out) > 0,
+        "texts": changed(texts, seen["before"], seen["after"], work.tokenizer),
+        "new_tokens": NEW_TOKENS,
+        "continuations": side_by_side(work.tokenizer, prompts, answers),
+        "why_no_teacher": None if with_teacher else "evaluation.suite has no fidelity, so the teacher was not loaded",
+        "why_not_written": failed[0] if failed else None,
+    }
+    write_whole(run.path / HELD_OUT, json.dumps(content) + "\n")
+
+
+def _answers(
+    work: Workspace, model: PreTrainedModel, prompts: list[np.ndarray], failed: list[str]
+) -> list[list[int]] | None:
+    """What a model writes. If it can't, the reason goes to ``failed``: the student is trained and measured, and the
+    page says what is missing."""
+    try:
+        return written(model, work.tokenizer, prompts, work.vocab_size, work.recipe.data.max_length)
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        failed.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        _logger.warning("The report shows no continuations, as a model could not write them (%s).", failed[-1])
+        return None

@@ -1,0 +1,93 @@
+"""What a run keeps of held-out text for its report: sums by sample, the change at each token, what models write."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import make_recipe, make_task
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selkd import distill
+from selkd.sealed import unsealed
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
+
+
+def read(run: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / name).read_text())
+    return content
+
+
+def test_a_run_keeps_what_its_report_shows(tmp_path: Path) -> None:
+    run = distill(make_recipe(tmp_path), tmp_path / "run").path
+    record, sums, kept = unsealed(run / "record.json"), read(run, "fidelity.json"), read(run, "held_out.json")
+    assert {"fidelity.json", "held_out.json"} <= record["files"].keys()
+
+    # The sums over samples make the record's figures.
+    positions = sum(sums["positions"])
+    assert positions == record["fidelity"]["positions"]
+    for when in ("before", "after"):
+        figures = record["fidelity"][when]
+        assert sum(sums[when]["kl_nats"]) / positions == pytest.approx(figures["kl_nats"], rel=1e-5)
+        assert sum(sums[when]["top1_agreement"]) / positions == pytest.approx(figures["top1_agreement"])
+        nll = sum(sums[when]["cross_entropy_nats"]) / positions
+        assert math.exp(nll) == pytest.approx(figures["perplexity"], rel=1e-5)
+        # The bootstrap's error is near that of a ratio by its linear form.
+        ratio, pairs = figures["kl_nats"], list(zip(sums[when]["kl_nats"], sums["positions"], strict=True))
+        n = len(pairs)
+        error = math.sqrt(sum((kl - ratio * count) ** 2 for kl, count in pairs) * n / (n - 1)) / positions
+        assert record["fidelity"]["standard_errors"][when]["kl_nats"] == pytest.approx(error, rel=0.15)
+
+    # KL at each token, by Transformers' own forward of a single document in float64.
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=torch.float64)
+    student = AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(run / "student")
+    assert kept["nats_of"] == "kl"
+    text = kept["texts"][0]
+    length = next((t for t, valid in enumerate(text["valid"]) if not valid), len(text["valid"])) + 1  # one document
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids([token.strip() for token in text["tokens"][:length]])])
+    with torch.no_grad():
+        p, q = (model(ids).logits[0].log_softmax(-1) for model in (teacher, student))
+    exact = (p.exp() * (p - q)).sum(-1)
+    for t in range(length - 1):
+        assert text["after"][t] == pytest.approx(exact[t].item(), abs=2e-4)
+        assert text["teacher_first"][t].strip() == tokenizer.decode([int(p[t].argmax())]).strip()
+        assert text["after_first"][t].strip() == tokenizer.decode([int(q[t].argmax())]).strip()
+    assert [value is None for value in text["before"]] == [not valid for valid in text["valid"]]
+
+    # What is written is the greedy answer of each model.
+    assert len(kept["continuations"]) == 3
+    for row in kept["continuations"]:
+        prompt = torch.tensor([tokenizer.convert_tokens_to_ids(row["prompt"].split())])
+        for name, model in (("teacher", teacher), ("after", student)):
+            width, size = prompt.shape[1], row[name]["tokens"]
+            answer = model.generate(prompt, max_new_tokens=size, do_sample=False)[0, width:]
+            assert tokenizer.decode(answer, skip_special_tokens=True).split() == row[name]["text"].split()
+        same = row["after"]["same"]
+        assert row["after"]["text"].split()[:same] == row["teacher"]["text"].split()[:same]
+        assert row["teacher"]["same"] == row["teacher"]["tokens"]
+
+
+def test_without_fidelity_no_teacher_is_loaded_and_none_writes(tmp_path: Path) -> None:
+    evaluation = {"suite": [], "generations": 2}
+    recipe = make_recipe(tmp_path, data=make_task(tmp_path), evaluation=evaluation)
+    run = distill(recipe, tmp_path / "run").path
+    kept = read(run, "held_out.json")
+    assert kept["nats_of"] == "student_ce"
+    assert "no fidelity" in kept["why_no_teacher"]
+    assert [row["teacher"] for row in kept["continuations"]] == [None, None]
+    assert all(row["after"]["tokens"] and row["after"]["same"] is None for row in kept["continuations"])
+    # A prompt with its completion: the prompt is gone on from, up to the first learned token.
+    assert all(row["prompt"].split()[-1] == "w3" for row in kept["continuations"])
+    assert not (run / "fidelity.json").exists()
+
+
+def test_generations_can_be_turned_off(tmp_path: Path) -> None:
+    run = distill(make_recipe(tmp_path, evaluation={"generations": 0}), tmp_path / "run").path
+    assert read(run, "held_out.json")["continuations"] == []
