@@ -1,40 +1,110 @@
-"""A second reader of shards, written from the package's README in plain Python: it shares no code with selkd."""
+"""A second reader of a cache, written from the package's README in plain Python: it shares no code with selkd.
 
+What the README says a reader refuses is an assertion here.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+import xxhash
 import zstandard
 
 Row = dict[int, int]
 
 
+def read_cache(folder: Path) -> tuple[dict, dict[str, list[Row]]]:
+    """The fingerprint, and the rows of every sample by the hex digits of its id, in the stored order."""
+    plan, manifest = read_json(folder / "plan.json"), read_json(folder / "manifest.json")
+    assert manifest["complete"] is True
+    assert manifest["plan"] == plan["checksum"]
+    assert all(manifest[key] == plan[key] for key in ("fingerprint", "n_samples"))
+    places = read_index(folder / "index.selkd", manifest)
+    samples: dict[str, list[Row]] = {}
+    for shard, (planned, listed) in enumerate(zip(plan["shards"], manifest["shards"], strict=True)):
+        assert listed["name"] == f"shard-{shard:05}.selkd"
+        assert all(listed[key] == planned[key] for key in ("ids_digest", "samples"))
+        for row, (sample_id, rows) in enumerate(read_shard(folder, shard, manifest).items()):
+            assert places.pop(sample_id) == (shard, row)
+            samples[sample_id] = rows
+    assert not places
+    return manifest["fingerprint"], samples
+
+
+def read_json(path: Path) -> dict:
+    data = path.read_bytes()
+    content = json.loads(data)
+    assert (content["format"], content["version"], content["codec"]) == ("selkd-teacher-cache", 2, "ranked-gaps-ans")
+    blank = data.replace(content["checksum"].encode(), b"0" * 32)
+    assert xxhash.xxh3_128_hexdigest(blank) == content["checksum"]
+    return content
+
+
+def read_index(path: Path, manifest: dict) -> dict[str, tuple[int, int]]:
+    """The shard and the row of each sample."""
+    data, n = path.read_bytes(), manifest["n_samples"]
+    assert manifest["index"] == {"bytes": len(data), "digest": xxhash.xxh3_128_hexdigest(data)}
+    assert data[:40] == struct.pack("<8sI16s4xQ", b"SELKDIDX", 1, bytes.fromhex(manifest["plan"]), n)
+    columns = struct.unpack(f"<{2 * n}Q{2 * n}I", data[40:])
+    first, last, shards, rows = (columns[at * n : (at + 1) * n] for at in range(4))
+    ids = list(zip(first, last, strict=True))
+    assert ids == sorted(set(ids))
+    places = zip(shards, rows, strict=True)
+    return {f"{one:016x}{two:016x}": place for (one, two), place in zip(ids, places, strict=True)}
+
+
+def read_shard(folder: Path, shard: int, manifest: dict) -> dict[str, list[Row]]:
+    """The rows of each sample."""
+    listed = manifest["shards"][shard]
+    data = (folder / listed["name"]).read_bytes()
+    begin, (end, n_samples) = 36 + unsigned(data[32:36]), struct.unpack("<QQ", data[-40:-24])
+    digest = xxhash.xxh3_128_digest(data[:begin] + data[end:-40])
+    assert data[:32] == struct.pack("<8sI16sI", b"SELKDSHD", 2, bytes.fromhex(manifest["plan"]), shard)
+    assert data[-24:] == digest + b"SELKDEND"
+    entries = list(struct.iter_unpack("<16sQQIII", data[end:-40]))
+    model, samples, positions, classes = read_model(data[36:begin]), {}, 0, 0
+    for sample_id, checksum, offset, *sizes in entries:
+        block = data[offset : offset + sizes[0]]
+        rows = samples[sample_id.hex()] = read_block(model, block)
+        assert (offset, checksum) == (begin, xxhash.xxh3_64_intdigest(sample_id + block))
+        assert sizes == [len(block), sum(bool(row) for row in rows), sum(map(len, rows))]
+        begin, positions, classes = begin + sizes[0], positions + sizes[1], classes + sizes[2]
+    assert (begin, len(entries)) == (end, n_samples)
+    ids_digest = xxhash.xxh3_128_hexdigest(b"".join(entry[0] for entry in entries))
+    counted = {"bytes": len(data), "samples": n_samples, "positions": positions, "classes": classes}
+    assert listed == {"name": listed["name"], "digest": digest.hex(), "ids_digest": ids_digest, **counted}
+    return samples
+
+
+def unsigned(data: bytes) -> int:
+    return int.from_bytes(data, "little")
+
+
 def read_model(data: bytes) -> dict:
-    total, vocab_size = (int.from_bytes(data[at : at + 4], "little") for at in (0, 4))
+    total, n_classes = unsigned(data[:4]), unsigned(data[4:8])
     frames, at = [], 8
-    for _ in range(9):
-        length = int.from_bytes(data[at : at + 4], "little")
-        frames.append(zstandard.decompress(data[at + 4 : at + 4 + length]))
-        at += 4 + length
+    while at < len(data):
+        end = at + 4 + unsigned(data[at : at + 4])
+        frames.append(zstandard.decompress(data[at + 4 : end]))
+        at = end
     assert at == len(data)
     ids, previous = [], -1
     for lowest, second, third, highest in zip(*frames[:4], strict=True):
         previous += 1 + lowest + (second << 8) + (third << 16) + (highest << 24)
         ids.append(previous)
-    ranked = sorted(range(vocab_size), key=lambda place: (-frames[4][place], ids[place]))
-    n_symbols = {
-        "singles": bucket(3, total) + 1,
-        "heavies": bucket(3, total // 2) + 1,
-        "gaps": bucket(1, max(vocab_size - 1, 0)) + 1,
-        "counts": bucket(1, total) + 1,
-    }
+    ranked = sorted(range(n_classes), key=lambda place: (-frames[4][place], ids[place]))
+    octaves = n_classes.bit_length() + 1
+    buckets = [
+        bucket(m, largest) + 1 for m, largest in ((3, total), (3, total // 2), (1, max(n_classes - 1, 0)), (1, total))
+    ]
+    contexts = [1, buckets[0], 32 * octaves, 16 * buckets[3]]
     tables = {}
-    for (name, symbols), cells in zip(n_symbols.items(), frames[5:], strict=True):
+    for name, symbols, rows, cells in zip(
+        ("singles", "heavies", "gaps", "counts"), buckets, contexts, frames[5:], strict=True
+    ):
         width = max(2, symbols)
         tables[name] = [cells[start : start + width] for start in range(0, len(cells), width)]
-    octaves = vocab_size.bit_length() + 1
-    assert [len(table) for table in tables.values()] == [
-        1,
-        n_symbols["singles"],
-        32 * octaves,
-        16 * n_symbols["counts"],
-    ]
+        assert len(cells) == rows * width
     return {"total": total, "classes": [ids[place] for place in ranked], "octaves": octaves, "tables": tables}
 
 
@@ -48,14 +118,14 @@ def frequencies(cells: bytes) -> list[int]:
     if not any(numbers):
         numbers = [1] * len(numbers)
     to_share = 2**24 - len(numbers)
-    shares = [number * to_share // sum(numbers) for number in numbers]
+    shares = [each * to_share // sum(numbers) for each in numbers]
     shares[numbers.index(max(numbers))] += to_share - sum(shares)
     return [share + 1 for share in shares]
 
 
 class Ans:
     def __init__(self, data: bytes) -> None:
-        self.stack = [int.from_bytes(data[at : at + 4], "little") for at in range(0, len(data), 4)]
+        self.stack = [unsigned(data[at : at + 4]) for at in range(0, len(data), 4)]
         self.state = 0
         for _ in range(2):
             self.refill()
@@ -73,8 +143,7 @@ class Ans:
         return found
 
     def low_bits(self, n_bits: int) -> int:
-        quantile = self.state % 2**24
-        each = 2 ** (24 - n_bits)
+        quantile, each = self.state % 2**24, 2 ** (24 - n_bits)
         self.step(quantile, quantile // each * each, each)
         return quantile // each
 
@@ -86,8 +155,7 @@ class Ans:
 
 def read_block(model: dict, data: bytes) -> list[Row]:
     """The rows of a block: each maps class ids to counts."""
-    n = int.from_bytes(data[:4], "little")
-    ans = Ans(data[4:])
+    n, ans = unsigned(data[:4]), Ans(data[4:])
 
     def values(table: str, mantissa_bits: int, contexts: list[int]) -> list[int]:
         buckets = [ans.symbol(frequencies(model["tables"][table][context])) for context in contexts]
@@ -98,18 +166,18 @@ def read_block(model: dict, data: bytes) -> list[Row]:
         return found
 
     singles = values("singles", 3, [0] * n)
-    heavies = values("heavies", 3, [bucket(3, number) for number in singles])
+    heavies = values("heavies", 3, [bucket(3, each) for each in singles])
     sizes = heavies + singles
     lists: list[list[int]] = [[] for _ in sizes]
     for column in range(max(sizes, default=0)):
-        active = sorted((number for number in range(2 * n) if sizes[number] > column), key=lambda k: (-sizes[k], k))
+        active = sorted((each for each in range(2 * n) if sizes[each] > column), key=lambda k: (-sizes[k], k))
         contexts = []
-        for number in active:
-            octave = (lists[number][-1] + 1).bit_length() if lists[number] else 0
-            group = number >= n
-            contexts.append((group * model["octaves"] + octave) * 16 + min(sizes[number] - column, 16) - 1)
-        for number, gap in zip(active, values("gaps", 1, contexts), strict=True):
-            lists[number].append((lists[number][-1] if lists[number] else -1) + gap + 1)
+        for each in active:
+            octave = (lists[each][-1] + 1).bit_length() if lists[each] else 0
+            group = each >= n
+            contexts.append((group * model["octaves"] + octave) * 16 + min(sizes[each] - column, 16) - 1)
+        for each, gap in zip(active, values("gaps", 1, contexts), strict=True):
+            lists[each].append((lists[each][-1] if lists[each] else -1) + gap + 1)
     excess = [model["total"] - one - 2 * more for one, more in zip(singles, heavies, strict=True)]
     beyond: list[list[int]] = [[] for _ in range(n)]
     for column in range(max(heavies, default=0) - 1):
@@ -118,8 +186,7 @@ def read_block(model: dict, data: bytes) -> list[Row]:
         for row, value in zip(active, values("counts", 1, contexts), strict=True):
             beyond[row].append(value)
             excess[row] -= value
-    assert ans.state == 0
-    assert not ans.stack
+    assert (ans.state, ans.stack) == (0, [])
     rows = []
     for row in range(n):
         counts = [2 + value for value in [*beyond[row], excess[row]][: heavies[row]]] + [1] * singles[row]
