@@ -36,13 +36,22 @@ def only_read() -> Any:
     return gated(lambda _key, name: name in _imported)
 
 
+def is_allowed(key: str, name: str) -> bool:
+    """Whether the gate lets a recipe's ``key`` run what is called ``name``; False where a recipe is only read.
+
+    Raises:
+        ValueError: the gate refuses it.
+    """
+    return _gate.get()(key, name)
+
+
 def own_function(key: str, name: str) -> Function | None:
     """The function that a recipe's ``key`` calls ``module:function``; None where the gate leaves it unread.
 
     Raises:
         ValueError: it can't be imported, or the gate refuses it.
     """
-    if not _gate.get()(key, name):
+    if not is_allowed(key, name):
         return None
     function = _function(name)
     _imported.add(name)

@@ -60,7 +60,7 @@ REFUSED = {
     "positions.metric=null": "positions.policy: top_k goes by a metric; give positions.metric",
     "classes={sampler: rs_kd, tail: true}": "classes.tail: an option of top_k; rs_kd leaves no mass out. Leave it out",
     "classes.draws=0": "classes.draws: input should be greater than or equal to 1, but got 0",
-    "classes.sampler=all": "cache: the full distribution .* is too large to store; draw classes with classes.sampler",
+    "classes.sampler=all": "classes.draws: 64 draws have no effect beside sampler: all",
     "criterion.temperature=0": "criterion.temperature: input should be greater than or equal to 0.000001",
     "criterion.temperature=.inf": "criterion.temperature: input should be a finite number",
     "criterion.kd_weight=1.5": "criterion.kd_weight: input should be less than or equal to 1",
@@ -167,10 +167,12 @@ def test_overrides_reach_into_parts_that_were_null() -> None:
 
 
 def test_what_a_choice_makes_meaningless_is_null_once_resolved() -> None:
-    recipe = load_recipe("se_kd", ["positions.policy=all", "classes.draws=3"]).resolved()
+    recipe = load_recipe("se_kd", ["positions.policy=all"]).resolved()
     kept = {key: value for key, value in recipe["positions"].items() if value is not None}
     assert kept == {"policy": "all", "reduction": "per_sample"}
     assert recipe["classes"] == {"sampler": "all", "draws": None, "tail": False}
+    with pytest.raises(InputError, match=r"classes\.draws: 3 draws have no effect beside sampler: all"):
+        load_recipe("se_kd", ["classes.draws=3"])
     assert load_recipe("se_kd", ["positions.policy=random"]).positions.metric == "random"
     assert load_recipe("se_kd", ["samples={metric: all}"]).samples is None
 

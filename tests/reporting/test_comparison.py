@@ -272,8 +272,25 @@ def test_two_recipes_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:
     runs = make_runs(tmp_path)
-    with pytest.raises(InputError, match="the same recipe with the same seed"):
-        compare([*runs, runs[0]])
+    with pytest.raises(InputError, match="given twice"):
+        compare([*runs, runs[0].parent / "." / runs[0].name])
+
+
+def test_runs_of_one_recipe_are_called_after_their_folders_and_several_seeds_after_the_recipe(tmp_path: Path) -> None:
+    def record(name: str, seed: int = 1337, draws: int = 64) -> dict[str, Any]:
+        content = demo_record()
+        content["name"] = name
+        content["recipe"] |= {"name": "demo", "seed": seed}
+        content["recipe"]["classes"]["draws"] = draws
+        return content
+
+    alike = [write_run(tmp_path / name, record(name)) for name in ("first", "again")]
+    assert [group.name for group in compare(alike).groups] == ["first", "again"]
+    seeds = [write_run(tmp_path / f"s{seed}", record(f"s{seed}", seed, draws=12)) for seed in (1, 2)]
+    other = record("third")
+    other["recipe"]["name"] = "wide"
+    comparison = compare([*seeds, write_run(tmp_path / "third", other)])
+    assert [(group.name, len(group.members)) for group in comparison.groups] == [("demo", 2), ("third", 1)]
 
 
 def test_a_report_folder_holds_page_tables_and_pictures(tmp_path: Path) -> None:

@@ -137,6 +137,11 @@ def score(
     scores = run.path / "selection" / "samples.parquet"
     counts = {key: run.record["counts"][key] for key in ("samples", "samples_kept")}
     print_answer({**counts, "scores": str(scores) if scores.exists() else None}, json_output)
+    if loaded.samples is None:
+        say(
+            "the recipe has no samples part and keeps every sample, so none was scored: the text was tokenised and "
+            "counted. To score and keep the highest, give --set 'samples={metric: student_entropy, fraction: 0.2}'."
+        )
 
 
 @app.command("eval")
@@ -152,9 +157,13 @@ def eval_command(
     suite: Annotated[
         list[str] | None,
         Option(
-            help="What to measure with: fidelity (if not given), paper, validation, a benchmark or a task of "
-            "lm-evaluation-harness. May be repeated."
+            help="What to measure with: fidelity (if not given), paper, validation, a benchmark, a task of "
+            "lm-evaluation-harness or the path of your own task's YAML file. May be repeated."
         ),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None,
+        Option(callback=possible, metavar="DIR", help="A folder with tasks of your own. May be repeated."),
     ] = None,
     teacher: Annotated[
         str | None, Option(callback=possible, help="Fidelity's teacher: demo, a folder or a hub id.")
@@ -190,15 +199,17 @@ def eval_command(
     batch_size: Annotated[int | None, Option(min=1, help="Prompts at once; as many as fit if not given.")] = None,
     dtype: Annotated[str, Option(help="The weights' precision: auto, float32, bfloat16 or float16.")] = "auto",
     out: Annotated[Path, Option(callback=possible, help="The folder that keeps the results.")] = Path("evals"),
+    no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
     """Measure models: fidelity to a teacher, the paper's benchmarks, any task. Compare the first with the others."""
     from selkd.evaluation.options import BenchmarkOptions, FidelityOptions, checked_options
 
-    folders = [str(folder) for folder in data] if data else None
-    benchmarks = BenchmarkOptions(suite or ["fidelity"], folders, limit, shots, chat_template, batch_size)
+    folders, own = ([str(folder) for folder in given] if given else None for given in (data, include_path))
+    benchmarks = BenchmarkOptions(suite or ["fidelity"], folders, limit, shots, chat_template, batch_size, own)
     measured = FidelityOptions(text, text_field, limit, prompt_field, completion_field, messages_field, template)
-    checked_options(benchmarks, measured, teacher, dtype)
+    with own_code(no_plugins):
+        checked_options(benchmarks, measured, teacher, dtype)
     from selkd.evaluation.command import evaluate_models
     from selkd.recipe.recipe import RunOptions
     from selkd.run.watch import watched

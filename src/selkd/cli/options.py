@@ -28,7 +28,10 @@ def possible(given: Any) -> Any:
     return given
 
 
-Out = Annotated[Path | None, Option(callback=possible, help="The run's folder; runs/<recipe name> if not given.")]
+Out = Annotated[
+    Path | None,
+    Option(callback=possible, help="The run's folder, after which it is called; runs/<recipe name> if not given."),
+]
 Overrides = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set positions.fraction=0.1.")
 ]

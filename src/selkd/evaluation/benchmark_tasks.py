@@ -26,7 +26,7 @@ def load_benchmarks(options: BenchmarkOptions) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for name in benchmarks_of(options.suite):
         if name not in left_out:
-            tasks |= load_tasks(name, options.data, options.shots)
+            tasks |= load_tasks(name, options.data, options.shots, options.include_path or ())
     if options.shots and tasks and not any(task.get_config("num_fewshot") for task in tasks.values()):
         raise InputError(
             f"shots: {', '.join(tasks)} can't take solved examples, so {options.shots} would have no effect. Leave "

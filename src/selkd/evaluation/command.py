@@ -1,7 +1,7 @@
 """``selkd eval``: the suites on one model or several, and the first model compared with each of the others."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from selkd.errors import InputError
 from selkd.evaluation.benchmark_tasks import load_benchmarks, measure_benchmarks
-from selkd.evaluation.evaluated_model import find_model
+from selkd.evaluation.evaluated_model import EvaluatedModel, find_model
 from selkd.evaluation.fidelity_task import measure_fidelity, text_windows
 from selkd.evaluation.harness import require_answerable
 from selkd.evaluation.intervals import RESAMPLES
@@ -49,6 +49,7 @@ def evaluate_models(
     left_out = options.left_out()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     students = [find_model(model, dtype, device) for model in models]
+    students = _told_apart(students, models)
     names = [student.name for student in students]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two models are called {repeated[0]!r}; tell them apart with NAME=MODEL.")
@@ -88,3 +89,12 @@ def evaluate_models(
         for name, other_results in zip(names[1:], results[1:], strict=True)
     ]
     return {**asdict(options), "resamples": RESAMPLES, "models": answers, "comparisons": comparisons}
+
+
+def _told_apart(students: Sequence[EvaluatedModel], arguments: Sequence[str]) -> list[EvaluatedModel]:
+    """The models, those that would be called alike called as they were given."""
+    names = [student.name for student in students]
+    return [
+        student if names.count(student.name) == 1 else replace(student, name=argument.rstrip("/"))
+        for student, argument in zip(students, arguments, strict=True)
+    ]

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,22 @@ from selkd.evaluation.results import Measured
 from selkd.interrupts import stop_if_asked
 from selkd.maths.finite import not_finite
 from selkd.models.sources import default_cache_dir
-from selkd.recipe.evaluation import task_manager
+from selkd.recipe.harness_names import has_own_task, is_task_file
 
 _SHOTS_SEED = 1234  # the default of the harness
 
 
-def load_tasks(name: str, data: Sequence[str | Path] | None, shots: int) -> dict[str, Any]:
+def load_tasks(
+    name: str, data: Sequence[str | Path] | None, shots: int, include_path: Sequence[str] = ()
+) -> dict[str, Any]:
     """The harness's tasks, by name, of a benchmark, a task or a group of tasks.
 
     Args:
-        name: a benchmark of ``KNOWN``, or a task or group of the harness.
-        data: folders of local files; None: the harness loads the rows from the hub.
-        shots: the number of solved examples before each question, where there are training rows to take them from.
+        name: a benchmark of ``KNOWN``, a task or group of the harness or of the user, or the path of a task's file.
+        data: folders of local files; None: the harness loads the rows from the hub, or as a task of the user says.
+        shots: the number of solved examples before each question, where there are training rows to take them from. A
+            task of the user has those of its file unless ``shots`` is above 0.
+        include_path: folders of the user's own tasks.
 
     Raises:
         InputError: the name is unknown, local folders are given for a task without local form, or the rows are missing
@@ -54,7 +59,7 @@ def load_tasks(name: str, data: Sequence[str | Path] | None, shots: int) -> dict
     try:
         if "ifeval" in name:
             prepare_ifeval(default_cache_dir())
-        tasks = {name: _load(benchmark, data, shots)} if benchmark else _load_by_name(name, shots)
+        tasks = {name: _load(benchmark, data, shots)} if benchmark else _load_by_name(name, shots, include_path)
     except (OSError, LookupError, ImportError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         advice = (
@@ -82,14 +87,46 @@ def _load(benchmark: Benchmark, data: Sequence[str | Path] | None, shots: int) -
     return ConfigurableTask(config=config)
 
 
-def _load_by_name(name: str, shots: int) -> dict[str, Any]:
-    tasks: dict[str, Any] = task_manager().load([name])["tasks"]
+def _load_by_name(name: str, shots: int, include_path: Sequence[str]) -> dict[str, Any]:
+    is_own = is_task_file(name) or has_own_task(include_path, name)
+    if not is_own:
+        tasks: dict[str, Any] = _task_manager(()).load([name])["tasks"]
+    else:
+        tasks = _own_tasks(name, include_path)
     for task in tasks.values():
         if getattr(task, "UNSAFE_CODE", False):
             raise InputError(f"{name}: the task runs the model's code on this machine; selkd does not.")
-        if not shots or task.get_config("num_fewshot") != 0:
+        if shots if is_own else not shots or task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", shots)
     return tasks
+
+
+def _own_tasks(name: str, include_path: Sequence[str]) -> dict[str, Any]:
+    """The user's tasks of this name or file. The harness's own, slow to index, are so only if a group has some."""
+    folders = tuple(str(Path(folder).expanduser().absolute()) for folder in include_path)
+    if is_task_file(name):
+        name = str(Path(name).expanduser().absolute())
+        folders = (*folders, str(Path(name).parent))
+    try:
+        tasks: dict[str, Any] = _task_manager(folders, with_harness=False).load([name])["tasks"]
+        is_whole = bool(tasks) and not any("::" in task for task in tasks)  # so it names what it does not find
+    except (KeyError, ValueError, TypeError):
+        is_whole = False
+    if is_whole:
+        return tasks
+    try:
+        tasks = _task_manager(folders).load([name])["tasks"]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:  # what a task's file lacks shows in every way
+        raise InputError(f"{name}: the harness can't make a task of it ({type(error).__name__}: {error}).") from error
+    return tasks
+
+
+@cache
+def _task_manager(include_path: tuple[str, ...], with_harness: bool = True) -> Any:
+    """The harness's index of tasks; with the harness's own, thousands of files are read, for about ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(include_path) or None, include_defaults=with_harness)
 
 
 def require_answerable(tasks: Mapping[str, Any], model: EvaluatedModel, chat_template: bool) -> None:

@@ -12,7 +12,7 @@ from selkd.recipe.evaluation import SUITES, benchmarks_of, check_suite
 from selkd.recipe.part import parse_part
 
 _FOR_FIDELITY = ("teacher", "text", "text_field", "prompt_field", "completion_field", "messages_field", "template")
-_FOR_BENCHMARKS = ("data", "shots", "chat_template", "batch_size")
+_FOR_BENCHMARKS = ("include_path", "data", "shots", "chat_template", "batch_size")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -21,12 +21,13 @@ class BenchmarkOptions:
     """Which benchmarks are measured, and how.
 
     Attributes:
-        suite: names of suites, benchmarks or harness tasks. ``fidelity``, which is no benchmark, is skipped.
+        suite: names of suites, benchmarks or tasks, or paths of tasks' files. ``fidelity``, no benchmark, is skipped.
         data: folders of local files; None: the harness loads the rows from the hub.
         limit: the most rows of a benchmark, spread evenly; None: all rows, or 1,000 training rows.
         shots: the number of solved examples before each question, where there are training rows to take them from.
         chat_template: whether each prompt is put into the tokenizer's chat template.
         batch_size: prompts at once; None: chosen from the free memory.
+        include_path: folders of the user's own tasks, in the harness's YAML.
     """
 
     suite: Sequence[str]
@@ -35,6 +36,7 @@ class BenchmarkOptions:
     shots: int = 0
     chat_template: bool = False
     batch_size: int | None = None
+    include_path: Sequence[str] | None = None
 
     def left_out(self) -> list[str]:
         """The suites' benchmarks that have no file in the local folders, so they can't be measured.
@@ -97,7 +99,10 @@ def checked_options(
         raise InputError("selkd eval runs in one process; start it without torchrun.")
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown: expected one of {', '.join(_DTYPES)}.{nearest(dtype, _DTYPES)}")
-    options = replace(benchmarks, suite=check_suite(benchmarks.suite))
+    try:
+        options = replace(benchmarks, suite=check_suite(benchmarks.suite, benchmarks.include_path))
+    except ValueError as error:  # also of the gate of own code
+        raise InputError(str(error)) from None
     if not options.suite:
         raise InputError("suite: nothing to measure. Give a suite, a benchmark or a task.")
     _require_effect(options, text, teacher)

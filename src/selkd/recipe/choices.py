@@ -254,6 +254,11 @@ class ClassOptions(Part):
             owners = " and ".join(name for name, entry in Sampler.builtin().items() if entry.truncates)
             raise ValueError(f"classes.tail: an option of {owners}; {self.sampler} leaves no mass out. Leave it out")
         if self.sampler == "all":
+            if "draws" in self.model_fields_set and self.draws is not None:
+                raise ValueError(
+                    f"classes.draws: {self.draws} draws have no effect beside sampler: all, which takes every class; "
+                    "leave it out, or name a sampler that draws"
+                )
             self._settle(draws=None)
         elif self.draws is None:
             raise ValueError(f"classes.sampler: {self.sampler} draws classes; give classes.draws")

@@ -1,13 +1,12 @@
 """The recipe's ``evaluation`` part, and the names that it and ``selkd eval --suite`` take for suites and benchmarks."""
 
 from collections.abc import Iterable, Sequence
-from functools import cache
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from selkd.errors import InputError, nearest
+from selkd.recipe.harness_names import check_task_file, harness_tasks, has_harness, is_task_file, own_tasks
 from selkd.recipe.part import LARGEST_COUNT, Count, Part, PathText
 
 # Suite -> its benchmarks. Those of the paper use test rows and are for reports; the validation suite is for choices.
@@ -20,49 +19,44 @@ BENCHMARKS = tuple(dict.fromkeys(name for names in SUITES.values() for name in n
 INSTALL = "pip install 'selkd[eval]'"
 
 
-def has_harness() -> bool:
-    """Whether lm-evaluation-harness is installed; nothing is imported."""
-    return find_spec("lm_eval") is not None
-
-
-@cache
-def task_manager() -> Any:
-    """The harness's index of its own tasks; the first call reads thousands of files, for about ten seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def harness_tasks() -> list[str]:
-    """The names of the harness's tasks and groups of tasks."""
-    return list(task_manager().all_tasks)
-
-
 def benchmarks_of(suite: Sequence[str]) -> list[str]:
     """The benchmarks and harness tasks that ``suite`` names, without repetitions, in order; without ``fidelity``."""
     names = [name for entry in suite for name in SUITES.get(entry, (entry,))]
     return list(dict.fromkeys(names))
 
 
-def check_suite(suite: Iterable[str]) -> list[str]:
+def check_suite(suite: Iterable[str], include_path: Iterable[str] | None = None) -> list[str]:
     """``suite`` as a list without repetitions.
 
+    Args:
+        include_path: folders of the user's own tasks.
+
     Raises:
-        InputError: a name that is neither a suite nor a benchmark nor a task of the harness, or a benchmark while the
-            harness is not installed.
+        InputError: a name that is neither a suite nor a benchmark nor a task of the harness or of the user, or a
+            benchmark while the harness is not installed; or a task of the user with the name of a benchmark.
+        ValueError: own tasks are refused by the gate of own code.
     """
     names = list(dict.fromkeys(suite))
     allowed = [*SUITES, *BENCHMARKS]
-    others = [name for name in names if name not in allowed]
-    if others and not has_harness():
-        raise InputError(_unknown(others[0], allowed, f" (and, after `{INSTALL}`, lm-evaluation-harness's tasks)"))
-    tasks = harness_tasks() if others else []
+    if benchmarks_of(names) and not has_harness():
+        unknown = [name for name in names if name not in allowed and not is_task_file(name)]
+        also = f" (and, after `{INSTALL}`, lm-evaluation-harness's tasks)"
+        if unknown and include_path is None:
+            raise InputError(_unknown(unknown[0], allowed, also))
+        raise InputError(f"{benchmarks_of(names)[0]} is measured by lm-evaluation-harness: {INSTALL}")
+    own = own_tasks(include_path or ())
+    if own is None:
+        return names
+    if hidden := sorted(own.intersection(allowed)):
+        raise InputError(f"include_path: a task is called {hidden[0]!r}, as one of selkd's is; rename it.")
+    for name in filter(is_task_file, names):
+        check_task_file(name)
+    others = [name for name in names if name not in allowed and name not in own and not is_task_file(name)]
+    tasks = harness_tasks() if others else frozenset()
     for name in others:
         if name not in tasks:
-            also = f" and the {len(tasks):,} tasks of lm-evaluation-harness"
-            raise InputError(_unknown(name, allowed, also, tasks))
-    if benchmarks_of(names) and not has_harness():
-        raise InputError(f"{benchmarks_of(names)[0]} is measured by lm-evaluation-harness: {INSTALL}")
+            also = f"{', '.join(['', *sorted(own)])} and the {len(tasks):,} tasks of lm-evaluation-harness"
+            raise InputError(_unknown(name, allowed, also, [*own, *tasks]))
     return names
 
 
@@ -71,6 +65,7 @@ def _unknown(name: str, allowed: list[str], also: str, tasks: Iterable[str] = ()
     return f"{name!r} is not known. Allowed: {', '.join(allowed)}{also}.{hint}"
 
 
+_KEYS = ("suite", "include_path")  # with which some of the errors above begin
 KeepBest = Literal["perplexity", "kl_nats", "top1_agreement", "validation"]
 
 
@@ -81,10 +76,13 @@ def _as_list(value: Any) -> Any:
 class EvaluationOptions(Part):
     """What is measured before and after training, and perhaps on the way."""
 
-    suite: Annotated[list[str], AfterValidator(check_suite)] = Field(
+    suite: list[str] = Field(
         ["fidelity"],
-        description="What to measure: fidelity (on the held-out split), paper, validation, single benchmarks, or tasks "
-        "of lm-evaluation-harness; []: nothing.",
+        description="What to measure: fidelity (on the held-out split), paper, validation, single benchmarks, tasks "
+        "of lm-evaluation-harness, or the path of your own task's YAML file; []: nothing.",
+    )
+    include_path: Annotated[list[PathText], BeforeValidator(_as_list)] | None = Field(
+        None, description="Folders with tasks of your own, in lm-evaluation-harness's YAML, for suite to name."
     )
     every_steps: Count | None = Field(
         None, description="How many optimiser steps lie between measurements on the way; null: none."
@@ -113,10 +111,15 @@ class EvaluationOptions(Part):
 
     @model_validator(mode="after")
     def _something_to_measure(self) -> "EvaluationOptions":
+        try:
+            self._settle(suite=check_suite(self.suite, self.include_path))
+        except ValueError as error:
+            key, _, _ = str(error).partition(":")
+            raise ValueError(f"evaluation.{'' if key in _KEYS else 'suite: '}{error}") from None
         if self.every_steps is not None and not self.suite:
             raise ValueError("evaluation.every_steps measures evaluation.suite, which is empty; give [fidelity]")
         if not self.has_benchmarks:
-            for key in ("data", "limit", "shots", "chat_template"):
+            for key in ("include_path", "data", "limit", "shots", "chat_template"):
                 if getattr(self, key):
                     raise ValueError(
                         f"evaluation.{key}: only benchmarks have {key}, and evaluation.suite is {self.suite}; "

@@ -32,11 +32,14 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     Raises:
         InputError: there is no such recipe, it is not readable as YAML, or ``Recipe`` refuses its content.
     """
-    content = recipe_content(source)
+    default, content = _named_content(source)
     for override in overrides or []:
         key, value = parse_override(override)
         put_key(content, key, value, f"--set {cut(override)}")
-    return parse_part(Recipe, content)
+    recipe = parse_part(Recipe, content)
+    if recipe.name is None:
+        recipe._settle(name=default)  # not among the keys that were given: a run is called after its folder then
+    return recipe
 
 
 def stored_recipe(path: Path) -> Recipe:
@@ -55,8 +58,13 @@ def recipe_content(source: str | Path) -> dict[str, Any]:
     Raises:
         InputError: there is no such recipe, or it is not readable as YAML.
     """
+    name, content = _named_content(source)
+    return {"name": name, **content}
+
+
+def _named_content(source: str | Path) -> tuple[str, dict[str, Any]]:
     name, text = read_text(source, named_recipes(), "recipe")
-    return {"name": name, **read_mapping(text, str(source), "a recipe")}
+    return name, read_mapping(text, str(source), "a recipe")
 
 
 def read_mapping(text: str, source: str, what: str) -> dict[str, Any]:

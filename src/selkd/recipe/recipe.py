@@ -59,7 +59,9 @@ class Recipe(Part):
     """
 
     name: PathText | None = Field(
-        None, pattern=r"^[\w][\w.-]*$", description="The name of the run's folder below runs/, if no folder is given."
+        None,
+        pattern=r"^[\w][\w.-]*$",
+        description="What the run is called; null: as its folder. Also the folder below runs/, if none is given.",
     )
     teacher: TeacherOptions = Field(description="The large model.")
     student: StudentOptions = Field(description="The small model.")

@@ -1,5 +1,6 @@
 """Groups runs of one recipe with several seeds, and compares recipes with a baseline."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,10 +118,14 @@ def compare(runs: Sequence[Path], baseline: str | None = None, failed: dict[str,
         InputError: a folder is no run, a run is given twice, no run has a whole record, or the baseline is not among
             them.
     """
-    by_recipe: dict[str, dict[int, Member]] = {}
+    by_recipe: dict[tuple[str, int], dict[int, Member]] = {}  # by the recipe and the how-manieth run of each seed
     failed = dict(failed or {})
+    known: set[Path] = set()
     for path in runs:
         require_run(path)
+        if path.resolve() in known:
+            raise InputError(f"{path}: given twice. Give each run once; runs are averaged over their seeds.")
+        known.add(path.resolve())
         try:
             record = read_record(path)
         except InputError as error:
@@ -128,16 +133,12 @@ def compare(runs: Sequence[Path], baseline: str | None = None, failed: dict[str,
             continue
         seed = int(dig(record, "recipe", "seed") or 0)
         key = json.dumps(comparable(record.get("recipe") or {}), sort_keys=True)
-        member = by_recipe.setdefault(key, {}).setdefault(seed, Member(path, seed, record))
-        if member.record is not record:
-            raise InputError(
-                f"{member.path} and {path}: the same recipe with the same seed. Give each run once; runs are averaged "
-                "over their seeds."
-            )
+        again = next(n for n in itertools.count() if seed not in by_recipe.get((key, n), {}))
+        by_recipe.setdefault((key, again), {})[seed] = Member(path, seed, record)
     if not by_recipe:
         raise InputError(f"no run has a whole record: {'; '.join(failed.values())}")
     members = [tuple(by_seed.values()) for by_seed in by_recipe.values()]
-    names = _names([first for first, *_ in members])
+    names = _names(members)
     groups = tuple(Group(name, runs_of_one) for name, runs_of_one in zip(names, members, strict=True))
     if baseline is not None and baseline not in names:
         raise InputError(f"baseline: no run is called {baseline!r}. There are {', '.join(names)}.")
@@ -159,10 +160,18 @@ def comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _names(first_runs: Sequence[Member]) -> list[str]:
-    """Name each recipe by its first run, with as much of the path as tells apart those that share a name."""
-    names = [str(dig(member.record, "name") or member.path.name) for member in first_runs]
-    paths = [member.path.absolute() for member in first_runs]
+def _names(groups: Sequence[tuple[Member, ...]]) -> list[str]:
+    """Name runs of several seeds by their recipe, others and those that share one by their first run.
+
+    Of a path goes into the name as much as tells apart what would still be called alike.
+    """
+    own = [str(dig(first.record, "name") or first.path.absolute().name) for first, *_ in groups]
+    recipes = [str(dig(first.record, "recipe", "name") or name) for (first, *_), name in zip(groups, own, strict=True)]
+    names = [
+        recipe if len(members) > 1 and recipes.count(recipe) == 1 else name
+        for members, recipe, name in zip(groups, recipes, own, strict=True)
+    ]
+    paths = [first.path.absolute() for first, *_ in groups]
     longer = []
     for name, path in zip(names, paths, strict=True):
         others = [p for n, p in zip(names, paths, strict=True) if n == name and p != path]

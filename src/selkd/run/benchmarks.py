@@ -128,7 +128,14 @@ def read_best(run_path: Path) -> dict[str, Any] | None:
 
 
 def _benchmark_options(options: EvaluationOptions) -> BenchmarkOptions:
-    return BenchmarkOptions(options.suite, options.data, options.limit, options.shots, options.chat_template)
+    return BenchmarkOptions(
+        options.suite,
+        options.data,
+        options.limit,
+        options.shots,
+        options.chat_template,
+        include_path=options.include_path,
+    )
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def full_kd_on_same_samples(run: Run) -> Run:
     """Run Full KD with a live teacher on the samples that ``run`` kept, in a folder beside it, for comparison."""
     recipe = load_recipe(run.path / RECIPE)
     changed = recipe.resolved() | {
-        "name": f"{recipe.name}-full-kd",
+        "name": f"{run.path.absolute().name}-full-kd",
         "positions": {"policy": "all", "reduction": recipe.positions.reduction},
         "classes": {"sampler": "all"},
         "cache": None,

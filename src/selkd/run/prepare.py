@@ -34,7 +34,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         run.record[INPUTS] = inputs
         run.record.update(
             own_parts=work.own_parts,
-            name=recipe.name or run.path.name,
+            name=run.record.get("name") or _called(work, run),
             recipe=recipe.resolved(),
             environment=environment(work),
             data={
@@ -65,3 +65,9 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
         pruning = work.pruning  # by this run or, on this machine, by one before it
         count_teacher_tokens(run, **({} if pruning is None else {"prune": pruning["teacher_tokens"]}))
     run.save()
+
+
+def _called(work: Workspace, run: RunDirectory) -> str:
+    """What the run is called: as the recipe says, or else as its folder."""
+    is_given = "name" in work.recipe.model_fields_set
+    return (work.recipe.name if is_given else None) or run.path.absolute().name
