@@ -116,7 +116,7 @@ def memory_row(n: int, vocab_size: int, width: int) -> dict[str, int]:
         "tensors_bytes": of_tensors,
         "gradient_bytes": 4 * vocab_size * width,
         "tensors_beyond_gradient_bytes": of_tensors - 4 * vocab_size * width,
-        "chunk_positions": chunk_size(vocab_size, torch.device("cpu"), torch.bfloat16),
+        "chunk_positions": chunk_size(vocab_size, torch.device("cpu")),
         "dense_logits_bytes": 4 * n * vocab_size,
     }
 

@@ -223,6 +223,22 @@ def test_logits_are_handed_out_from_one_product_a_chunk(monkeypatch: pytest.Monk
     assert logits(slice(0, 12)).shape == (12, V)
 
 
+def test_chunks_are_even_and_of_the_same_positions_in_every_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last chunk of one position would read the whole head, and add to its whole gradient, for that one."""
+    made: list[int] = []
+    product = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda self, h, out: made.append(len(h)) or product(self, h, out))
+    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 2 * V * 12)  # 37 positions: 12, 12, 12 and 1 if chunks were full
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        hidden, head, teacher, coefficients = make(dtype)
+        teachers = ChunkedLogits(teacher, Head(torch.eye(V, dtype=dtype)))
+        chunked_entropy(hidden, head)
+        chunked_loss(hidden, head, coefficients, lambda z, rows, teachers=teachers: forward_kl(z, teachers(rows)))
+        assert (N, made[:4]) == (37, [10, 10, 10, 7])
+        assert sorted(made[4:]) == [7, 7, 10, 10, 10, 10, 10, 10], "student and teacher, chunk by chunk"
+        made.clear()
+
+
 def test_the_logits_of_one_chunk_live_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, teacher, coefficients = make(torch.float64)
     places: list[tuple[int, int]] = []

@@ -30,10 +30,15 @@ Weight: TypeAlias = "float | Tensor"  # one number for all positions, or [n]
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> ValueAndGradient:  # noqa: ARG001
     """KL(p || q). Dense expression: ``(p * (log p - log q)).sum(-1)``; its gradient is ``q - p``."""
-    log_q, log_p = log_softmax_(student_logits), log_softmax_(teacher_logits)
-    p = log_p.exp()
-    values = log_p.sub_(log_q).mul_(p).sum(dim=-1)  # in place; vecdot would need another [n, V]
-    return values, log_q.exp_().sub_(p)
+    for logits in (student_logits, teacher_logits):
+        logits.sub_(logits.amax(dim=-1, keepdim=True))
+    p, log_ratio = teacher_logits.exp(), teacher_logits.sub_(student_logits)
+    q = student_logits.exp_()  # one exponential of each logit: the sums' logarithms are added to the values
+    p_total, q_total = p.sum(dim=-1, keepdim=True), q.sum(dim=-1, keepdim=True)
+    p.div_(p_total)
+    values = log_ratio.mul_(p).sum(dim=-1)  # in place; vecdot would need another [n, V]
+    values += (q_total.log() - p_total.log()).squeeze(-1)
+    return values, q.div_(q_total).sub_(p)
 
 
 Criterion.add("forward_kl", forward_kl, label="forward KL divergence", description="KL(p ‖ q) = sum p log(p/q)")
@@ -218,12 +223,12 @@ def sampled_forward_kl(student_logits: Tensor, class_ids: Tensor, counts: Tensor
     ``class_ids`` int64 and ``counts`` [n, C]; q is the student's softmax over its whole vocabulary, so the gradient
     ``q - w`` is an unbiased estimate of forward KL's where E[w] = p (method: class sampling).
     """
-    log_q = log_softmax_(student_logits)
-    weights = counts.to(log_q.dtype)
+    log_q, q = _gather_and_softmax_(student_logits, class_ids)
+    weights = counts.to(q.dtype)
     weights = weights / weights.sum(dim=-1, keepdim=True)
     log_weights = torch.where(counts > 0, weights, 1.0).log()  # log 1 = 0 in the padding
-    values = torch.linalg.vecdot(weights, log_weights - log_q.gather(-1, class_ids))
-    return values, log_q.exp_().scatter_add_(-1, class_ids, -weights)
+    values = torch.linalg.vecdot(weights, log_weights - log_q)
+    return values, q.scatter_add_(-1, class_ids, -weights)
 
 
 def truncated_forward_kl(student_logits: Tensor, class_ids: Tensor, log_probabilities: Tensor) -> ValueAndGradient:
@@ -256,11 +261,9 @@ def truncated_forward_kl(student_logits: Tensor, class_ids: Tensor, log_probabil
 
 def cross_entropy(student_logits: Tensor, targets: Tensor) -> ValueAndGradient:
     """-log q(y) in nats of the true next tokens ``targets`` int64 [n]; the gradient is ``q - onehot(y)``."""
-    log_q = log_softmax_(student_logits)
     index = targets.unsqueeze(-1)
-    values = -log_q.gather(-1, index).squeeze(-1)
-    gradient = log_q.exp_()
-    return values, gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+    log_q, gradient = _gather_and_softmax_(student_logits, index)
+    return -log_q.squeeze(-1), gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=gradient.dtype))
 
 
 def entropy(logits: Tensor, n_frequent: int = 0, tail_weight: float = 1.0) -> Tensor:
@@ -282,6 +285,13 @@ def log_softmax_(logits: Tensor) -> Tensor:
     """log softmax over the last dimension, in place. The maximum is subtracted first, so large logits round less."""
     logits.sub_(logits.amax(dim=-1, keepdim=True))
     return logits.sub_(logits.exp().sum(dim=-1, keepdim=True).log_())
+
+
+def _gather_and_softmax_(logits: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """log q at ``class_ids`` [n, C], and q = softmax of the logits, in their place: one exponential of each logit."""
+    picked = logits.sub_(logits.amax(dim=-1, keepdim=True)).gather(-1, class_ids)
+    total = logits.exp_().sum(dim=-1, keepdim=True)
+    return picked - total.log(), logits.div_(total)
 
 
 def _through_softmax_(q: Tensor, g: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class LiveTeacher:
         assert self.sampler is not None, "a cache holds drawn classes"
         valid = batch["valid_mask"].flatten().nonzero().flatten()
         # The size of the chunks may change how logits are rounded, so it is fixed: a rebuilt cache is the same.
-        size = chunk_size(self.head.vocab_size, self.head.weight.device)
+        size = max(1, chunk_size(self.head.vocab_size, self.head.weight.device) // 2)
         picked = self._targets(batch, self._uniforms(batch, "cache"), size).at(valid)
         source = "the teacher's logits, for its cache"
         return [picked.drawn(rows, self.sampler.integers, source) for rows in chunks(len(valid), size)]
