@@ -12,8 +12,8 @@ from torch import Tensor
 from selkd.maths.divergence import ValueAndGradient, entropy
 from selkd.maths.head import Head
 
-# Memory of the logits of one chunk in 16 bits; wider ones are of the same positions. Larger chunks read the head, and add
-# to its gradient, less often: products of 170 positions in float32 take a fifth longer for the same work than of 341.
+# Memory of the logits of one chunk in 16 bits; wider ones are of the same positions. Larger chunks read the head, and
+# add to its gradient, less often: in float32, 341 positions take a fifth less time each than 170 do.
 CHUNK_BYTES = {"cpu": 32 << 20, "accelerator": 128 << 20}
 # Memory of the float32 logits of one piece of a chunk; a criterion holds a handful of such tensors. On a CPU it is the
 # share of each thread, small enough to stay in the core's own cache: entropy and forward KL take 0.6 of the time that
@@ -249,7 +249,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def _add_product_(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
     """``total`` [V, D] += ``left`` [n, V].T @ ``right`` [n, D], or = if ``is_first``.
 
-    A product in the dtype of ``total`` adds to it by itself. A narrower one goes over some classes at a time, so that no
+    A product in the dtype of ``total`` adds to it by itself. A narrower one takes some classes at a time, so that no
     second [V, D] is in memory.
     """
     if left.dtype == total.dtype:
