@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from selkd import reference
     from selkd.recipe.files import load_recipe
     from selkd.recipe.recipe import Recipe
@@ -36,6 +37,7 @@ __all__ = [
     "Recipe",
     "Run",
     "TeacherCache",
+    "__version__",
     "chunked_entropy",
     "distill",
     "distillation_loss",
@@ -47,6 +49,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("selkd")
     if name == "reference":
         return import_module("selkd.reference")
     if name in _HOME:

@@ -33,6 +33,7 @@ from selkd.cli.options import (
 )
 from selkd.cli.verify import verify
 from selkd.errors import InputError, Interrupted, RunError
+from selkd.extras import is_installed, need
 from selkd.interrupts import end_with_launcher
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -69,9 +70,9 @@ def main() -> None:
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        from importlib.metadata import version
+        from selkd import __version__
 
-        typer.echo(f"selkd {version('selkd')}")
+        typer.echo(f"selkd {__version__}")
         raise typer.Exit
 
 
@@ -266,6 +267,8 @@ def bench(
     from selkd.bench.names import checked_variants
 
     checked_variants(variant, repeats)
+    if trace is not None and not is_installed("matplotlib"):
+        raise InputError(f"--trace: drawing memory over time {need('matplotlib')}")
     loaded = load(recipe, overrides, no_plugins)
     from selkd.bench.report import bench as measure
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from selkd.errors import InputError
+
 if TYPE_CHECKING:  # a quick ``--help`` loads no recipe
     from selkd.recipe.recipe import Recipe
 
@@ -83,8 +85,19 @@ def read(recipe: str, overrides: list[str] | None, no_plugins: bool = False) -> 
 def load(recipe: str, overrides: list[str] | None, no_plugins: bool = False) -> "Recipe":
     """``read`` the recipe of a command that runs models."""
     loaded = read(recipe, overrides, no_plugins)
+    require_packages(loaded)
     quiet()
     return loaded
+
+
+def require_packages(recipe: "Recipe") -> None:
+    """Raises InputError for a missing package that the training needs, before torch is imported."""
+    from selkd.recipe.packages import check_packages
+
+    try:
+        check_packages(recipe.training)
+    except ValueError as error:
+        raise InputError(f"training.{error}") from None
 
 
 def limited(overrides: list[str] | None, max_hours: float | None) -> list[str]:

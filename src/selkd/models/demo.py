@@ -12,6 +12,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from selkd.errors import InputError, RunError
+from selkd.extras import is_installed, need
 from selkd.files import new_folder
 
 DEMO = "demo"
@@ -46,6 +47,8 @@ def converted_gguf(gguf: Path, name: str, cache_dir: Path) -> Path:
     folder = cache_dir / "models" / f"{gguf.stem}-{digest}"
     if folder.is_dir():
         return folder
+    if not is_installed("gguf"):
+        raise InputError(f"model {name!r}: reading a GGUF file {need('gguf')}")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:

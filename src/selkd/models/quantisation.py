@@ -1,18 +1,18 @@
 """A teacher in fewer bits: the package that quantises it, the devices, and Transformers' configuration."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from selkd.errors import InputError
+from selkd.extras import is_installed, need
 
-# The package of each name in a recipe, and the extra of selkd that installs it.
+# The package of each name in a recipe.
 _PACKAGES = {
-    "torchao_int8": ("torchao", "quantised"),
-    "bitsandbytes_8bit": ("bitsandbytes", "bitsandbytes"),
-    "bitsandbytes_4bit": ("bitsandbytes", "bitsandbytes"),
+    "torchao_int8": "torchao",
+    "bitsandbytes_8bit": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes",
 }
 # The settings that decide a quantised teacher's numbers beside its name; they are part of every fingerprint.
 _FORMS = {"bitsandbytes_8bit": "no outliers apart", "bitsandbytes_4bit": "nf4"}
@@ -30,11 +30,9 @@ def require_quantization(quantization: str, device: torch.device) -> None:
             f"teacher.quantization: {quantization} runs on the CPU and on CUDA, and the teacher is on {device}. Leave "
             "it out; a .gguf file (teacher.model) is read anywhere."
         )
-    package, extra = _PACKAGES[quantization]
-    if find_spec(package) is None:
-        raise InputError(
-            f"teacher.quantization: {quantization} needs the package {package}: pip install 'selkd[{extra}]'"
-        )
+    package = _PACKAGES[quantization]
+    if not is_installed(package):
+        raise InputError(f"teacher.quantization: {quantization} {need(package)}")
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from selkd.errors import InputError, nearest
+from selkd.extras import install
 from selkd.recipe.harness_names import check_task_file, harness_tasks, has_harness, is_task_file, own_tasks
 from selkd.recipe.part import LARGEST_COUNT, Count, Part, PathText
 
@@ -16,7 +17,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "validation": ("arc_easy_validation", "gsm8k_train", "hellaswag_train", "piqa_train"),
 }
 BENCHMARKS = tuple(dict.fromkeys(name for names in SUITES.values() for name in names))
-INSTALL = "pip install 'selkd[eval]'"
+INSTALL = install("lm_eval")
 
 
 def benchmarks_of(suite: Sequence[str]) -> list[str]:

@@ -11,16 +11,17 @@ from typing import Any
 import yaml
 
 from selkd.errors import InputError
+from selkd.extras import is_installed
 from selkd.own_code import is_allowed
 
 # A key at the beginning of a line that names a task, its group or its tags, with a list that follows.
-_NAME = re.compile(rb"^(task|group|tag|class)[ \t]*:[ \t]*(.*(?:\n[ \t]*-.*)*)", re.MULTILINE)
+_NAME = re.compile(rb"^[\"']?(task|group|tag|class)[\"']?[ \t]*:[ \t]*(.*(?:\r?\n[ \t]*-.*)*)", re.MULTILINE)
 _PASSED_OVER = {"__pycache__", ".ipynb_checkpoints"}  # as by the harness
 
 
 def has_harness() -> bool:
     """Whether lm-evaluation-harness is installed; nothing is imported."""
-    return find_spec("lm_eval") is not None
+    return is_installed("lm_eval")
 
 
 @cache
@@ -90,11 +91,13 @@ def _names_below(folder: Path) -> Iterator[str]:
         for name in files:
             if name.endswith(".yaml"):
                 yield from _names_in(Path(where, name))
+            elif "." not in name or "yaml" in name or name.endswith(".yml"):  # a template: its tags are its tasks'
+                yield from _names_in(Path(where, name), keys=(b"tag",))
 
 
-def _names_in(path: Path) -> Iterator[str]:
+def _names_in(path: Path, keys: tuple[bytes, ...] = (b"task", b"tag")) -> Iterator[str]:
     found: dict[bytes, bytes] = dict(_NAME.findall(path.read_bytes()))
-    for key in (b"group",) if b"group" in found and b"class" not in found else (b"task", b"tag"):
+    for key in (b"group",) if b"group" in found and b"class" not in found else keys:
         if key in found:
             yield from _texts(found[key])
 

@@ -1,15 +1,14 @@
 """The recipe's ``teacher`` and ``student`` parts."""
 
 import re
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from selkd.extras import is_installed, need
 from selkd.recipe.part import Count, Part, PathText
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-INSTALL_PEFT = "pip install 'selkd[peft]'"
 # The names of heads and embeddings, which may share one weight; the loss reads the head's weight without an adapter.
 EMBEDDINGS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
 
@@ -77,8 +76,8 @@ class LoraOptions(Part):
                         f"student.lora.target_modules: {name} is the head or an embedding, and the loss reads the "
                         "head's weight without its adapter; leave it out"
                     )
-        if find_spec("peft") is None:
-            raise ValueError(f"student.lora: adapters are PEFT's: {INSTALL_PEFT}")
+        if not is_installed("peft"):
+            raise ValueError(f"student.lora: training adapters {need('peft')}")
         return self
 
 

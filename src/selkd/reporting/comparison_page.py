@@ -10,7 +10,7 @@ from selkd.reporting import comparison_tables as tables
 from selkd.reporting import formats, rendering
 from selkd.reporting.comparison import RunComparison
 from selkd.reporting.comparison_plots import comparison_plots
-from selkd.reporting.figure import Plot
+from selkd.reporting.figure import Plot, can_draw, no_plots
 from selkd.reporting.rendering import write_text
 
 PAGE, TABLE = "report.html", "table.json"
@@ -28,7 +28,7 @@ def write_comparison(comparison: RunComparison, out: Path, title: str) -> dict[s
     """
     _claim(out)
     content = tables.as_json(comparison)
-    plots = comparison_plots(comparison)
+    plots = comparison_plots(comparison) if can_draw() else []
     write_text(out / TABLE, json.dumps(content, indent=1) + "\n")
     write_text(out / "table.md", tables.as_markdown(comparison))
     write_text(out / "table.csv", tables.as_csv(comparison))
@@ -50,6 +50,7 @@ def render(comparison: RunComparison, title: str, plots: list[Plot]) -> str:
         comparison=comparison,
         cells={group.name: tables.cells(comparison, group) for group in comparison.groups},
         plots=plots,
+        no_plots=no_plots(),
         keys=_different_keys(comparison),
         notes=[*tables.legend(comparison), *tables.not_compared(comparison)],
     )

@@ -5,11 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from typing import TYPE_CHECKING, Any
 
 from selkd.reporting import formats
 from selkd.reporting.comparison import Group, RunComparison
@@ -26,6 +22,10 @@ from selkd.reporting.measures import (
     cost_alone,
     summarise,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _WIDTH = 420
 _MARKERS = "osD^vP"
@@ -137,6 +137,8 @@ def _budget(comparison: RunComparison, part: str, measure: ReportedMeasure) -> P
         fractions = sorted({fraction for line in lines for fraction, _ in line.points})
         axes.set_xscale("log")
         axes.set_xticks(fractions, [formats.fraction(fraction) for fraction in fractions])
+        from matplotlib.ticker import NullFormatter
+
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"share of the {part}")
         axes.margins(0.08, 0.2)
@@ -196,24 +198,26 @@ def _memory(groups: Sequence[Group]) -> Plot | None:
 
 
 @contextmanager
-def _bars(groups: Sequence[Group], measured: str, form: Callable[[float], str]) -> Iterator[tuple[Figure, Axes]]:
+def _bars(groups: Sequence[Group], measured: str, form: Callable[[float], str]) -> Iterator[tuple["Figure", "Axes"]]:
     """Axes with one row for each recipe."""
     with one_plot(height=90 + 30 * len(groups), width=_WIDTH) as (figure, axes):
         axes.set_yticks(range(len(groups)), [_short(group.name) for group in groups])
         axes.set_ylim(len(groups) - 0.5, -0.5)
         lying(axes, form)
+        from matplotlib.ticker import MaxNLocator
+
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.tick_params(axis="y", labelcolor=INK)
         unit(axes, measured)
         yield figure, axes
 
 
-def _beside(axes: Axes, value: float, row: float, text: str) -> None:
+def _beside(axes: "Axes", value: float, row: float, text: str) -> None:
     """Write a bar's value at its end."""
     axes.annotate(text, (value, row), (4, 0), textcoords="offset points", va="center", color=INK, fontsize=10)
 
 
-def _draw_series(axes: Axes, number: int, name: str, points: Sequence[tuple[float, Summary]], **style: Any) -> None:
+def _draw_series(axes: "Axes", number: int, name: str, points: Sequence[tuple[float, Summary]], **style: Any) -> None:
     """Draw means with their deviations; colours that are used up come again with other markers."""
     deviations = [summary.deviation or 0.0 for _, summary in points]
     axes.errorbar(
@@ -228,12 +232,14 @@ def _draw_series(axes: Axes, number: int, name: str, points: Sequence[tuple[floa
     )
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: "Axes") -> None:
     axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
 
 
-def _scale(axes: Axes, measure: ReportedMeasure) -> None:
+def _scale(axes: "Axes", measure: ReportedMeasure) -> None:
     unit(axes, measure.name)
+    from matplotlib.ticker import MaxNLocator
+
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if measure.form is formats.percent:
         in_percent(axes)

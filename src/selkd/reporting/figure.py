@@ -6,18 +6,22 @@ bytes: there is no date, no random identifier and no system font.
 """
 
 import io
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from selkd.errors import InputError
+from selkd.extras import is_installed, need
 
+if TYPE_CHECKING:  # an extra, plots, and slow to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_logger = logging.getLogger(__name__)
 INK, MUTED, ACCENT = "#1c2430", "#626c79", "#0f766e"
 RULE, QUIET, PAPER = "#e2e5e9", "#c3cad2", "#fdfdfc"
 # The colours of several runs, in this order; people with any common colour blindness can tell them apart.
@@ -66,7 +70,7 @@ class Plot:
     name: str
     title: str
     caption: str
-    figure: Figure
+    figure: "Figure"
 
     @property
     def svg(self) -> str:
@@ -83,32 +87,59 @@ class Plot:
 
 
 @contextmanager
-def one_plot(height: int = _HEIGHT, width: int = _WIDTH) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one pair of axes in the style of all plots; its size is in points."""
+def one_plot(height: int = _HEIGHT, width: int = _WIDTH) -> Iterator[tuple["Figure", "Axes"]]:
+    """A figure with one pair of axes in the style of all plots; its size is in points.
+
+    Raises:
+        InputError: Matplotlib is not installed.
+    """
+    if not can_draw():
+        raise InputError(f"plots: drawing {need('matplotlib')}")
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     # after_reset ignores the user's own matplotlibrc, by which pages would differ between machines.
     with style.context(_STYLE, after_reset=True):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         yield figure, figure.add_subplot()
 
 
-def unit(axes: Axes, text: str) -> None:
+def can_draw() -> bool:
+    """Whether Matplotlib is installed. Pages without it have no plots, and say so."""
+    return is_installed("matplotlib")
+
+
+def no_plots() -> str | None:
+    """Why a page has no plots, which is also logged; None where they can be drawn."""
+    if can_draw():
+        return None
+    why = f"No plots: drawing {need('matplotlib')}"
+    _logger.warning("%s.", why)
+    return why
+
+
+def unit(axes: "Axes", text: str) -> None:
     """Write what the vertical axis measures above its end."""
     axes.set_title(text, loc="left", fontsize=11, color=MUTED, pad=8)
 
 
-def in_percent(axes: Axes) -> None:
+def in_percent(axes: "Axes") -> None:
     """Show shares in [0, 1] on the vertical axis as percent."""
+    from matplotlib.ticker import PercentFormatter
+
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
 
 
-def lying(axes: Axes, form: Callable[[float], str]) -> None:
+def lying(axes: "Axes", form: Callable[[float], str]) -> None:
     """Put the values on the horizontal axis, in ``form``, with vertical grid lines; the rows are names."""
+    from matplotlib.ticker import FuncFormatter
+
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value) if value else "0"))
 
 
-def svg(figure: Figure, name: str, title: str) -> str:
+def svg(figure: "Figure", name: str, title: str) -> str:
     """The figure as an SVG element of a page. No other plot of the page may have the same ``name``."""
     return _themed(_saved(figure, name, format="svg", transparent=True, metadata=_NO_METADATA).decode(), title)
 
@@ -116,8 +147,10 @@ def svg(figure: Figure, name: str, title: str) -> str:
 _NO_METADATA = {"Date": None, "Creator": None}
 
 
-def _saved(figure: Figure, name: str, **options: Any) -> bytes:
+def _saved(figure: "Figure", name: str, **options: Any) -> bytes:
     """The bytes of the figure's file. The name salts the identifiers, so that plots of one page share none."""
+    from matplotlib import style
+
     buffer = io.BytesIO()
     with style.context(_STYLE | {"svg.hashsalt": name}, after_reset=True):
         figure.savefig(buffer, **options)

@@ -9,7 +9,7 @@ import numpy as np
 
 from selkd.errors import InputError, RunError
 from selkd.reporting import benchmarks, coloured_text, formats, plots, rendering, words
-from selkd.reporting.figure import Plot
+from selkd.reporting.figure import Plot, can_draw, no_plots
 from selkd.reporting.formats import dig
 from selkd.reporting.measures import closeness
 from selkd.reporting.run_files import RunFiles, read_run
@@ -37,13 +37,14 @@ def write_page(run_dir: Path, out: Path | None = None) -> Path:
         get=partial(dig, run.record),
         words=words,
         closeness=closeness(run.record),
-        training_plots=training_plots(run),
-        histograms=_histograms(run),
-        overlaps=_overlaps(run),
+        no_plots=no_plots(),
+        training_plots=training_plots(run) if can_draw() else [],
+        histograms=_histograms(run) if can_draw() else [],
+        overlaps=_overlaps(run) if can_draw() else [],
         scores={when: benchmarks.scores(run.record, when) for when in ("before", "after")},
         cut=benchmarks.cut(run.record),
         layouts=_storage_layouts(run.record),
-        storage_plot=_storage_plot(run.record),
+        storage_plot=_storage_plot(run.record) if can_draw() else None,
         recipe_yaml=run.recipe_yaml.strip(),
         **_text(run),
     )

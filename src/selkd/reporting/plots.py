@@ -3,16 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from selkd.reporting import formats
 from selkd.reporting.figure import ACCENT, DASHED, INK, MUTED, PAPER, QUIET, Plot, in_percent, lying, one_plot, unit
 from selkd.reporting.run_files import Overlap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Scored = Literal["samples", "positions"]
 
@@ -77,6 +77,8 @@ def step_plot(
             axes.set_ylim(min(0.0, bottom), top * 1.15 if top > 0 else 1.0)  # headroom for the labels
         if scale != "number":
             in_percent(axes)
+        from matplotlib.ticker import MaxNLocator
+
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel("optimiser step")
@@ -85,7 +87,7 @@ def step_plot(
     return Plot(name, title, caption, figure)
 
 
-def _draw(axes: Axes, line: Line) -> None:
+def _draw(axes: "Axes", line: Line) -> None:
     if line.is_reference:
         axes.plot(line.steps, line.values, marker="o" if line.is_marked else "", zorder=1.9, **DASHED)
     else:
@@ -94,7 +96,7 @@ def _draw(axes: Axes, line: Line) -> None:
         axes.plot(line.steps, line.values, color=ACCENT, marker=marker, **style)
 
 
-def _label(axes: Axes, line: Line, above: bool) -> None:
+def _label(axes: "Axes", line: Line, above: bool) -> None:
     """Name a line at its right end, so that the plot needs no legend."""
     axes.annotate(
         line.label,
@@ -129,6 +131,8 @@ def score_histogram(what: Scored, caption: str, scores: np.ndarray, chosen: np.n
             linewidth=0.8,
         )[0]
         axes.set_ylim(0, float(np.max(heights)) * 1.12)
+        from matplotlib.ticker import MaxNLocator
+
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         if cut is not None:
             at_top = ("data", "axes fraction")
@@ -149,6 +153,8 @@ def overlap_map(what: Scored, title: str, overlap: Overlap) -> Plot:
             is_known = math.isfinite(share)
             depth = 0.06 + 0.84 * min(1.0, max(0.0, share)) if is_known else 0.0
             cell = (column - 0.5, row - 0.5)
+            from matplotlib.patches import Rectangle
+
             axes.add_patch(Rectangle(cell, 1, 1, facecolor=ACCENT, alpha=depth, linewidth=0))
             axes.add_patch(Rectangle(cell, 1, 1, facecolor="none", edgecolor=PAPER, linewidth=1.5))
             text, colour = f"{100 * share:.0f}" if is_known else "–", PAPER if depth > 0.65 else INK

@@ -16,6 +16,7 @@ from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions
 from selkd.recipe.combinations import check_batch, check_combination, check_sharded, on_policy_criterion
 from selkd.recipe.data import RowOptions
 from selkd.recipe.models import check_device
+from selkd.recipe.packages import check_packages
 from selkd.recipe.part import Part, parse_part
 from selkd.recipe.training import check_accelerator, check_supported
 from selkd.training.objective import Objective
@@ -101,6 +102,7 @@ class DistillArguments(TrainingArguments):
         with _as_input_error("DistillArguments: {}"):
             check_supported(vars(self))
             check_accelerator(self.accelerator_config)
+            check_packages(vars(self))
         if self.bf16 and self.mixed_precision != "bf16":
             raise InputError(
                 "DistillArguments: bf16 was set when the arguments had been made, and would change nothing. Make them "
