@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from tiny_run import make_recipe
@@ -127,7 +129,16 @@ def test_the_stages_by_themselves_and_then_the_rest(run_selkd, tmp_path: Path) -
     assert shard.stat().st_mtime_ns == stamp
     code, out, _ = run_selkd("cache", "inspect", run / "teacher_cache", "--json")
     assert built.items() <= json.loads(out).items()
-    assert run_selkd("cache", "verify", run / "teacher_cache")[0] == 0
+    assert json.loads(run_selkd("cache", "inspect", run, "--json")[1]) == json.loads(out)
+    for folder in (run / "teacher_cache", run):
+        code, out, _ = run_selkd("cache", "verify", folder)
+        assert (code, re.fullmatch(r"whole: 1 shard, [\d.]+ kB", out.strip()) is not None) == (0, True), out
+    code, out, _ = run_selkd("cache", "export", run, tmp_path / "cache.parquet")
+    assert (code, f"{built['samples']} samples" in out) == (0, True)
+    assert pq.read_metadata(tmp_path / "cache.parquet").num_rows == built["samples"]
+    code, _, err = run_selkd("cache", "export", run, tmp_path / "cache.parquet")
+    assert (code, "already there" in err) == (2, True)
+    assert run_selkd("cache", "export", run, tmp_path / "cache.parquet", "--force")[0] == 0
     damaged = bytearray(shard.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     shard.write_bytes(damaged)

@@ -376,3 +376,73 @@ def test_a_damaged_index_denies_no_sample(tmp_path: Path) -> None:
         _ = [sample_id(number) in cache for number in range(12)]
     with pytest.raises(InputError, match=r"index.selkd .* is damaged"):
         cache.sample_ids()
+
+
+@pytest.mark.parametrize("damage", ["another order", "another place", "its end"])
+def test_an_index_is_checked_without_a_manifest(folder: Path, damage: str) -> None:
+    """What the plan and the shards say of it is known; a build that was interrupted has none, which is no problem."""
+    (folder / MANIFEST).write_text("{}")
+    assert len(verify_cache(folder)) == 1
+    path = folder / INDEX_FILE
+    intact = path.read_bytes()
+    if damage == "another order":  # each id leads to its sample still, but half of them can't be found
+        columns = (
+            np.frombuffer(intact[40:][at : at + width], f"<u{width // 12}")
+            for at, width in ((0, 96), (96, 96), (192, 48), (240, 48))
+        )
+        path.write_bytes(intact[:40] + b"".join(column[::-1].tobytes() for column in columns))
+        expected = "its ids do not ascend"
+    elif damage == "another place":
+        flip(path, 40 + 16 * 12)
+        expected = "does not lead to the samples of shard-0000"
+    else:
+        path.write_bytes(intact[:-1])
+        expected = "is damaged or another cache's"
+    problems = verify_cache(folder)
+    assert len(problems) == 2
+    assert expected in problems[1]
+    (folder / MANIFEST).unlink()
+    path.unlink()
+    assert len(verify_cache(folder)) == 1
+
+
+def test_a_start_reads_no_sample_and_no_damaged_one_is_ever_returned(folder: Path) -> None:
+    """What says which samples a shard holds is read; a sample's own bytes are compared when they are read."""
+    shard = folder / shard_name(1)
+    where = int(entries_of(shard)["offset"][2])
+    flip(shard, where + 5)
+    writer = CacheWriter(folder, FINGERPRINT, plan())
+    assert writer.missing_shards(blocks=False) == []
+    assert verify_cache(folder, blocks=False) == []
+    cache = TeacherCache.open(folder)
+    for number in range(12):
+        if number == 6:
+            with pytest.raises(
+                InputError, match=rf"shard-00001\.selkd is damaged at sample {sample_id(6).hex()}.*--repair"
+            ):
+                cache.get(sample_id(number))
+        else:
+            assert_same_rows(cache.get(sample_id(number)), make_rows(number))
+    read = []
+    with pytest.raises(InputError, match="damaged at sample"):
+        read += [each for each, _ in cache.items()]
+    assert writer.missing_shards() == [1]
+    assert len(verify_cache(folder)) == 1
+
+
+def test_samples_are_read_by_their_place_in_the_stored_order(folder: Path) -> None:
+    cache = TeacherCache.open(folder)
+    for at in (0, 3, 4, 11, -1, -12):
+        assert_same_rows(cache[at], make_rows(at % 12))
+    for at in (12, -13):
+        with pytest.raises(IndexError, match=rf"sample {at} of the teacher cache in .*, which has 12"):
+            cache[at]
+    for places in (slice(None), slice(2, 9), slice(9, 2, -3), slice(20, 30)):
+        numbers = range(12)[places]
+        assert len(cache[places]) == len(numbers)
+        for rows, number in zip(cache[places], numbers, strict=True):
+            assert_same_rows(rows, make_rows(number))
+        assert [each for each, _ in cache.items(places)] == [sample_id(number) for number in numbers]
+    assert [each for each, _ in cache.items()] == cache.sample_ids()
+    for rows, number in zip(cache, range(12), strict=True):
+        assert_same_rows(rows, make_rows(number))

@@ -1,4 +1,4 @@
-"""``selkd cache``: build, verify and inspect a teacher cache."""
+"""``selkd cache``: build, verify, inspect and export a teacher cache."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +21,14 @@ from selkd.cli.options import (
     read,
 )
 from selkd.errors import InputError
+from selkd.files import RECIPE
+from selkd.reporting.formats import data_size
 
-cache_app = typer.Typer(no_args_is_help=True, help="Build, verify or inspect a teacher cache.")
+cache_app = typer.Typer(no_args_is_help=True, help="Build, verify, inspect or export a teacher cache.")
 
-CacheFolder = Annotated[Path, typer.Argument(callback=possible, metavar="DIR", help="A teacher cache's folder.")]
+CacheFolder = Annotated[
+    Path, typer.Argument(callback=possible, metavar="DIR", help="A teacher cache's folder, or the run's that uses it.")
+]
 
 
 @cache_app.command("build")
@@ -67,10 +71,12 @@ def cache_verify(
 
     The exit code is 1 if damage is left, or if --rescore finds the draws of another teacher.
     """
+    from selkd_cache.reader import TeacherCache
     from selkd_cache.verify import verify_cache
 
     if not directory.is_dir():
         raise InputError(f"{directory}: no such folder.")
+    directory = _cache_of(directory)
     if not (repair or rescore):
         for option, given in {"--recipe": recipe, "--set": overrides, "--out": out}.items():
             if given:
@@ -97,7 +103,14 @@ def cache_verify(
                     "sampler and number of draws: compare same_draws with another check of this cache.",
                     err=True,
                 )
-    print_answer(answer, json_output, empty="every shard is whole")
+    if json_output or problems:
+        print_answer(answer, json_output, empty="none, every shard is whole")
+    else:
+        size = TeacherCache.open(directory).stats()
+        typer.echo(
+            f"whole: {size['shards']:,} {'shard' if size['shards'] == 1 else 'shards'}, {data_size(size['bytes'])}"
+        )
+        print_answer({key: value for key, value in answer.items() if key != "problems"}, json_output)
     if failed:
         raise typer.Exit(1)
 
@@ -111,5 +124,47 @@ def cache_inspect(
     """Size, bytes a position against plainer layouts, what was drawn, and what the cache was built from."""
     from selkd_cache.reader import TeacherCache
 
-    cache = TeacherCache.open(directory)
+    cache = TeacherCache.open(_cache_of(directory))
     print_answer({**cache.stats(), **cache.contents(samples), "fingerprint": cache.fingerprint}, json_output)
+
+
+@cache_app.command("export")
+def cache_export(
+    directory: CacheFolder,
+    file: Annotated[Path, typer.Argument(callback=possible, metavar="FILE", help="The file to write.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="parquet.")] = "parquet",
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there.")] = False,
+) -> None:
+    """Write every sample as a row of a Parquet file: its id and, for each position, the class ids and their counts."""
+    from selkd_cache.reader import TeacherCache
+
+    if to != "parquet":
+        raise InputError(f"--to: expected parquet, got {to!r}.")
+    if file.is_dir() or (file.exists() and not force):
+        raise InputError(f"{file}: already there. Give another FILE" + ("." if file.is_dir() else ", or --force."))
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent}: no such folder. Make it, or give another FILE.")
+    cache = TeacherCache.open(_cache_of(directory))
+    from selkd_cache.arrow import write_parquet
+
+    write_parquet(cache, file)
+    typer.echo(f"{file}: {len(cache):,} samples, {data_size(file.stat().st_size)}")
+
+
+def _cache_of(directory: Path) -> Path:
+    """The folder itself; of a run's folder, the cache in it, or the one that its recipe names."""
+    from selkd.recipe.files import recipe_content
+    from selkd_cache.manifest import PLAN
+
+    if not (directory / RECIPE).is_file() or (directory / PLAN).exists():
+        return directory
+    if (own := directory / "teacher_cache").is_dir():
+        return own
+    options = recipe_content(directory / RECIPE).get("cache")
+    path = options and options.get("path")
+    if path and "://" in path:
+        raise InputError(f"{directory}: this run's cache is at {path}. Give the folder of a copy on this machine.")
+    if not path:
+        why = "has none yet" if options else "keeps its teacher live"
+        raise InputError(f"{directory} is not a teacher cache, and the run in it {why}.")
+    return Path(path).expanduser()

@@ -73,7 +73,7 @@ def _larger(work: Workspace, directory: Path, fingerprint: Fingerprint, samples:
     # All processes must take the same way.
     if not all(gather_object([is_larger]) if work.state.num_processes > 1 else [is_larger]):
         return None
-    if problems := verify_cache(directory, decode=False):
+    if problems := verify_cache(directory, blocks=False):
         raise InputError(
             f"the teacher cache in {directory} holds more samples than this recipe's and is damaged: {problems[0]}. "
             "repair it by `selkd cache verify --repair`, with the recipe that built it"

@@ -43,7 +43,9 @@ class CacheBuild:
         Args:
             fingerprint: everything that determines the draws; ``vocabulary`` is the number of classes both models
                 share.
-            repair: also write a lost or damaged plan anew if the folder's shards show that it is this cache's.
+            repair: read every byte of the shards that are there, not only what says which samples they hold (damage to
+                a sample is found in any case before it is used); and write a lost or damaged plan anew if the folder's
+                shards show that it is this cache's.
 
         Raises:
             InputError: the folder is another cache's, or not a cache's.
@@ -56,7 +58,8 @@ class CacheBuild:
             self._writer = CacheWriter(directory, fingerprint, shard_ids, repair=repair)
         # Each process checks its share of the shards; all have checked before any of them writes.
         processes = self._state.num_processes
-        missing = self._writer.missing_shards(range(self._state.process_index, len(shards), processes))
+        own_share = range(self._state.process_index, len(shards), processes)
+        missing = self._writer.missing_shards(own_share, blocks=repair)
         self._missing = sorted(gather_object(missing)) if processes > 1 else missing
         self._batches = [plan_batches(samples, shard) for shard in shards]
         tokens = [sum(len(batch) * int(samples.lengths[batch].max()) for batch in shard) for shard in self._batches]

@@ -1,9 +1,12 @@
 """Reading a cache: open it, look samples up by content, and say how large it is and what it holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -21,6 +24,9 @@ from selkd_cache.sample_index import INDEX_FILE, SampleIndex, describe_index
 from selkd_cache.shard import ID_BYTES, Shard, read_shard
 from selkd_cache.verify import verify_cache
 
+if TYPE_CHECKING:
+    import pyarrow
+
 # The models and indices of so many shards stay in memory, some 0.4 MB each, so memory does not grow with the cache. At
 # 2^17 tokens a shard, 32 million tokens can be read without reading a model twice.
 SHARDS_IN_MEMORY = 256
@@ -36,6 +42,7 @@ class TeacherCache:
         self.directory = directory
         self._manifest = manifest
         self._index = SampleIndex(directory / INDEX_FILE, manifest["plan"], manifest["n_samples"])
+        self._ends = np.cumsum([entry["samples"] for entry in manifest["shards"]])
         self._is_index_whole = False  # until every byte of it was read
 
     @classmethod
@@ -88,6 +95,47 @@ class TeacherCache:
         ids = self._index.ids().tobytes()
         return [ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES)]
 
+    @overload
+    def __getitem__(self, place: int) -> Rows: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Rows]: ...
+
+    def __getitem__(self, place: int | slice) -> Rows | list[Rows]:
+        """The rows of the sample at a place in the stored order, or of all those that a slice names."""
+        if isinstance(place, slice):
+            return [rows for _, rows in self.items(place)]
+        places = range(len(self))[place : place + 1 or None]
+        if not places:
+            raise IndexError(f"sample {place} of the teacher cache in {self.directory}, which has {len(self)}")
+        ((_, rows),) = self._at(places)
+        return rows
+
+    def __iter__(self) -> Iterator[Rows]:
+        """The rows of each sample in the stored order, as ``items`` gives them."""
+        return (rows for _, rows in self.items())
+
+    def items(self, places: slice = slice(None)) -> Iterator[tuple[bytes, Rows]]:
+        """The id and the rows of each sample in the stored order, or of those that a slice names, read one by one.
+
+        Raises:
+            InputError: a shard or a sample is damaged.
+        """
+        return self._at(range(len(self))[places])
+
+    def to_arrow(self, positions_at_once: int = 65_536) -> "pyarrow.RecordBatchReader":
+        """All samples in the stored order as a stream of Arrow record batches; ``read_all()`` makes a table of it.
+
+        A row is a sample: ``sample_id`` and, for each position, ``class_ids`` and ``counts``. The schema's metadata has
+        the fingerprint. It needs pyarrow: ``pip install 'selkd-cache[arrow]'``.
+
+        Args:
+            positions_at_once: a batch ends with the sample that reaches so many.
+        """
+        from selkd_cache.arrow import record_batches
+
+        return record_batches(self.items(), self.fingerprint, positions_at_once)
+
     def get(self, sample_id: bytes) -> Rows:
         """The rows of one sample: row_lengths uint16 [n], class_ids uint32 [sum], counts uint16 [sum]; see ``Rows``.
 
@@ -105,15 +153,10 @@ class TeacherCache:
             )
         number, row = place
         if number < len(self._manifest["shards"]):
-            try:
+            with self._named_in_errors():
                 shard = self._shard(number)
                 if row < len(shard.index) and shard.index["sample_id"][row].tobytes() == sample_id:
                     return shard.read(self.directory / shard.name, row)
-            except InputError as error:
-                raise InputError(
-                    f"{error} (in {self.directory}). `selkd cache verify --repair`, with the recipe that built it, "
-                    "mends it"
-                ) from error
         self._require_whole_index()
         raise InputError(f"{INDEX_FILE} in {self.directory} leads to another sample than {sample_id.hex()}")
 
@@ -177,6 +220,24 @@ class TeacherCache:
                 "`selkd cache verify --repair` makes it anew"
             )
         self._is_index_whole = True
+
+    def _at(self, places: range) -> Iterator[tuple[bytes, Rows]]:
+        """The samples at these places of the stored order; those of a shard are read from one open file."""
+        numbers = np.searchsorted(self._ends, np.asarray(places), side="right")
+        for number, same in groupby(zip(numbers.tolist(), places, strict=True), key=itemgetter(0)):
+            with self._named_in_errors():
+                shard = self._shard(number)
+                begin = int(self._ends[number]) - len(shard.index)
+                yield from shard.samples(self.directory / shard.name, [place - begin for _, place in same])
+
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            raise InputError(
+                f"{error} (in {self.directory}). `selkd cache verify --repair`, with the recipe that built it, mends it"
+            ) from error
 
     @cached_property
     def _shard(self) -> Callable[[int], Shard]:

@@ -64,6 +64,13 @@ class SampleIndex:
         halves = np.stack([self._first[order], self._second[order]], axis=1).astype(">u8")
         return np.ascontiguousarray(halves).view("V16").ravel()
 
+    def is_sorted(self) -> bool:
+        """Whether the ids ascend, as looking up needs. Raises InputError as ``find`` does."""
+        self._require_size()
+        first, second = self._first, self._second
+        ascends = (first[:-1] < first[1:]) | ((first[:-1] == first[1:]) & (second[:-1] < second[1:]))
+        return bool(ascends.all())
+
     def _require_size(self) -> None:
         """Raises InputError if the file was cut since it was opened: touching its memory map would crash (SIGBUS)."""
         try:

@@ -1,18 +1,24 @@
 """Verifying a cache: read every byte of its folder and list what is wrong."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from selkd_cache.errors import InputError
 from selkd_cache.manifest import PLAN, read_complete, read_plan
-from selkd_cache.sample_index import INDEX_FILE, describe_index
-from selkd_cache.shard import shard_name, shard_problem
+from selkd_cache.sample_index import INDEX_FILE, SampleIndex, describe_index
+from selkd_cache.shard import read_shard, shard_name, shard_problem
 
 
-def verify_cache(directory: str | Path, *, decode: bool = True) -> list[str]:
+def verify_cache(directory: str | Path, *, blocks: bool = True, decode: bool = True) -> list[str]:
     """Every problem of a cache's folder, named by file. Works, too, where ``TeacherCache.open`` refuses the folder.
 
     Args:
-        decode: also decode every sample, beside reading every byte and comparing the checksums.
+        blocks: read every byte and compare all checksums. Without it the bytes of the samples themselves are not read:
+            damage among them is found when a reader comes to it, before it returns anything of that sample.
+        decode: also decode every sample that is read.
     """
     directory = Path(directory)
     problems: list[str] = []
@@ -34,11 +40,13 @@ def verify_cache(directory: str | Path, *, decode: bool = True) -> list[str]:
     else:
         return problems
     for number, entry in enumerate(shards):
-        if problem := shard_problem(directory, number, checksum, entry, decode=decode):
+        if problem := shard_problem(directory, number, checksum, entry, blocks=blocks, decode=decode):
             problems.append(problem)
     try:
         if manifest is not None and describe_index(directory / INDEX_FILE) != manifest["index"]:
             problems.append(f"{INDEX_FILE} is damaged: it does not match the manifest's digest")
+        elif manifest is None and (directory / INDEX_FILE).exists():
+            problems += _index_problems(directory, checksum, [entry["samples"] for entry in shards])
     except InputError as error:
         problems.append(str(error))
     known = {INDEX_FILE, *map(shard_name, range(len(shards)))}
@@ -46,3 +54,17 @@ def verify_cache(directory: str | Path, *, decode: bool = True) -> list[str]:
         if path.suffix == ".selkd" and path.name not in known:
             problems.append(f"{path.name} is no shard of this cache: it has {len(known) - 1} shards")
     return problems
+
+
+def _index_problems(directory: Path, plan_checksum: str, n_samples: Sequence[int]) -> list[str]:
+    """What is wrong with an index that no manifest describes: it must lead to the samples of each readable shard."""
+    index = SampleIndex(directory / INDEX_FILE, plan_checksum, sum(n_samples))
+    ids = np.split(index.ids(), np.cumsum(n_samples)[:-1])
+    wrong = []
+    for number, found in enumerate(ids):
+        with suppress(InputError):  # told already, as the shard's
+            if found.tobytes() != read_shard(directory, number, plan_checksum).index["sample_id"].tobytes():
+                wrong.append(shard_name(number))
+    if wrong:
+        return [f"{INDEX_FILE} is damaged: it does not lead to the samples of {', '.join(wrong[:3])}"]
+    return [] if index.is_sorted() else [f"{INDEX_FILE} is damaged: its ids do not ascend"]

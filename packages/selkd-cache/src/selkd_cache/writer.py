@@ -75,10 +75,13 @@ class CacheWriter:
         _, self._plan_checksum = render(self._plan)
         self._claim_folder(repair)
 
-    def missing_shards(self, among: Iterable[int] | None = None) -> list[int]:
+    def missing_shards(self, among: Iterable[int] | None = None, *, blocks: bool = True) -> list[int]:
         """The numbers of the missing or damaged shards, of all shards or of those ``among``.
 
-        Every byte of them is read, and compared with the manifest where there is one.
+        They are compared with the manifest where there is one.
+
+        Args:
+            blocks: read every byte; else header, model, index and footer of each, as ``verify_cache`` says.
         """
         entries = self._plan["shards"]
         with suppress(InputError):  # without a manifest, the shards are compared with the plan
@@ -87,7 +90,7 @@ class CacheWriter:
         return [
             number
             for number in (range(len(entries)) if among is None else among)
-            if shard_problem(self.directory, number, self._plan_checksum, entries[number], decode=False)
+            if shard_problem(self.directory, number, self._plan_checksum, entries[number], blocks=blocks, decode=False)
         ]
 
     def require_writable(self) -> None:
