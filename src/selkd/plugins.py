@@ -56,6 +56,7 @@ F = TypeVar("F", bound=Function)
 BUILTIN_MODULES = (
     "selkd.maths.importance",
     "selkd.selection.positions",
+    "selkd.selection.survey",
     "selkd.maths.divergence",
     "selkd.selection.classes",
 )
@@ -243,6 +244,8 @@ class Metric(Entry):
         statistics: the names of the statistics that it needs.
         needs_teacher: whether it is computed from the teacher's full distribution.
         unit: the unit of its values; empty if they have none.
+        of_batch: whether its values depend on the other samples of a micro-batch, so that it goes only with optimiser
+            steps of one micro-batch.
         of_sample: how it scores a sample, from the means of its statistics over the valid positions, for the
             documentation's table; None if it scores no samples.
     """
@@ -254,6 +257,7 @@ class Metric(Entry):
     statistics: tuple[str, ...] = ()
     needs_teacher: bool = False
     unit: str = ""
+    of_batch: bool = False
     of_sample: str | None = None
 
     @classmethod

@@ -29,7 +29,7 @@ def test_named_recipes_read_back_to_themselves(name: str, tmp_path: Path) -> Non
 def test_the_named_recipes_are_there() -> None:
     wanted = (
         "full_kd random_pos se_kd gls curriculum pos_rs pos_rs_corrected weighted_kd dkd at_kd full_kd_t2 full_kd_ce "
-        "rs_kd top_samples random_samples top_samples_rs_kd se_kd_top_samples se_kd_3x demo"
+        "rs_kd top_samples random_samples top_samples_rs_kd se_kd_top_samples se_kd_3x demo pps"
     )
     wanted += (
         " full_kd_on_policy random_pos_on_policy se_kd_on_policy pos_rs_on_policy pos_rs_corrected_on_policy "

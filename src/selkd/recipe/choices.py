@@ -152,6 +152,13 @@ class PositionOptions(Part):
         le=1,
         description="For the same, the share of the draws that the highest scores get for sure; default 0.",
     )
+    power: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="For pps, positions are drawn in proportion to u^power; default 1; 0: evenly spaced ones, without "
+        "a metric.",
+    )
     scoring: Literal["exact", "two_stage"] | None = Field(
         None,
         description="exact, the default, or two_stage, which for top_k of student_entropy estimates every score and "
@@ -180,9 +187,10 @@ class PositionOptions(Part):
         policy = Policy.find(self.policy)
         if policy.is_unread:  # the recipe of a run that is only read: it was completed when the run began
             return self
-        self._settle_scoring(policy)
+        ranks = policy.ranks and self.power != 0
+        self._settle_scoring(ranks)
         self._settle_options(policy)
-        if not policy.ranks:
+        if not ranks:
             self._settle(metric=policy.metric)
         elif self.metric is None:
             raise ValueError(f"positions.policy: {policy.name} goes by a metric; give positions.metric")
@@ -204,8 +212,8 @@ class PositionOptions(Part):
             )
         return self
 
-    def _settle_scoring(self, policy: Policy) -> None:
-        """Check and complete ``scoring`` and the options of ``two_stage``."""
+    def _settle_scoring(self, ranks: bool) -> None:
+        """Check and complete ``scoring`` and the options of ``two_stage``; ``ranks``: the policy uses scores."""
         if self.scoring == "two_stage":
             if self.policy != "top_k" or self.metric != "student_entropy":
                 raise ValueError(
@@ -214,7 +222,7 @@ class PositionOptions(Part):
                     "exact scores (scoring: exact)"
                 )
         else:
-            self._settle(scoring="exact" if policy.ranks else None)
+            self._settle(scoring="exact" if ranks else None)
         _settle_estimate(self, "positions", "two_stage", rescored_share=0.15, calibration_fraction=1 / 32)
 
     def _settle_options(self, policy: Policy) -> None:

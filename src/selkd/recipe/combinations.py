@@ -1,5 +1,6 @@
 """Which choices of one training go together: one check for recipes and for ``DistillArguments``."""
 
+from selkd.plugins import Metric
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions
 from selkd.recipe.data import RowOptions
 from selkd.recipe.part import LARGEST_COUNT
@@ -50,6 +51,26 @@ def check_batch(per_device: int, data: RowOptions) -> None:
             f"more positions than a tensor's 31-bit index reaches ({LARGEST_COUNT:,}); lower it, and raise "
             "gradient_accumulation_steps"
         )
+
+
+def check_whole_steps(positions: PositionOptions, accumulation_steps: int, processes: int = 1) -> None:
+    """Raises ValueError for a metric of the whole micro-batch where several make up an optimiser step.
+
+    What a step does would depend on how it is cut.
+    """
+    if positions.metric is None or not Metric.find(positions.metric).of_batch:
+        return
+    name = (
+        f"positions.metric: {positions.metric} scales its scores over the micro-batch, and a step's gradient must not"
+    )
+    remedy = "or take soft_or, which scales within each sample"
+    if accumulation_steps > 1:
+        raise ValueError(
+            f"{name} depend on how the step is cut; set gradient_accumulation_steps: 1 (here {accumulation_steps}) and "
+            f"raise per_device_train_batch_size, {remedy}"
+        )
+    if processes > 1:
+        raise ValueError(f"{name} depend on the number of processes (here {processes}); use one, {remedy}")
 
 
 def check_cached(positions: PositionOptions) -> None:

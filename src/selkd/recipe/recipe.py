@@ -5,7 +5,14 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions, SampleOptions
-from selkd.recipe.combinations import check_batch, check_cached, check_combination, check_sharded, on_policy_criterion
+from selkd.recipe.combinations import (
+    check_batch,
+    check_cached,
+    check_combination,
+    check_sharded,
+    check_whole_steps,
+    on_policy_criterion,
+)
 from selkd.recipe.data import DataOptions
 from selkd.recipe.evaluation import EvaluationOptions
 from selkd.recipe.models import StudentOptions, TeacherOptions
@@ -105,6 +112,7 @@ class Recipe(Part):
             check_batch(self.training.get("per_device_train_batch_size", 1), self.data)
         except ValueError as error:
             raise ValueError(f"training.{error}") from None
+        check_whole_steps(self.positions, self.training.get("gradient_accumulation_steps", 1))
         if self.cache is not None:
             self._check_cache()
         if self.data.is_prompt_only and self.samples is not None:

@@ -13,7 +13,13 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from selkd.errors import InputError
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions
-from selkd.recipe.combinations import check_batch, check_combination, check_sharded, on_policy_criterion
+from selkd.recipe.combinations import (
+    check_batch,
+    check_combination,
+    check_sharded,
+    check_whole_steps,
+    on_policy_criterion,
+)
 from selkd.recipe.data import RowOptions
 from selkd.recipe.models import check_device
 from selkd.recipe.packages import check_packages
@@ -122,6 +128,7 @@ class DistillArguments(TrainingArguments):
         with _as_input_error("{}."):
             check_combination(self.criterion, self.positions, self.classes, self.on_policy, self.data)
             check_batch(self.per_device_train_batch_size, self.data)
+            check_whole_steps(self.positions, self.gradient_accumulation_steps, self.world_size)
             if self.is_sharded:
                 check_sharded(self.on_policy, has_adapters=False)  # the trainer checks again when it has the model
         require_supported_split(self)
