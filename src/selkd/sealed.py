@@ -16,11 +16,11 @@ from selkd.files import RECIPE, RECORD, file_digest, is_temporary
 
 DIGEST, INPUTS, FILES = "digest", "inputs", "files"  # keys of the record
 EXAMPLES, OVERLAP, SCORES = "selection/examples.json", "selection/overlap.json", "selection/samples.parquet"
-FIDELITY, HELD_OUT = "fidelity.json", "held_out.json"
+FIDELITY, FIDELITY_STEPS, HELD_OUT = "fidelity.json", "fidelity_steps.jsonl", "held_out.json"
 METRICS, REPORT, CARD = "metrics.jsonl", "report.html", "student/README.md"
 CACHE_COST = "teacher_cache/cost.json"
 _UNSEALED = "0" * 32
-_FILES = (RECIPE, METRICS, "rollouts.jsonl", REPORT, CACHE_COST, FIDELITY, HELD_OUT)
+_FILES = (RECIPE, METRICS, "rollouts.jsonl", REPORT, CACHE_COST, FIDELITY, FIDELITY_STEPS, HELD_OUT)
 _FOLDERS = ("selection", "student", "adapter", "best_student", "benchmarks")
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from selkd.evaluation.calibration import bin_of, choice_confidence, expected_calibration_error
+from selkd.evaluation.calibration import bin_of, calibration_error, choice_confidence, expected_calibration_error
 from selkd.evaluation.intervals import ExampleMeasures, estimate
 
 
@@ -18,6 +18,12 @@ def test_two_bins_by_hand() -> None:
     """0.70 and 0.72 share the bin (10/15, 11/15]: mean 0.71, half right. 0.95 and 0.96 share another: all wrong."""
     assert ece([0.70, 0.72], [1, 0]) == pytest.approx(0.21)
     assert ece([0.70, 0.72, 0.95, 0.96], [1, 0, 0, 0]) == pytest.approx((2 * 0.21 + 2 * 0.955) / 4)
+
+
+def test_without_resampling_it_is_the_same() -> None:
+    generator = np.random.default_rng(0)
+    confidence, correct = generator.random(500), (generator.random(500) < 0.4).astype(float)
+    assert calibration_error(confidence, correct) == pytest.approx(ece(list(confidence), list(correct)))
 
 
 def test_errors_of_two_bins_do_not_cancel_but_those_in_one_do() -> None:

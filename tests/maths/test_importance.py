@@ -70,6 +70,13 @@ def test_statistics_are_the_oracles(case: dict[str, Any]) -> None:
         torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), **tolerance, msg=metric)
 
 
+def test_confidence_is_that_of_the_first_class_and_right_where_it_is_the_target() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]).double()
+    columns = statistics(("student_confidence", "student_right"), logits.clone(), None, torch.tensor([2, 0]))
+    torch.testing.assert_close(columns[:, 0], logits.softmax(-1).amax(-1))
+    assert columns[:, 1].tolist() == [0, 1]
+
+
 def test_soft_or_with_a_maximum_of_zero_leaves_its_factor_at_one() -> None:
     mask = torch.tensor([[True, True, False]])
     nothing, some = torch.zeros(1, 3), torch.tensor([[1.0, 2.0, 9.0]])

@@ -91,3 +91,17 @@ def test_without_fidelity_no_teacher_is_loaded_and_none_writes(tmp_path: Path) -
 def test_generations_can_be_turned_off(tmp_path: Path) -> None:
     run = distill(make_recipe(tmp_path, evaluation={"generations": 0}), tmp_path / "run").path
     assert read(run, "held_out.json")["continuations"] == []
+
+
+def test_sums_on_the_way_are_kept_by_step(tmp_path: Path) -> None:
+    """Each line's sums make the figure that was logged at its step; a step that is measured again is kept once."""
+    run = distill(make_recipe(tmp_path, evaluation={"every_steps": 2, "generations": 0}), tmp_path / "run").path
+    lines = [json.loads(line) for line in (run / "fidelity_steps.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figures = {line["step"]: line["held_out_kl_nats"] for line in logged if "held_out_kl_nats" in line}
+    positions = sum(read(run, "fidelity.json")["positions"])
+    assert {line["step"]: sum(line["kl_nats"]) / positions for line in lines} == pytest.approx(figures, rel=1e-5)
+    assert len(figures) > 2
+    record = unsealed(run / "record.json")
+    assert "fidelity_steps.jsonl" in record["files"]
+    assert 0 <= record["fidelity"]["after"]["calibration_error"] <= 1

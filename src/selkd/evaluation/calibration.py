@@ -43,3 +43,9 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, weig
     gap = np.zeros((len(confidence), BINS))
     gap[np.arange(len(confidence)), bin_of(confidence)] = np.asarray(confidence) - np.asarray(correct)
     return np.abs(weights @ gap).sum(axis=1) / weights.sum(axis=1)
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """``expected_calibration_error`` of all N examples, each once."""
+    gaps = np.bincount(bin_of(confidence), weights=np.asarray(confidence) - np.asarray(correct), minlength=BINS)
+    return float(np.abs(gaps).sum() / max(1, len(confidence)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selkd.data.samples import SampleDataset
+from selkd.evaluation.calibration import calibration_error
 from selkd.evaluation.statistics_pass import over_samples
 from selkd.maths.finite import not_finite
 from selkd.models.pair import ModelPair
@@ -18,6 +19,7 @@ from selkd.plugins import Metric
 ENTROPY_EDGES = (0.1, 0.5, 1.0, 2.0, 4.0)
 """The upper ends of the buckets of the teacher's entropy, in nats; the last bucket is open."""
 _SUMMED = ("student_ce", "teacher_ce", "kl", "top1_agreement")
+_CALIBRATION = ("student_confidence", "student_right")
 _MEANS = ("cross_entropy_nats", "teacher_cross_entropy_nats", "kl_nats", "top1_agreement")
 
 
@@ -29,6 +31,8 @@ class Fidelity:
         perplexity: exp of the student's mean cross-entropy with the text.
         kl_nats: the mean KL(p || q) of teacher p and student q at temperature 1.
         top1_agreement: the share of positions at which both rank the same class first.
+        calibration_error: the expected calibration error of the student's first class at each position, as a prediction
+            of the text: the mean over 15 bins of |confidence - share right|.
         teacher_perplexity: exp of the teacher's mean cross-entropy with the text.
         positions: the number of positions measured.
         teacher_tokens: the number of tokens that the teacher ran on, padding included.
@@ -41,6 +45,7 @@ class Fidelity:
     perplexity: float
     kl_nats: float
     top1_agreement: float
+    calibration_error: float
     teacher_perplexity: float
     positions: int
     teacher_tokens: int
@@ -74,7 +79,7 @@ def fidelity(models: ModelPair, samples: SampleDataset, description: str = "eval
         RunError: a figure is not finite.
     """
     of_metrics = dict.fromkeys(name for metric in Metric.builtin().values() for name in metric.statistics)
-    names = tuple(of_metrics | dict.fromkeys(("teacher_entropy", *_SUMMED)))
+    names = tuple(of_metrics | dict.fromkeys(("teacher_entropy", *_SUMMED, *_CALIBRATION)))
 
     def columns_of(group: list[int], valid_mask: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         row_of = valid_mask.nonzero()[:, 0].cpu()
@@ -89,6 +94,7 @@ def fidelity(models: ModelPair, samples: SampleDataset, description: str = "eval
         "perplexity": float(torch.tensor(student_nll / positions, dtype=torch.float64).exp()),
         "kl_nats": kl / positions,
         "top1_agreement": agreed / positions,
+        "calibration_error": calibration_error(*(statistics[name].double().numpy() for name in _CALIBRATION)),
         "teacher_perplexity": float(torch.tensor(teacher_nll / positions, dtype=torch.float64).exp()),
     }
     for name, value in figures.items():

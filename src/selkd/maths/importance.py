@@ -169,7 +169,7 @@ Metric.add(
 
 Own = Mapping[str, "Callable[[Tensor, Tensor | None, Tensor], Tensor]"]
 
-OF_STUDENT = frozenset({"student_entropy", "student_ce"})
+OF_STUDENT = frozenset({"student_entropy", "student_ce", "student_confidence", "student_right"})
 OF_TEACHER = frozenset({"teacher_entropy", "teacher_ce"})
 """Statistics of one model's logits; all others compare the two models."""
 
@@ -186,7 +186,8 @@ def statistics(
     Args:
         names: ``student_entropy`` H(q), ``teacher_entropy`` H(p), ``student_ce`` -log q(y), ``teacher_ce`` -log p(y),
             ``kl`` KL(p || q), ``reverse_kl`` KL(q || p), ``top1_agreement`` (1 where both models rank the same class
-            first, else 0), and the names in ``own``.
+            first, else 0), ``student_confidence`` (the probability of the student's first class), ``student_right`` (1
+            where that is y), and the names in ``own``.
         student_logits, teacher_logits: [n, V]; the teacher's may be None if no name needs them.
         targets: int64 [n].
         own: a user's functions of (student_logits, teacher_logits, targets), by name.
@@ -206,6 +207,10 @@ def statistics(
         log_q = None if built_in <= OF_TEACHER else log_softmax_(student_logits)
         log_p = None if teacher_logits is None or built_in <= OF_STUDENT else log_softmax_(teacher_logits)
         index = targets.unsqueeze(-1)
+        if log_q is not None and {"student_confidence", "student_right"} & built_in:
+            highest = log_q.amax(dim=-1)
+            values["student_confidence"] = highest.exp()
+            values["student_right"] = (log_q.gather(-1, index).squeeze(-1) == highest).to(log_q.dtype)
         values |= _of_one_model(built_in, "student", "reverse_kl", log_q, log_p, index)
         values |= _of_one_model(built_in, "teacher", "kl", log_p, log_q, index)
     return torch.stack([values[name] for name in names], dim=-1)

@@ -52,7 +52,7 @@ def evaluate(work: Workspace, run: RunDirectory, student: PreTrainedModel, when:
 def _record_fidelity(work: Workspace, run: RunDirectory, student: PreTrainedModel, when: str) -> None:
     measured = measure_fidelity(work, student, f"evaluating {when} training")
     record = run.record["fidelity"] or {"before": None, "after": None}
-    record[when] = {name: getattr(measured, name) for name in FIGURES}
+    record[when] = {name: getattr(measured, name) for name in (*FIGURES, "calibration_error")}
     record["teacher"] = {"perplexity": measured.teacher_perplexity}
     record["positions"] = measured.positions
     record.setdefault("by_entropy", {})[when] = measured.by_entropy()

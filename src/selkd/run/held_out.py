@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from selkd.files import write_whole
 from selkd.models.loading import load_model
 from selkd.run.directory import RunDirectory
 from selkd.run.workspace import Workspace
-from selkd.sealed import FIDELITY, HELD_OUT
+from selkd.sealed import FIDELITY, FIDELITY_STEPS, HELD_OUT
 from selkd.tokens.changes import (
     NEW_TOKENS,
     Seen,
@@ -46,8 +47,22 @@ def write_sums(run: RunDirectory, measured: Fidelity, when: str) -> None:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     sums = measured.sums.sum(dim=1)
     content["positions"] = [int(count) for count in sums[:, 0].tolist()]
-    content[when] = {name: [round(value, 6) for value in sums[:, column].tolist()] for name, column in _SUMS.items()}
+    content[when] = _sums_by_sample(measured)
     write_whole(path, json.dumps(content) + "\n")
+
+
+def write_step_sums(run_path: Path, measured: Fidelity, step: int) -> None:
+    """Add a line with the sums over each held-out sample at an optimiser step. Lines of later steps go: the training
+    went on from an earlier checkpoint."""
+    path = run_path / FIDELITY_STEPS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < step]
+    write_whole(path, "".join(kept) + json.dumps({"step": step, **_sums_by_sample(measured)}) + "\n")
+
+
+def _sums_by_sample(measured: Fidelity) -> dict[str, list[float]]:
+    sums = measured.sums.sum(dim=1)
+    return {name: [round(value, 6) for value in sums[:, column].tolist()] for name, column in _SUMS.items()}
 
 
 def write_held_out(work: Workspace, run: RunDirectory, student: PreTrainedModel) -> None:

@@ -16,6 +16,7 @@ from selkd.run import benchmarks
 from selkd.run.directory import RunDirectory
 from selkd.run.enough import warn_if_short
 from selkd.run.evaluate import FIGURES, benchmarks_record, forget_after, measure_fidelity
+from selkd.run.held_out import write_step_sums
 from selkd.run.record import PeakMemory, add_seconds, count_teacher_tokens, size
 from selkd.run.workspace import Workspace
 from selkd.training.callbacks import EverySteps, Measured, MetricsFile, TrainingProgress
@@ -100,6 +101,8 @@ class RunTrainer(DistillTrainer):
                 work.models.release_teacher()
             measured = {name: getattr(fidelity, name) for name in FIGURES}
             logs = {f"held_out_{name}": value for name, value in measured.items()}
+            if work.state.is_main_process:
+                write_step_sums(work.run_path, fidelity, step)
         if options.has_benchmarks:
             summary = benchmarks.measure(work, work.models.student, f"step-{step}", f"step {step}", reuse=False)
             if summary is not None:
