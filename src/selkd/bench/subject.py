@@ -18,6 +18,7 @@ from selkd.errors import InputError
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 from selkd.recipe.choices import ClassOptions
+from selkd.recipe.foreign import require_model_here
 from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import Workspace
 from selkd.selection.two_stage import by_frequency
@@ -38,6 +39,7 @@ class BenchSubject:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        require_model_here(recipe.teacher)
         self.recipe = recipe
         self._folder = tempfile.TemporaryDirectory(prefix="selkd-bench-")
         self.work = Workspace(recipe, Path(self._folder.name) / "run")

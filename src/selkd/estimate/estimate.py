@@ -14,6 +14,7 @@ from selkd.needs.cache_size import MEASURED, SOURCE, typical_bytes
 from selkd.needs.memory import Memory, memory
 from selkd.needs.plan import Plan, make_plan, tokens_to_plan
 from selkd.recipe.evaluation import benchmarks_of
+from selkd.recipe.foreign import require_model_here
 from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import Workspace
 
@@ -36,6 +37,7 @@ def estimate(
     Raises:
         InputError: ``distill`` would refuse the models or the text, or a CPU is to be probed for accelerators.
     """
+    require_model_here(recipe.teacher)
     cache_dir = default_cache_dir()
     teacher_source = find_files(recipe.teacher.model, cache_dir)  # tokenising needs its tokenizer alone
     student_source = None if recipe.student.model is None else find_files(recipe.student.model, cache_dir)

@@ -2,6 +2,7 @@
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -20,11 +21,56 @@ def check_device(name: str) -> str:
     return name
 
 
+def check_server(url: str) -> str:
+    """The address of a server. Raises ValueError for one that names no host, or that could hold a secret."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"expected an address such as http://host:8000/v1, got one that is none: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError(f"expected an address such as http://host:8000/v1, got {url!r}")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise ValueError(
+            "expected an address without user, password, ? and #, as it is written into the run; a key goes into an "
+            "environment variable, whose name is teacher.api_key_env"
+        )
+    return url
+
+
+class RequestOptions(Part):
+    """How a served teacher is asked. A run that is continued may have other values."""
+
+    protocol: Literal["vllm", "openai"] = Field(
+        "vllm", description="vllm: prompt_logprobs; openai: echo with logprobs, of at most some classes."
+    )
+    parallel: int = Field(8, ge=1, le=1024, description="How many requests are under way at a time.")
+    timeout_seconds: float = Field(
+        120.0, gt=0, le=86_400, allow_inf_nan=False, description="How long one attempt may take as a whole."
+    )
+    attempts: int = Field(
+        8, ge=1, le=100, description="How often a request is made until a whole answer comes, with growing waits."
+    )
+
+
 class TeacherOptions(Part):
     """The large model."""
 
     model: PathText = Field(
-        description="The large model: demo, a local folder, a .gguf file (read dequantised) or a hub id."
+        description="The large model: demo, a local folder, a .gguf file (read dequantised) or a hub id; with server "
+        "or imported its name there, which identifies it."
+    )
+    server: Annotated[str, AfterValidator(check_server)] | None = Field(
+        None, description="The address of an OpenAI-compatible server that has it, up to /completions; null: load it."
+    )
+    api_key_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="The name of the environment variable that holds the server's key; null: no key is sent.",
+    )
+    requests: RequestOptions | None = Field(None, description="How the server is asked; null without one.")
+    imported: bool = Field(
+        False, description="Whether its answers come from files, by selkd cache import, and it is not loaded."
     )
     dtype: Dtype = Field(
         "auto", description="The dtype of the weights; auto: bfloat16 where the device computes in it."
@@ -36,6 +82,22 @@ class TeacherOptions(Part):
     device: Annotated[str, AfterValidator(check_device)] | None = Field(
         None, description="The teacher's device: cpu, cuda or cuda:1; null: the student's device."
     )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "TeacherOptions":
+        if self.server is not None and self.imported:
+            raise ValueError("teacher.imported: its answers come from teacher.server; leave one of the two out")
+        for name in ("api_key_env", "requests"):
+            if self.server is None and getattr(self, name) is not None:
+                raise ValueError(f"teacher.{name}: an option of teacher.server, without effect; leave it out")
+        if self.server is not None and self.requests is None:
+            self._settle(requests=RequestOptions())
+        return self
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether its model is not here: its answers come from a server, or were imported."""
+        return self.server is not None or self.imported
 
 
 class PruneOptions(Part):

@@ -15,6 +15,7 @@ from selkd.recipe.combinations import (
 )
 from selkd.recipe.data import DataOptions
 from selkd.recipe.evaluation import EvaluationOptions
+from selkd.recipe.foreign import check_foreign, evaluation_of, without_address
 from selkd.recipe.models import StudentOptions, TeacherOptions
 from selkd.recipe.part import Part, PathText
 from selkd.recipe.training import check_training
@@ -115,6 +116,9 @@ class Recipe(Part):
         check_whole_steps(self.positions, self.training.get("gradient_accumulation_steps", 1))
         if self.cache is not None:
             self._check_cache()
+        if self.teacher.is_foreign:
+            check_foreign(self)
+            self._settle(evaluation=evaluation_of(self.evaluation))
         if self.data.is_prompt_only and self.samples is not None:
             raise ValueError(
                 "samples: a sample is scored on its completion, and prompts alone have none; give "
@@ -166,5 +170,7 @@ class Recipe(Part):
         return self.model_dump(mode="json")
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same: ``resolved`` without how a run ends early, which may change on the way."""
-        return {key: value for key, value in self.resolved().items() if key != "run"}
+        """What makes two runs the same: ``resolved`` without how a run ends early, and without where a server is asked
+        and how, which may change on the way."""
+        content = {key: value for key, value in self.resolved().items() if key != "run"}
+        return content | {"teacher": without_address(content["teacher"])}

@@ -8,6 +8,9 @@ from accelerate.utils import gather_object
 
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
+from selkd.foreign.responses import TokenNames
+from selkd.foreign.scored import Truncation
+from selkd.foreign.served import ServedTeacher
 from selkd.run.directory import RunDirectory
 from selkd.run.enough import warn_if_short
 from selkd.run.fetch_cache import fetch_cache, is_remote
@@ -99,7 +102,7 @@ def _built(
         run.save()
     on_shard = _cost_noted(work, directory, build.planned_tokens)
     work.state.wait_for_everyone()  # no shard is finished before it is counted
-    build.run(lambda: live_teacher(work), work.models.pad_token_id, on_shard)
+    build.run(lambda: row_source(work), work.models.pad_token_id, on_shard)
     return TeacherCache.open(directory, fingerprint)
 
 
@@ -127,7 +130,31 @@ def _cost_noted(work: Workspace, directory: Path, teacher_tokens: int) -> Callab
 def build(work: Workspace, directory: Path, samples: SampleDataset, *, repair: bool = False) -> int:
     """Build or finish the recipe's cache of ``samples``. Returns the tokens that the teacher ran on."""
     fingerprint, pad_token_id = cache_fingerprint(work), work.models.pad_token_id
-    return build_cache(directory, fingerprint, samples, lambda: live_teacher(work), pad_token_id, repair=repair)
+    return build_cache(directory, fingerprint, samples, lambda: row_source(work), pad_token_id, repair=repair)
+
+
+def row_source(work: Workspace) -> LiveTeacher | ServedTeacher:
+    """What gives the rows of the recipe's cache: its teacher, loaded, or the server that has it, tried."""
+    if work.recipe.teacher.imported:
+        raise InputError(
+            "teacher.imported: its cache is not there, or not whole, and is built from files alone: "
+            "selkd cache import RECIPE FILES"
+        )
+    return served_teacher(work) if work.recipe.teacher.server is not None else live_teacher(work)
+
+
+def served_teacher(work: Workspace) -> ServedTeacher:
+    """The recipe's served teacher, once it has answered for texts of selkd's own."""
+    served = ServedTeacher(work.recipe.teacher, TokenNames(work.tokenizer), truncation(work))
+    served.check()
+    return served
+
+
+def truncation(work: Workspace) -> Truncation:
+    """How what a teacher from elsewhere gives is stored."""
+    classes = work.recipe.classes
+    assert classes.draws is not None
+    return Truncation(classes.draws, classes.tail, work.vocab_size)
 
 
 def live_teacher(work: Workspace) -> LiveTeacher:
@@ -158,6 +185,8 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
     """Everything that determines the draws but the samples, which the cache finds by their content."""
     recipe = work.recipe
     assert recipe.classes.draws is not None
+    if recipe.teacher.is_foreign:
+        return _foreign_fingerprint(work)
     return {
         **{f"{kind}_source": digest for kind, digest in work.own_parts.items() if kind == "sampler"},
         "teacher": work.teacher_source.fingerprint,
@@ -170,4 +199,22 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
         **({TAIL: "one class"} if recipe.classes.tail else {}),
         "temperature": recipe.criterion.temperature,
         "seed": recipe.seed,
+    }
+
+
+def _foreign_fingerprint(work: Workspace) -> dict[str, str | int | float]:
+    """What is known of a teacher from elsewhere, and that its distributions were cut. Nothing in it is random."""
+    classes = work.recipe.classes
+    assert classes.draws is not None
+    return {
+        "teacher": work.teacher_fingerprint,
+        "origin": "served" if work.recipe.teacher.server is not None else "imported",
+        "truncated": "biased: the mass of all others is one class" if classes.tail else "biased: renormalised",
+        "tokenizer": work.tokenizer_fingerprint,
+        "vocabulary": work.vocab_size,
+        "sampler": classes.sampler,
+        "draws": classes.draws,
+        "count_total": class_sampler(classes).total,
+        **({TAIL: "one class"} if classes.tail else {}),
+        "temperature": work.recipe.criterion.temperature,
     }

@@ -27,7 +27,7 @@ def warn_if_short(work: Workspace, stage: str, folder: Path | None = None) -> No
     Args:
         folder: where the stage writes; None: it writes little.
     """
-    if not work.state.is_main_process:
+    if not work.state.is_main_process or work.recipe.teacher.is_foreign:  # the counts begin with the teacher's model
         return
     try:
         in_memory, on_disk = _needs(work)

@@ -10,6 +10,7 @@ from selkd.errors import InputError
 from selkd.files import RECIPE, file_digest
 from selkd.models.sources import revision_of
 from selkd.recipe.files import recipe_content
+from selkd.recipe.foreign import without_address
 from selkd.run.directory import RunDirectory
 from selkd.run.workspace import Workspace
 from selkd.sealed import INPUTS, REPORT
@@ -51,13 +52,14 @@ def revisions_of(record: dict[str, Any]) -> dict[str, str]:
 
 def _found(work: Workspace, run: RunDirectory) -> Inputs:
     """What is there now, but for a student that is cut from the teacher."""
-    sources = {"teacher": work.teacher_source}
+    sources = {} if work.recipe.teacher.is_foreign else {"teacher": work.teacher_source}
     if work.recipe.student.model is not None:
         sources["student"] = work.student_source
     revisions = {part: revision for part, source in sources.items() if (revision := revision_of(source)) is not None}
     splits = work.splits
     return {
         "recipe": _recipe_digest(run),
+        "teacher": work.teacher_fingerprint,
         **{part: source.fingerprint for part, source in sources.items()},
         **{f"{part}_revision": revision for part, revision in revisions.items()},
         "tokenizer": work.tokenizer_fingerprint,
@@ -82,9 +84,11 @@ def _recipe_digest(run: RunDirectory) -> str:
 
 
 def recipe_digest(content: dict[str, Any]) -> str:
-    """The digest of a resolved recipe's content, but for how a run ends early and the paths of scores and cache."""
+    """The digest of a resolved recipe's content, but for how a run ends early, how a server is asked, and the paths of
+    scores and cache."""
     content = json.loads(json.dumps(content))
     content.pop("run", None)
+    content["teacher"] = without_address(content["teacher"])
     for part in ("samples", "cache"):
         (content.get(part) or {}).pop("path", None)
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -60,7 +60,7 @@ def prepare(work: Workspace, run: RunDirectory) -> None:
             "initial_fingerprint": source.fingerprint,
             "pruned_from_teacher": work.pruning,
         } | {k: v for k, v in (run.record.get("student") or {}).items() if k in STUDENT_KEYS}
-        teacher = {"model": work.teacher_source.name, "fingerprint": work.teacher_source.fingerprint}
+        teacher = {"model": work.teacher_name, "fingerprint": work.teacher_fingerprint}
         run.record["teacher"] = {**(run.record.get("teacher") or {}), **teacher}
         pruning = work.pruning  # by this run or, on this machine, by one before it
         count_teacher_tokens(run, **({} if pruning is None else {"prune": pruning["teacher_tokens"]}))

@@ -21,6 +21,7 @@ from selkd.data.samples import Sample, SampleDataset
 from selkd.data.splits import Splits, load_splits
 from selkd.errors import InputError
 from selkd.files import new_folder
+from selkd.foreign.client import require_key
 from selkd.models.adapters import with_adapters
 from selkd.models.head import check_head, check_packing
 from selkd.models.loading import (
@@ -37,6 +38,7 @@ from selkd.models.pruning import prune, require_fewer_layers
 from selkd.models.quantisation import precision_of, require_quantization
 from selkd.models.sources import ModelSource, default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, require_same_tokenizer, shared_classes, tokenizer_fingerprint
+from selkd.recipe.foreign import require_model_here
 from selkd.recipe.pruning import CALIBRATION_SAMPLES
 from selkd.recipe.recipe import Recipe
 from selkd.training.arguments import DistillArguments
@@ -102,6 +104,8 @@ class Workspace:
                 self.recipe.check_sharded()
             except ValueError as error:
                 raise InputError(f"{error}.") from None
+        if self.recipe.teacher.server is not None:
+            require_key(self.recipe.teacher)
         require_device("teacher.device", self.teacher_device)
         if self.recipe.teacher.quantization is not None:
             require_quantization(self.recipe.teacher.quantization, self.teacher_device)
@@ -174,9 +178,21 @@ class Workspace:
 
     @cached_property
     def teacher_source(self) -> ModelSource:
+        """The teacher's files. Raises InputError where it is served, or its answers were imported."""
+        require_model_here(self.recipe.teacher)
         return self._teacher_source or self._main_process_first(
             lambda: locate(self.recipe.teacher.model, self.cache_dir, self.revisions.get("teacher"))
         )
+
+    @property
+    def teacher_fingerprint(self) -> str:
+        """What identifies the teacher: the digest of its files, or, where they are not here, its name."""
+        teacher = self.recipe.teacher
+        return f"known by its name: {teacher.model}" if teacher.is_foreign else self.teacher_source.fingerprint
+
+    @property
+    def teacher_name(self) -> str:
+        return self.recipe.teacher.model if self.recipe.teacher.is_foreign else self.teacher_source.name
 
     @property
     def teacher_device(self) -> torch.device:
@@ -189,11 +205,15 @@ class Workspace:
 
     @property
     def teacher_precision(self) -> str:
+        if self.recipe.teacher.is_foreign:
+            return "unknown"
         return precision_of(self.teacher_dtype, self.recipe.teacher.quantization)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that both models share."""
+        if self.recipe.teacher.is_foreign:  # whether it has the same one is found out when it answers
+            return load_tokenizer(self.student_source)
         tokenizer = load_tokenizer(self.teacher_source)
         if self.recipe.student.model is not None:
             require_same_tokenizer(tokenizer, load_tokenizer(self.student_source))
@@ -214,7 +234,8 @@ class Workspace:
 
     def require_positions(self) -> None:
         """Raises InputError if a sample, or a prompt with its answer, may exceed the positions of a model."""
-        sources = [self.teacher_source] + ([self.student_source] if self.recipe.student.model is not None else [])
+        sources = [] if self.recipe.teacher.is_foreign else [self.teacher_source]
+        sources += [self.student_source] if self.recipe.student.model is not None else []
         windows = [(source.name, n_positions(source)) for source in sources]
         length = self.recipe.data.max_length
         for name, window in windows:
@@ -265,7 +286,7 @@ class Workspace:
     @cached_property
     def vocab_size(self) -> int:
         """How many classes teacher and student share, read from their configurations: no weights are needed."""
-        sizes = {"teacher": n_rows(self.teacher_source)}
+        sizes = {} if self.recipe.teacher.is_foreign else {"teacher": n_rows(self.teacher_source)}
         if self.recipe.student.model is not None:  # a student cut from the teacher has the teacher's classes
             sizes["student"] = n_rows(self.student_source)
         return shared_classes(sizes, self.tokenizer)

@@ -136,6 +136,12 @@ def count_distinct(drawn: Tensor) -> Drawn:
     return class_ids, counts
 
 
+def with_tail(class_ids: Tensor, probabilities: Tensor, vocab_size: int) -> Drawn:
+    """Classes [n, C] and their probabilities with one class more, ``vocab_size``, which has the mass of all others."""
+    rest = (1 - probabilities.double().sum(-1, keepdim=True)).clamp(min=0).to(probabilities)
+    return torch.nn.functional.pad(class_ids, (0, 1), value=vocab_size), torch.cat([probabilities, rest], dim=-1)
+
+
 def in_units(class_ids: Tensor, probabilities: Tensor) -> Drawn:
     """Probabilities [n, C], for storing, as integer counts that sum to ``TOP_K_UNITS``, by largest remainders.
 
@@ -181,8 +187,7 @@ class ClassSampler:
         """The same draws, for storing: with integer counts that sum to ``total``; the tail is class V."""
         class_ids, counts = self(probabilities, uniforms)
         if self.keeps_tail:
-            class_ids = torch.nn.functional.pad(class_ids, (0, 1), value=probabilities.shape[-1])
-            counts = torch.cat([counts, (1 - counts.double().sum(-1, keepdim=True)).clamp(min=0).to(counts)], dim=-1)
+            class_ids, counts = with_tail(class_ids, counts, probabilities.shape[-1])
         return in_units(class_ids, counts) if counts.is_floating_point() else (class_ids, counts)
 
 

@@ -4,9 +4,11 @@ Draws depend on the seed and the sample's content alone, and the teacher's batch
 built again, or by several processes, is the same.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from accelerate import PartialState
@@ -23,6 +25,13 @@ from selkd_cache.writer import CacheWriter, SampleRows
 
 # A shard stores how often each class was drawn, some 30 kB at 50,000 classes: too much for a small shard.
 SHARD_TOKENS = 2**17
+
+
+class RowSource(Protocol):
+    """What gives a cache's rows in place of a teacher in memory."""
+
+    def rows(self, samples: Sequence[Sample]) -> list[SampleRows]:
+        """The rows that a cache stores for each of the samples, in their order."""
 
 
 class CacheBuild:
@@ -66,12 +75,16 @@ class CacheBuild:
         self.planned_tokens, self.missing_tokens = sum(tokens), sum(tokens[number] for number in self._missing)
 
     def run(
-        self, teacher: Callable[[], LiveTeacher], pad_token_id: int, on_shard: Callable[[], None] = lambda: None
+        self,
+        teacher: Callable[[], LiveTeacher | RowSource],
+        pad_token_id: int,
+        on_shard: Callable[[], None] = lambda: None,
     ) -> None:
         """Write the missing shards and complete the cache.
 
         Args:
-            teacher: loads the teacher, with a class sampler; called only if a shard is missing.
+            teacher: loads the teacher, with a class sampler, or what else gives the rows; called only if a shard is
+                missing.
             on_shard: called after each shard that this process has written.
 
         Raises:
@@ -89,17 +102,20 @@ class CacheBuild:
         self._state.wait_for_everyone()
 
     def _write_own_share(
-        self, teacher: Callable[[], LiveTeacher], pad_token_id: int, on_shard: Callable[[], None]
+        self, teacher: Callable[[], LiveTeacher | RowSource], pad_token_id: int, on_shard: Callable[[], None]
     ) -> None:
         own_share = self._missing[self._state.process_index :: self._state.num_processes]
         if not own_share:
             return
         self._writer.require_writable()
-        live, samples = teacher(), self._samples
+        source, samples = teacher(), self._samples
         batches = {number: self._batches[number] for number in own_share}
+        if not isinstance(source, LiveTeacher):  # it makes batches of its own
+            batches = {number: [list(chain.from_iterable(shard))] for number, shard in batches.items()}
 
         def draw(batch: list[int]) -> list[SampleRows]:
-            return draw_rows(live, [samples[index] for index in batch], pad_token_id)
+            chosen = [samples[index] for index in batch]
+            return draw_rows(source, chosen, pad_token_id) if isinstance(source, LiveTeacher) else source.rows(chosen)
 
         for _ in _written(self._writer, batches, draw):
             on_shard()
@@ -109,7 +125,7 @@ def build_cache(
     directory: Path,
     fingerprint: Fingerprint,
     samples: SampleDataset,
-    teacher: Callable[[], LiveTeacher],
+    teacher: Callable[[], LiveTeacher | RowSource],
     pad_token_id: int,
     *,
     repair: bool = False,
