@@ -2,9 +2,10 @@
 
     python completions_server.py SETTINGS.json
 
-It writes ``{"port": …}`` to the settings' ``ready`` file once it serves, and a line for each request to ``log``: when
-it came and what was answered, its key, and no word of it. Settings: ``model`` (a folder with its tokenizer), ``faults``
-(number of the request -> what is done instead), ``shift`` (added to every token id that it tells), ``key``.
+It writes its port to the settings' ``ready`` file once it serves, and a line for each request to ``log``: its number,
+the fault, its key, and no word of it. The settings are read anew at each request, and another ``turn`` counts from 0
+again: ``model`` (a folder with its tokenizer), ``faults`` (number of the request -> what is done instead), ``always``
+(a fault) from the number ``from`` on, ``shift`` (added to every token id that it tells), ``key``.
 """
 
 import json
@@ -25,23 +26,31 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.settings = settings
+        self.path, self.turn, self.served = path, None, 0
         self.lock = threading.Lock()
-        self.served = 0
+        settings = json.loads(path.read_text())
         torch.set_num_threads(1)
         self.tokenizer = AutoTokenizer.from_pretrained(settings["model"])
         self.model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
 
-    def numbered(self) -> int:
-        with self.lock:
-            self.served += 1
-            return self.served - 1
+    def handle_error(self, *_: Any) -> None:
+        """Clients that hang up are no news."""
 
-    def note(self, **line: Any) -> None:
-        with self.lock, Path(self.settings["log"]).open("a") as file:
-            file.write(json.dumps({"time": time.monotonic(), **line}) + "\n")
+    def request(self, key: str | None) -> tuple[dict[str, Any], str | None]:
+        """The settings now, and the fault with which this request meets; it is noted."""
+        with self.lock:
+            settings = json.loads(self.path.read_text())
+            if settings["turn"] != self.turn:
+                self.turn, self.served = settings["turn"], 0
+            number = self.served
+            self.served += 1
+            always = settings.get("always") if number >= settings.get("from", 0) else None
+            fault = settings.get("faults", {}).get(str(number)) or always
+            with Path(settings["log"]).open("a") as file:
+                file.write(json.dumps({"number": number, "fault": fault, "key": key}) + "\n")
+        return settings, fault
 
     @torch.inference_mode()
     def logs(self, token_ids: list[int]) -> torch.Tensor:
@@ -58,12 +67,10 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing to standard error."""
 
     def do_POST(self) -> None:
-        server, settings = self.server, self.server.settings
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        number = server.numbered()
-        fault = settings.get("faults", {}).get(str(number)) or settings.get("always")
-        # Also where it answers well, a part of the faults strikes by chance of the request's number.
-        server.note(number=number, fault=fault, key=self.headers.get("Authorization"), path=self.path)
+        settings, fault = self.server.request(self.headers.get("Authorization"))
+        if self.path != "/v1/completions":
+            return self.answer(404, b"{}")
         if settings.get("key") and self.headers.get("Authorization") != f"Bearer {settings['key']}":
             return self.answer(401, b"{}")
         if fault == "reset":
@@ -78,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(307, b"", {"Location": settings["elsewhere"]})
         if fault == "slow":
             time.sleep(settings.get("slow_seconds", 30))
-        content = json.dumps(self.completion(body)).encode()
+        content = json.dumps(self.completion(body, settings.get("shift", 0))).encode()
         if fault == "truncated":
             content = content[: len(content) // 2]
         if fault == "dripping":
@@ -105,8 +112,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
         self.wfile.flush()
 
-    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
-        server, prompt, shift = self.server, body["prompt"], self.server.settings.get("shift", 0)
+    def completion(self, body: dict[str, Any], shift: int) -> dict[str, Any]:
+        server, prompt = self.server, body["prompt"]
         token_ids = server.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         logs = server.logs(token_ids) if token_ids else torch.zeros(0, 1)
         classes = body.get("prompt_logprobs") or body.get("logprobs") or 1
@@ -141,9 +148,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    running = Server(given)
-    ready = Path(given["ready"])
-    ready.with_suffix(".new").write_text(json.dumps({"port": running.server_address[1]}))
+    running = Server(Path(sys.argv[1]))
+    ready = Path(json.loads(Path(sys.argv[1]).read_text())["ready"])
+    ready.with_suffix(".new").write_text(str(running.server_address[1]))
     ready.with_suffix(".new").rename(ready)
     running.serve_forever()

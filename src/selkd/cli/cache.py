@@ -24,7 +24,7 @@ from selkd.errors import InputError
 from selkd.files import RECIPE
 from selkd.reporting.formats import data_size
 
-cache_app = typer.Typer(no_args_is_help=True, help="Build, verify, inspect or export a teacher cache.")
+cache_app = typer.Typer(no_args_is_help=True, help="Build, import, verify, inspect or export a teacher cache.")
 
 CacheFolder = Annotated[
     Path, typer.Argument(callback=possible, metavar="DIR", help="A teacher cache's folder, or the run's that uses it.")
@@ -50,6 +50,41 @@ def cache_build(
 
     quiet()
     print_answer(cache_only(loaded, out).record["teacher_cache"], json_output)
+
+
+@cache_app.command("import")
+def cache_import(
+    recipe: RecipeName,
+    files: Annotated[
+        list[Path],
+        typer.Argument(callback=possible, metavar="FILES", help="Parquet or JSON Lines files, or folders of them."),
+    ],
+    out: Out = None,
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(callback=possible, help="DistillKit's compression_config.yaml, if it is not beside the files."),
+    ] = None,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="The values are logits, so the mass of other classes is not known.")
+    ] = False,
+    own_rows: Annotated[
+        bool, typer.Option("--own-rows", help="axolotl's row j is of token j, as its older versions have it.")
+    ] = False,
+    no_plugins: NoPlugins = False,
+    json_output: Json = False,
+) -> None:
+    """Make a cache from files with a teacher's most likely classes: DistillKit's, axolotl's, or servers' answers.
+
+    The recipe has `teacher: {model: NAME, imported: true}` and `classes: {sampler: top_k, …}`. Its samples are found
+    by their tokens.
+    """
+    loaded = read(recipe, overrides, no_plugins)
+    from selkd.foreign.files import ReadOptions
+    from selkd.run.import_cache import import_cache
+
+    quiet()
+    print_answer(import_cache(loaded, files, ReadOptions(config, logits, own_rows), out), json_output)
 
 
 @cache_app.command("verify")

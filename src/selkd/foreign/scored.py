@@ -3,6 +3,7 @@
 Shapes: n tokens of a text, K classes that are known of a position, V classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import torch
 from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.selection.classes import in_units, with_tail
+from selkd_cache.writer import SampleRows
 
 ROUNDING = 0.02  # by how much the sum of probabilities that were stored in few bits may exceed 1
 
@@ -106,3 +108,11 @@ class Truncation:
         return StoredRows(
             is_kept.sum(axis=1).astype(np.uint16), kept[is_kept].astype(np.uint32), counts[is_kept].astype(np.uint16)
         )
+
+
+def joined(sample_id: bytes, parts: Sequence[StoredRows]) -> SampleRows:
+    """The rows of a sample from those of its pieces."""
+    if not parts:
+        return sample_id, np.zeros(0, np.uint16), np.zeros(0, np.uint32), np.zeros(0, np.uint16)
+    lengths, class_ids, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return sample_id, lengths, class_ids, counts

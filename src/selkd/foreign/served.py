@@ -12,15 +12,14 @@ from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.foreign.client import CompletionsClient
 from selkd.foreign.responses import TokenNames, UnreadableAnswer, scored
-from selkd.foreign.scored import Piece, Scored, StoredRows, Truncation, pieces
+from selkd.foreign.scored import Piece, Scored, StoredRows, Truncation, joined, pieces
 from selkd.interrupts import stop_if_asked
 from selkd.models.tokenizers import PROBES
 from selkd.recipe.models import TeacherOptions
+from selkd_cache.writer import SampleRows
 
 LOOK_SECONDS = 0.2  # how often, while answers are awaited, it is looked whether this process was asked to end
 _logger = logging.getLogger(__name__)
-
-FoundRows = tuple[bytes, np.ndarray, np.ndarray, np.ndarray]
 
 
 class ServedTeacher:
@@ -58,7 +57,7 @@ class ServedTeacher:
                     "prompt: set teacher.requests.protocol to the one that it knows."
                 ) from None
 
-    def rows(self, samples: Sequence[Sample]) -> list[FoundRows]:
+    def rows(self, samples: Sequence[Sample]) -> list[SampleRows]:
         """The rows of each sample, in order, whatever the order of the answers.
 
         Raises:
@@ -112,11 +111,3 @@ def stored_piece(known: Scored, piece: Piece, truncation: Truncation) -> StoredR
     if not (logs > -np.inf).any(axis=1).all():
         raise UnreadableAnswer("it lacks the log-probabilities of some tokens (vLLM: --no-enable-prefix-caching)")
     return truncation.stored(known.class_ids[piece.tokens], logs)
-
-
-def joined(sample_id: bytes, parts: Sequence[StoredRows]) -> FoundRows:
-    """The rows of a sample from those of its pieces."""
-    if not parts:
-        return sample_id, np.zeros(0, np.uint16), np.zeros(0, np.uint32), np.zeros(0, np.uint16)
-    lengths, class_ids, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return sample_id, lengths, class_ids, counts

@@ -249,7 +249,9 @@ def truncated_forward_kl(student_logits: Tensor, class_ids: Tensor, log_probabil
     log_p_tail = log_p.logsumexp(dim=-1, keepdim=True).expm1().neg().clamp(min=0).log().to(log_q.dtype)
     log_p = log_p.to(log_q.dtype)
     p, p_tail = log_p.exp(), log_p_tail.exp()
-    others = log_q.scatter(-1, torch.where(p > 0, class_ids, class_ids[:, :1]), -torch.inf)
+    # Of a row without a known class the tail is all there is, and no class is taken out of it.
+    removed = torch.where((p > 0).any(dim=-1, keepdim=True), -torch.inf, log_q.gather(-1, class_ids))
+    others = log_q.scatter(-1, torch.where(p > 0, class_ids, class_ids[:, :1]), removed)
     log_q_tail = others.logsumexp(dim=-1, keepdim=True)
     has_tail = (p_tail > 0) & (log_q_tail > -torch.inf)  # rounding leaves a mass where every class is known
     log_ratio = torch.where(has_tail, log_p_tail - log_q_tail, -torch.inf)

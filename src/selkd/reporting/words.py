@@ -69,7 +69,12 @@ def samples(recipe: Any) -> str:
 def classes(recipe: Any) -> str:
     """How much of the teacher’s distribution the loss saw."""
     sampler, draws = dig(recipe, "classes", "sampler"), formats.count(dig(recipe, "classes", "draws"))
-    return formats.DASH if sampler is None else Sampler.in_words(sampler, draws=draws)
+    phrase = formats.DASH if sampler is None else Sampler.in_words(sampler, draws=draws)
+    given = {"server": "as a server gave them", "imported": "as they were imported"}
+    for origin in (key for key in given if dig(recipe, "teacher", key)):
+        others = "the others as one class" if dig(recipe, "classes", "tail") else "without the others"
+        phrase += f" ({given[origin]}, {others}: a truncated teacher, which is biased)"
+    return phrase
 
 
 def data(recipe: Any) -> str:

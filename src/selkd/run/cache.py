@@ -24,6 +24,9 @@ from selkd_cache.reader import TeacherCache
 from selkd_cache.verify import verify_cache
 from selkd_cache.writer import require_claimable
 
+Fields = dict[str, str | int | float]
+SOURCE, SOURCE_DIGEST = "source", "source_digest"  # an imported cache's fields: what its files were, and their digest
+
 
 def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> TeacherCache | None:
     """The cache with the teacher's drawn classes of ``samples``, built if need be; None for a live teacher."""
@@ -34,6 +37,8 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
         fingerprint, path = cache_fingerprint(work), recipe.cache.path
         if path is not None and is_remote(path):
             opened, cost = _copied(work, path, fingerprint, samples), None
+        elif recipe.teacher.imported:
+            opened, cost = _imported(work, cache_directory(work, run), samples), None
         else:
             directory = cache_directory(work, run)
             larger = _larger(work, directory, fingerprint, samples)
@@ -58,7 +63,7 @@ def require_own_cache(work: Workspace, run: RunDirectory) -> None:
         plan, _ = read_plan(directory / PLAN)
     except InputError:  # there is none, or it is damaged, which the build will say or mend
         return
-    check_same_fingerprint(plan["fingerprint"], cache_fingerprint(work), directory)
+    check_same_fingerprint(plan["fingerprint"], cache_fingerprint(work) | told_of(plan["fingerprint"]), directory)
 
 
 def _larger(work: Workspace, directory: Path, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache | None:
@@ -129,17 +134,14 @@ def _cost_noted(work: Workspace, directory: Path, teacher_tokens: int) -> Callab
 
 def build(work: Workspace, directory: Path, samples: SampleDataset, *, repair: bool = False) -> int:
     """Build or finish the recipe's cache of ``samples``. Returns the tokens that the teacher ran on."""
+    if work.recipe.teacher.imported:
+        raise _only_imported("it is built")
     fingerprint, pad_token_id = cache_fingerprint(work), work.models.pad_token_id
     return build_cache(directory, fingerprint, samples, lambda: row_source(work), pad_token_id, repair=repair)
 
 
 def row_source(work: Workspace) -> LiveTeacher | ServedTeacher:
     """What gives the rows of the recipe's cache: its teacher, loaded, or the server that has it, tried."""
-    if work.recipe.teacher.imported:
-        raise InputError(
-            "teacher.imported: its cache is not there, or not whole, and is built from files alone: "
-            "selkd cache import RECIPE FILES"
-        )
     return served_teacher(work) if work.recipe.teacher.server is not None else live_teacher(work)
 
 
@@ -163,13 +165,38 @@ def live_teacher(work: Workspace) -> LiveTeacher:
     return LiveTeacher(work.models.teacher, recipe.classes, recipe.criterion.temperature, recipe.seed, work.vocab_size)
 
 
-def _copied(work: Workspace, url: str, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache:
+def _only_imported(what: str) -> InputError:
+    return InputError(f"teacher.imported: {what} from files alone, by `selkd cache import RECIPE FILES`.")
+
+
+def told_of(stored: Fingerprint) -> Fields:
+    """What a stored fingerprint says of the files that it was imported from, which no recipe names."""
+    return {field: value for field, value in stored.items() if field in (SOURCE, SOURCE_DIGEST)}
+
+
+def _imported(work: Workspace, directory: Path, samples: SampleDataset) -> TeacherCache:
+    """The cache that was imported. Raises InputError unless it is there and holds every sample."""
+    if not (directory / MANIFEST).exists():
+        raise _only_imported(f"there is no whole cache in {directory}, and it is built")
+    opened = TeacherCache.open(directory)
+    check_same_fingerprint(opened.fingerprint, cache_fingerprint(work) | told_of(opened.fingerprint), directory)
+    return _with_all(opened, samples, str(directory))
+
+
+def _copied(
+    work: Workspace, url: str, fingerprint: dict[str, str | int | float], samples: SampleDataset
+) -> TeacherCache:
     """A cache that was built elsewhere, copied to this machine. Raises InputError unless it holds every sample."""
     with work.state.main_process_first():
-        opened = TeacherCache.open(fetch_cache(url, work.cache_dir / "teacher_caches"), fingerprint)
+        opened = TeacherCache.open(fetch_cache(url, work.cache_dir / "teacher_caches"))
+    check_same_fingerprint(opened.fingerprint, fingerprint | told_of(opened.fingerprint), opened.directory)
+    return _with_all(opened, samples, url)
+
+
+def _with_all(opened: TeacherCache, samples: SampleDataset, place: str) -> TeacherCache:
     if missing := [sample_id for sample_id in samples.ids if sample_id not in opened]:
         raise InputError(
-            f"cache.path: the cache at {url} lacks {len(missing)} of the {len(samples)} kept samples, the first "
+            f"cache.path: the cache at {place} lacks {len(missing)} of the {len(samples)} kept samples, the first "
             f"{missing[0].hex()}. Build a cache for this data in a local folder."
         )
     return opened
@@ -181,7 +208,7 @@ def cache_directory(work: Workspace, run: RunDirectory) -> Path:
     return Path(work.recipe.cache.path).expanduser() if work.recipe.cache.path else run.path / "teacher_cache"
 
 
-def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
+def cache_fingerprint(work: Workspace) -> Fields:
     """Everything that determines the draws but the samples, which the cache finds by their content."""
     recipe = work.recipe
     assert recipe.classes.draws is not None
@@ -202,7 +229,7 @@ def cache_fingerprint(work: Workspace) -> dict[str, str | int | float]:
     }
 
 
-def _foreign_fingerprint(work: Workspace) -> dict[str, str | int | float]:
+def _foreign_fingerprint(work: Workspace) -> Fields:
     """What is known of a teacher from elsewhere, and that its distributions were cut. Nothing in it is random."""
     classes = work.recipe.classes
     assert classes.draws is not None

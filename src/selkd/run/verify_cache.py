@@ -11,6 +11,7 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.plugins import Sampler
 from selkd.recipe.files import load_recipe
+from selkd.recipe.foreign import require_model_here
 from selkd.recipe.recipe import Recipe
 from selkd.run.cache import build, cache_directory, cache_fingerprint, live_teacher
 from selkd.run.inputs import held_inputs
@@ -90,6 +91,7 @@ def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: i
     Raises:
         InputError: the cache does not open, was built by another recipe, or has rows that belong to no position.
     """
+    require_model_here(recipe.teacher)
     with _kept(directory, recipe, run_path) as (work, samples):
         cache = TeacherCache.open(directory, cache_fingerprint(work))
         stored = [index for index, sample_id in enumerate(samples.ids) if sample_id in cache]
