@@ -2,12 +2,16 @@
 
 import json
 import logging
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +245,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     monkeypatch.setenv("TOY_KEY", KEY)
     with caplog.at_level(logging.DEBUG):
         cache_only(recipe(served, url, **named), tmp_path / "run")
+    assert f"the text's tokens go to {url}, with the key in $TOY_KEY" in caplog.text
     assert contents(tmp_path / "run" / "teacher_cache") == undisturbed
     assert all(line["key"] == f"Bearer {KEY}" for line in served.requests()[2:])
     text = json.loads((served.folder / "text.jsonl").read_text().splitlines()[0])["text"].split()
@@ -276,6 +281,33 @@ def test_a_student_trains_from_a_server_that_is_gone(served: Served, tmp_path: P
         assert "most likely classes" in text
         assert "biased" in text.lower()
     assert "127.0.0.1" not in card
+
+
+def test_a_certificate_is_checked(served: Served, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    got = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            for _ in range(2):
+                connection, _ = listening.accept()
+                with suppress(OSError), context.wrap_socket(connection, server_side=True) as secured:
+                    got.append(secured.recv(10))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"https://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with pytest.raises(RunError, match="no whole answer in 2 attempts .the last: ConnectError"):
+            cache_only(recipe(served, url, requests={"attempts": 2}), tmp_path / "run")
+        thread.join(timeout=20)
+    assert got == []
 
 
 @pytest.mark.parametrize(

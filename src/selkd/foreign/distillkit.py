@@ -91,7 +91,7 @@ def read_compression(path: Path) -> Compression | LegacyCompression:
 
 def decode(config: Compression, values: np.ndarray, ids: np.ndarray) -> Decoded:
     """The present codec's uint8 [n, b] values and ids."""
-    left = torch.from_numpy(np.ascontiguousarray(values))
+    left = torch.from_numpy(np.array(values))
     if left.shape[1] < config.value_bytes:
         raise InputError(
             f"DistillKit: a position has {left.shape[1]} bytes of values, and by the configuration "
@@ -101,7 +101,8 @@ def decode(config: Compression, values: np.ndarray, ids: np.ndarray) -> Decoded:
     def take(count: int, dtype: torch.dtype) -> Tensor:
         nonlocal left
         size = count * dtype.itemsize
-        taken, left = left[:, :size].contiguous(), left[:, size:]
+        # Not ``contiguous()``: of a single row it keeps the stride, and other dtypes can't be seen in it.
+        taken, left = left[:, :size].clone(memory_format=torch.contiguous_format), left[:, size:]
         return taken.view(dtype) if count else torch.zeros(len(taken), 0, dtype=dtype)
 
     out = _dtype(config.exact_dtype)

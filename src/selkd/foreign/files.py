@@ -5,6 +5,7 @@ Each is read a few rows at a time, whatever its size.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,11 @@ def open_sources(paths: Sequence[Path], names: TokenNames, options: ReadOptions)
 
 def _opened(path: Path, names: TokenNames, options: ReadOptions) -> Source:
     if path.suffix == ".jsonl":
-        return Source(path, "JSON Lines", not options.logits, partial(_json_lines, path, names, options))
+        if options.logits:
+            raise InputError(f"{path}: --logits is of DistillKit's files alone; servers give log-probabilities.")
+        is_axolotl = _first_keys(path) >= _AXOLOTL
+        kind, knows_tail = ("axolotl", False) if is_axolotl else ("answers of a server", True)
+        return Source(path, kind, knows_tail, partial(_json_lines, path, names, options))
     if path.suffix != ".parquet":
         raise InputError(f"{path}: expected a name that ends in .parquet or .jsonl.")
     try:
@@ -166,6 +171,14 @@ def _table(row: Mapping[str, Any], column: str, dtype: Any = np.float64) -> np.n
     table = np.full((len(lengths), lengths.max()), -1 if dtype is np.int64 else -np.inf, dtype)
     table[np.arange(lengths.max()) < lengths[:, None]] = flat
     return table
+
+
+def _first_keys(path: Path) -> set[str]:
+    """The keys of a file's first line; what is none is told when it is read."""
+    with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
+        content = json.loads(file.readline())
+        return set(content) if isinstance(content, dict) else set()
+    return set()
 
 
 def _json_lines(path: Path, names: TokenNames, options: ReadOptions) -> Iterator[Scored]:

@@ -45,6 +45,8 @@ class ServedTeacher:
             InputError: the server refuses, gives no log-probabilities, or has another tokenizer.
             RunError: it does not answer.
         """
+        key = f", with the key in ${self.options.api_key_env}" if self.options.api_key_env else ""
+        _logger.warning("teacher.server: the text's tokens go to %s%s.", self.client.server, key)
         for text in PROBES:
             expected = self.names.tokenizer(text)["input_ids"]
             answer = self.client.post(self._request(text), is_probe=True)

@@ -26,7 +26,7 @@ from selkd.run.score import score
 from selkd.run.workspace import Workspace
 from selkd.teacher.build_cache import plan_shards
 from selkd_cache.reader import TeacherCache
-from selkd_cache.writer import CacheWriter, SampleRows
+from selkd_cache.writer import CacheWriter, SampleRows, require_claimable
 
 LOOKED_AT = 50  # texts of which it is tried whether the tokenizer wrote them, where none was found
 SHIFTED = 0.1  # by how much more true tokens would be among the classes if rows were of the token before or after
@@ -108,15 +108,17 @@ def _imported(
     kinds = ", ".join(dict.fromkeys(source.kind for source in sources))
     fingerprint = cache_fingerprint(work) | {SOURCE: kinds, SOURCE_DIGEST: digest}
     shards = plan_shards(samples)
-    writer = CacheWriter(directory, fingerprint, [[samples.ids[i] for i in shard] for shard in shards])
-    missing = writer.missing_shards()
-    writer.require_writable()
+    shard_ids = [[samples.ids[i] for i in shard] for shard in shards]
+    # A new folder is claimed only once the files were read, so that files that don't fit leave nothing behind.
+    writer = CacheWriter(directory, fingerprint, shard_ids) if require_claimable(directory) else None
+    missing = list(range(len(shards))) if writer is None else writer.missing_shards()
     counts = Counts()
     with Spool() as spool:
         if missing:
             to_write = {number: shards[number] for number in missing}
             _read(sources, Wanted(samples, to_write), spool, cut, counts, work)
             _require_all(samples, to_write, spool, counts)
+        writer = writer or CacheWriter(directory, fingerprint, shard_ids)
         for number in tqdm(missing, desc="writing shards", disable=not work.state.is_main_process):
             stop_if_asked()
             writer.write_shard(number, _rows(samples, shards[number], number, spool))
