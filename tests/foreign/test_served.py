@@ -304,7 +304,7 @@ def test_a_certificate_is_checked(served: Served, tmp_path: Path) -> None:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         url = f"https://127.0.0.1:{listening.getsockname()[1]}/v1"
-        with pytest.raises(RunError, match="no whole answer in 2 attempts .the last: ConnectError"):
+        with pytest.raises(RunError, match=r"no whole answer in 2 attempts .the last: ConnectError"):
             cache_only(recipe(served, url, requests={"attempts": 2}), tmp_path / "run")
         thread.join(timeout=20)
     assert got == []
