@@ -80,7 +80,7 @@ def read_compression(path: Path) -> Compression | LegacyCompression:
     """The configuration in a file. Raises InputError if it is none."""
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected DistillKit's configuration of its compression ({error}).") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected DistillKit's configuration of its compression, a mapping.")
