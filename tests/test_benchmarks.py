@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
@@ -16,6 +17,7 @@ from tiny_run import make_recipe
 from torch import Tensor
 from transformers import AutoConfig
 
+from selkd.bench.names import VARIANTS
 from selkd.bench.subject import BenchSubject
 from selkd.bench.variants import plain_loss
 from selkd.models.head import head_of
@@ -150,3 +152,74 @@ def test_a_shape_has_the_parameters_that_its_name_says() -> None:
     for name, shape in script("sizing").SHAPES.items():
         billions = describe(AutoConfig.for_model(**shape)).parameters / 1e9
         assert billions == pytest.approx(float(name.rpartition("-")[2].removesuffix("B")), rel=0.25), name
+
+
+def test_the_accelerators_script_measures_all_of_it_at_toy_size(tmp_path: Path) -> None:
+    """The same code as on a GPU, in a process as it is started there; each section's content, not its figures."""
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "accelerator.py"), "--toy"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    answer = json.loads(done.stdout)
+    assert answer["is_toy"]
+    sections = answer["sections"]
+    assert {name: found["error"] for name, found in sections.items()} == dict.fromkeys(sections)
+    assert (sections["conformance"]["compared"], sections["conformance"]["wrong"]) == (52, [])
+    assert sections["gradients"].keys() >= {"torch.float32", "torch.bfloat16"}
+    variants = sections["variants"]
+    assert variants["variants"].keys() == set(VARIANTS) - {"recipe"}
+    assert all(each["seconds"] > 0 and each["peak_bytes"] > 0 for each in variants["variants"].values())
+    assert variants["goals"].keys() == {
+        "se_kd_exact / floor",
+        "se_kd_cached / cross_entropy_chunked",
+        "se_kd_cached / cross_entropy_plain",
+    }
+    logits = sections["no_full_logits"]
+    assert logits["full_logits_elements"] == 2 * 48 * 499
+    assert logits["full_kd_plain"]["largest_elements"] >= logits["full_logits_elements"]
+    for name in ("se_kd_exact", "se_kd_cached", "full_kd"):
+        assert 0 < logits[name]["largest_elements"] < logits["full_logits_elements"]
+        profile = sections["profiles"][name]
+        assert any("mm" in kernel["name"] for kernel in profile["kernels"])
+        assert "waits" in profile
+    entropies = sections["entropies"]
+    assert entropies["compiled_greatest_difference_nats"] < 1e-5
+    assert {"product_seconds", "entropy_seconds", "compiled_seconds", "goal"} <= entropies.keys()
+    assert sections["distill"]["steps"] == 20
+    assert sections["packing"]["sdpa"]["seconds"] > 0
+    assert "flash_attention_2" in sections["packing"]
+    assert set(sections["peers"]) - {"error", "took_seconds"} >= {"not_measured"}
+    assert "full_kd, 256 MiB" in sections["chunk_sizes"]
+
+
+LATE = """
+import json, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import accelerator
+signal.signal(signal.SIGALRM, accelerator._stop)
+signal.signal(signal.SIGTERM, accelerator._stop)
+def late(subject, found, clock):
+    found["kept"] = 1
+    time.sleep(60)
+def fails(subject, found, clock):
+    found["kept"] = 2
+    raise ValueError("no such kernel")
+def stopped(subject, found, clock):
+    found["kept"] = 3
+    signal.raise_signal(signal.SIGTERM)
+print(json.dumps([accelerator.run_section(each, None, 0.5) for each in (late, fails, stopped)]))
+"""
+
+
+def test_a_section_that_is_late_fails_or_is_stopped_keeps_what_it_measured() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE, str(FOLDER)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert [each["kept"] for each in found] == [1, 2, 3]
+    assert [each["error"] for each in found] == [
+        "TimeoutError: the section's time was over",
+        "ValueError: no such kernel",
+        "stopped",
+    ]
