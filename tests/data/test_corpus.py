@@ -16,7 +16,7 @@ from selkd.recipe.recipe import DataOptions
 
 
 def options(path: Path | str, **changes: object) -> DataOptions:
-    return DataOptions(path=str(path), **changes)
+    return parse_part(DataOptions, {"path": str(path), **changes}, "data")
 
 
 def read(path: Path | str, **changes: object) -> list[str]:

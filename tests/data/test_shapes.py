@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from chatty import CHAT, MARKED, NO_PROMPT, PLAIN, REASONING, STRICT, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -14,14 +16,14 @@ from selkd.data.chat_encoding import encode_conversation
 from selkd.data.collate import collate
 from selkd.data.documents import Conversation, Exchange, document_of
 from selkd.data.encoding import Encoder
-from selkd.data.packing import Misfits, SampleMaker
+from selkd.data.packing import Misfits, SampleMaker, samples_of_rows
 from selkd.data.prompt_encoding import EncodedDocument, PartEncoder
 from selkd.data.samples import Sample, SampleDataset
 from selkd.data.splits import Splits, load_splits
 from selkd.errors import InputError
 from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer
-from selkd.recipe.data import DataOptions
+from selkd.recipe.data import DataOptions, RowOptions
 from selkd.recipe.part import parse_part
 
 
@@ -315,3 +317,62 @@ def test_a_null_completion_is_a_prompt_alone() -> None:
     chosen = options(prompt_field="q", completion_field="a")
     assert document_of({"q": "2 + 2?", "a": None}, chosen, "row 1") == Exchange("2 + 2?", None)
     assert document_of({"q": None, "a": "4"}, chosen, "row 1") is None
+
+
+FOUND: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "messages": ({"messages": CHAT, "id": 1}, {"messages_field": "messages"}),
+    "ultrachat": ({"prompt": "w2", "prompt_id": "x", "messages": CHAT}, {"messages_field": "messages"}),
+    "prompt": ({"prompt": "w2", "completion": "w3"}, {"prompt_field": "prompt", "completion_field": "completion"}),
+    "text": ({"text": "w2", "messages": CHAT}, {"text_field": "text"}),
+}
+SHAREGPT = [
+    {"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]} for m in CHAT
+]
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", "/"])
+def test_the_ecosystems_own_fields_are_found_and_told(
+    name: str, suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row, expected = FOUND[name]
+    path = tmp_path / ("rows" + suffix)
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    elif suffix == "/":
+        path.mkdir()
+        (path / "a.txt").write_text("w2")
+        (path / "b.jsonl").write_text(json.dumps(row))
+    else:
+        path.write_text("\n" + json.dumps(row) + "\n")
+    found = options(path=str(path))
+    keys = ("text_field", "prompt_field", "completion_field", "messages_field")
+    assert {key: getattr(found, key) for key in keys if getattr(found, key)} == expected
+    assert ("took" in caplog.text) == (name != "text")
+    # What is named is not looked for, and a resolved recipe names all.
+    assert options(path=str(path), text_field="other").text_field == "other"
+    assert parse_part(DataOptions, found.model_dump()) == found
+
+
+def test_rows_without_a_known_field_name_the_keys_to_set(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    for row, message in (
+        ({"question": "w2", "answer": "w3"}, "no field 'text'; it has answer, question, and none.*data.prompt_field"),
+        ({"messages": CHAT, "conversations": SHAREGPT}, "has messages and conversations; say which is meant"),
+    ):
+        path.write_text(json.dumps(row))
+        with pytest.raises(InputError, match=message):
+            options(path=str(path))
+        with pytest.raises(InputError, match=message):
+            samples_of_rows([row], "train_dataset", RowOptions.model_validate({}), chat_tokenizer(PLAIN))
+
+
+def test_sharegpt_is_the_same_conversation() -> None:
+    tokenizer = chat_tokenizer(PLAIN)
+    made = [
+        samples_of_rows([row], "rows", RowOptions.model_validate({}), tokenizer)[0]
+        for row in ({"messages": CHAT}, {"conversations": SHAREGPT})
+    ]
+    assert made[0].id == made[1].id
+    with pytest.raises(InputError, match="holds a message from 'observation'; known are human, gpt"):
+        document_of({"c": [{"from": "observation", "value": "w2"}]}, options(messages_field="c"), "x")

@@ -8,9 +8,10 @@ from pathlib import Path
 from selkd.data.demo_text import demo_digest, demo_documents
 from selkd.data.documents import Document, columns_of, has_text
 from selkd.data.hub_datasets import HubDataset
-from selkd.data.text_files import SUFFIXES, content_digest, file_documents
+from selkd.data.text_files import content_digest, file_documents
 from selkd.errors import InputError
 from selkd.recipe.data import DataOptions
+from selkd.recipe.fields import SUFFIXES, is_data_set
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -61,8 +62,7 @@ def open_corpus(options: DataOptions) -> Corpus:
         return _files_corpus(options, [path])
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in SUFFIXES)
-        card = path / "README.md"
-        if files and not (card.is_file() and card.read_bytes().startswith(b"---")):
+        if files and not is_data_set(path):
             return _files_corpus(options, files)
     elif path.suffix in SUFFIXES or not _HUB_ID.fullmatch(options.path):
         raise InputError(

@@ -8,9 +8,13 @@ from typing import Any
 
 from selkd.errors import InputError
 from selkd.recipe.data import RowOptions
+from selkd.recipe.fields import SHAPES
 
 Message = dict[str, str]
-_FIELDS = ("text_field", "prompt_field", "completion_field", "messages_field")
+_SHAREGPT_ROLES = {
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant"},
+    **{role: role for role in ("system", "user", "assistant")},
+}
 _PARTS_OF_A_TURN = ("reasoning_content", "thinking", "tool_calls", "tool_call_id", "function_call")
 
 
@@ -34,7 +38,7 @@ Document = str | Exchange | Conversation
 
 def columns_of(options: RowOptions) -> dict[str, str]:
     """The fields of a row that the recipe names, by the recipe's key."""
-    return {f"data.{key}": column for key in _FIELDS if (column := getattr(options, key)) is not None}
+    return {f"data.{key}": column for key in SHAPES if (column := getattr(options, key)) is not None}
 
 
 def document_of(row: Any, options: RowOptions, where: str) -> Document | None:
@@ -78,15 +82,31 @@ def _conversation(value: Any, column: str, where: str) -> Conversation:
 
 
 def _message(value: Any, where: str) -> Message:
+    value = _of_sharegpt(value, where)
     role, content = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, str):
-        raise InputError(f"{where} holds {value!r:.80}, expected messages with role and content, both text.")
+        raise InputError(
+            f"{where} holds {value!r:.80}, expected messages with role and content (or from and value), both text."
+        )
     if ignored := [key for key in _PARTS_OF_A_TURN if value.get(key)]:
         raise InputError(
             f"{where} holds a message with {ignored[0]}, which selkd does not pass to the chat template: the student "
             "would not learn it. Put it into the content, or remove it."
         )
     return {"role": role, "content": content}
+
+
+def _of_sharegpt(value: Any, where: str) -> Any:
+    """A message of ShareGPT's form with the usual keys and roles; any other value as it is."""
+    if not isinstance(value, dict) or "from" not in value or "role" in value:
+        return value
+    if value["from"] not in _SHAREGPT_ROLES:
+        raise InputError(
+            f"{where} holds a message from {value['from']!r:.40}; known are {', '.join(_SHAREGPT_ROLES)}. Give "
+            "messages with role and content."
+        )
+    others = {key: part for key, part in value.items() if key not in ("from", "value")}
+    return {**others, "role": _SHAREGPT_ROLES[value["from"]], "content": value.get("value")}
 
 
 def texts_of(document: Document) -> list[str]:

@@ -14,6 +14,8 @@ from selkd.data.prompt_encoding import EncodedDocument
 from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError
 from selkd.recipe.data import RowOptions
+from selkd.recipe.fields import found_fields, names_no_field
+from selkd.recipe.part import parse_part
 
 _logger = logging.getLogger(__name__)
 
@@ -145,6 +147,19 @@ def _window_sample(window: list[EncodedDocument]) -> Sample:
     )
 
 
+def _with_fields(options: RowOptions, rows: Any, name: str) -> RowOptions:
+    """The options with the fields that the first row has, where they name none. Raises InputError if it has none."""
+    first = next(iter(rows), None)
+    given = options.model_dump(exclude_unset=True)
+    if not isinstance(first, dict) or not names_no_field(given):
+        return options
+    try:
+        found = found_fields(list(first), f"{name}, row 0")
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return parse_part(type(options), given | found, "data")
+
+
 def samples_of_rows(rows: Any, name: str, options: RowOptions, tokenizer: PreTrainedTokenizerBase) -> SampleDataset:
     """The samples of rows in memory: of a ``datasets.Dataset`` or a list of objects, read as the lines of a data file.
 
@@ -159,6 +174,7 @@ def samples_of_rows(rows: Any, name: str, options: RowOptions, tokenizer: PreTra
         raise InputError(
             f"{name}: expected a SampleDataset, a datasets.Dataset or a list of rows, got {type(rows).__name__}."
         )
+    options = _with_fields(options, rows, name)
     documents = (document_of(row, options, f"{name}, row {number}") for number, row in enumerate(rows))
     encoded = Encoder(options, tokenizer).encoded(row for row in documents if row and has_text(row))
     maker = SampleMaker(options)

@@ -14,7 +14,6 @@ from selkd.data.documents import Document, columns_of, document_of, require_colu
 from selkd.errors import InputError
 from selkd.recipe.data import RowOptions
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 SECTION_CHARACTERS = 10_000
 
 

@@ -1,9 +1,10 @@
 """The recipe's ``data`` part: where the text is, what its rows hold, and how they become samples."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from selkd.recipe.fields import first_row_fields, found_fields, names_no_field
 from selkd.recipe.part import LARGEST_COUNT, Part, PathText
 
 CHAT = "chat"
@@ -23,11 +24,12 @@ class RowOptions(Part):
     """What a row holds, and how rows become samples.
 
     A row is a text (``text_field``), a prompt with its completion (``prompt_field``, ``completion_field``) or a
-    conversation (``messages_field``).
+    conversation (``messages_field``). Where no field is named, text, messages, conversations, or prompt with completion
+    is found in the first row of local text.
     """
 
     text_field: str | None = Field(
-        None, description="The field or column that holds a text; text, if no other field is given."
+        None, description="The field or column that holds a text; text, if no field is given or found in the first row."
     )
     prompt_field: str | None = Field(None, description="The field that holds a prompt, in place of text_field.")
     completion_field: str | None = Field(
@@ -35,7 +37,8 @@ class RowOptions(Part):
     )
     messages_field: str | None = Field(
         None,
-        description="The field that holds a conversation (messages with role and content), in place of text_field.",
+        description="The field that holds a conversation, in place of text_field: messages with role and content, or "
+        "ShareGPT's with from and value.",
     )
     template: str | None = Field(
         None,
@@ -111,6 +114,15 @@ class DataOptions(RowOptions, SourceOptions):
         description="How many tokens the held-out split has at most; by default at least one sample.",
     )
     streaming: bool | None = Field(None, description="Stream a hub data set; null: where `tokens` is given.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_fields(cls, given: Any) -> Any:
+        """Look at the first row of local text where no field is named."""
+        if not isinstance(given, dict) or not isinstance(given.get("path"), str) or not names_no_field(given):
+            return given
+        row = None if given["path"] == "demo" else first_row_fields(given["path"])
+        return given if row is None else {**given, **found_fields(*row)}
 
     @model_validator(mode="after")
     def _room_for_a_sample(self) -> "DataOptions":
