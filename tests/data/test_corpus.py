@@ -12,6 +12,7 @@ import pytest
 from selkd.data.corpus import open_corpus
 from selkd.data.demo_text import demo_documents
 from selkd.errors import InputError, RunError
+from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import DataOptions
 
 
