@@ -91,6 +91,17 @@ def test_a_truncated_teacher_of_every_class_is_the_whole_one() -> None:
         torch.testing.assert_close((values, gradient), whole, rtol=1e-5, atol=1e-5)
 
 
+def test_where_no_class_is_known_nothing_is_learned() -> None:
+    """Its tail is everything: an imported teacher's row beyond the end of its file."""
+    student = torch.randn(3, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    class_ids, log_p = torch.zeros(3, 4, dtype=torch.int64), torch.full((3, 4), -torch.inf, dtype=torch.float64)
+    class_ids[1], log_p[1] = torch.tensor([1, 2, 5, 7]), torch.tensor([0.4, 0.3, 0.1, 0.1]).double().log()
+    values, gradient = truncated_forward_kl(student.clone(), class_ids, log_p)
+    assert values[1] > 0.01
+    torch.testing.assert_close(values[[0, 2]], torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient[[0, 2]], torch.zeros(2, V, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 def test_a_tail_that_underflows_is_finite() -> None:
     """A student that is sure of a known class, and a teacher that is sure of another."""
     student = torch.full((2, V), -400.0)

@@ -105,11 +105,25 @@ class CacheBuild:
         self, teacher: Callable[[], LiveTeacher | RowSource], pad_token_id: int, on_shard: Callable[[], None]
     ) -> None:
         own_share = self._missing[self._state.process_index :: self._state.num_processes]
-        if not own_share:
-            return
-        self._writer.require_writable()
-        source, samples = teacher(), self._samples
-        batches = {number: self._batches[number] for number in own_share}
+        if own_share:
+            self._writer.require_writable()
+            self.write(own_share, teacher(), pad_token_id, on_shard)
+
+    @property
+    def missing(self) -> list[int]:
+        """The numbers of the shards that were missing at first, in order."""
+        return list(self._missing)
+
+    def write(
+        self,
+        numbers: Sequence[int],
+        source: LiveTeacher | RowSource,
+        pad_token_id: int,
+        on_shard: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write these shards, in this process alone. Any process may write any shard: its bytes are the same."""
+        samples = self._samples
+        batches = {number: self._batches[number] for number in numbers}
         if not isinstance(source, LiveTeacher):  # it makes batches of its own
             batches = {number: [list(chain.from_iterable(shard))] for number, shard in batches.items()}
 
