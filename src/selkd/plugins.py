@@ -295,6 +295,8 @@ class Policy(Entry):
         reductions: the reductions that it goes with, the default first. Only a policy that gives K positions the same
             coefficient goes with both.
         uniforms: whether it needs a random number for each of its draws, for each position, or none.
+        picks_counts: whether it picks K positions of each sample, whatever the scores are; with a threshold, gls does
+            not.
         options: the keys of the recipe's positions that it has, with their defaults.
     """
 
@@ -308,6 +310,7 @@ class Policy(Entry):
     fraction: Literal["needed", "optional", "none"] = "needed"
     reductions: tuple[Literal["per_sample", "per_position"], ...] = ("per_sample",)
     uniforms: Literal["of draws", "of positions"] | None = None
+    picks_counts: bool = False
     options: Mapping[str, float | None] = field(default_factory=dict)
 
     @classmethod

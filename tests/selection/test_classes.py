@@ -107,8 +107,8 @@ def test_ids_beyond_17_bits_survive() -> None:
 
 def test_count_distinct_pads_with_zero_counts() -> None:
     class_ids, counts = count_distinct(torch.tensor([[1, 1, 4, 9], [7, 7, 7, 7]]))
-    assert counts.tolist() == [[2, 1, 1], [4, 0, 0]]
-    assert class_ids.tolist() == [[1, 4, 9], [7, 0, 0]]
+    assert counts.tolist() == [[2, 1, 1, 0], [4, 0, 0, 0]]
+    assert class_ids.tolist() == [[1, 4, 9, 0], [7, 0, 0, 0]]
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1))

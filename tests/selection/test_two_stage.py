@@ -37,6 +37,12 @@ def options_of(**changes: Any) -> PositionOptions:
     return parse_part(PositionOptions, {"scoring": "two_stage", "fraction": 0.3, **changes})
 
 
+def counted(subset: ClassSubset) -> torch.Tensor:
+    """The classes that count: the frequent ones, and those drawn that are not among them."""
+    first, drawn = subset.ids.split([subset.n_frequent, len(subset.ids) - subset.n_frequent])
+    return subset.ids if subset.tail_weights is None else torch.cat([first, drawn[subset.tail_weights > 0]])
+
+
 def test_the_most_frequent_come_first_and_the_tail_stands_for_the_rest() -> None:
     counts = np.array([0, 5, 0, 9, 5, 1])
     ordered = by_frequency(counts)
@@ -45,11 +51,12 @@ def test_the_most_frequent_come_first_and_the_tail_stands_for_the_rest() -> None
     subset = class_subset(ids[:2], ids, 2, 7, 0)
     assert subset.ids[:2].tolist() == [3, 1]
     assert subset.n_frequent == 2
-    assert set(subset.ids[2:].tolist()) <= {4, 5, 0, 2}
-    assert subset.tail_weight == 4 / len(subset.ids[2:])
+    assert set(counted(subset)[2:].tolist()) <= {4, 5, 0, 2}
+    assert subset.tail_weights is not None
+    assert set(subset.tail_weights.tolist()) <= {0, 4 / len(counted(subset)[2:])}
     for tail in (2, 50):
         whole = class_subset(ids[:4], ids, tail, 7, 0)
-        assert (whole.ids.tolist(), whole.tail_weight) == (ordered.tolist(), 1.0)
+        assert (whole.ids.tolist(), whole.tail_weights) == (ordered.tolist(), None)
     everything = class_subset(ids, ids, 2, 7, 0)
     assert (everything.ids.tolist(), everything.n_frequent) == (ordered.tolist(), 6)
 
@@ -59,7 +66,7 @@ def test_the_tail_is_a_function_of_seed_and_step_and_favours_none() -> None:
     first = torch.tensor([0, 1, 2, 3, 4, 5, 6, 20, 31, 39])
 
     def drawn(seed: int, step: int) -> list[int]:
-        return class_subset(first, ordered, 7, seed, step).ids[10:].tolist()
+        return counted(class_subset(first, ordered, 7, seed, step))[10:].tolist()
 
     assert drawn(1, 2) == drawn(1, 2)
     assert drawn(1, 2) != drawn(1, 3)
@@ -77,7 +84,7 @@ def test_another_frequent_class_leaves_the_other_draws_as_they_are() -> None:
     ordered = torch.arange(4000)
     for step in range(50):
         one, other = (class_subset(torch.arange(300) + moved, ordered, 200, 0, step) for moved in (0, 1))
-        draws, others = (set(each.ids[300:].tolist()) for each in (one, other))
+        draws, others = (set(counted(each)[300:].tolist()) for each in (one, other))
         assert len(draws ^ others) <= 1
 
 
@@ -95,13 +102,14 @@ def test_the_estimate_is_the_weighted_entropy(head_options: dict[str, Any]) -> N
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((17, 6), (30, 6), (30,))
     )
     head = Head(weight, bias, **head_options)
-    subset = ClassSubset(torch.tensor([4, 9, 1, 20, 7]), 2, 28 / 3)
-    z, w = head.logits(hidden)[:, subset.ids], torch.tensor([1, 1, 28 / 3, 28 / 3, 28 / 3], dtype=torch.float64)
+    tail_weights = torch.tensor([28 / 3, 0, 28 / 3, 28 / 3], dtype=torch.float64)
+    subset = ClassSubset(torch.tensor([4, 9, 1, 9, 20, 7]), 2, tail_weights)
+    z, w = head.logits(hidden)[:, subset.ids], torch.cat([torch.ones(2, dtype=torch.float64), tail_weights])
     total = (w * z.exp()).sum(-1)
     expected = total.log() - (w * z.exp() * z).sum(-1) / total
     for chunk in (1, 5, None):
         torch.testing.assert_close(estimated_entropy(hidden, head, subset, chunk), expected.clamp(min=0))
-    everything = ClassSubset(torch.randperm(30, generator=generator), 30, 1.0)
+    everything = ClassSubset(torch.randperm(30, generator=generator), 30, None)
     exact = torch.distributions.Categorical(logits=head.logits(hidden)).entropy()
     torch.testing.assert_close(estimated_entropy(hidden, head, everything), exact)
 
@@ -127,7 +135,7 @@ def test_scores_and_selection_are_the_specifications(share: float, probed: float
             probes = torch.linspace(0, n - 1, math.ceil(probed * n)).round().long()
             mean = of_sample[probes].softmax(-1).mean(0)
             first = mean.argsort(descending=True)[:20].tolist()
-        subsets.append(class_subset(torch.tensor(first), torch.from_numpy(ordered), 9, 5, 3).ids)
+        subsets.append(counted(class_subset(torch.tensor(first), torch.from_numpy(ordered), 9, 5, 3)))
     class_ids = pad_sequence(subsets, batch_first=True)
     sizes = torch.tensor([len(each) for each in subsets]).unsqueeze(-1)
     class_weights = ((V - 20) / (sizes - 20).double()).expand(class_ids.shape).clone()

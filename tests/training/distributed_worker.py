@@ -23,7 +23,6 @@ from selkd.recipe.choices import ClassOptions
 from selkd.selection.positions import step_context
 from selkd.teacher.live import LiveTeacher
 from selkd.training.arguments import DistillArguments
-from selkd.training.objective import Budget
 from selkd.training.student import bind_distillation
 
 
@@ -80,9 +79,8 @@ def fsdp2(out: Path, arguments: DistillArguments) -> None:  # the arguments have
     samples = list(make_samples(7))
     mine = collate(samples[dist.get_rank() :: dist.get_world_size()], 1)
     context = step_context(objective.positions, 0, 1)
-    budget = Budget(*map(sum, zip(*(objective.budget(collate([s], 1), context) for s in samples), strict=True)))
     teacher = LiveTeacher(make_model(0, layers=3), ClassOptions.model_validate({}), 1.0, 11, V)
-    normaliser = objective.normaliser(budget)
+    normaliser = sum(objective.normaliser(collate([s], 1), context) for s in samples)
     loss = partial(objective, batch=mine, teacher=teacher.targets(mine, 0), context=context, normaliser=normaliser)
     outputs = student(input_ids=mine["input_ids"], position_ids=mine["position_ids"], distillation=loss)
     (outputs["loss"] * dist.get_world_size()).backward()  # FSDP averages gradients over the ranks

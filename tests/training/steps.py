@@ -14,7 +14,7 @@ from selkd.models.head import head_of
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
 from selkd.selection.positions import step_context
 from selkd.teacher.live import LiveTeacher
-from selkd.training.objective import Budget, Objective
+from selkd.training.objective import Objective
 from selkd.training.student import bind_distillation
 
 SEED = 11
@@ -68,7 +68,7 @@ def take_step(
         for i, samples in enumerate(micro_batches)
     ]
     context = step_context(objective.positions, 0, 1)
-    budget = Budget(*map(sum, zip(*(objective.budget(batch, context) for batch in batches), strict=True)))
+    normaliser = sum(objective.normaliser(batch, context) for batch in batches)
     student.zero_grad(set_to_none=True)
     total = 0.0
     for batch in batches:
@@ -77,7 +77,7 @@ def take_step(
             batch=batch,
             teacher=live.targets(batch, 0),
             context=context,
-            normaliser=objective.normaliser(budget),
+            normaliser=normaliser,
         )
         share = student(input_ids=batch["input_ids"], position_ids=batch["position_ids"], distillation=loss)["loss"]
         share.backward()

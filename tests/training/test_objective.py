@@ -24,6 +24,7 @@ class OracleTeacher:
 
     full: Tensor
     drawn: tuple[Tensor, Tensor] | None = None
+    checks: tuple[()] = ()
 
     def at(self, index: Tensor) -> "OracleTeacher":
         picked = None if self.drawn is None else (self.drawn[0][index], self.drawn[1][index])
@@ -64,7 +65,7 @@ def run(case: dict[str, Any], recipe: dict[str, Any], factor: float = 1.0, **whe
         batch,
         OracleTeacher(case["teacher_logits"].flatten(0, 1), picked),
         context=context,
-        normaliser=objective.normaliser(objective.budget(batch, context)),
+        normaliser=objective.normaliser(batch, context),
     )
     (gradient,) = torch.autograd.grad(outputs["loss"] * factor, hidden)
     return outputs["loss"].detach(), gradient

@@ -17,6 +17,7 @@ from selkd import DistillTrainer, TeacherCache, reference
 from selkd.data.collate import collate
 from selkd.data.samples import SampleDataset
 from selkd.errors import InputError, RunError
+from selkd.maths.finite import require_all_finite
 from selkd.models.head import head_of, hidden_states
 from selkd.recipe.choices import ClassOptions
 from selkd.selection.classes import TOP_K_UNITS
@@ -445,13 +446,14 @@ def test_logits_that_are_not_finite_are_named_by_sample_and_position(recipe: str
     hidden[2, position, 0] = float("inf")
     sample_id = batch["sample_ids"][2].numpy().tobytes().hex()
     context = step_context(objective.positions, 7, 10)
+    outputs = objective(hidden, head_of(student), batch, teacher.targets(batch, 7), context=context, normaliser=4)
     with pytest.raises(RunError, match=f"position {position} of sample {sample_id} gives nan .* at optimiser step 7"):
-        objective(hidden, head_of(student), batch, teacher.targets(batch, 7), context=context, normaliser=4)
+        require_all_finite(outputs["checks"])
 
 
 @pytest.mark.parametrize("sampler", ["rs_kd", "systematic", "top_k"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_teacher_that_is_not_finite_is_named_before_classes_are_drawn(sampler: str, bad: float) -> None:
+def test_a_teacher_that_is_not_finite_is_named_although_classes_are_drawn(sampler: str, bad: float) -> None:
     batch, teacher = collate(list(make_samples(3)), 1), make_model(0, tie_word_embeddings=False)
     with torch.no_grad():
         teacher.lm_head.weight[7] = bad
@@ -459,10 +461,12 @@ def test_a_teacher_that_is_not_finite_is_named_before_classes_are_drawn(sampler:
     index = batch["valid_mask"].flatten().nonzero().flatten()[5:]
     row, position = divmod(int(index[0]), batch["valid_mask"].shape[1])
     sample_id = batch["sample_ids"][row].numpy().tobytes().hex()
+    targets = live.targets(batch, 0)
+    targets.at(index).chunk(slice(0, 9))
     with pytest.raises(
         RunError, match=f"position {position} of sample {sample_id} gives nan from the teacher's logits"
     ):
-        live.targets(batch, 0).at(index).chunk(slice(0, 9))
+        require_all_finite(targets.checks)
 
 
 def test_a_teacher_that_is_not_finite_leaves_no_cache(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def step_of(name: str, subject: BenchSubject) -> Step:
 
     objective = objective_of(subject, positions, subject.recipe.criterion if is_recipe else None)
     context, batch = last_step(positions), subject.batch
-    normaliser = objective.normaliser(objective.budget(batch, context))
+    normaliser = objective.normaliser(batch, context)
 
     def selkd_step() -> None:
         targets = supervision.targets(batch, context.step)
@@ -120,7 +120,7 @@ def plain_cross_entropy(subject: BenchSubject) -> Tensor:
 def _on_text(subject: BenchSubject, positions: PositionOptions, backward: Callable[[Tensor], None]) -> Step:
     """``Objective`` with the text's tokens in place of a teacher: same scores, same positions, same chunks."""
     objective, context, batch = objective_of(subject, positions), last_step(positions), subject.batch
-    normaliser = objective.normaliser(objective.budget(batch, context))
+    normaliser = objective.normaliser(batch, context)
 
     def loss(hidden: Tensor, head: Head) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -186,6 +186,7 @@ class DenseTargets:
     """The teacher's logits [B * T, V], or [N, V] of the selected positions after ``at``."""
 
     all_logits: Tensor
+    checks: tuple[()] = ()  # no classes are drawn
 
     def at(self, index: Tensor) -> "DenseTargets":
         return DenseTargets(self.all_logits[index])

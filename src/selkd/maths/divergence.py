@@ -172,15 +172,13 @@ def adaptive_weights(log_p_target: Tensor, sample: Tensor) -> dict[str, Tensor]:
     """
     order = log_p_target.argsort(stable=True)
     order = order[sample[order].argsort(stable=True)]
-    sizes = torch.bincount(sample)
-    starts = sizes.cumsum(0) - sizes
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - starts[sample[order]]
-    m = sizes[sample]
+    sorted_samples = sample[order]
+    starts = torch.searchsorted(sorted_samples, sample)
+    m = torch.searchsorted(sorted_samples, sample, right=True) - starts
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)) - starts
     m_hard = (m + 1) // 2
     is_hard = rank < m_hard
-    hard_share, easy_share, full_share = log_p_target.new_tensor([0.8, 0.2, 1.0])
-    share = torch.where(is_hard, torch.where(m > m_hard, hard_share, full_share), easy_share)
+    share = torch.full_like(log_p_target, 0.2).masked_fill(is_hard, 0.8).masked_fill(is_hard & (m == m_hard), 1.0)
     weight = share * m / torch.where(is_hard, m_hard, m - m_hard)
     return {"alpha": weight * is_hard, "beta": weight}
 
@@ -268,17 +266,17 @@ def cross_entropy(student_logits: Tensor, targets: Tensor) -> ValueAndGradient:
     return -log_q.squeeze(-1), gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=gradient.dtype))
 
 
-def entropy(logits: Tensor, n_frequent: int = 0, tail_weight: float = 1.0) -> Tensor:
-    """H(q) = -sum q log q in nats, [n], of logits [n, V]; all classes but the first F count ``tail_weight`` times.
+def entropy(logits: Tensor, n_frequent: int = 0, tail_weights: Tensor | None = None) -> Tensor:
+    """H(q) = -sum q log q in nats, [n], of logits [n, V]; all classes but the first F count ``tail_weights`` times.
 
     Args:
         n_frequent: F.
-        tail_weight: how many classes each of the others stands for.
+        tail_weights: how many classes each of the others stands for, [V - F]; None: for itself.
     """
     shifted = logits.sub_(logits.amax(dim=-1, keepdim=True))
     weights = shifted.exp()
-    if tail_weight != 1.0:
-        weights[:, n_frequent:].mul_(tail_weight)
+    if tail_weights is not None:
+        weights[:, n_frequent:].mul_(tail_weights.to(weights.dtype))
     total = weights.sum(dim=-1)
     return (total.log() - weights.mul_(shifted).sum(dim=-1) / total).clamp_(min=0)
 

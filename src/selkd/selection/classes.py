@@ -115,7 +115,7 @@ def _at_points(probabilities: Tensor, points: Tensor) -> Drawn:
     # float32 is exact enough for the sum of the few classes of a block, but not for the sums over all blocks.
     cumulative = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     below_all = 1 - torch.finfo(torch.float64).eps  # a point that is rounded up to the total would lie in no class
-    points = torch.minimum(points, points.new_tensor(below_all)) * cumulative[:, -1:]
+    points = points.clamp(max=below_all) * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, points, right=True).clamp_(max=blocks.shape[1] - 1)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).to(torch.float64).cumsum(dim=-1)
     rest = points - torch.nn.functional.pad(cumulative, (1, 0)).gather(1, block)
@@ -126,14 +126,13 @@ def _at_points(probabilities: Tensor, points: Tensor) -> Drawn:
 
 
 def count_distinct(drawn: Tensor) -> Drawn:
-    """The distinct ids [n, C] and their counts [n, C] of ids [n, U] that ascend within each row."""
+    """The distinct ids and their counts, both [n, U], of ids [n, U] that ascend within each row."""
     is_new = torch.ones_like(drawn, dtype=torch.bool)
     is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     slot = is_new.cumsum(dim=-1) - 1
-    width = int(is_new.sum(dim=-1).max()) if len(drawn) else 0
-    class_ids = drawn.new_zeros(len(drawn), width).scatter_(-1, slot, drawn)
-    counts = drawn.new_zeros(len(drawn), width).scatter_add_(-1, slot, torch.ones_like(drawn))
-    return class_ids, counts
+    # As many columns as draws: to find how many the fullest row needs, the host would wait for the device.
+    class_ids = torch.zeros_like(drawn).scatter_(-1, slot, drawn)
+    return class_ids, torch.zeros_like(drawn).scatter_add_(-1, slot, torch.ones_like(drawn))
 
 
 def with_tail(class_ids: Tensor, probabilities: Tensor, vocab_size: int) -> Drawn:
@@ -168,6 +167,7 @@ class ClassSampler:
         n_uniforms: how many uniforms a position needs.
         total: the sum of the integer counts of a stored row.
         keeps_tail: whether the mass of all classes that were left out is stored, as one class after the last.
+        is_own: whether the sampler is a user's.
     """
 
     draw: Draw
@@ -175,6 +175,7 @@ class ClassSampler:
     n_uniforms: int
     total: int
     keeps_tail: bool = False
+    is_own: bool = False
 
     def __call__(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
         """Class ids and counts [n, C] of ``probabilities`` [n, V], with ``uniforms`` float64 [n, n_uniforms].
@@ -197,4 +198,4 @@ def class_sampler(options: ClassOptions) -> ClassSampler:
     draw = entry.drawn if entry.is_own else entry.function
     assert draws is not None, "ClassOptions requires draws with a sampler"
     assert draw is not None, f"{entry.name} draws no classes"
-    return ClassSampler(draw, draws, entry.n_uniforms(draws), entry.total(draws), options.tail)
+    return ClassSampler(draw, draws, entry.n_uniforms(draws), entry.total(draws), options.tail, entry.is_own)

@@ -14,7 +14,8 @@ from selkd.maths.head import Head
 from selkd.maths.importance import Own, statistics
 from selkd.plugins import Metric, Policy
 from selkd.recipe.choices import PositionOptions
-from selkd.selection.positions import StepContext, counts_of, eligible, select
+from selkd.selection.host import Batch, first_marked, on_host, to_device, valid_index
+from selkd.selection.positions import StepContext, counts_at, eligible, select
 from selkd.selection.randomness import draw_uniforms, position_uniforms
 
 LogitsOf = Callable[[slice], Tensor]
@@ -61,7 +62,7 @@ def score_positions(
     metric: str | None,
     hidden_states: Tensor,
     head: Head,
-    batch: dict[str, Tensor],
+    batch: Batch,
     teacher_logits: LogitsOf | None,
     random_stream: tuple[int, int] | None = None,
 ) -> PositionScores:
@@ -82,32 +83,43 @@ def score_positions(
     if entry.is_noise:
         assert random_stream is not None, "noise is a function of seed and step"
         seed, step = random_stream
-        ids, mask = batch["sample_ids"].cpu().numpy(), valid_mask.cpu().numpy()
-        noise = torch.from_numpy(position_uniforms(seed, ids, mask, "positions", step))
-        return PositionScores(noise.to(hidden_states.device), {})
+        host = on_host(batch)
+        noise = position_uniforms(seed, host["sample_ids"].numpy(), host["valid_mask"].numpy(), "positions", step)
+        return PositionScores(to_device(torch.from_numpy(noise), hidden_states.device), {})
+    valid = valid_index(batch)
     own = {metric: entry.values} if entry.is_own else {}
-    targets = batch["targets"][valid_mask]
-    at_valid = position_statistics(entry.statistics, hidden_states[valid_mask], head, targets, teacher_logits, own)
+    hidden, targets = hidden_states.flatten(0, 1)[valid], batch["targets"].flatten()[valid]
+    at_valid = position_statistics(entry.statistics, hidden, head, targets, teacher_logits, own)
     placed = {
-        name: values.new_zeros(valid_mask.shape).masked_scatter_(valid_mask, values)
+        name: values.new_zeros(valid_mask.numel()).index_copy_(0, valid, values).view(valid_mask.shape)
         for name, values in at_valid.items()
     }
     return PositionScores(entry.combine(placed, valid_mask), placed)
 
 
 def choose_positions(
-    options: PositionOptions, scores: Tensor, batch: dict[str, Tensor], context: StepContext, *, seed: int
+    options: PositionOptions, scores: Tensor, batch: Batch, context: StepContext, *, seed: int
 ) -> Tensor:
     """The policy's coefficients [B, T] over the eligible positions of a batch; draws are a function of each sample."""
-    mask = eligible(options, batch["valid_mask"], batch["position_ids"])
-    use = Policy.find(options.policy).uniforms
+    mask, use = eligible(options, batch), Policy.find(options.policy).uniforms
     if use is None:
         return select(options, scores, mask, context)
-    ids = batch["sample_ids"].cpu().numpy()
+    host = on_host(batch)
+    ids, mask_on_host = host["sample_ids"].numpy(), eligible(options, host)
     if use == "of draws":
-        assert context.fraction is not None, "a policy that draws has a fraction"
-        draws = counts_of(context.fraction, mask.sum(dim=-1)).cpu().numpy()
+        draws = counts_at(context, mask_on_host.sum(dim=-1)).numpy()
         noise = draw_uniforms(seed, ids, draws, "position draws", context.step)
     else:
-        noise = position_uniforms(seed, ids, mask.cpu().numpy(), "own policy", context.step)
-    return select(options, scores, mask, context, torch.from_numpy(noise).to(scores.device))
+        noise = position_uniforms(seed, ids, mask_on_host.numpy(), "own policy", context.step)
+    return select(options, scores, mask, context, to_device(torch.from_numpy(noise), scores.device))
+
+
+def chosen_index(options: PositionOptions, coefficients: Tensor, batch: Batch, context: StepContext) -> Tensor:
+    """The flat positions [N], in order, whose coefficient of ``choose_positions`` is not 0.
+
+    The host knows N beforehand if the policy picks K positions of each sample; else it waits for the device.
+    """
+    is_chosen = coefficients != 0
+    if not Policy.find(options.policy).picks_counts or context.threshold is not None:
+        return is_chosen.flatten().nonzero().flatten()
+    return first_marked(is_chosen, int(counts_at(context, eligible(options, on_host(batch)).sum(dim=-1)).sum()))

@@ -66,9 +66,15 @@ def counts_of(fraction: float, n_valid: Tensor) -> Tensor:
     return torch.ceil(fraction * n_valid.to(torch.float64) - 1e-9).clamp_(min=0).to(torch.int64)
 
 
-def eligible(options: PositionOptions, valid_mask: Tensor, position_ids: Tensor) -> Tensor:
+def eligible(options: PositionOptions, batch: dict[str, Tensor]) -> Tensor:
     """The mask of the valid positions [B, T] without the first ``skip_first`` of each document."""
-    return valid_mask & (position_ids >= options.skip_first) if options.skip_first else valid_mask
+    valid_mask = batch["valid_mask"]
+    return valid_mask & (batch["position_ids"] >= options.skip_first) if options.skip_first else valid_mask
+
+
+def counts_at(context: StepContext, n_valid: Tensor) -> Tensor:
+    """K of each sample at a step, int64 as ``n_valid`` [B]; without a fraction it is n."""
+    return n_valid if context.fraction is None else counts_of(context.fraction, n_valid)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ def take_all(candidates: Candidates) -> Tensor:
 Policy.add(
     "all",
     take_all,
+    picks_counts=True,
     ranks=False,
     fraction="none",
     label="every position",
@@ -121,6 +128,7 @@ def take_top(candidates: Candidates) -> Tensor:
 Policy.add(
     "top_k",
     take_top,
+    picks_counts=True,
     label="the {share} of positions where {metric} is highest",
     description="1/K on the K highest scores, equal ones to the earlier position. SE-KD with `student_entropy`",
     reductions=PICKED,
@@ -129,6 +137,7 @@ Policy.add(
 Policy.add(
     "random",
     take_top,  # of uniform noise, so K positions without replacement, all sets equally likely
+    picks_counts=True,
     ranks=False,
     metric="random",
     label="a random {share} of the positions",
@@ -150,6 +159,7 @@ def take_above(candidates: Candidates) -> Tensor:
 Policy.add(
     "gls",
     take_above,
+    picks_counts=True,
     reductions=("per_position",),
     options={"queue_size": 30_000},
     label="about {share} of the positions, those above a running threshold on {metric}",
@@ -173,6 +183,7 @@ def take_window(candidates: Candidates) -> Tensor:
 Policy.add(
     "curriculum",
     take_window,
+    picks_counts=True,
     options={"curriculum_steps": 1.0},
     label="a window of {share} of the positions that moves from easy to hard by {metric}",
     description="1/K on K scores in ascending order from floor((n - K) · progress), progress = min(1, step / "
@@ -238,10 +249,9 @@ def select(
     Args:
         scores: [B, T], the metric's values (noise for ``random``; ignored by ``all``), finite where valid.
         valid_mask: bool [B, T], the eligible positions.
-        uniforms: float64 [B, max K], random numbers of each sample, for policies that draw.
+        uniforms: float64 [B, max K or more], random numbers of each sample, for policies that draw.
     """
-    n_valid = valid_mask.sum(dim=-1)
-    counts = n_valid if context.fraction is None else counts_of(context.fraction, n_valid)
+    counts = counts_at(context, valid_mask.sum(dim=-1))
     policy = Policy.find(options.policy)
     if policy.is_own:
         return policy.coefficients(
@@ -265,7 +275,7 @@ def _drawn(candidates: Candidates, is_corrected: bool) -> Tensor:
 
     cumulative = r.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    points = candidates.uniforms[:, : int(counts.max()) if len(counts) else 0] * total
+    points = candidates.uniforms * total
     points = points.minimum(torch.nextafter(total, torch.zeros_like(total)))  # rounding must not reach past the last
     places = torch.searchsorted(cumulative, points.contiguous(), right=True).clamp_(max=r.shape[-1] - 1)
     is_draw = torch.arange(points.shape[-1], device=r.device) < draws

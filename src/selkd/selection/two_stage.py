@@ -16,6 +16,7 @@ from selkd.maths.chunked import ChunkedLogits, chunked_entropy, chunked_statisti
 from selkd.maths.divergence import entropy
 from selkd.maths.head import Head
 from selkd.recipe.choices import PositionOptions, SampleOptions
+from selkd.selection.host import Batch, first_marked, on_host, to_device, valid_index
 from selkd.selection.position_scores import PositionScores
 from selkd.selection.positions import StepContext, counts_of, mark_highest
 from selkd.selection.randomness import sample_generator
@@ -28,18 +29,19 @@ class ClassSubset:
     Attributes:
         ids: int64 [F + R], the frequent classes first, then those that stand for all others. One may occur twice.
         n_frequent: F.
-        tail_weight: how many classes each of the R stands for, (V - F) / R.
+        tail_weights: how many classes each of the R stands for, float64 [R]; 0: for none, as it is a frequent one,
+            too. None: each stands for itself.
     """
 
     ids: Tensor
     n_frequent: int
-    tail_weight: float
+    tail_weights: Tensor | None
 
 
 def estimated_entropy(hidden_states: Tensor, head: Head, subset: ClassSubset, chunk: int | None = None) -> Tensor:
     """Entropy in nats, [N], estimated at hidden states [N, D], without gradient.
 
-    Dense expression, with z the logits of ``subset``, w = 1 for its frequent classes and ``tail_weight`` for the
+    Dense expression, with z the logits of ``subset``, w = 1 for its frequent classes and ``tail_weights`` for the
     others: ``Z = (w * z.exp()).sum(-1)``, ``Z.log() - (w * z.exp() * z).sum(-1) / Z``. Exact if the subset is the whole
     vocabulary.
 
@@ -48,7 +50,7 @@ def estimated_entropy(hidden_states: Tensor, head: Head, subset: ClassSubset, ch
     """
 
     def compute(logits: Tensor, _: slice) -> Tensor:
-        return entropy(logits, subset.n_frequent, subset.tail_weight).unsqueeze(-1)
+        return entropy(logits, subset.n_frequent, subset.tail_weights).unsqueeze(-1)
 
     return chunked_statistics(hidden_states, head.rows(subset.ids), compute, chunk).squeeze(-1)
 
@@ -62,21 +64,22 @@ def class_subset(first: Tensor, ordered: Tensor, tail: int, seed: int, *stream: 
     """The classes ``first`` [F], and about ``tail`` of the others.
 
     ``ordered`` [V] is cut into equal stretches and one class is drawn from each, as a function of (seed, stream) alone;
-    draws that are among ``first`` are left out. So all other classes are equally likely, and if rounding changes
+    draws that are among ``first`` count nothing. So all other classes are equally likely, and if rounding changes
     ``first``, the draws stay.
     """
     vocab_size = len(ordered)
-    is_first = torch.zeros(vocab_size, dtype=torch.bool, device=ordered.device).index_fill_(0, first, True)
+    is_other = torch.ones(vocab_size, dtype=torch.float64, device=ordered.device).index_fill_(0, first, 0)
     n_others = vocab_size - len(first)
-    if tail < n_others:
-        stretches = round(tail * vocab_size / n_others)
-        uniforms = sample_generator(seed, b"", "tail classes", *stream).random(stretches)
-        places = (np.arange(stretches) + uniforms) * (vocab_size / stretches)
-        drawn = ordered[torch.from_numpy(places.astype(np.int64).clip(max=vocab_size - 1)).to(ordered.device)]
-        drawn = drawn[~is_first[drawn]]
-        if len(drawn):
-            return ClassSubset(torch.cat([first, drawn]), len(first), n_others / len(drawn))
-    return ClassSubset(torch.cat([first, ordered[~is_first[ordered]]]), len(first), 1.0)
+    if tail >= n_others:
+        others = ordered[first_marked(is_other[ordered] > 0, n_others)]
+        return ClassSubset(torch.cat([first, others]), len(first), None)
+    stretches = round(tail * vocab_size / n_others)
+    uniforms = sample_generator(seed, b"", "tail classes", *stream).random(stretches)
+    places = (np.arange(stretches) + uniforms) * (vocab_size / stretches)
+    index = torch.from_numpy(places.astype(np.int64).clip(max=vocab_size - 1))
+    drawn = ordered[to_device(index, ordered.device)]
+    counts = is_other[drawn]
+    return ClassSubset(torch.cat([first, drawn]), len(first), counts * (n_others / counts.sum().clamp(min=1)))
 
 
 @torch.no_grad()
@@ -123,7 +126,7 @@ class Estimator:
         if fraction:
             count = math.ceil(fraction * len(hidden_states))
             evenly_spaced = torch.linspace(0, len(hidden_states) - 1, count).round().long()
-            first = most_probable(frequent, hidden_states[evenly_spaced], head)
+            first = most_probable(frequent, hidden_states[to_device(evenly_spaced, hidden_states.device)], head)
         else:
             first = ordered[:frequent]
         return estimated_entropy(hidden_states, head, class_subset(first, ordered, tail, self.seed, *stream))
@@ -134,7 +137,7 @@ def score_in_two_stages(
     estimate: Estimator,
     hidden_states: Tensor,
     head: Head,
-    batch: dict[str, Tensor],
+    batch: Batch,
     context: StepContext,
 ) -> PositionScores:
     """The student's entropy at the valid positions of a batch: exact at the best positions, estimated at the others.
@@ -151,14 +154,15 @@ def score_in_two_stages(
     assert isinstance(estimate.options, PositionOptions), "only positions are scored in two stages"
     share = estimate.options.rescored_share
     assert share and context.fraction is not None, "the recipe sets them with the scoring"  # noqa: PT018
-    valid_mask = batch["valid_mask"]
-    scores = wide(hidden_states.new_zeros(valid_mask.shape))
-    for row, mask in enumerate(valid_mask):
-        scores[row, mask] = estimate(hidden_states[row, mask], head, context.step)
-    counts = counts_of(min(1.0, context.fraction + share), valid_mask.sum(dim=-1))
-    is_best = mark_highest(scores, valid_mask, counts)
-    best = is_best.flatten().nonzero().flatten()
-    exact = chunked_entropy(hidden_states.flatten(0, 1)[best], head)
+    valid_mask, valid, hidden_states = batch["valid_mask"], valid_index(batch), hidden_states.flatten(0, 1)
+    n_valid = on_host(batch)["valid_mask"].sum(dim=-1)
+    estimates = [estimate(hidden, head, context.step) for hidden in hidden_states[valid].split(n_valid.tolist())]
+    scores = wide(hidden_states.new_zeros(valid_mask.numel()))
+    scores = scores.index_copy_(0, valid, torch.cat(estimates)).view(valid_mask.shape)
+    counts = counts_of(min(1.0, context.fraction + share), n_valid)
+    is_best = mark_highest(scores, valid_mask, to_device(counts, valid_mask.device))
+    best = first_marked(is_best, int(counts.sum()))
+    exact = chunked_entropy(hidden_states[best], head)
     # NaN must not become the lowest score, or an error would name other positions than the one that is not finite.
     finite = exact.nan_to_num(nan=torch.inf)
     lowest = exact.new_full(valid_mask.shape, torch.inf).masked_scatter_(is_best, finite).amin(dim=-1, keepdim=True)

@@ -11,6 +11,7 @@ import torch
 
 from selkd.data.samples import Sample
 from selkd.errors import InputError
+from selkd.selection.host import on_host
 from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets, TruncatedDistribution
 from selkd_cache.manifest import TAIL, count_total
 from selkd_cache.reader import TeacherCache
@@ -40,10 +41,11 @@ class CachedTeacher:
 
     def read(self, batch: Batch) -> Batch:
         """``teacher_class_ids`` and ``teacher_counts`` of a batch, int32 [B, T, C] on the CPU, padded with count 0."""
-        valid_mask = batch["valid_mask"].cpu().numpy()
+        host = on_host(batch)
+        valid_mask = host["valid_mask"].numpy()
         stored = [
             self.rows(sample_id.tobytes(), int(valid.sum())) if valid.any() else None
-            for sample_id, valid in zip(batch["sample_ids"].cpu().numpy(), valid_mask, strict=True)
+            for sample_id, valid in zip(host["sample_ids"].numpy(), valid_mask, strict=True)
         ]
         width = max((int(rows.row_lengths.max()) for rows in stored if rows is not None), default=1)
         class_ids = np.zeros((*valid_mask.shape, width), dtype=np.int32)

@@ -6,7 +6,7 @@ u uniforms a position.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selkd.maths.chunked import ChunkedLogits, chunk_size, chunks, wide
-from selkd.maths.finite import require_finite
+from selkd.maths.finite import FiniteCheck, require_all_finite
 from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states, input_device
 from selkd.recipe.choices import ClassOptions
 from selkd.selection.classes import ClassSampler, Drawn, class_sampler
+from selkd.selection.host import on_host, to_device, valid_index
 from selkd.selection.randomness import position_uniforms
 from selkd.teacher.targets import Batch, DrawnClasses, FullDistribution, Target, TruncatedDistribution
 
@@ -61,12 +62,14 @@ class LiveTeacher:
         They are a function of the seed and of the content of each sample. Raises RunError if a logit is not finite.
         """
         assert self.sampler is not None, "a cache holds drawn classes"
-        valid = batch["valid_mask"].flatten().nonzero().flatten()
+        valid = valid_index(batch)
         # The size of the chunks may change how logits are rounded, so it is fixed: a rebuilt cache is the same.
         size = max(1, chunk_size(self.head.vocab_size, self.head.weight.device) // 2)
         picked = self._targets(batch, self._uniforms(batch, "cache"), size).at(valid)
         source = "the teacher's logits, for its cache"
-        return [picked.drawn(rows, self.sampler.integers, source) for rows in chunks(len(valid), size)]
+        drawn = [picked.drawn(rows, self.sampler.integers, source) for rows in chunks(len(valid), size)]
+        require_all_finite(picked.checks)
+        return drawn
 
     def _uniforms(self, batch: Batch, *stream: int | str) -> Tensor | None:
         return class_uniforms(self.sampler, batch, self.seed, *stream)
@@ -83,9 +86,10 @@ def class_uniforms(sampler: ClassSampler | None, batch: Batch, seed: int, *strea
     """The random numbers that a sampler draws with at a batch's positions, float64 [B * T, u]; None without one."""
     if sampler is None:
         return None
-    ids, valid = batch["sample_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
+    host = on_host(batch)
+    ids, valid = host["sample_ids"].numpy(), host["valid_mask"].numpy()
     noise = position_uniforms(seed, ids, valid, *stream, draws=sampler.n_uniforms)
-    return torch.from_numpy(noise).flatten(0, 1).to(batch["valid_mask"].device)
+    return to_device(torch.from_numpy(noise).flatten(0, 1), batch["valid_mask"].device)
 
 
 @dataclass(frozen=True)
@@ -97,29 +101,30 @@ class Drawing:
         temperature: the criterion's; draws come from the distribution at this temperature.
         batch: names sample and position in errors.
         uniforms: float64 [B * T, u], or None if nothing will be drawn.
+        checks: whether the distributions were finite that classes were drawn from.
     """
 
     sampler: ClassSampler | None
     temperature: float
     batch: Batch
     uniforms: Tensor | None
+    checks: list[FiniteCheck] = field(default_factory=list)
 
     def __call__(
         self, logits: Tensor, index: Tensor, draw: Callable[[Tensor, Tensor], Drawn], source: str
     ) -> DrawnClasses:
-        """The classes that ``draw`` takes from probabilities [n, V] by uniforms [n, u].
+        """The classes that ``draw`` takes from probabilities [n, V] by uniforms [n, u]; ``checks`` get one more.
 
         Args:
             logits: the teacher's, [n, V].
             index: their positions, int64 [n], in the flat batch.
             source: the logits' name in errors.
-
-        Raises:
-            RunError: a probability is not finite.
         """
         assert self.uniforms is not None, "targets were made with draws=False"
         probabilities = torch.softmax(logits / self.temperature, dim=-1)
-        require_finite(probabilities.sum(dim=-1), index, self.batch, source)
+        self.checks.append(FiniteCheck.of(probabilities.sum(dim=-1), index, self.batch, source))
+        if self.sampler is not None and self.sampler.is_own:  # a user's function must not get what is not finite
+            require_all_finite(self.checks)
         return DrawnClasses(*draw(probabilities, self.uniforms[index]))
 
 
@@ -133,6 +138,10 @@ class WholeTargets(ABC):
 
     drawing: Drawing
     index: Tensor
+
+    @property
+    def checks(self) -> list[FiniteCheck]:
+        return self.drawing.checks
 
     @abstractmethod
     def at(self, index: Tensor) -> "WholeTargets":

@@ -7,12 +7,14 @@ live teacher runs its body once over the batch, and its head at selected positio
 Shapes: B batch, T positions, N selected positions, n of a chunk, V classes, C distinct drawn classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-Batch = dict[str, Tensor]
+from selkd.maths.finite import FiniteCheck
+from selkd.selection.host import Batch
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class StoredTargets:
     class_ids: Tensor
     numbers: Tensor
 
+    @property
+    def checks(self) -> Sequence[FiniteCheck]:
+        return ()
+
     def at(self, index: Tensor) -> "StoredTargets":
         return StoredTargets(self.kind, self.class_ids[index].long(), self.numbers[index])
 
@@ -75,6 +81,10 @@ class PickedTargets(Protocol):
 
 
 class TeacherTargets(Protocol):
+    @property
+    def checks(self) -> Sequence[FiniteCheck]:
+        """Whether what classes were drawn from was finite, so far, at whichever positions."""
+
     def at(self, index: Tensor) -> PickedTargets:
         """The targets at flat positions ``index`` [N] into [B * T]."""
 

@@ -100,7 +100,10 @@ class DistillArguments(TrainingArguments):
             )
         with _as_input_error("DistillArguments: {}"):
             check_supported(vars(self))
+        given = self.accelerator_config
         super().__post_init__()
+        if given is None or (isinstance(given, dict) and "non_blocking" not in given):
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory  # the host goes on while a batch moves
         self.check()
 
     def check(self) -> None:

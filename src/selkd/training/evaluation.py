@@ -22,6 +22,7 @@ from selkd.maths.divergence import log_softmax_, truncated_forward_kl
 from selkd.maths.finite import require_finite
 from selkd.maths.head import Head
 from selkd.models.head import check_packing
+from selkd.selection.host import valid_index
 from selkd.selection.position_scores import position_statistics
 from selkd.teacher.live import LiveTeacher
 from selkd.teacher.targets import Batch, DrawnClasses, Teacher, TeacherTargets, TruncatedDistribution
@@ -59,7 +60,7 @@ def divergence_sums(
     Raises:
         RunError: a value is not finite; the message names the sample and the position.
     """
-    valid = batch["valid_mask"].flatten().nonzero().flatten()
+    valid = valid_index(batch)
     picked, hidden = teacher.at(valid), hidden_states.flatten(0, 1)[valid]
     compute_head = head.to(compute_dtype(hidden_states))
 
@@ -82,7 +83,7 @@ def divergence_sums(
     else:
         values = chunked_statistics(hidden, compute_head, cross_entropy_to_draws).squeeze(-1)
     require_finite(values, valid, batch, "the student's or the teacher's logits, in an evaluation")
-    return {"total_nats": values.double().sum(), "positions": valid.new_tensor(len(valid), dtype=torch.float64)}
+    return {"total_nats": values.double().sum(), "positions": valid.new_full((), len(valid), dtype=torch.float64)}
 
 
 class EvaluatingTrainer(Trainer):

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from selkd.errors import InputError
 from selkd.maths import chunked
 from selkd.maths.chunked import chunk_size, chunks
+from selkd.maths.finite import require_all_finite
 from selkd.plugins import Metric
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
 from selkd.recipe.part import parse_part
@@ -145,10 +146,11 @@ def distillation_loss(
     frequent = None if token_counts is None else by_frequency(token_counts[: head.vocab_size].cpu().numpy())
     objective, context = Objective(criterion, positions, seed, frequent), step_context(positions, step, total_steps)
     if divisor is None:
-        divisor = objective.normaliser(objective.budget(batch, context))
+        divisor = objective.normaliser(batch, context)
     drawing = drawing_of(classes, criterion.temperature, batch, seed, step)
     teacher_targets = given.targets(drawing, head.vocab_size)
     outputs = objective(hidden_states, head, batch, teacher_targets, context=context, normaliser=divisor)
+    require_all_finite(outputs.pop("checks"))
     scores, coefficients, values = (outputs.pop(name) for name in PLACED)
     return DistillationLoss(outputs.pop("loss"), scores, coefficients, values, outputs)
 

@@ -10,33 +10,26 @@ Shapes: B batch, T positions, V classes, D hidden.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from selkd.maths.chunked import chunked_loss, compute_dtype, wide
-from selkd.maths.finite import require_finite
+from selkd.maths.finite import FiniteCheck, require_all_finite
 from selkd.maths.head import Head
+from selkd.plugins import Policy
 from selkd.recipe.choices import CriterionOptions, PositionOptions
-from selkd.selection.position_scores import PositionScores, choose_positions, score_positions
-from selkd.selection.positions import StepContext, counts_of, eligible
+from selkd.selection.host import on_host, to_device, valid_index
+from selkd.selection.position_scores import PositionScores, choose_positions, chosen_index, score_positions
+from selkd.selection.positions import StepContext, counts_at, eligible
 from selkd.selection.two_stage import Estimator, score_in_two_stages
 from selkd.teacher.targets import Batch, TeacherTargets
 from selkd.training.criterion import Comparison
 
 PLACED = ("scores", "coefficients", "values")  # outputs of the shape [B, T]; the others but the loss are sums
 AGREEMENT_EVERY = 50  # optimiser steps between two comparisons of two-stage with exact selection
-
-
-class Budget(NamedTuple):
-    """How many samples have an eligible position, how many positions are valid, and how many are to be selected (the
-    sum of ceil(k * n) over the samples)."""
-
-    samples: int
-    valid: int
-    selected: int
 
 
 @dataclass(frozen=True)
@@ -55,17 +48,14 @@ class Objective:
     seed: int
     classes_by_frequency: np.ndarray | None = None
 
-    def budget(self, batch: Batch, context: StepContext) -> Budget:
-        """How much a batch counts; this is known before the forward pass."""
-        n_valid = eligible(self.positions, batch["valid_mask"], batch["position_ids"]).sum(dim=-1)
-        selected = n_valid if context.fraction is None else counts_of(context.fraction, n_valid)
-        return Budget(
-            samples=int((n_valid > 0).sum()), valid=int(batch["valid_mask"].sum()), selected=int(selected.sum())
-        )
-
-    def normaliser(self, step_budget: Budget) -> int:
-        """What divides the loss of a whole optimiser step: its number of samples, or of positions to select."""
-        return step_budget.samples if self.positions.reduction == "per_sample" else step_budget.selected
+    def normaliser(self, batch: Batch, context: StepContext) -> int:
+        """A batch's share in what divides the loss of a whole optimiser step, known before the forward pass: its number
+        of samples that have an eligible position, or of positions to select.
+        """
+        n_valid = eligible(self.positions, on_host(batch)).sum(dim=-1)
+        if self.positions.reduction == "per_sample":
+            return int((n_valid > 0).sum())
+        return int(counts_at(context, n_valid).sum())
 
     def __call__(
         self,
@@ -76,7 +66,7 @@ class Objective:
         *,
         context: StepContext,
         normaliser: Tensor | float,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """The part of one micro-batch in the loss of its optimiser step, and the sums that are logged.
 
         Args:
@@ -85,21 +75,19 @@ class Objective:
             batch: a batch of ``selkd.data.collate.collate``.
             teacher: the teacher's targets for that batch.
             context: where in the run the step is.
-            normaliser: the normaliser of the whole step, over all its micro-batches and ranks.
+            normaliser: the sum of ``normaliser`` over all the step's micro-batches and ranks.
 
         Returns:
             ``loss``, a scalar with gradient; detached [B, T], 0 elsewhere, ``scores`` at the valid positions, and
-            ``coefficients`` and ``values`` (nats) at the selected ones; and detached sums for logging:
-            ``positions_selected``; over the selected positions ``divergence_nats``, ``cross_entropy_nats`` (if the
-            criterion has it) and ``selected_score``; over the valid positions ``valid_score`` (if scoring is exact);
-            the same two of the student's entropy, ``selected_entropy_nats`` and ``valid_entropy_nats``, if the metric
-            uses it; on some steps of two-stage scoring ``agreeing_positions`` and ``compared_positions``.
-
-        Raises:
-            RunError: a logit is not finite; the message names the sample and the position.
+            ``coefficients`` and ``values`` (nats) at the selected ones; ``checks``, whether the logits were finite,
+            which the caller reads before the update; and detached sums for logging: ``positions_selected``; over the
+            selected positions ``divergence_nats``, ``cross_entropy_nats`` (if the criterion has it) and
+            ``selected_score``; over the valid positions ``valid_score`` (if scoring is exact); the same two of the
+            student's entropy, ``selected_entropy_nats`` and ``valid_entropy_nats``, if the metric uses it; on some
+            steps of two-stage scoring ``agreeing_positions`` and ``compared_positions``.
         """
-        valid_mask = batch["valid_mask"]
-        valid = valid_mask.flatten().nonzero().flatten()
+        valid_mask, valid = batch["valid_mask"], valid_index(batch)
+        checks: list[FiniteCheck] = []
         when = f"of the student's or the teacher's logits at optimiser step {context.step}, before its update"
         with torch.no_grad():
             compute_head = head.to(compute_dtype(hidden_states))
@@ -108,12 +96,15 @@ class Objective:
         scored = self.score(hidden_states.detach(), compute_head, batch, teacher, context)
         if scored.statistics:
             statistics = torch.stack([values.flatten()[valid] for values in scored.statistics.values()])
-            require_finite(statistics.sum(dim=0), valid, batch, f"positions.metric: {self.positions.metric}, {when}")
+            source = f"positions.metric: {self.positions.metric}, {when}"
+            checks.append(FiniteCheck.of(statistics.sum(dim=0), valid, batch, source))
+            if Policy.find(self.positions.policy).is_own:  # a user's function must not get what is not finite
+                require_all_finite(checks)
 
         # Select the positions that count.
-        coefficients = choose_positions(self.positions, scored.values, batch, context, seed=self.seed).flatten()
-        selected = coefficients.nonzero().flatten()
-        weights = coefficients[selected]
+        coefficients = choose_positions(self.positions, scored.values, batch, context, seed=self.seed)
+        selected = chosen_index(self.positions, coefficients, batch, context)
+        weights = coefficients.flatten()[selected]
         if self.positions.reduction == "per_position":
             weights = torch.ones_like(weights)
         weights = weights / (normaliser.clamp(min=1) if isinstance(normaliser, Tensor) else max(1, normaliser))
@@ -124,17 +115,18 @@ class Objective:
         comparison = Comparison(self.criterion, teacher.at(selected), targets, sample_of, head.vocab_size)
         hidden = hidden_states.flatten(0, 1)[selected]
         loss, values = chunked_loss(hidden, head, weights, comparison, compute_head=compute_head)
-        require_finite(values, selected, batch, f"criterion.name: {self.criterion.name}, {when}")
+        source = f"criterion.name: {self.criterion.name}, {when}"
+        checks += [*teacher.checks, FiniteCheck.of(values, selected, batch, source)]
 
-        sums = {"positions_selected": torch.tensor(len(selected), device=values.device), **comparison.sums}
+        sums = {"positions_selected": torch.full((), len(selected), device=values.device), **comparison.sums}
         sums |= self._score_sums(scored, selected, valid)
         if self.positions.scoring == "two_stage" and loss.requires_grad and context.step % AGREEMENT_EVERY == 0:
             sums |= self.agreement(hidden_states.detach(), head, batch, context)
         placed = {
-            "coefficients": coefficients.view(valid_mask.shape),
-            "values": values.new_zeros(len(coefficients)).index_copy(0, selected, values).view(valid_mask.shape),
+            "coefficients": coefficients,
+            "values": values.new_zeros(valid_mask.numel()).index_copy(0, selected, values).view(valid_mask.shape),
         }
-        return {"loss": loss, "scores": scored.values, **placed, **sums}
+        return {"loss": loss, "scores": scored.values, "checks": checks, **placed, **sums}
 
     def score(
         self, hidden_states: Tensor, head: Head, batch: Batch, teacher: TeacherTargets | None, context: StepContext
@@ -143,11 +135,11 @@ class Objective:
         options = self.positions
         if options.scoring == "two_stage":
             assert self.classes_by_frequency is not None, "two-stage scoring needs classes_by_frequency"
-            ordered = torch.as_tensor(self.classes_by_frequency, device=hidden_states.device)
+            ordered = to_device(torch.as_tensor(self.classes_by_frequency), hidden_states.device)
             return score_in_two_stages(Estimator(options, ordered, self.seed), hidden_states, head, batch, context)
         logits = None
         if teacher is not None and options.needs_teacher:
-            logits = teacher.at(batch["valid_mask"].flatten().nonzero().flatten()).logits
+            logits = teacher.at(valid_index(batch)).logits
         return score_positions(options.metric, hidden_states, head, batch, logits, (self.seed, context.step))
 
     def _score_sums(self, scored: PositionScores, selected: Tensor, valid: Tensor) -> dict[str, Tensor]:

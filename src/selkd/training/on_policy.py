@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -27,6 +27,7 @@ from selkd.data.samples import EMPTY_SAMPLE, Sample, SampleDataset
 from selkd.errors import InputError
 from selkd.models.generation import Decoding, generate
 from selkd.recipe.choices import OnPolicyOptions
+from selkd.selection.host import keep_on_host, on_host
 from selkd.selection.randomness import sample_generator
 from selkd.teacher.targets import Batch
 from selkd.training.callbacks import StepLines
@@ -110,7 +111,8 @@ class Answering:
         filled = []
         for group in groups:
             samples = [next(next_rollout).sample if self.is_answered(sample, step) else sample for sample in group]
-            filled.append({name: tensor.to(device) for name, tensor in collate(samples, self.pad_token_id).items()})
+            answers = keep_on_host(collate(samples, self.pad_token_id))
+            filled.append(send_to_device(answers, device, non_blocking=True))
         return filled, rollouts, seconds
 
     def is_answered(self, sample: Sample, step: int) -> bool:
@@ -139,8 +141,9 @@ class Answering:
 
 def _samples_of(batch: Batch) -> Iterator[Sample]:
     """The samples, one document each, of a batch that is padded on the right."""
-    tokens, valid = batch["input_ids"].cpu().numpy(), batch["valid_mask"].cpu().numpy()
-    for row, length in enumerate(batch[LENGTHS].tolist()):
+    host = on_host(batch, ("input_ids", "valid_mask", LENGTHS))
+    tokens, valid = host["input_ids"].numpy(), host["valid_mask"].numpy()
+    for row, length in enumerate(host[LENGTHS].tolist()):
         is_target = np.append(False, valid[row, : length - 1])
         yield Sample(tokens[row, :length], np.zeros(1, np.int32), is_target)
 

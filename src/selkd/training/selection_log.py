@@ -1,41 +1,35 @@
 """The logs of selection: sums since the last logged step, and the means that are logged of them."""
 
-from collections.abc import Callable, Mapping
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping
 
 from selkd.recipe.choices import FractionSchedule, PositionOptions
 from selkd.selection.positions import StepContext
 
 
 class SelectionLog:
-    """Sums of one process over the micro-batches since the last logged step."""
+    """Sums over the optimiser steps since the last logged one, of all processes together.
+
+    Attributes:
+        sums: those that ``Objective`` returns, and ``positions_valid``.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.positions_valid = 0  # over all processes
+        self.sums: dict[str, float] = {}
 
-    def add(self, outputs: Mapping[str, Tensor]) -> None:
-        """Add the sums of one micro-batch, as ``Objective`` returns them."""
-        for name, value in outputs.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+    def add(self, sums: Mapping[str, float]) -> None:
+        """Add the sums of one step."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def take(
-        self, reduce: Callable[[Tensor], Tensor], positions: PositionOptions, context: StepContext
-    ) -> dict[str, float]:
-        """Means in nats and the selected share, over all processes. The sums start again at zero.
+    def take(self, positions: PositionOptions, context: StepContext) -> dict[str, float]:
+        """Means in nats and the selected share. The sums start again at zero.
 
         Args:
-            reduce: sums a tensor over the processes.
             positions: the recipe's part.
             context: where in the run the logged step is.
         """
-        names = sorted(self.sums)
-        totals = reduce(torch.stack([self.sums[name].float() for name in names])).tolist()
-        total = dict(zip(names, totals, strict=True))
-        selected, valid = max(1, total["positions_selected"]), max(1, self.positions_valid)
-        self.sums, self.positions_valid = {}, 0
+        total, self.sums = self.sums, {}
+        selected, valid = max(1, total["positions_selected"]), max(1, total["positions_valid"])
         logs = {"kd_nats": total["divergence_nats"] / selected, "selected_share": total["positions_selected"] / valid}
         if "cross_entropy_nats" in total:
             logs["ce_nats"] = total["cross_entropy_nats"] / selected

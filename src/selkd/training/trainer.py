@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -24,10 +23,12 @@ from selkd.data.collate import collate
 from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.models.adapters import has_adapters
+from selkd.models.documents import documents_known
 from selkd.models.generation import stop_ids
 from selkd.models.loading import window_of
 from selkd.models.tokenizers import shared_classes
 from selkd.recipe.choices import OnPolicyOptions
+from selkd.selection.host import KeepingCollator, on_host, to_device, valid_index
 from selkd.selection.positions import StepContext, step_context
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
@@ -45,11 +46,12 @@ from selkd.training.inputs import (
     vocab_sizes,
     without_autocast,
 )
-from selkd.training.objective import PLACED, Budget
+from selkd.training.objective import PLACED
 from selkd.training.on_policy import Answering, PromptCollator, RolloutLog, require_answers_fit, require_prompts
 from selkd.training.resuming import ResumingTrainer
 from selkd.training.sampling import FilledDataset, FilledSampler
 from selkd.training.selection_log import SelectionLog
+from selkd.training.step_numbers import StepNumbers
 from selkd.training.student import bind_distillation
 from selkd.training.unlogged import Unlogged
 from selkd_cache.reader import TeacherCache
@@ -113,13 +115,15 @@ class DistillTrainer(ResumingTrainer):
         # Any token can pad: masks, not token ids, tell padding from text.
         self._pad_token_id = 0 if processing_class.pad_token_id is None else int(processing_class.pad_token_id)
         collator: Callable[[list[Sample]], Batch] = partial(collate, pad_token_id=self._pad_token_id)
+        if args.on_policy is not None:
+            collator = PromptCollator(self._pad_token_id)
         super().__init__(
             model=model,
             args=args,
             train_dataset=None if train_samples is None else FilledDataset(train_samples),
             eval_dataset=evaluated,
             processing_class=processing_class,
-            **kwargs | {"data_collator": collator if args.on_policy is None else PromptCollator(self._pad_token_id)},
+            **kwargs | {"data_collator": KeepingCollator(collator)},
         )
         require_accelerate_state(self.accelerator.state, args, self.is_fsdp_enabled, has_adapters(self.model))
         checkpoints_at_once = self.pop_callback(JITCheckpointCallback)
@@ -187,8 +191,7 @@ class DistillTrainer(ResumingTrainer):
         self._context = StepContext(0, None, 0.0, None)
         self._log = SelectionLog()
         self._micro_batches = 0  # how many of this step are still to come
-        self._selected: list[Tensor] = []  # the selected positions of each micro-batch of this step
-        self._scores: list[np.ndarray] = []  # the valid scores of each micro-batch of this step
+        self._step = StepNumbers()
         self._saved_at = time.monotonic()
         self.is_interrupted = False  # whether a process was asked to end, and all do after this step
         kept: list[TrainerCallback] = [Totals(), Unlogged()]
@@ -233,7 +236,7 @@ class DistillTrainer(ResumingTrainer):
             return
         if kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]:
             unlogged = self._kept(Unlogged)
-            if unlogged.by_process:  # a checkpoint of an earlier version has none
+            if unlogged.losses:  # a checkpoint of an earlier version has none
                 unlogged.restore(self._tr_loss, self._log)
                 self._globalstep_last_logged = unlogged.last_logged
         super()._run_epoch(model=model, epoch=epoch, **kwargs)
@@ -313,26 +316,26 @@ class DistillTrainer(ResumingTrainer):
             num_items_in_batch: the normaliser of the whole step; None: the batch is a step of its own.
         """
         if num_items_in_batch is None:
-            num_items_in_batch = self.distillation_loss.normaliser(self._step_budget([inputs], self.args.device)[0])
-        distillation = partial(
-            self.distillation_loss,
-            batch=inputs,
-            teacher=self.teacher.targets(inputs, self._context.step),
-            context=self._context,
-            normaliser=num_items_in_batch,
-        )
-        outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], distillation=distillation)
-        loss = outputs.pop("loss")
+            num_items_in_batch = self._normaliser([inputs], self.args.device)
+        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        with documents_known(on_host(inputs)["position_ids"]):
+            distillation = partial(
+                self.distillation_loss,
+                batch=inputs,
+                teacher=self.teacher.targets(inputs, self._context.step),
+                context=self._context,
+                normaliser=num_items_in_batch,
+            )
+            outputs = model(input_ids=ids, position_ids=positions, distillation=distillation)
+        loss, checks = outputs.pop("loss"), outputs.pop("checks")
         scores, *_ = (outputs.pop(name) for name in PLACED)
-        self._selected.append(outputs["positions_selected"])
-        if self.queue is not None:
-            self._scores.append(scores[inputs["valid_mask"]].double().cpu().numpy())
-        self._log.add(outputs)
+        kept = None if self.queue is None else scores.flatten()[valid_index(inputs)]
+        self._step.add(outputs, checks, kept)
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Train on one micro-batch; after a step's last one, count what the step selected."""
+        """Train on one micro-batch; after a step's last one, and before the update, read the step's numbers."""
         self._check_student(model, self.train_dataset.samples.is_packed)
         loss = super().training_step(model, *args, **kwargs)
         self._micro_batches -= 1
@@ -346,22 +349,27 @@ class DistillTrainer(ResumingTrainer):
         The same exchange tells whether any process was asked to end, so that all end after the same step, and whether
         the first one's clock says that it is time for a checkpoint.
         """
-        selected = torch.stack(self._selected).sum()
-        flags = selected.new_tensor([self._is_asked_to_end(), self.is_world_process_zero() and self._is_time_to_save()])
-        selected, ends, saves = self._over_processes(torch.cat([selected[None], flags])).tolist()
-        self.totals.positions_selected += int(selected)
+        self._step.counts["ends"] = self._is_asked_to_end()
+        self._step.counts["saves"] = self.is_world_process_zero() and self._is_time_to_save()
+        sums, scores_read = self._step.read(self.args.device, self._over_processes)
+        self._step = StepNumbers()
+        ends, saves = sums.pop("ends"), sums.pop("saves")
+        self.totals.teacher_tokens += int(sums.pop("teacher_tokens"))
+        self.totals.positions_valid += int(sums["positions_valid"])
+        self.totals.positions_selected += int(sums["positions_selected"])
+        self._log.add(sums)
         if ends or saves:
             self.control.should_save = True
         if ends:
             self.control.should_training_stop = True
             self.is_interrupted = True
         if self.queue is not None:
-            by_rank = gather_object([self._scores]) if self.accelerator.num_processes > 1 else [self._scores]
+            own = [scores.numpy() for scores in scores_read]
+            by_rank = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
             # Micro-batch m of rank r is batch m * ranks + r of the step, so this is the order that one process has.
             for micro_batch in zip(*by_rank, strict=True):
                 for scores in micro_batch:
                     self.queue.push(scores)
-        self._selected, self._scores = [], []
 
     def _is_asked_to_end(self) -> bool:
         """Whether this process was asked to end, be it by a run's signals or by ``enable_jit_checkpoint``'s."""
@@ -373,7 +381,9 @@ class DistillTrainer(ResumingTrainer):
         seconds = self.args.save_seconds
         return seconds is not None and time.monotonic() - self._saved_at >= seconds
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Batch], int]:
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one optimiser step, and the normaliser of its loss."""
         batches = []
         for _ in range(num_batches):
@@ -386,20 +396,15 @@ class DistillTrainer(ResumingTrainer):
         if self.answering is not None:
             batches, rollouts, seconds = self.answering(self.model, batches, self._context.step)
             self.rollouts.add(rollouts, seconds)
-        budget, tokens = self._step_budget(batches, device)
-        self.totals.positions_valid += budget.valid
-        if self.teacher.is_live:
-            self.totals.teacher_tokens += tokens
-        self._log.positions_valid += budget.valid
-        return batches, self.distillation_loss.normaliser(budget)
-
-    def _step_budget(self, batches: list[Batch], device: torch.device) -> tuple[Budget, int]:
-        """The budget and the number of tokens of some micro-batches, over all ranks."""
-        budgets = [self.distillation_loss.budget(batch, self._context) for batch in batches]
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        counts = torch.tensor([*map(sum, zip(*budgets, strict=True)), tokens], device=device)
-        *budget, tokens = self._over_processes(counts).tolist()
-        return Budget(*budget), tokens
+        self._step.counts["teacher_tokens"] = tokens if self.teacher.is_live else 0
+        self._step.counts["positions_valid"] = sum(int(on_host(batch)["valid_mask"].sum()) for batch in batches)
+        return batches, self._normaliser(batches, device)
+
+    def _normaliser(self, batches: list[Batch], device: torch.device) -> Tensor:
+        """What divides the loss of a step of these micro-batches and those of the other ranks."""
+        own = sum(self.distillation_loss.normaliser(batch, self._context) for batch in batches)
+        return self._over_processes(to_device(torch.tensor(own, dtype=torch.float64), device))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> FilledSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -415,7 +420,7 @@ class DistillTrainer(ResumingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log also the selection and the answers since the last logged step."""
         if "loss" in logs and self._log.sums:
-            logs.update(self._log.take(self._over_processes, self.distillation_loss.positions, self._context))
+            logs.update(self._log.take(self.distillation_loss.positions, self._context))
             if self.answering is not None:
                 logs.update(self.rollouts.take())
                 if self.is_world_process_zero():
