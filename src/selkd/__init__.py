@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from selkd.recipe.files import load_recipe
     from selkd.recipe.recipe import Recipe
     from selkd.run.pipeline import Run, distill
+    from selkd.run.teacher_dataset import TeacherDataset
+    from selkd.teacher.collator import TeacherCollator
     from selkd.training.arguments import DistillArguments
     from selkd.training.loss import chunked_entropy, distillation_loss, sample_classes, select_positions
     from selkd.training.trainer import DistillTrainer
@@ -23,6 +25,8 @@ _HOME = {
     "Recipe": "selkd.recipe.recipe",
     "Run": "selkd.run.pipeline",
     "TeacherCache": "selkd_cache.reader",
+    "TeacherCollator": "selkd.teacher.collator",
+    "TeacherDataset": "selkd.run.teacher_dataset",
     "chunked_entropy": "selkd.training.loss",
     "distill": "selkd.run.pipeline",
     "distillation_loss": "selkd.training.loss",
@@ -37,6 +41,8 @@ __all__ = [
     "Recipe",
     "Run",
     "TeacherCache",
+    "TeacherCollator",
+    "TeacherDataset",
     "__version__",
     "chunked_entropy",
     "distill",

@@ -9,7 +9,12 @@ import pytest
 import torch
 from test_distributed import torchrun
 from tiny import make_model, make_tokenizer
+from tiny_run import make_recipe, make_task
 from transformers import AutoModelForCausalLM
+
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+from selkd.run.pipeline import cache_only
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "own_loop"
 
@@ -51,6 +56,21 @@ def test_a_loop_of_ones_own_learns(name: str, arguments: list[str]) -> None:
 def test_trls_trainer_learns(arguments: list[str]) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     require_learnt(example("trl_sft").main(*arguments), arguments[3], arguments[1])
+
+
+@pytest.mark.parametrize("name", ["cached_trainer", "cached_trl_sft"])
+def test_a_trainer_of_ones_own_learns_from_a_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed samples with the plain trainer, single documents of many lengths with TRL's."""
+    if name == "cached_trl_sft":
+        pytest.importorskip("trl", reason="TRL is not installed")
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
+    data = {"data": make_task(tmp_path, packing=False)} if name == "cached_trl_sft" else {}
+    recipe = parse_part(Recipe, make_recipe(tmp_path, samples=None, **data))
+    cache_only(recipe, tmp_path / "run")
+    make_model(1).save_pretrained(tmp_path / "student")
+    make_tokenizer().save_pretrained(tmp_path / "student")
+    losses = example(name).main(*(str(tmp_path / part) for part in ("run", "student", "out")))
+    require_learnt(losses, str(tmp_path / "out"), str(tmp_path / "student"))
 
 
 def test_two_processes_with_fsdp2_learn(arguments: list[str]) -> None:
