@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_distributed import torchrun
 from tiny import make_model, make_tokenizer
-from tiny_run import make_recipe, make_task
+from tiny_run import make_recipe
 from transformers import AutoModelForCausalLM
 
+import selkd
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.pipeline import cache_only
@@ -60,17 +61,37 @@ def test_trls_trainer_learns(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["cached_trainer", "cached_trl_sft"])
 def test_a_trainer_of_ones_own_learns_from_a_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed samples with the plain trainer, single documents of many lengths with TRL's."""
+    """Packed samples with the plain trainer, single documents with TRL's."""
     if name == "cached_trl_sft":
         pytest.importorskip("trl", reason="TRL is not installed")
     monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
-    data = {"data": make_task(tmp_path, packing=False)} if name == "cached_trl_sft" else {}
-    recipe = parse_part(Recipe, make_recipe(tmp_path, samples=None, **data))
+    recipe_content = make_recipe(tmp_path, samples=None)
+    recipe_content["data"]["packing"] = name != "cached_trl_sft"
+    recipe = parse_part(Recipe, recipe_content)
     cache_only(recipe, tmp_path / "run")
     make_model(1).save_pretrained(tmp_path / "student")
     make_tokenizer().save_pretrained(tmp_path / "student")
     losses = example(name).main(*(str(tmp_path / part) for part in ("run", "student", "out")))
-    require_learnt(losses, str(tmp_path / "out"), str(tmp_path / "student"))
+    assert len(losses) == 6
+    before, after = (distance(tmp_path / part, tmp_path / "run") for part in ("student", "out"))
+    assert after < before - 0.01
+
+
+def distance(model_path: Path, run: Path) -> float:
+    """The mean forward KL to the cached draws at every position, in nats; no batch of it is any that was trained on."""
+    dataset = selkd.TeacherDataset.open(run)
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    collator, sums, n_positions = selkd.TeacherCollator(dataset.cache), 0.0, 0
+    for index in range(len(dataset)):
+        batch = collator([dataset[index]])
+        hidden = model.get_decoder()(batch["input_ids"], position_ids=batch.get("position_ids")).last_hidden_state
+        known = {"class_ids": batch["teacher_class_ids"], "counts": batch["teacher_counts"]}
+        targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        result = selkd.distillation_loss(
+            hidden, model, known, targets, batch["valid_mask"], positions={"policy": "all"}
+        )
+        sums, n_positions = sums + result.values.sum().item(), n_positions + int(batch["valid_mask"].sum())
+    return sums / n_positions
 
 
 def test_two_processes_with_fsdp2_learn(arguments: list[str]) -> None:
