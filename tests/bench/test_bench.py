@@ -1,7 +1,9 @@
 """``selkd bench`` at toy size: its JSON, its variants against each other, memory and its trace."""
 
 import json
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,8 @@ import pytest
 import torch
 from tiny_run import make_recipe
 
-from selkd.bench import variants
-from selkd.bench.names import VARIANTS
+from selkd.bench import report, variants
+from selkd.bench.names import QUICK, VARIANTS
 from selkd.bench.report import bench
 from selkd.bench.subject import BenchSubject
 from selkd.bench.variants import step_of
@@ -94,6 +96,13 @@ def test_the_answer_is_what_the_design_page_names(recipe: Recipe, monkeypatch: p
         assert each["peak_bytes_above_floor"] is None
         assert each["cpu_seconds_range"][0] <= each["cpu_seconds"] <= each["cpu_seconds_range"][1]
         assert each["cpu_ratio_to_floor"] == pytest.approx(each["cpu_seconds"] / found["floor"]["cpu_seconds"])
+    assert {name: goal["at_most"] for name, goal in answer["cached_goals"].items()} == {
+        "cross_entropy_chunked": 1.05,
+        "cross_entropy_plain": 1.0,
+    }
+    for name, goal in answer["cached_goals"].items():
+        assert goal["ratio"] == pytest.approx(found["se_kd_cached"]["seconds"] / found[name]["seconds"])
+        assert any(note.startswith(f"se_kd_cached / {name}: {goal['ratio']:.2f}, aim") for note in answer["notes"])
     assert found["floor"]["ratio_to_floor"] == 1.0
     assert found["floor"]["selection_agreement"] is None
     assert found["se_kd_exact"]["selection_agreement"] == 1.0
@@ -108,6 +117,48 @@ def test_memory_and_trace_are_of_processes_of_their_own(recipe: Recipe, tmp_path
     assert len(series["floor"]["bytes"]) == len(series["floor"]["seconds"])
     assert min(series["floor"]["bytes"], default=1) > 0
     assert (tmp_path / "trace" / "memory.svg").read_text().startswith("<svg")
+
+
+def test_each_measurement_is_told_and_a_stopped_bench_keeps_them(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped by a real SIGTERM at its fifth step: two turns of three variants are begun, one and a third measured."""
+    calls: list[str] = []
+    made = report.step_of
+
+    def counting(name: str, subject: BenchSubject) -> Callable[[], None]:
+        step = made(name, subject)
+
+        def counted() -> None:
+            calls.append(name)
+            if len(calls) == 5:
+                signal.raise_signal(signal.SIGTERM)
+            step()
+
+        return counted
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(report, "step_of", counting)
+    answer = bench(recipe, repeats=2, variants=["full_kd", "se_kd_exact"])
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(calls) == 5, "nothing ran after the signal"
+    assert [each["name"] for each in answer["variants"]] == ["floor", "full_kd", "se_kd_exact"]
+    assert all(each["seconds"] > 0 and each["peak_bytes_above_floor"] is None for each in answer["variants"])
+    assert "stopped: fewer than 2 turns of floor, full_kd, se_kd_exact; no memory" in answer["notes"][-1]
+    told = [line.split() for line in capsys.readouterr().err.splitlines() if "left" in line]
+    assert [line[:2] for line in told] == [
+        ["1/12", "floor"],
+        ["2/12", "full_kd"],
+        ["3/12", "se_kd_exact"],
+        ["4/12", "floor"],
+    ], "turns, then memory"
+
+
+def test_a_quick_bench_is_one_turn_of_the_main_variants_with_few_samples(recipe: Recipe) -> None:
+    answer = bench(recipe, quick=True)
+    assert [each["name"] for each in answer["variants"]] == list(QUICK)
+    assert answer["shape"]["batch"] == 2
+    assert {each["peak_bytes_above_floor"] for each in answer["variants"]} == {None}
 
 
 def test_what_cannot_be_measured_is_refused(recipe: Recipe) -> None:

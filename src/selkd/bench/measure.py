@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from selkd.bench.progress import Progress
 from selkd.errors import RunError
 from selkd.recipe.recipe import Recipe
 
@@ -40,16 +42,24 @@ class Timing:
         return statistics.median(self.cpu_seconds)
 
 
-def interleaved(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Time all steps in turns, ``repeats`` times, after one turn to warm up."""
+def interleaved(
+    steps: Mapping[str, Step], repeats: int, device: torch.device, progress: Progress | None = None
+) -> dict[str, Timing]:
+    """Time all steps in turns, ``repeats`` times, after one turn to warm up.
+
+    With ``progress`` it may be stopped: steps that were not measured are left out then, and of those that were measured
+    once the warm-up is kept.
+    """
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            busy = time.process_time()
-            seconds = seconds_of(step, device)
-            if repeat:
+    with progress.until_stopped() if progress is not None else nullcontext():
+        for _ in range(repeats + 1):
+            for name, step in steps.items():
+                busy = time.process_time()
+                seconds = seconds_of(step, device)
                 timings[name].append((seconds, time.process_time() - busy))
-    return {name: Timing(*zip(*both, strict=True)) for name, both in timings.items()}
+                if progress is not None:
+                    progress.told(name, f"{seconds:.3f} s")
+    return {name: Timing(*zip(*(found[1:] or found), strict=True)) for name, found in timings.items() if found}
 
 
 def seconds_of(step: Step, device: torch.device) -> float:

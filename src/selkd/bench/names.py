@@ -20,6 +20,10 @@ VARIANTS = {
     "cross_entropy_chunked": "no teacher: chunked cross-entropy at the positions of se_kd_cached",
 }
 
+# What --quick measures, in one turn, with so many samples at most.
+QUICK = ("floor", "full_kd", "se_kd_exact", "se_kd_two_stage", "se_kd_cached", "cross_entropy_chunked")
+QUICK_SAMPLES = 2
+
 
 def checked_variants(variants: Sequence[str] | None, repeats: int) -> list[str]:
     """The names of the variants to measure; None stands for all, and the floor is always one.

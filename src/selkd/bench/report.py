@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from selkd.bench.measure import MEMORY_JOBS, Timing, in_own_process, interleaved
-from selkd.bench.names import checked_variants
+from selkd.bench.names import QUICK, QUICK_SAMPLES, checked_variants
+from selkd.bench.progress import Progress
 from selkd.bench.subject import BenchSubject
 from selkd.bench.variants import last_step, objective_of, positions_of, step_of
 from selkd.files import write_whole
@@ -19,6 +20,8 @@ from selkd.run.record import environment
 from selkd.selection.position_scores import choose_positions, score_positions
 
 AGREEMENT_SAMPLES = 16
+# What a cached step is to take of a training on text: at the same positions, and at all of them.
+CACHED_GOALS = {"cross_entropy_chunked": 1.05, "cross_entropy_plain": 1.0}
 TRACED = ("floor", "full_kd_plain", "full_kd", "se_kd_exact", "se_kd_two_stage", "recipe")
 
 
@@ -29,6 +32,7 @@ def bench(
     variants: Sequence[str] | None = None,
     memory: bool = True,
     trace: Path | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Measure the variants of a recipe's step: forward and backward pass of one micro-batch, no optimiser.
 
@@ -42,30 +46,63 @@ def bench(
         variants: names of ``VARIANTS``; None measures all. The floor is always measured.
         memory: whether to measure memory.
         trace: a folder to write memory over time into, as ``memory.json`` and ``memory.svg``.
+        quick: one turn of ``QUICK`` (unless ``variants`` are given) with at most two samples, and no memory.
+
+    Each measurement is told on standard error. Ctrl-C or SIGTERM stop it: what was measured is the answer, whose
+    ``notes`` say what is missing.
 
     Raises:
         InputError: a variant is unknown, ``repeats`` is below 1, or ``distill`` would refuse the recipe.
+        KeyboardInterrupt: it was stopped before the floor was measured.
     """
+    if quick:
+        repeats, memory, variants = 1, False, variants or QUICK
     names = checked_variants(variants, repeats)
-    subject = BenchSubject(recipe)
+    subject = BenchSubject(recipe, QUICK_SAMPLES if quick else None)
     try:
         steps = {name: step_of(name, subject) for name in names}
-        timings = interleaved(steps, repeats, subject.device)
+        progress = Progress(len(names) * (repeats + 1 + memory))
+        timings = interleaved(steps, repeats, subject.device, progress)
+        if "floor" not in timings:
+            raise KeyboardInterrupt
+        if progress.stopped:
+            answer = _answer(subject, timings, None, {})
+            answer["notes"].append(_what_is_missing(names, timings, repeats))
+            return answer
         agreements = {name: agreement for name in names if (agreement := _agreement(name, subject)) is not None}
 
         def memory_of(job: str, measured: Sequence[str]) -> dict[str, Any]:
-            if subject.device.type == "cpu":
-                return {name: in_own_process(job, name, recipe) for name in measured}
-            return {name: MEMORY_JOBS[job](steps[name], subject.device) for name in measured}
+            found = {}
+            with progress.until_stopped():
+                for name in measured:
+                    if subject.device.type == "cpu":
+                        found[name] = in_own_process(job, name, recipe)
+                    else:
+                        found[name] = MEMORY_JOBS[job](steps[name], subject.device)
+                    if job == "peak":
+                        progress.told(name, f"{found[name] / 1e9:.2f} GB")
+            return found
 
         peaks = memory_of("peak", names) if memory else None
-        if trace is not None:
+        if trace is not None and not progress.stopped:
             series = memory_of("trace", [name for name in names if name in TRACED])
             write_whole(trace / "memory.json", json.dumps(series) + "\n")
             write_whole(trace / "memory.svg", memory_plot(series) + "\n")
-        return _answer(subject, timings, peaks, agreements)
+        answer = _answer(subject, timings, peaks, agreements)
+        if progress.stopped:
+            answer["notes"].append("stopped: the memory of some variants was not measured")
+        return answer
     finally:
         subject.close()
+
+
+def _what_is_missing(names: Sequence[str], timings: dict[str, Timing], repeats: int) -> str:
+    """What a bench that was stopped did not measure."""
+    fewer = [name for name in names if name in timings and len(timings[name].seconds) < repeats]
+    missing = [name for name in names if name not in timings]
+    parts = [f"fewer than {repeats} turns of {', '.join(fewer)}" if fewer else ""]
+    parts += [f"none of {', '.join(missing)}" if missing else "", "no memory, no agreement"]
+    return f"stopped: {'; '.join(filter(None, parts))}. A variant of one turn may be of the warm-up"
 
 
 def _agreement(name: str, subject: BenchSubject) -> tuple[float, float] | None:
@@ -119,11 +156,19 @@ def _answer(
                 "cpu_seconds": timing.cpu_median if is_cpu else None,
                 "cpu_ratio_to_floor": timing.cpu_median / floor.cpu_median if is_cpu else None,
                 "cpu_seconds_range": [min(timing.cpu_seconds), max(timing.cpu_seconds)] if is_cpu else None,
-                "peak_bytes_above_floor": None if peaks is None else peaks[name] - peaks["floor"],
+                "peak_bytes_above_floor": peaks[name] - peaks["floor"] if peaks and name in peaks else None,
                 "selection_agreement": agreement,
                 "selection_agreement_as_run": as_run,
             }
         )
+    seconds = {name: timing.median for name, timing in timings.items()}
+    cached = {
+        other: {"ratio": seconds["se_kd_cached"] / seconds[other], "at_most": most}
+        for other, most in CACHED_GOALS.items()
+        if {"se_kd_cached", other} <= seconds.keys()
+    }
+    notes = [on_policy] if subject.recipe.on_policy is not None else []
+    notes += [f"se_kd_cached / {name}: {of['ratio']:.2f}, aim {of['at_most']:.2f}" for name, of in cached.items()]
     return {
         "device": f"{device}, {torch.get_num_threads()} threads" if is_cpu else device,
         "dtype": str(subject.dtype).removeprefix("torch."),
@@ -138,5 +183,6 @@ def _answer(
         },
         "floor_seconds": floor.median,
         "variants": variants,
-        "notes": [on_policy] if subject.recipe.on_policy is not None else [],
+        "cached_goals": cached,
+        "notes": notes,
     }

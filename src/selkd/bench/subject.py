@@ -36,11 +36,15 @@ class BenchSubject:
     """The recipe's models and one batch, loaded when first needed, and a teacher cache of that batch until ``close``.
 
     The student has float32 weights and runs under autocast to the run's dtype; the teacher has a dtype of its own.
+
+    Args:
+        most_samples: the batch has no more than so many, if the recipe's own is larger.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, most_samples: int | None = None) -> None:
         require_model_here(recipe.teacher)
         self.recipe = recipe
+        self.most_samples = most_samples
         self._folder = tempfile.TemporaryDirectory(prefix="selkd-bench-")
         self.work = Workspace(recipe, Path(self._folder.name) / "run")
         self.work.check()
@@ -79,7 +83,7 @@ class BenchSubject:
     def samples(self) -> SampleDataset:
         """The batch's samples: the first ones of the training text."""
         size = int(self.work.arguments.per_device_train_batch_size)
-        return self.train.select(range(min(size, len(self.train))))
+        return self.train.select(range(min(size, self.most_samples or size, len(self.train))))
 
     def batch_of(self, samples: SampleDataset) -> Batch:
         batch = collate(list(samples), self.work.models.pad_token_id)

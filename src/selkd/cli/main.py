@@ -260,6 +260,7 @@ def bench(
         Path | None,
         Option(callback=possible, metavar="DIR", help="The folder for memory.json and memory.svg, memory over time."),
     ] = None,
+    quick: Annotated[bool, Option("--quick", help="The main variants in one turn, with at most 2 samples.")] = False,
     no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
@@ -272,7 +273,7 @@ def bench(
     loaded = load(recipe, overrides, no_plugins)
     from selkd.bench.report import bench as measure
 
-    answer = measure(loaded, repeats=repeats, variants=variant, memory=memory, trace=trace)
+    answer = measure(loaded, repeats=repeats, variants=variant, memory=memory, trace=trace, quick=quick)
     if json_output:
         print_json(answer)
         return
@@ -284,7 +285,7 @@ def bench(
     console.print(bench_table(answer))
     for note in answer["notes"]:
         console.print(note, highlight=False, markup=False)
-    if trace is not None:
+    if trace is not None and (trace / "memory.svg").exists():
         console.print(f"memory over time  {trace / 'memory.svg'}", soft_wrap=True, highlight=False)
 
 
