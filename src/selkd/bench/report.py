@@ -84,12 +84,13 @@ def bench(
             return found
 
         peaks = memory_of("peak", names) if memory else None
-        if trace is not None and not progress.stopped:
+        is_whole = peaks is None or len(peaks) == len(names)
+        if trace is not None and is_whole:
             series = memory_of("trace", [name for name in names if name in TRACED])
             write_whole(trace / "memory.json", json.dumps(series) + "\n")
             write_whole(trace / "memory.svg", memory_plot(series) + "\n")
         answer = _answer(subject, timings, peaks, agreements)
-        if progress.stopped:
+        if not is_whole:
             answer["notes"].append("stopped: the memory of some variants was not measured")
         return answer
     finally:
