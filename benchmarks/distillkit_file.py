@@ -5,10 +5,17 @@ It is the other side of ``selkd.foreign.distillkit``, and shares no code with it
     python benchmarks/distillkit_file.py --out FOLDER --gigabytes 1     # random distributions, for measuring the import
 
 Beside the file it writes ``text.jsonl``, the text with the same tokens, and ``recipe.yaml``, which imports it.
+
+    python benchmarks/distillkit_file.py --out FOLDER --measure      # imports what is there; seconds and peak memory
 """
 
 import argparse
 import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +144,31 @@ def write_random(out: Path, size: int, length: int = 512) -> None:
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
+def measure(out: Path) -> dict[str, float]:
+    """Import the file in ``out`` in a process of its own, into a new run beside it."""
+    with tempfile.TemporaryDirectory(dir=out) as run:
+        command = [sys.executable, "-m", "selkd", "cache", "import", str(out / "recipe.yaml"), str(out), "--out", run]
+        start = time.perf_counter()
+        answer = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        seconds = time.perf_counter() - start
+    usage, stats = resource.getrusage(resource.RUSAGE_CHILDREN), json.loads(answer)
+    return {
+        "file_bytes": (out / "data_0.parquet").stat().st_size,
+        "positions": stats["positions"],
+        "bytes_per_position": stats["bytes_per_position"],
+        "seconds": seconds,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_memory_bytes": usage.ru_maxrss * 1024,
+    }
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--measure", action="store_true", help="import the file that is there, and write none")
     given = parser.parse_args()
-    write_random(given.out, int(given.gigabytes * 1e9))
+    if given.measure:
+        print(json.dumps(measure(given.out), indent=1))
+    else:
+        write_random(given.out, int(given.gigabytes * 1e9))

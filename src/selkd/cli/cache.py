@@ -79,7 +79,10 @@ def cache_import(
     The recipe has `teacher: {model: NAME, imported: true}` and `classes: {sampler: top_k, …}`. Its samples are found
     by their tokens.
     """
+    from selkd.recipe.foreign import require_imported
+
     loaded = read(recipe, overrides, no_plugins)
+    require_imported(loaded.teacher)
     from selkd.foreign.files import ReadOptions
     from selkd.run.import_cache import import_cache
 

@@ -151,7 +151,7 @@ def _of_next_tokens(token_ids: np.ndarray, decoded: Decoded, is_logits: bool) ->
 def _parquet(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of a file as Arrow scalars, a few of them in memory at a time."""
     try:
-        file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns, use_threads=False):
             for number in range(len(batch)):
                 yield {name: batch.column(name)[number] for name in columns}

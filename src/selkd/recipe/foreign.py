@@ -81,6 +81,15 @@ def require_model_here(teacher: TeacherOptions) -> None:
         )
 
 
+def require_imported(teacher: TeacherOptions) -> None:
+    """Raises InputError where a cache is to be imported for a teacher of another kind."""
+    if not teacher.imported:
+        raise InputError(
+            "teacher.imported: expected true in a recipe whose cache is imported; then no model of the teacher is "
+            "loaded, and teacher.model is the name by which it is known."
+        )
+
+
 def without_address(teacher: dict[str, Any]) -> dict[str, Any]:
     """A teacher's plain data without where and how a server is asked: the same one may move to another host."""
     kept = {key: value for key, value in teacher.items() if key not in ("requests", "api_key_env")}

@@ -17,6 +17,7 @@ from selkd.foreign.matching import Spool, Wanted
 from selkd.foreign.responses import TokenNames
 from selkd.foreign.scored import Piece, Scored, Truncation, joined, pieces
 from selkd.interrupts import stop_if_asked
+from selkd.recipe.foreign import require_imported
 from selkd.recipe.recipe import Recipe
 from selkd.run.cache import SOURCE, SOURCE_DIGEST, cache_directory, cache_fingerprint, truncation
 from selkd.run.pipeline import start
@@ -69,11 +70,7 @@ def import_cache(
             recipe asks for, or lacks samples of the recipe.
         RunError: the disk refused.
     """
-    if not recipe.teacher.imported:
-        raise InputError(
-            "teacher.imported: expected true in a recipe whose cache is imported; then no model of the teacher is "
-            "loaded, and teacher.model is the name by which it is known"
-        )
+    require_imported(recipe.teacher)
     with start(recipe, out) as (work, run):
         prepare(work, run)
         samples = score(work, run)
