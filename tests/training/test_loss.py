@@ -262,6 +262,13 @@ def test_what_is_refused_is_named(name: str) -> None:
         selkd.distillation_loss(case.hidden, **arguments)
 
 
+def test_classes_are_not_sampled_of_what_is_not_finite() -> None:
+    logits = torch.zeros(2, 5, 9)
+    logits[1, 3, 2] = torch.inf
+    with pytest.raises(RunError, match=r"position 3 of sample [0-9a-f]{32} gives nan from the teacher's logits"):
+        selkd.sample_classes({"logits": logits}, {"sampler": "rs_kd", "draws": 4})
+
+
 def test_a_number_that_is_not_finite_is_told_with_its_place() -> None:
     case = Case()
     hidden = case.hidden.detach().clone()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from selkd import DistillTrainer, TeacherCache, reference
 from selkd.data.collate import collate
-from selkd.data.samples import SampleDataset
+from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError, RunError
 from selkd.maths.finite import require_all_finite
 from selkd.models.head import head_of, hidden_states
@@ -426,6 +426,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
         trainer.train()
     for name, value in weights(student).items():
         torch.testing.assert_close(value, damage.weights[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_not_finite_in_an_earlier_micro_batch_is_named_before_the_update(tmp_path: Path) -> None:
+    """A step's checks are read together; the message names the sample of the first of its two micro-batches."""
+    rare, tokens = V - 1, [np.arange(2, 20) + i for i in range(4)]
+    tokens[1][0] = rare
+    samples = SampleDataset.from_samples([Sample(each, np.zeros(1, np.int32)) for each in tokens])
+    student = make_model(1, tie_word_embeddings=False)
+    at_end: dict[str, Tensor] = {}
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            with torch.no_grad():
+                student.model.embed_tokens.weight[rare] = float("nan")
+            at_end.update(weights(student))
+
+    trainer = trainer_of(
+        tmp_path, samples, RECIPES["corrected draws"], student=student, max_steps=2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer.add_callback(Spoil())
+    with pytest.raises(RunError, match=f"position 0 of sample {samples.ids[1].hex()} gives nan .* optimiser step 1"):
+        trainer.train()
+    for name, value in weights(student).items():
+        torch.testing.assert_close(value, at_end[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_student_of_damaged_weights_is_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, PartialState
 from tiny import V, make_arguments, make_model, make_samples, make_tokenizer
 from waits import DEVICE, Accelerator, Wait, accelerator, moved
 
-from selkd import DistillTrainer, TeacherCache
+from selkd import DistillTrainer, TeacherCache, distillation_loss
 from selkd.models.head import body_of
 from selkd.recipe.choices import ClassOptions
 from selkd.selection.host import first_marked
@@ -139,6 +139,47 @@ def test_a_cached_teacher_adds_no_wait(tmp_path: Path, monkeypatch: pytest.Monke
     cache = TeacherCache.open(tmp_path / "cache")
     counted = count(tmp_path, RECIPES["rs_kd"], monkeypatch, cache)
     assert [len(waits) for waits in counted.by_micro_batch] == [1] * (MICRO_BATCHES - 2)
+
+
+KNOWN = ["valid_mask", "sample_ids"]
+# What is given -> how often the host waits: for the mask, the targets that name samples, the selection's size, the end.
+CALLS: dict[str, tuple[dict[str, Any], int]] = {
+    "mask on the host": ({"on_host": ["valid_mask"]}, 1),
+    "mask on the device": ({}, 2),
+    "full kd": ({"on_host": ["valid_mask"], "positions": {"policy": "all"}, "criterion": {"name": "dkd"}}, 1),
+    "drawn": ({"on_host": KNOWN, "classes": {"sampler": "rs_kd", "draws": 8}}, 1),
+    "drawn, named by its targets": ({"classes": {"sampler": "rs_kd", "draws": 8}}, 3),
+    "drawn positions": ({"on_host": KNOWN, "positions": {"policy": "pos_rs", "fraction": 0.3}}, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_loop_of_ones_own_waits_as_often(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, expected = CALLS[name]
+    generator = torch.Generator().manual_seed(0)
+    hidden, of_teacher = (torch.randn(3, 10, 8, generator=generator) for _ in range(2))
+    heads = [torch.randn(V, 8, generator=generator) for _ in range(2)]
+    given = {
+        "targets": torch.randint(V, (3, 10), generator=generator),
+        "valid_mask": torch.rand(3, 10, generator=generator) > 0.3,
+    }
+    if "sample_ids" in options.get("on_host", ()):
+        given["sample_ids"] = torch.arange(48, dtype=torch.uint8).view(3, 16)
+    parts = {key: value for key, value in options.items() if key != "on_host"}
+    losses = []
+    with accelerator(monkeypatch) as seen:
+        for device in (torch.device("cpu"), DEVICE):
+            placed = {k: v if k in options.get("on_host", ()) else v.to(device) for k, v in given.items()}
+            student = torch.nn.Parameter(heads[0].to(device))
+            teacher = {"hidden_states": of_teacher.to(device), "lm_head": heads[1].to(device)}
+            on_device = hidden.to(device)
+            seen.waits.clear()
+            loss = distillation_loss(on_device, student, teacher, **placed, **parts).loss
+            loss.backward()
+            assert len(seen.waits) == (expected if device == DEVICE else 0), seen.waits
+            losses.append((loss.detach().cpu(), student.grad.cpu()))
+    for on_cpu, on_device in zip(*losses, strict=True):
+        torch.testing.assert_close(on_cpu, on_device)
 
 
 def test_batches_that_are_not_kept_on_the_host_train_alike(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ class OnHost:
     batch: Batch
 
 
-def keep_on_host(batch: Batch) -> Batch:
-    """The batch, on the CPU, with itself to be taken along."""
-    return cast(Batch, batch | {KEPT: OnHost(batch)})
+def keep_on_host(batch: Batch, host: Batch | None = None) -> Batch:
+    """The batch, taking along what ``on_host`` answers: ``host``, or None: itself, which is on the CPU."""
+    return cast(Batch, batch | {KEPT: OnHost(batch if host is None else host)})
 
 
 def on_host(batch: Batch, names: Sequence[str] = ("valid_mask", "position_ids", "sample_ids")) -> Batch:
@@ -55,7 +55,7 @@ class KeepingCollator:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on ``device``. The host does not wait: from pinned memory, the copy runs by itself."""
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

@@ -20,6 +20,7 @@ from selkd.plugins import Metric, Policy
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
 from selkd.recipe.combinations import check_cached, check_loss
 from selkd.selection.classes import class_sampler
+from selkd.selection.host import keep_on_host, on_host, to_device
 from selkd.teacher.live import Drawing, LiveTargets, LogitsTargets, WholeTargets, class_uniforms
 from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets, TruncatedDistribution
 
@@ -150,8 +151,17 @@ def shared_classes(n_student: int, teacher: GivenTeacher, vocab_size: int | None
     return n_student if vocab_size is None else vocab_size
 
 
-def as_batch(hidden_states: Tensor, targets: Tensor, valid_mask: Tensor | None, position_ids: Tensor | None) -> Batch:
-    """The batch that the objective takes. Raises InputError where shapes do not agree."""
+def as_batch(
+    hidden_states: Tensor, targets: Tensor, valid_mask: Tensor | None, position_ids: Tensor | None, *, skips: bool
+) -> Batch:
+    """The batch that the objective takes, on the device of ``targets``. Its mask is kept on the host, too.
+
+    Args:
+        skips: whether the first positions of documents are skipped, so that the host needs the position ids.
+
+    Raises:
+        InputError: shapes do not agree.
+    """
     if hidden_states.ndim != 3:
         raise InputError(f"hidden_states: expected [B, T, D]; got {_form(hidden_states)}.")
     shape = hidden_states.shape[:2]
@@ -161,15 +171,18 @@ def as_batch(hidden_states: Tensor, targets: Tensor, valid_mask: Tensor | None, 
     if valid_mask is None:
         valid_mask = targets != IGNORED
     if position_ids is None:
-        position_ids = torch.arange(shape[1], device=targets.device).expand(shape)
+        position_ids = torch.arange(shape[1]).expand(shape)
     require_shape("valid_mask", valid_mask, shape)
     require_shape("position_ids", position_ids, shape)
     valid_mask = valid_mask.bool()
-    return {
+    host = {"valid_mask": valid_mask.cpu()} | ({"position_ids": position_ids.cpu()} if skips else {})
+    valid_mask = to_device(valid_mask, targets.device)
+    batch = {
         "targets": targets.long().masked_fill(~valid_mask, 0),
         "valid_mask": valid_mask,
-        "position_ids": position_ids,
+        "position_ids": to_device(position_ids, targets.device),
     }
+    return keep_on_host(batch, host)
 
 
 def require_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
@@ -194,9 +207,14 @@ def drawing_of(classes: ClassOptions, temperature: float, batch: Batch, seed: in
     return Drawing(sampler, temperature, batch, class_uniforms(sampler, batch, seed, "classes", step))
 
 
+def with_ids(batch: Batch, sample_ids: Tensor) -> Batch:
+    """A batch of ``as_batch`` with these ids, which are kept on the host, too."""
+    return keep_on_host(batch | {"sample_ids": sample_ids}, on_host(batch) | {"sample_ids": sample_ids.cpu()})
+
+
 def ids_of_content(batch: Batch) -> Tensor:
     """An id for each sample, made of the tokens that it teaches, uint8 [B, 16]."""
-    rows = zip(batch["targets"].cpu().numpy(), batch["valid_mask"].cpu().numpy(), strict=True)
+    rows = zip(batch["targets"].cpu().numpy(), on_host(batch)["valid_mask"].numpy(), strict=True)
     digests = b"".join(xxhash.xxh3_128_digest(targets[valid].tobytes()) for targets, valid in rows)
     return torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, 16)
 

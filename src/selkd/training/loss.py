@@ -41,6 +41,7 @@ from selkd.training.given import (
     require_shape,
     require_stateless,
     shared_classes,
+    with_ids,
 )
 from selkd.training.objective import PLACED, Objective
 
@@ -98,6 +99,11 @@ def distillation_loss(
     head's own parameters through autograd: where DDP or FSDP wraps the model, call it inside the model's forward.
     Products run in autocast's dtype, or else in that of ``hidden_states``; sums in float32, or in float64.
 
+    The host waits for an accelerator at the end, to raise an error before a value that is not finite is learned, and
+    where scores alone tell how many positions are selected (``pos_rs``, ``pps``, ``weighted``). What it can't know
+    otherwise it reads first, which waits as well: give ``valid_mask`` on the CPU, and with draws ``sample_ids``; a
+    target or a mask on the device is read once.
+
     Args:
         hidden_states: the student's last, after its final norm, [B, T, D].
         lm_head: the student's head.
@@ -110,7 +116,8 @@ def distillation_loss(
             - ``class_ids`` and ``log_probabilities`` [B, T, C]: its most probable classes at the criterion's
               temperature; all others count as one class with the mass that is left. Rows are padded with -inf.
         targets: the true next tokens, int64 [B, T]: ``input_ids`` moved to the left by one.
-        valid_mask: bool [B, T], the positions that may be selected; None: those whose target is not -100.
+        valid_mask: bool [B, T], on any device, the positions that may be selected; None: those whose target is not
+            -100.
         criterion: the recipe's part of that name; None: forward KL.
         positions: the recipe's part; None: the 20% with the highest student entropy.
         classes: the recipe's part, for a teacher that is given in full; None: all classes.
@@ -132,15 +139,15 @@ def distillation_loss(
     criterion = parse_part(CriterionOptions, criterion or {}, "criterion")
     positions = parse_part(PositionOptions, positions or {}, "positions")
     classes = parse_part(ClassOptions, classes or {"sampler": "all"}, "classes")
-    batch = as_batch(hidden_states, targets, valid_mask, position_ids)
+    batch = as_batch(hidden_states, targets, valid_mask, position_ids, skips=bool(positions.skip_first))
     given = GivenTeacher.of(teacher, batch["valid_mask"].shape)
     require_possible(criterion, positions, classes, given)
     head = as_head(lm_head, "lm_head", hidden_states)
     head = head.slice_vocab(shared_classes(head.vocab_size, given, vocab_size))
     if sample_ids is not None:
-        batch["sample_ids"] = sample_ids
-    elif is_drawn(positions, classes):  # only then, as reading the targets makes the CPU wait for the device
-        batch["sample_ids"] = ids_of_content(batch)
+        batch = with_ids(batch, sample_ids)
+    elif is_drawn(positions, classes):  # only then, as reading the targets makes the host wait for the device
+        batch = with_ids(batch, ids_of_content(batch))
     if positions.scoring == "two_stage" and token_counts is None:
         raise InputError("positions.scoring: two_stage needs token_counts [V], how often the text has each class.")
     frequent = None if token_counts is None else by_frequency(token_counts[: head.vocab_size].cpu().numpy())
@@ -244,6 +251,7 @@ def sample_classes(
     targets = given.targets(drawing_of(options, temperature, batch, seed, step), given.n_classes)
     parts = [targets.chunk(rows) for rows in chunks(everywhere.numel(), chunk_size(given.n_classes, given.device))]
     drawn = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    require_all_finite(targets.checks)
     width = max(class_ids.shape[1] for class_ids in drawn["class_ids"])
     padding = {"class_ids": 0, "counts": 0, "log_probabilities": -torch.inf}
     return {
