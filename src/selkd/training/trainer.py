@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +47,8 @@ from selkd.training.inputs import (
     vocab_sizes,
     without_autocast,
 )
+from selkd.training.model_card import add_section, distillation_section
+from selkd.training.named import student_of, teacher_of, tokenizer_of
 from selkd.training.objective import PLACED
 from selkd.training.on_policy import Answering, PromptCollator, RolloutLog, require_answers_fit, require_prompts
 from selkd.training.resuming import ResumingTrainer
@@ -63,13 +66,15 @@ class DistillTrainer(ResumingTrainer):
     """Distils ``teacher`` into ``model``. ``EvaluatingTrainer`` documents ``evaluate`` and ``predict``.
 
     Args:
-        model: the student on one device, with float32 weights; with ``bf16=True`` its products run in bfloat16.
-        teacher: a model on one or several devices of any kind, or a ``TeacherCache`` that holds every sample.
+        model: the student on one device, with float32 weights; with ``bf16=True`` its products run in bfloat16. A name
+            (``demo``, a local folder, a hub id) is loaded so.
+        teacher: a model on one or several devices of any kind, or a ``TeacherCache`` that holds every sample; or the
+            name of either.
         args: the arguments; None: the defaults, with ``tmp_trainer`` as output directory.
         train_dataset: a ``datasets.Dataset`` or a list of rows, whose fields the arguments name (texts, prompts with
             or without completions, conversations), or a ``SampleDataset``.
         eval_dataset: a data set of the same kind, or a mapping of names to several.
-        processing_class: the tokenizer, shared by both models.
+        processing_class: the tokenizer, shared by both models; None: that of a student given by its name.
         **kwargs: other parameters of ``transformers.Trainer``. ``model_init``, in place of ``model``, makes a new
             student when a training begins. ``data_collator`` and ``compute_loss_func`` are refused, as selkd has its
             own collator and loss.
@@ -84,8 +89,8 @@ class DistillTrainer(ResumingTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
-        teacher: PreTrainedModel | TeacherCache | None = None,
+        model: PreTrainedModel | str | None = None,
+        teacher: PreTrainedModel | TeacherCache | str | None = None,
         args: DistillArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -97,7 +102,9 @@ class DistillTrainer(ResumingTrainer):
             raise InputError(f"args: expected a DistillArguments, got a {type(args).__name__}.")
         if (model is None) == (kwargs.get("model_init") is None):
             raise InputError("model: give the student, or model_init, which makes it: exactly one of them.")
+        processing_class = tokenizer_of(processing_class, model)
         require_parameters(args, teacher, processing_class, kwargs)
+        model, teacher = student_of(model), teacher_of(teacher, args)
         assert teacher is not None, "require_parameters refuses None"
         assert processing_class is not None, "require_parameters refuses None"
         self._teacher_input, self._tokenizer = teacher, processing_class
@@ -135,6 +142,15 @@ class DistillTrainer(ResumingTrainer):
             self.model.config.use_cache = self._use_cache
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the normaliser of the whole step
         self._set_up()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, which ``push_to_hub`` calls, with the teacher, the method, the data and the figures."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            samples = self._samples.get("train_dataset")
+            count = None if samples is None else len(samples)
+            section = distillation_section(self.args, self._teacher_input, count, self.state.log_history)
+            add_section(Path(self.args.output_dir) / "README.md", section)
 
     def _adopt(self, model: PreTrainedModel) -> None:
         """Make ``model`` the student: give its forward the distillation. Raises InputError if it can't be trained."""
