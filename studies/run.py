@@ -1,0 +1,135 @@
+"""One table of the study: every run that is not done yet, in the order of value, and a line of the record for each.
+
+    python studies/prepare.py --data DIR --out TEXTS
+    python studies/run.py recovered --data TEXTS --out RUNS          # a starting student, which is kept
+    python studies/run.py rates_recovered --data TEXTS --out RUNS    # its learning rates
+    python studies/run.py headline --data TEXTS --out RUNS           # a table, one seed after another
+    python studies/run.py headline --data TEXTS --out RUNS --scale paper --list
+
+The same command goes on where it was interrupted. A run is done when its line is in the record; its folder stays,
+without the student's weights. ``--list`` prints the runs and whether they are done; with ``--scale`` it checks the
+recipes of another size, which ``selkd estimate`` takes from ``--recipes DIR``. ``--time`` times a step of each arm, on
+an idle machine, into docs/results/study_seconds.json.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from records import Line, append, line_of, rates_of, read_lines, seconds_of_step
+from tables import RATES, TABLES, StudyRun, StudyTables
+
+from selkd.errors import InputError
+from selkd.recipe.files import to_yaml
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
+from selkd.sweep.runner import run_apart
+from selkd.sweep.sharing import with_shared_paths
+
+RECORD = Path(__file__).parents[1] / "docs" / "results" / "study.jsonl"
+TIMED_STEPS = 7
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("table", help="a starting student, rates_ and its name, or a table of tables.yaml")
+    options.add_argument("--data", type=Path, required=True, help="the folder that prepare.py wrote")
+    options.add_argument("--out", type=Path, required=True, help="the folder of the runs")
+    options.add_argument("--record", type=Path, default=RECORD, help="the file of the lines (docs/results/study.jsonl)")
+    options.add_argument("--tables", type=Path, default=TABLES, help="the file of the tables (studies/tables.yaml)")
+    options.add_argument("--scale", help="a part of scales, such as paper")
+    options.add_argument("--seeds", type=int, help="only the first so many seeds")
+    options.add_argument("--list", action="store_true", help="print the runs, and do none")
+    options.add_argument("--time", action="store_true", help="time a step of each arm instead, twice in turns")
+    options.add_argument("--recipes", type=Path, help="write the runs' recipes into this folder, and do none")
+    given = options.parse_args(arguments)
+    try:
+        return _run_table(given)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run_table(given: argparse.Namespace) -> int:
+    tables = StudyTables.read(given.tables, given.data, given.out, given.scale)
+    lines = read_lines(given.record)
+    runs = tables.runs(given.table, _rates(tables, given.table, lines))
+    if given.seeds is not None:
+        runs = [run for run in runs if run.seed % 100 <= given.seeds]
+    done = {(line["table"], line["arm"], line["seed"]) for line in lines}
+    if given.recipes is not None:
+        given.recipes.mkdir(parents=True, exist_ok=True)
+        for run in runs:
+            (given.recipes / f"{run.recipe.name}.yaml").write_text(to_yaml(run.recipe), encoding="utf-8")
+    if given.list or given.recipes is not None:
+        for run in runs:
+            print(f"{run.id}: {'done' if (run.table, run.arm, run.seed) in done else 'to do'}")
+        return 0
+    if given.time:
+        return _time([run for run in runs if run.seed == runs[0].seed], given)
+    failed = [run.id for run in runs if (run.table, run.arm, run.seed) not in done and not _run(run, given)]
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
+    if given.table.startswith(RATES) and not failed:
+        print(json.dumps(rates_of(read_lines(given.record), given.table), indent=1))
+    return 1 if failed else 0
+
+
+def _rates(tables: StudyTables, table: str, lines: Sequence[Line]) -> Mapping[str, float] | None:
+    """The learning rate of each family, as the table of rates of the table's start found it."""
+    if tables.scale is not None or table not in tables.content["tables"]:
+        return None
+    start = tables.content["tables"][table]["start"]
+    rates = rates_of(lines, f"{RATES}{start}")
+    if missing := set(tables.content["families"]) - rates.keys():
+        raise InputError(f"{table}: no learning rate of {', '.join(sorted(missing))} yet; run {RATES}{start} first")
+    return rates
+
+
+def _time(runs: Sequence[StudyRun], given: argparse.Namespace) -> int:
+    """Seconds of a step of each arm: the least of two turns' medians over a few steps, all arms in each turn."""
+    path = given.record.with_name("study_seconds.json")
+    seconds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for turn in (1, 2):
+        for run in runs:
+            content = run.recipe.resolved()
+            content["training"] |= {"max_steps": TIMED_STEPS}
+            content["evaluation"] |= {"suite": [], "every_steps": None}
+            recipe = with_shared_paths(parse_part(Recipe, content), (given.out / "shared").absolute())
+            folder = given.out / "timing" / run.arm / str(turn)
+            if why := run_apart(recipe, folder, given.out / "logs" / f"timing-{run.arm}.log"):
+                print(f"{run.arm}: failed: {why}", file=sys.stderr)
+                return 1
+            shutil.rmtree(folder / "student")
+            found = seconds_of_step(folder)
+            seconds[run.arm] = found if turn == 1 else min(found, seconds[run.arm])
+            print(f"{run.arm}: {found} s a step", file=sys.stderr, flush=True)
+    path.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _run(run: StudyRun, given: argparse.Namespace) -> bool:
+    """Do one run and add its line; False if it failed."""
+    is_start = run.table == run.arm
+    path = given.out / run.table if is_start else given.out / "runs" / run.id
+    print(f"{run.id}: running", file=sys.stderr, flush=True)
+    recipe = with_shared_paths(run.recipe, (given.out / "shared").absolute())
+    why = run_apart(recipe, path, given.out / "logs" / f"{run.id}.log")
+    if why is not None:
+        print(f"{run.id}: failed: {why}", file=sys.stderr, flush=True)
+        return False
+    line: dict[str, Any] = line_of(path, run.table, run.arm, run.seed)
+    append(given.record, line)
+    if not is_start:
+        for weights in (path / "student").glob("*.safetensors"):
+            weights.unlink()
+    print(f"{run.id}: KL {line['figures']['kl_nats']:.4f} nats", file=sys.stderr, flush=True)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

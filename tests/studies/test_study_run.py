@@ -1,0 +1,153 @@
+"""One table of the study end to end, on toy models: starts, rates, runs, the record, and the page's tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from page import compared, tables_of, write_page
+from records import read_lines
+from run import main
+from tables import TABLES, StudyTables
+from tiny_run import make_teacher, make_text
+
+TOY = {
+    "base": {
+        "data": {"max_length": 32, "packing": False, "held_out_fraction": 0.15},
+        "training": {
+            "per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 1, "save_strategy": "no",
+            "use_cpu": True, "bf16": False, "disable_tqdm": True, "lr_scheduler_type": "constant_with_warmup",
+        },
+        "evaluation": {"suite": ["fidelity"], "every_steps": 2, "generations": 0},
+    },
+    "recovery": {
+        "data": {"path": "recovery.jsonl"}, "positions": {"policy": "all"}, "seed": 1,
+        "training": {"max_steps": 4, "learning_rate": 1e-3},
+    },
+    "rates": [1e-6, 1e-2],
+    "families": {"unbiased": "dense"},
+    "arms": {
+        "dense": {"family": "unbiased", "positions": {"policy": "all"}},
+        "even_20": {"family": "unbiased", "positions": {"policy": "pps", "power": 0, "fraction": 0.2}},
+        "cached": {
+            "family": "unbiased", "positions": {"fraction": 0.2}, "classes": {"sampler": "rs_kd", "draws": 8},
+            "cache": {"path": None}, "samples": {"metric": "random", "fraction": 0.5},
+        },
+    },
+    "tables": {"one": {"start": "made", "text": "study", "seeds": [1, 2], "arms": ["dense", "even_20", "cached"]}},
+}  # fmt: skip
+
+
+def test_a_table_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
+    teacher = make_teacher(tmp_path / "teacher")
+    for number, name in enumerate(("study", "tuning", "recovery")):
+        make_text(tmp_path / f"{name}.jsonl", seed=number)
+    content = json.loads(json.dumps(TOY))
+    content["base"]["teacher"] = {"model": str(teacher), "dtype": "float32"}
+    content["texts"] = {name: {"data": {"path": f"{name}.jsonl"}} for name in ("study", "tuning")}
+    content["starts"] = {"made": {"made": {"student": {"prune_from_teacher": {"layers": 2}}}}}
+    tables, record = tmp_path / "tables.yaml", tmp_path / "record.jsonl"
+    tables.write_text(yaml.safe_dump(content))
+    options = ["--data", tmp_path, "--out", tmp_path / "runs", "--tables", tables, "--record", record]
+
+    def run(table: str, *more: str) -> int:
+        return main([table, *map(str, options), *more])
+
+    assert run("one") == 2
+    assert "no learning rate of unbiased yet; run rates_made first" in capsys.readouterr().err
+    assert run("made") == 0
+    assert (tmp_path / "runs" / "made" / "student" / "model.safetensors").exists()
+    assert run("rates_made") == 0
+    assert run("one", "--seeds", "1") == 0
+    by_arm = {line["arm"]: line for line in read_lines(record) if line["table"] == "one"}
+    assert list(by_arm) == ["dense", "even_20", "cached"]
+    assert {line["learning_rate"] for line in by_arm.values()} <= {1e-6, 1e-2}
+    assert len({line["held_out"] for line in by_arm.values()}) == 1, "all are measured on the same documents"
+    dense, even, cached = by_arm.values()
+    assert list(dense["kl_nats"]) == ["0", "2", "4"]
+    assert dense["kl_nats"]["0"] == even["kl_nats"]["0"], "all begin with the same student"
+    assert sum(dense["kl_nats"]["4"]) / sum(dense["positions"]) == pytest.approx(dense["figures"]["kl_nats"], rel=1e-3)
+    assert dense["cost"]["head_passes"] == 4 * dense["cost"]["positions"], "the student's three and the teacher's one"
+    assert even["cost"]["head_passes"] < 1.2 * even["cost"]["positions"], "a fifth of it, and nothing is scored"
+    body = 3 * 2 + 4  # layers: the student's three times, the teacher's once
+    weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32  # of a layer
+    norms = 4 * 32  # three passes of the student's last norm, one of the teacher's
+    expected = dense["cost"]["positions"] * (body * weights + norms + 4 * 83 * 32) / 1e9
+    assert dense["cost"]["work_in_steps"] == pytest.approx(expected, rel=1e-4)
+    assert cached["cost"]["teacher_queries_in_steps"] == 0 < cached["cost"]["teacher_queries"]
+    assert not list((tmp_path / "runs" / "runs").rglob("*.safetensors"))
+
+    # What is done is not done again: the record stays as it is, and the second seed is added.
+    before = record.read_bytes()
+    assert run("one", "--seeds", "1") == 0
+    assert record.read_bytes() == before
+    assert run("one") == 0
+    assert record.read_bytes().startswith(before)
+    assert len([line for line in read_lines(record) if line["table"] == "one"]) == 6
+    shown = tables_of(StudyTables.read(tables, tmp_path, tmp_path), read_lines(record))
+    assert [row.split("|")[1].strip(" `") for row in shown["one"].splitlines() if row.startswith("| `")] == list(by_arm)
+    page = tmp_path / "study.md"
+    page.write_text("Before.\n\n<!-- study: one -->\n\nold\n\n<!-- end of study -->\n\nAfter.\n")
+    write_page(page, shown)
+    assert page.read_text() == f"Before.\n\n<!-- study: one -->\n\n{shown['one']}\n<!-- end of study -->\n\nAfter.\n"
+
+
+def made_up(arm: str, seed: int, *, slope: float, work: float, effect: float = 0.0) -> dict[str, Any]:
+    """A line whose documents lose ``slope`` nats a position and step, by 24 steps; ``effect`` comes at step 16."""
+    positions = np.random.default_rng(0).integers(120, 256, 34)
+    noise = np.random.default_rng(seed * 1000 + len(arm)).standard_normal(34) * 0.004
+    kl = {step: (2 - slope * step + (effect + noise) * (step >= 16)) * positions for step in (0, 8, 16, 24)}
+    return {
+        "table": "t", "arm": arm, "seed": seed, "steps": 24, "held_out": "x", "positions": positions.tolist(),
+        "kl_nats": {str(step): values.tolist() for step, values in kl.items()}, "cost": {"work_in_steps": 24 * work},
+    }  # fmt: skip
+
+
+def test_tables_of_made_up_records_have_the_known_answers() -> None:
+    """The cheap arm is worse a step, but takes 24 steps for the work of the first arm's 18."""
+    lines = []
+    for seed in (1, 2, 3, 4, 5):
+        lines += [
+            made_up("dense", seed, slope=0.02, work=4.0),
+            made_up("dense_again", 100 + seed, slope=0.02, work=4.0),
+            made_up("better", seed, slope=0.02, work=8.0, effect=-0.03),
+            made_up("cheap", seed, slope=0.018, work=3.0),
+            made_up("like", seed, slope=0.02, work=4.0),
+        ]
+    rows = [
+        row.split(" | ") for row in compared(["dense", "better", "cheap", "like", "dense_again"], lines, {}).split("\n")
+    ]
+    by_arm = {row[0].strip("|` "): row for row in rows[2:-1]}
+
+    def value(text: str) -> float:
+        return float(text.split()[0])
+
+    assert value(by_arm["better"][3]) == pytest.approx(-0.03, abs=0.003)
+    assert value(by_arm["cheap"][3]) == pytest.approx(0.002 * 24, abs=0.003)
+    # At the first arm's 18 steps, three quarters from 16 to 24; the cheap arm has taken 24 by then.
+    assert value(by_arm["cheap"][4]) == pytest.approx(-0.018 * 24 + 0.02 * 18, abs=0.004)
+    assert [by_arm[arm][7] for arm in by_arm] == ["", "better", "worse", "as good", "noise: other seeds"]
+    assert by_arm["better"][5] == "", "no seconds were measured"
+    # Holm: the two true effects stay, and the noise floor is no hypothesis.
+    assert float(by_arm["like"][6]) > 0.05
+    assert float(by_arm["better"][6]) < 0.001
+    assert abs(value(by_arm["dense_again"][3])) < 0.004
+    other = dict(lines[2], held_out="y")
+    with pytest.raises(ValueError, match="seed 1: better was measured on other documents"):
+        compared(["dense", "better"], [lines[0], other], {})
+
+
+def test_every_recipe_of_the_study_is_valid_at_both_scales(tmp_path: Path) -> None:
+    for scale in (None, "paper"):
+        tables = StudyTables.read(TABLES, tmp_path, tmp_path, scale)
+        rates = None if scale else dict.fromkeys(tables.content["families"], 1e-4)
+        for name in tables.names:
+            if scale is None or (name in tables.content["tables"] and name != "transfer"):
+                assert tables.runs(name, rates)
+    arms = set(tables.content["arms"])
+    assert {arm for table in tables.content["tables"].values() for arm in table["arms"]} == arms, "each arm is run"
