@@ -13,12 +13,13 @@ import xxhash
 
 from selkd.errors import InputError
 from selkd.files import RECIPE, RECORD, file_digest, is_temporary
+from selkd_cache.cost import COST
 
 DIGEST, INPUTS, FILES = "digest", "inputs", "files"  # keys of the record
 EXAMPLES, OVERLAP, SCORES = "selection/examples.json", "selection/overlap.json", "selection/samples.parquet"
 FIDELITY, FIDELITY_STEPS, HELD_OUT = "fidelity.json", "fidelity_steps.jsonl", "held_out.json"
 METRICS, REPORT, CARD = "metrics.jsonl", "report.html", "student/README.md"
-CACHE_COST = "teacher_cache/cost.json"
+CACHE_COST = f"teacher_cache/{COST}"
 _UNSEALED = "0" * 32
 _FILES = (RECIPE, METRICS, "rollouts.jsonl", REPORT, CACHE_COST, FIDELITY, FIDELITY_STEPS, HELD_OUT)
 _FOLDERS = ("selection", "student", "adapter", "best_student", "benchmarks")

@@ -14,11 +14,12 @@ from selkd.foreign.served import ServedTeacher
 from selkd.run.directory import RunDirectory
 from selkd.run.enough import warn_if_short
 from selkd.run.fetch_cache import fetch_cache, is_remote
-from selkd.run.record import CACHE_COST, add_cost, cost_of, count_teacher_tokens, note_shared, read_cost, timed
+from selkd.run.record import cost_of, count_teacher_tokens, note_shared, timed
 from selkd.run.workspace import Workspace
 from selkd.selection.classes import class_sampler
 from selkd.teacher.build_cache import CacheBuild, build_cache
 from selkd.teacher.live import LiveTeacher
+from selkd_cache.cost import add_cost, read_cost
 from selkd_cache.manifest import MANIFEST, PLAN, TAIL, Fingerprint, check_same_fingerprint, read_plan
 from selkd_cache.reader import TeacherCache
 from selkd_cache.verify import verify_cache
@@ -44,7 +45,7 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
             larger = _larger(work, directory, fingerprint, samples)
             opened = _built(work, run, directory, fingerprint, samples) if larger is None else larger
             # The cost of a larger cache is not that of these samples, which nobody measured.
-            cost = read_cost(directory / CACHE_COST) if larger is None else None
+            cost = read_cost(directory) if larger is None else None
         if path is not None:
             note_shared(run, "cache", cost)
     run.record["teacher_cache"] = opened.stats()
@@ -116,16 +117,16 @@ def _cost_noted(work: Workspace, directory: Path, teacher_tokens: int) -> Callab
 
     A complete cache has its cost already: shards that were lost since and are built again are none of it.
     """
-    path, last = directory / CACHE_COST, time.perf_counter()
+    last = time.perf_counter()
     # Of shards without a cost, which an earlier version left, the seconds are unknown.
-    is_known = read_cost(path) is not None or not any(directory.glob("shard-*"))
+    is_known = read_cost(directory) is not None or not any(directory.glob("shard-*"))
     is_noted = work.state.is_main_process and is_known and not (directory / MANIFEST).exists()
 
     def add_seconds() -> None:
         nonlocal last
         now = time.perf_counter()
         if is_noted:
-            add_cost(path, cost_of(now - last, teacher_tokens))
+            add_cost(directory, cost_of(now - last, teacher_tokens))
         last = now
 
     add_seconds()

@@ -1,6 +1,5 @@
 """The record of a run: seconds, peak memory, teacher tokens, the cost of shared parts, the machine."""
 
-import json
 import platform
 import resource
 import sys
@@ -15,10 +14,10 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from selkd.files import write_whole
 from selkd.models.loading import n_parameters
 from selkd.run.directory import RunDirectory
 from selkd.run.workspace import Workspace
+from selkd_cache.cost import Cost
 
 PLACES = ("process", "accelerator")
 COUNTS = ("samples", "samples_kept", "positions_valid", "positions_selected", "teacher_tokens")
@@ -100,10 +99,6 @@ def count_teacher_tokens(run: RunDirectory, **tokens: int) -> None:
     run.record["counts"]["teacher_tokens"] = sum(by_stage.values())
 
 
-CACHE_COST = "cost.json"  # beside a cache's shards
-Cost = dict[str, float]
-
-
 def cost_of(seconds: float, teacher_tokens: int) -> Cost:
     return {"seconds": round(seconds, 3), "teacher_tokens": teacher_tokens}
 
@@ -111,21 +106,6 @@ def cost_of(seconds: float, teacher_tokens: int) -> Cost:
 def note_shared(run: RunDirectory, stage: str, cost: Cost | None) -> None:
     """Record the cost of building a part that other runs may share; None if unknown."""
     run.record.setdefault("shared", {})[stage] = cost
-
-
-def read_cost(path: Path) -> Cost | None:
-    """The cost in a file; None if the file is missing or damaged."""
-    try:
-        cost: Cost = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return cost
-
-
-def add_cost(path: Path, cost: Cost) -> None:
-    """Write a cost, its seconds added to those in the file: a part may be built in several runs, and in steps."""
-    seconds = (read_cost(path) or {}).get("seconds", 0) + cost["seconds"]
-    write_whole(path, json.dumps(cost | {"seconds": round(seconds, 3)}) + "\n")
 
 
 def size(model: PreTrainedModel) -> dict[str, int]:

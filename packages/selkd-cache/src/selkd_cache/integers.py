@@ -57,9 +57,12 @@ def frequencies(codes: np.ndarray) -> np.ndarray:
     Args:
         codes: uint8 [rows, symbols] below 128, with at least two symbols. A row of zeros stands for equal counts.
     """
-    counts = _COUNTS[codes]
-    counts[~counts.any(axis=1)] = 1
+    # Rows of zeros, of which a table has many, are all the same.
+    is_used = codes.any(axis=1)
+    counts = np.concatenate([np.ones((1, codes.shape[1]), np.int64), _COUNTS[codes[is_used]]])
     to_share = 2**PRECISION - codes.shape[1]
     shares = counts * to_share // counts.sum(axis=1, keepdims=True)
     shares[np.arange(len(shares)), counts.argmax(axis=1)] += to_share - shares.sum(axis=1)
-    return shares + 1
+    shares += 1
+    found: np.ndarray = shares.take(np.cumsum(is_used) * is_used, axis=0)
+    return found
