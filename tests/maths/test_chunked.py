@@ -11,7 +11,7 @@ from selkd.maths import chunked
 from selkd.maths.chunked import ChunkedLogits, chunked_entropy, chunked_loss, chunked_statistics
 from selkd.maths.divergence import ValueAndGradient
 from selkd.maths.divergence import forward_kl as criterion
-from selkd.maths.head import Head
+from selkd.maths.head import Head, NarrowHead
 from selkd.maths.importance import statistics
 from selkd.plugins import Criterion, Metric
 
@@ -278,3 +278,23 @@ def test_what_a_statistic_returns_is_kept_though_its_logits_are_written_over() -
     hidden, weight = torch.randn(10, 6, generator=generator), torch.randn(11, 6, generator=generator)
     found = chunked_statistics(hidden, Head(weight), lambda logits, _: logits[:, 2:4], chunk=3)
     torch.testing.assert_close(found, (hidden @ weight.T)[:, 2:4])
+
+
+def test_a_kept_narrow_head_is_made_anew_when_its_weights_are_others() -> None:
+    """Within a step: loaded in place, moved to another place, cut to fewer classes; and at every step."""
+    weight = torch.nn.Parameter(torch.randn(7, 3))
+    narrow, expected = NarrowHead(), lambda: weight.detach().bfloat16()
+    first = narrow.of(Head(weight), torch.bfloat16, 0).weight
+    assert narrow.of(Head(weight, scale=2.0), torch.bfloat16, 0) == Head(first, scale=2.0)
+    with torch.no_grad():
+        weight.copy_(torch.randn(7, 3))
+    assert torch.equal(narrow.of(Head(weight), torch.bfloat16, 0).weight, expected())
+    weight.data = torch.randn(7, 3)
+    assert torch.equal(narrow.of(Head(weight), torch.bfloat16, 0).weight, expected())
+    assert narrow.of(Head(weight).slice_vocab(5), torch.bfloat16, 0).vocab_size == 5
+    weight.data.add_(1)  # no version tells it
+    assert torch.equal(narrow.of(Head(weight), torch.bfloat16, 1).weight, expected())
+    weight.data.add_(1)
+    narrow.forget()
+    assert torch.equal(narrow.of(Head(weight), torch.bfloat16, 1).weight, expected())
+    assert narrow.of(Head(weight), torch.float32, 1).weight is weight

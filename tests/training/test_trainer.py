@@ -1,6 +1,7 @@
 """DistillTrainer on tiny models in float32: against the specification, and against itself cut differently."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from selkd.data.collate import collate
 from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError, RunError
 from selkd.maths.finite import require_all_finite
+from selkd.maths.head import Head
 from selkd.models.head import head_of, hidden_states
 from selkd.recipe.choices import ClassOptions
 from selkd.selection.classes import TOP_K_UNITS
 from selkd.selection.positions import step_context
 from selkd.teacher.build_cache import build_cache
-from selkd.teacher.live import LiveTeacher
+from selkd.teacher.live import LiveTargets, LiveTeacher
 
 RECIPES: dict[str, dict[str, Any]] = {
     "full kd": {"positions": {"policy": "all"}},
@@ -568,3 +570,88 @@ def test_a_tokenizer_without_padding_token_serves(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+class WritesThroughData(torch.optim.Optimizer):
+    """Plain gradient descent as some optimisers write it: past autograd, so that the weights' version stays."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "a head of its own"])
+def test_the_narrow_head_is_made_once_a_step_and_changes_nothing(
+    is_tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps of four micro-batches, with an optimiser that no version shows, evaluated after each step."""
+    samples = make_samples(48)
+    recipe = {**RECIPES["se-kd"], "criterion": {}}
+    options = {
+        "bf16": True, "max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
+        "eval_strategy": "steps", "eval_steps": 1,
+    }  # fmt: skip
+    made: list[torch.dtype] = []
+    product = Head.to
+    monkeypatch.setattr(Head, "to", lambda self, dtype: made.append(dtype) or product(self, dtype))
+
+    def trained(is_kept: bool) -> tuple[dict[str, torch.Tensor], int]:
+        student = make_model(1, tie_word_embeddings=is_tied)
+        trainer = DistillTrainer(
+            model=student,
+            teacher=make_model(0, layers=3),
+            args=make_arguments(tmp_path / str(is_kept), **recipe, **options),
+            train_dataset=samples,
+            eval_dataset=samples.select(range(4)),
+            processing_class=make_tokenizer(),
+            optimizers=(WritesThroughData(student.parameters()), None),
+        )
+        assert trainer.distillation_loss.narrow is not None
+        if not is_kept:
+            trainer.distillation_loss = replace(trainer.distillation_loss, narrow=None)
+        made.clear()
+        trainer.train()
+        measured = {
+            f"{name} {line['step']}": torch.tensor(line[name])
+            for line in trainer.state.log_history
+            for name in line
+            if name.startswith("eval_") and "second" not in name and "runtime" not in name
+        }
+        assert measured
+        weights = {name: p.detach().clone() for name, p in student.named_parameters()}
+        return weights | measured, made.count(torch.bfloat16)
+
+    kept, once_a_step = trained(True)
+    anew, once_a_micro_batch = trained(False)
+    assert once_a_micro_batch - once_a_step == 3 * (4 - 1), "beside those of the evaluations"
+    for name, parameter in anew.items():
+        assert torch.equal(kept[name], parameter), name
+    before = dict(make_model(1, tie_word_embeddings=is_tied).named_parameters())
+    assert any(not torch.equal(kept[name], parameter) for name, parameter in before.items()), (
+        "the steps moved the student"
+    )
+
+
+@pytest.mark.parametrize("metric", ["student_entropy", "kl"])
+def test_without_weight_the_teacher_is_asked_only_by_a_metric(
+    metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``kd_weight: 0``: cross-entropy at selected positions. Its gradient is the specification's."""
+    samples, asked = make_samples(8), []
+    targets = LiveTeacher.targets
+    monkeypatch.setattr(LiveTeacher, "targets", lambda self, *a, **k: asked.append(1) or targets(self, *a, **k))
+    chunk = LiveTargets.chunk
+    monkeypatch.setattr(LiveTargets, "chunk", lambda self, rows: asked.append("chunk") or chunk(self, rows))
+    recipe = {"criterion": {"name": "at_kd", "kd_weight": 0.0}, "positions": {"metric": metric, "fraction": 0.3}}
+    trainer = trainer_of(tmp_path, samples, recipe, max_steps=2, per_device_train_batch_size=4, logging_steps=1)
+    trainer.train()
+    assert asked == ([] if metric == "student_entropy" else [1, 1]), "its body for the metric, its criterion never"
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(logged) == 2
+    assert all("kd_nats" not in line and line["ce_nats"] > 0 for line in logged)

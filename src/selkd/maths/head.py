@@ -66,3 +66,30 @@ class Head:
             return self
         bias = None if self.bias is None else self.bias[:vocab_size]
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
+
+
+class NarrowHead:
+    """A head in the dtype of the products, made once for all micro-batches of an optimiser step.
+
+    It is made anew when the step, the dtype, or the weights' place or version is another. A version alone would not do:
+    optimisers that write through ``.data`` or by kernels of their own leave it as it was.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Head | None = None
+        self._key: tuple[object, ...] = ()
+
+    def of(self, head: Head, dtype: torch.dtype, step: int) -> Head:
+        """``head.to(dtype)`` at an optimiser step; a head in that dtype is given back as it is."""
+        if head.weight.dtype == dtype:
+            return head
+        tensors = [tensor for tensor in (head.weight, head.bias) if tensor is not None]
+        key = (step, dtype, *((tensor.data_ptr(), tensor._version, tensor.shape) for tensor in tensors))
+        if self._kept is None or key != self._key:
+            self.forget()  # before the next is made: two are never in memory
+            self._kept, self._key = head.to(dtype), key
+        return replace(head, weight=self._kept.weight, bias=self._kept.bias)
+
+    def forget(self) -> None:
+        """Give the memory back, as after a step."""
+        self._kept = None

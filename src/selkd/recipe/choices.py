@@ -44,7 +44,11 @@ class CriterionOptions(Part):
     )
     temperature_squared: bool = Field(True, description="Multiply the divergence by the square of the temperature.")
     kd_weight: float = Field(
-        1.0, ge=0, le=1, description="lambda: the weight of the divergence; cross-entropy with the text gets the rest."
+        1.0,
+        ge=0,
+        le=1,
+        description="lambda: the weight of the divergence; cross-entropy with the text gets the rest. With 0 the text "
+        "alone teaches, and only a metric that needs the teacher asks it.",
     )
     alpha: float | None = Field(
         None,

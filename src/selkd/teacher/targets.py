@@ -72,6 +72,22 @@ class StoredTargets:
         return self.kind(self.class_ids[rows], self.numbers[rows])
 
 
+@dataclass(frozen=True)
+class UnaskedTargets:
+    """The targets of a teacher that nothing asks: the text alone teaches, at positions of the student's own choice."""
+
+    checks: Sequence[FiniteCheck] = ()
+
+    def at(self, index: Tensor) -> "UnaskedTargets":  # noqa: ARG002
+        return self
+
+    def logits(self, rows: slice) -> Tensor:  # noqa: ARG002
+        raise AssertionError("the teacher was not asked")
+
+    def chunk(self, rows: slice) -> Target:  # noqa: ARG002
+        raise AssertionError("the teacher was not asked")
+
+
 class PickedTargets(Protocol):
     def chunk(self, rows: slice) -> Target:
         """The targets of some of the N selected positions."""

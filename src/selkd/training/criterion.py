@@ -32,7 +32,7 @@ class Comparison:
         vocab_size: V.
 
     Attributes:
-        sums: ``divergence_nats`` and, if it is part of the criterion, ``cross_entropy_nats``, for logging.
+        sums: ``divergence_nats`` and ``cross_entropy_nats``, those that are part of the criterion, for logging.
     """
 
     def __init__(
@@ -47,18 +47,20 @@ class Comparison:
         if criterion.is_own:
             self.compare = differentiated(criterion.values, f"{criterion.key}: {criterion.name}")
         self.weights: dict[str, float | Tensor] = {name: getattr(options, name) for name in criterion.options}
-        if criterion.position_weights is not None:
+        if criterion.position_weights is not None and options.kd_weight > 0:
             self.weights |= criterion.position_weights(self._teacher_log_p(), sample_of)
-        self.sums = {"divergence_nats": torch.zeros((), device=targets.device)}
-        if options.kd_weight < 1:
-            self.sums["cross_entropy_nats"] = torch.zeros_like(self.sums["divergence_nats"])
+        is_part = {"divergence_nats": options.kd_weight > 0, "cross_entropy_nats": options.kd_weight < 1}
+        self.sums = {name: torch.zeros((), device=targets.device) for name, is_used in is_part.items() if is_used}
 
     def __call__(self, student_logits: Tensor, rows: slice) -> ValueAndGradient:
         """Values [n], and the gradient of their sum, [n, V], at the student logits [n, V], which are overwritten."""
         weight, temperature = self.options.kd_weight, self.options.temperature
         if weight < 1:
-            text_values, text_gradient = cross_entropy(student_logits.clone(), self.targets[rows])
+            logits = student_logits.clone() if weight > 0 else student_logits
+            text_values, text_gradient = cross_entropy(logits, self.targets[rows])
             self.sums["cross_entropy_nats"] += text_values.sum()
+        if weight == 0:  # the teacher is not asked
+            return text_values, text_gradient
         values, gradient = self._divergence(student_logits, rows)
         self.sums["divergence_nats"] += values.sum()
         factor = weight * (temperature**2 if self.options.temperature_squared else 1.0)

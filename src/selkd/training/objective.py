@@ -18,7 +18,7 @@ from torch import Tensor
 
 from selkd.maths.chunked import chunked_loss, compute_dtype, wide
 from selkd.maths.finite import FiniteCheck, require_all_finite
-from selkd.maths.head import Head
+from selkd.maths.head import Head, NarrowHead
 from selkd.plugins import Policy
 from selkd.recipe.choices import CriterionOptions, PositionOptions
 from selkd.selection.host import on_host, to_device, valid_index
@@ -41,12 +41,20 @@ class Objective:
         positions: which positions count, and how much.
         seed: the run's seed.
         classes_by_frequency: class ids [V], the most frequent of the training text first; two-stage scoring needs them.
+        narrow: keeps the head in the dtype of the products from one micro-batch of a step to the next, until its owner
+            has it forget it; None: each makes its own.
     """
 
     criterion: CriterionOptions
     positions: PositionOptions
     seed: int
     classes_by_frequency: np.ndarray | None = None
+    narrow: NarrowHead | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher is asked for anything: with ``kd_weight: 0`` the text alone teaches."""
+        return self.criterion.kd_weight > 0 or self.positions.needs_teacher
 
     def normaliser(self, batch: Batch, context: StepContext) -> int:
         """A batch's share in what divides the loss of a whole optimiser step, known before the forward pass: its number
@@ -89,8 +97,10 @@ class Objective:
         valid_mask, valid = batch["valid_mask"], valid_index(batch)
         checks: list[FiniteCheck] = []
         when = f"of the student's or the teacher's logits at optimiser step {context.step}, before its update"
+        dtype = compute_dtype(hidden_states)
+        narrow = self.narrow if self.narrow is not None and torch.is_grad_enabled() else NarrowHead()
         with torch.no_grad():
-            compute_head = head.to(compute_dtype(hidden_states))
+            compute_head = narrow.of(head, dtype, context.step)
 
         # Score every valid position.
         scored = self.score(hidden_states.detach(), compute_head, batch, teacher, context)

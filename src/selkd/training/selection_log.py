@@ -30,7 +30,9 @@ class SelectionLog:
         """
         total, self.sums = self.sums, {}
         selected, valid = max(1, total["positions_selected"]), max(1, total["positions_valid"])
-        logs = {"kd_nats": total["divergence_nats"] / selected, "selected_share": total["positions_selected"] / valid}
+        logs = {"selected_share": total["positions_selected"] / valid}
+        if "divergence_nats" in total:
+            logs = {"kd_nats": total["divergence_nats"] / selected} | logs
         if "cross_entropy_nats" in total:
             logs["ce_nats"] = total["cross_entropy_nats"] / selected
         for name in ("entropy_nats", "score"):

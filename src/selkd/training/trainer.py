@@ -23,6 +23,7 @@ from selkd import interrupts
 from selkd.data.collate import collate
 from selkd.data.samples import Sample
 from selkd.errors import InputError
+from selkd.maths.head import NarrowHead
 from selkd.models.adapters import has_adapters
 from selkd.models.documents import documents_known
 from selkd.models.generation import stop_ids
@@ -34,7 +35,7 @@ from selkd.selection.positions import StepContext, step_context
 from selkd.selection.queue import ScoreQueue
 from selkd.selection.two_stage import by_frequency
 from selkd.teacher.cached import CachedCollator, CachedTeacher
-from selkd.teacher.targets import Batch
+from selkd.teacher.targets import Batch, UnaskedTargets
 from selkd.training.arguments import DistillArguments, require_accelerate_state
 from selkd.training.callbacks import CheckpointAfterStep
 from selkd.training.checkpoints import Queue, Totals
@@ -181,6 +182,8 @@ class DistillTrainer(ResumingTrainer):
             self.distillation_loss = replace(
                 self.distillation_loss, classes_by_frequency=by_frequency(text.token_counts(self._vocab_size))
             )
+        if args.gradient_accumulation_steps > 1 and not self.is_fsdp_enabled:  # FSDP gathers the head for each
+            self.distillation_loss = replace(self.distillation_loss, narrow=NarrowHead())
         self.answering = None if args.on_policy is None else self._make_answering(args.on_policy)
         if isinstance(self.teacher, CachedTeacher) and not isinstance(self.data_collator, CachedCollator):
             self.data_collator = CachedCollator(self.data_collator, self.teacher)  # the loader's workers read the cache
@@ -338,7 +341,7 @@ class DistillTrainer(ResumingTrainer):
             distillation = partial(
                 self.distillation_loss,
                 batch=inputs,
-                teacher=self.teacher.targets(inputs, self._context.step),
+                teacher=self.teacher.targets(inputs, self._context.step) if self._asks_teacher else UnaskedTargets(),
                 context=self._context,
                 normaliser=num_items_in_batch,
             )
@@ -350,12 +353,18 @@ class DistillTrainer(ResumingTrainer):
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def _asks_teacher(self) -> bool:
+        return self.distillation_loss.needs_teacher
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Train on one micro-batch; after a step's last one, and before the update, read the step's numbers."""
         self._check_student(model, self.train_dataset.samples.is_packed)
         loss = super().training_step(model, *args, **kwargs)
         self._micro_batches -= 1
         if self._micro_batches == 0:
+            if self.distillation_loss.narrow is not None:
+                self.distillation_loss.narrow.forget()  # the update may not show in the weights' version
             self._end_step()
         return loss
 
@@ -413,7 +422,7 @@ class DistillTrainer(ResumingTrainer):
             batches, rollouts, seconds = self.answering(self.model, batches, self._context.step)
             self.rollouts.add(rollouts, seconds)
         tokens = sum(batch["input_ids"].numel() for batch in batches)
-        self._step.counts["teacher_tokens"] = tokens if self.teacher.is_live else 0
+        self._step.counts["teacher_tokens"] = tokens if self.teacher.is_live and self._asks_teacher else 0
         self._step.counts["positions_valid"] = sum(int(on_host(batch)["valid_mask"].sum()) for batch in batches)
         return batches, self._normaliser(batches, device)
 
