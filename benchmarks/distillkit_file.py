@@ -147,7 +147,17 @@ def write_random(out: Path, size: int, length: int = 512) -> None:
 def measure(out: Path) -> dict[str, float]:
     """Import the file in ``out`` in a process of its own, into a new run beside it."""
     with tempfile.TemporaryDirectory(dir=out) as run:
-        command = [sys.executable, "-m", "selkd", "cache", "import", str(out / "recipe.yaml"), str(out), "--out", run]
+        command = [
+            sys.executable,
+            "-m",
+            "selkd",
+            "cache",
+            "import",
+            str(out / "recipe.yaml"),
+            str(out / "data_0.parquet"),
+            "--out",
+            run,
+        ]
         start = time.perf_counter()
         answer = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True).stdout
         seconds = time.perf_counter() - start

@@ -3,11 +3,13 @@
     python completions_server.py SETTINGS.json
 
 It writes its port to the settings' ``ready`` file once it serves, and a line for each request to ``log``: its number,
-the fault, its key, and no word of it. The settings are read anew at each request, and another ``turn`` counts from 0
-again: ``model`` (a folder with its tokenizer), ``faults`` (number of the request -> what is done instead), ``always``
-(a fault) from the number ``from`` on, ``shift`` (added to every token id that it tells), ``key``.
+the fault, its key, the names in its body and a digest of the prompt. The settings are read anew at each request, and
+another ``turn`` counts from 0 again: ``model`` (a folder with its tokenizer), ``faults`` (number of the request -> what
+is done instead), ``always`` (a fault) from the number ``from`` on, ``shift`` (added to every token id that it tells),
+``key``.
 """
 
+import hashlib
 import json
 import socket
 import struct
@@ -20,6 +22,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def digest(prompt: str | list[int]) -> str:
+    """What tells prompts apart."""
+    return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
@@ -38,7 +45,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, *_: Any) -> None:
         """Clients that hang up are no news."""
 
-    def request(self, key: str | None) -> tuple[dict[str, Any], str | None]:
+    def request(self, key: str | None, body: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """The settings now, and the fault with which this request meets; it is noted."""
         with self.lock:
             settings = json.loads(self.path.read_text())
@@ -49,7 +56,8 @@ class Server(ThreadingHTTPServer):
             always = settings.get("always") if number >= settings.get("from", 0) else None
             fault = settings.get("faults", {}).get(str(number)) or always
             with Path(settings["log"]).open("a") as file:
-                file.write(json.dumps({"number": number, "fault": fault, "key": key}) + "\n")
+                line = {"number": number, "fault": fault, "key": key, "fields": sorted(body)}
+                file.write(json.dumps(line | {"prompt": digest(body["prompt"])}) + "\n")
         return settings, fault
 
     @torch.inference_mode()
@@ -68,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        settings, fault = self.server.request(self.headers.get("Authorization"))
+        settings, fault = self.server.request(self.headers.get("Authorization"), body)
         if self.path != "/v1/completions":
             return self.answer(404, b"{}")
         if settings.get("key") and self.headers.get("Authorization") != f"Bearer {settings['key']}":

@@ -18,14 +18,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from completions_server import digest
 from tiny import V
 from tiny_run import make_recipe, make_teacher, make_text
 
 from selkd.errors import InputError, RunError
 from selkd.foreign import client
+from selkd.foreign.scored import pieces
+from selkd.models.tokenizers import PROBES
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.pipeline import cache_only, distill
+from selkd.run.workspace import Workspace
 from selkd.teacher import build_cache
 from selkd_cache.reader import TeacherCache
 
@@ -39,6 +43,7 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.turn, self.whole = folder, 0, 0
+        self.undisturbed: list[dict[str, Any]] = []
         self.set()
         self.process = subprocess.Popen([sys.executable, str(SERVER), str(folder / "settings.json")])
         while not (folder / "ready").exists():
@@ -107,10 +112,31 @@ def undisturbed(served: Served, tmp_path_factory: pytest.TempPathFactory) -> dic
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build_cache, "SHARD_TOKENS", 300)
         cache_only(recipe(served, served.set()), out)
-    served.whole = len(served.requests())
+    served.whole, served.undisturbed = len(served.requests()), served.requests()
     files = contents(out / "teacher_cache")
     assert sum(name.startswith("shard-") for name in files) > 3
     return files
+
+
+def test_nothing_but_the_training_text_and_probes_is_sent(
+    served: Served, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert undisturbed
+    splits = Workspace(recipe(served, served.url), tmp_path).splits
+    sent = {digest(s.token_ids[p.begin : p.end].tolist()) for s in splits.train for p in pieces(s)}
+    held_out = {digest(s.token_ids[p.begin : p.end].tolist()) for s in splits.held_out for p in pieces(s)}
+    assert {line["prompt"] for line in served.undisturbed} == sent | {digest(text) for text in PROBES}
+    assert not held_out & sent
+    fields = {
+        "model",
+        "prompt",
+        "temperature",
+        "max_tokens",
+        "prompt_logprobs",
+        "return_token_ids",
+        "add_special_tokens",
+    }
+    assert {field for line in served.undisturbed for field in line["fields"]} == fields
 
 
 def test_it_is_the_cache_that_the_same_model_in_memory_gives(

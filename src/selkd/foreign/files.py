@@ -68,12 +68,16 @@ class Source:
 def open_sources(paths: Sequence[Path], names: TokenNames, options: ReadOptions) -> list[Source]:
     """The files, and those of the folders, in the order of their names; nothing but their columns is read.
 
+    Of a folder the Parquet files are taken, or, where there is none, the JSON Lines.
+
     Raises:
         InputError: one is not there, or is of no known kind.
     """
     files: list[Path] = []
     for path in paths:
-        inside = sorted(path.rglob("*.parquet")) + sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.jsonl"))
         if not inside or not all(file.is_file() for file in inside):
             raise InputError(f"{path}: expected a .parquet or .jsonl file, or a folder of them.")
         files += inside
