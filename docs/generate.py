@@ -62,15 +62,18 @@ def generated(name: str) -> str:
             "`name` | D(p, q) | options", [[*cells(c), options_of(c)] for c in entries(Criterion)]
         ),
         "metrics": lambda: table(
-            "`metric` | score u, at temperature 1 | needs the teacher",
-            [[*cells(m), yes(m.needs_teacher)] for m in entries(Metric)],
+            "`metric` | score u, at temperature 1 | needs the teacher | from a cache with scalars",
+            [[*cells(m), yes(m.needs_teacher), from_cache(m)] for m in entries(Metric)],
         ),
         "choices": choices,
         "policies": lambda: table("`policy` | coefficients a", [cells(policy) for policy in entries(Policy)]),
         "samplers": lambda: table("`sampler` | what is compared", [cells(sampler) for sampler in entries(Sampler)]),
         "sample metrics": lambda: table(
-            "`metric` | score of a sample | needs the teacher",
-            [[f"`{m.name}`", escape(m.of_sample or ""), yes(m.needs_teacher)] for m in Metric.of_samples().values()],
+            "`metric` | score of a sample | needs the teacher | from a cache with scalars",
+            [
+                [f"`{m.name}`", escape(m.of_sample or ""), yes(m.needs_teacher), from_cache(m)]
+                for m in Metric.of_samples().values()
+            ],
         ),
         "keys": lambda: table("key | type | default | meaning", keys_of(part)),
         "tree": tree,
@@ -125,7 +128,8 @@ def choices() -> str:
     alone, with_teacher = ([m for m in metrics if m.needs_teacher == needed] for needed in (False, True))
     rows = {
         "criterion.name": listed(entries(Criterion)),
-        "positions.metric": f"of the student: {listed(alone)}; with a live teacher: {listed(with_teacher)}",
+        "positions.metric": f"of the student: {listed(alone)}; of the teacher, live or (all but `reverse_kl`) cached: "
+        f"{listed(with_teacher)}",
         "positions.policy": listed(entries(Policy)),
         "classes.sampler": listed(entries(Sampler)),
         "samples.metric": f"{listed(Metric.of_samples().values())}, or `all` for no filter",
@@ -141,6 +145,13 @@ def options_of(criterion: Criterion) -> str:
     """A criterion's options with their defaults, and between what they must lie."""
     options = [f"`{key}` {value:g}" for key, value in criterion.options.items()]
     return ", ".join(options + ["between 0 and 1"] * criterion.mixes)
+
+
+def from_cache(metric: Metric) -> str:
+    """How a metric is had where the teacher is a cache with its entropy and log p(y)."""
+    if not metric.is_from_draws:
+        return "no"
+    return "estimated without bias from some of the draws" if metric.uses_draws else "exact"
 
 
 def yes(answer: bool) -> str:

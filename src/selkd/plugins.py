@@ -62,6 +62,10 @@ BUILTIN_MODULES = (
 )
 
 
+STATISTICS_OF_DRAWS = frozenset({"student_entropy", "student_ce", "teacher_entropy", "teacher_ce", "kl"})
+"""Statistics that ``selkd.maths.importance.statistics_of_draws`` knows."""
+
+
 class _Deferred:
     """A module that is imported when something of it is first used."""
 
@@ -242,7 +246,7 @@ class Metric(Entry):
 
     Attributes:
         statistics: the names of the statistics that it needs.
-        needs_teacher: whether it is computed from the teacher's full distribution.
+        needs_teacher: whether it is computed from the teacher's distribution, too.
         unit: the unit of its values; empty if they have none.
         of_batch: whether its values depend on the other samples of a micro-batch, so that it goes only with optimiser
             steps of one micro-batch.
@@ -273,6 +277,16 @@ class Metric(Entry):
     def is_noise(self) -> bool:
         """Whether it is uniform noise, made from a seed instead of statistics."""
         return not self.statistics
+
+    @property
+    def is_from_draws(self) -> bool:
+        """Whether a teacher's drawn classes, its entropy and its log p(y) are enough to compute or estimate it."""
+        return STATISTICS_OF_DRAWS.issuperset(self.statistics)
+
+    @property
+    def uses_draws(self) -> bool:
+        """Whether, of a cached teacher, it is estimated from the drawn classes."""
+        return "kl" in self.statistics
 
     def combine(self, statistics: "Mapping[str, Tensor]", valid_mask: "Tensor") -> "Tensor":
         """u from the statistics and the valid mask, all of the same shape."""
@@ -364,6 +378,7 @@ class Sampler(Entry):
         n_uniforms: how many uniforms a position needs for U draws.
         total: the sum of the integer counts of a stored row for U draws.
         truncates: whether it gives the probabilities of some classes and leaves the others' out.
+        is_unbiased: whether the expected share of each class among the draws is its probability.
         least_same_draws: the lowest shares, over all positions and over one sample's, of draws that are the same when
             the same teacher runs in another precision, measured on SmolLM2-135M at 8 to 64 draws
             (docs/results/cache.md). A teacher at temperature 1.1 stays below. A sample may be short, so its limit is
@@ -378,6 +393,7 @@ class Sampler(Entry):
     n_uniforms: Callable[[int], int] = lambda draws: draws
     total: Callable[[int], int] = lambda draws: draws
     truncates: bool = False
+    is_unbiased: bool = False
     least_same_draws: tuple[float, float] | None = None
 
     def drawn(self, probabilities: "Tensor", uniforms: "Tensor", draws: int) -> "tuple[Tensor, Tensor]":

@@ -64,51 +64,71 @@ def importance(
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r} is not known. Allowed: {', '.join(METRICS)}")
     log_q = torch.log_softmax(student_logits, dim=-1)
-    index = targets.unsqueeze(-1)
+    if teacher_logits is None:
+        return _combined(metric, log_q, targets, None, valid_mask)
+    log_p = torch.log_softmax(teacher_logits, dim=-1)
+    if metric == "reverse_kl":
+        return (log_q.exp() * (log_q - log_p)).sum(dim=-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    teacher_ce = -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return _combined(metric, log_q, targets, (-(log_p.exp() * log_p).sum(dim=-1), teacher_ce, kl), valid_mask)
+
+
+def importance_of_draws(
+    metric: str,
+    student_logits: Tensor,
+    targets: Tensor,
+    class_ids: Tensor,
+    counts: Tensor,
+    scalars: tuple[Tensor, Tensor],
+    valid_mask: Tensor | None = None,
+) -> Tensor:
+    """``importance`` of a teacher known by draws at temperature 1, [B, T, C], and by H(p) and -log p(y), [B, T].
+
+    KL(p || q) is the estimate -H(p) - sum_v w(v) log q(v), w = counts / sum(counts), whose expectation over the draws
+    is KL; all else is exact. ``reverse_kl`` can't be had.
+    """
+    assert metric != "reverse_kl", "draws say nothing of the classes that were not drawn"
+    log_q = torch.log_softmax(student_logits, dim=-1)
+    weights = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    kl = -scalars[0] - (weights * log_q.gather(-1, class_ids)).sum(dim=-1)
+    return _combined(metric, log_q, targets, (*scalars, kl), valid_mask)
+
+
+def _combined(metric: str, log_q: Tensor, targets: Tensor, of_teacher: Any, valid_mask: Tensor | None) -> Tensor:
+    """The metric from log q and, of the teacher, its entropy, its cross-entropy and KL, or None."""
     student_entropy = -(log_q.exp() * log_q).sum(dim=-1)
-    student_ce = -log_q.gather(-1, index).squeeze(-1)
+    student_ce = -log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     if metric in ("student_entropy", "student_ce"):
         return student_entropy if metric == "student_entropy" else student_ce
-
-    if teacher_logits is None:
+    if of_teacher is None:
         raise ValueError(f"metric {metric!r} needs teacher_logits")
-    log_p = torch.log_softmax(teacher_logits, dim=-1)
-    teacher_ce = -log_p.gather(-1, index).squeeze(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    teacher_entropy, teacher_ce, kl = of_teacher
     ce_ratio = student_ce / (teacher_ce + 1e-6)
-    match metric:
-        case "teacher_entropy":
-            return -(log_p.exp() * log_p).sum(dim=-1)
-        case "teacher_ce":
-            return teacher_ce
-        case "kl":
-            return kl
-        case "reverse_kl":
-            return (log_q.exp() * (log_q - log_p)).sum(dim=-1)
-        case "kl_plus_student_entropy":
-            return kl + student_entropy
-        case "ce_ratio":
-            return ce_ratio
-        case "ce_ratio_plus_student_entropy":
-            return ce_ratio + student_entropy
-        case "soft_or_tip":
-            valid = torch.ones_like(targets, dtype=torch.bool) if valid_mask is None else valid_mask.bool()
-            doubts = []
-            for u in (student_entropy, kl):
-                known = u[valid].numpy()
-                clipped = known.clip(max=np.quantile(known, 0.98)) if len(known) else known
-                span = clipped.max() - clipped.min() if len(known) else 0.0
-                doubts.append(torch.from_numpy((clipped - clipped.min()) / span if span > 0 else 0 * clipped))
-            scores = torch.zeros_like(kl)
-            scores[valid] = doubts[0] + doubts[1] - doubts[0] * doubts[1]
-            return scores
-        case _:  # soft_or
-            valid = torch.ones_like(targets, dtype=torch.bool) if valid_mask is None else valid_mask.bool()
-            remains = torch.ones_like(kl)
-            for u in (student_entropy, kl):
-                highest = u.masked_fill(~valid, 0).amax(dim=-1, keepdim=True)
-                remains = remains * torch.where(highest > 0, 1 - u / highest, 1.0)
-            return (1 - remains).masked_fill(~valid, 0)
+    values = {
+        "teacher_entropy": teacher_entropy,
+        "teacher_ce": teacher_ce,
+        "kl": kl,
+        "kl_plus_student_entropy": kl + student_entropy,
+        "ce_ratio": ce_ratio,
+        "ce_ratio_plus_student_entropy": ce_ratio + student_entropy,
+    }
+    if metric in values:
+        return values[metric]
+    valid = torch.ones_like(kl, dtype=torch.bool) if valid_mask is None else valid_mask.bool()
+    scores, doubts = torch.zeros_like(kl), []
+    if metric == "soft_or_tip":
+        for u in (student_entropy, kl):
+            known = u[valid].numpy()
+            clipped = known.clip(max=np.quantile(known, 0.98)) if len(known) else known
+            span = clipped.max() - clipped.min() if len(known) else 0.0
+            doubts.append(torch.from_numpy((clipped - clipped.min()) / span if span > 0 else 0 * clipped))
+        scores[valid] = doubts[0] + doubts[1] - doubts[0] * doubts[1]
+        return scores
+    for u in (student_entropy, kl.clamp(min=0)):  # soft_or
+        highest = u.masked_fill(~valid, 0).amax(dim=-1, keepdim=True)
+        scores = 1 - (1 - scores) * torch.where(highest > 0, 1 - u / highest, 1.0)
+    return scores.masked_fill(~valid, 0)
 
 
 def two_stage_scores(
@@ -370,6 +390,8 @@ def loss(
     *,
     class_ids: Tensor | None = None,
     counts: Tensor | None = None,
+    scalars: tuple[Tensor, Tensor] | None = None,
+    scoring_counts: Tensor | None = None,
     seed: int = 0,
     sample_ids: np.ndarray | None = None,
     step: int = 0,
@@ -386,6 +408,8 @@ def loss(
     Args:
         recipe: a Recipe, or a mapping with any of its criterion, positions and classes parts.
         class_ids, counts: [B, T, C], the teacher's drawn classes; needed unless ``classes.sampler`` is ``all``.
+        scalars: H(p) and -log p(y), [B, T]; with them, positions are scored as by ``importance_of_draws``.
+        scoring_counts: the counts of the draws that do, which are others than those in ``counts``.
         step, total_steps: the place of the step in the run, for schedules, curriculum and random choices.
         seed, sample_ids, queue, position_ids: as in ``select``.
     """
@@ -400,7 +424,11 @@ def loss(
     check_loss(criterion, classes)
 
     scores = None
-    if positions.metric not in (None, "random"):
+    if positions.metric not in (None, "random") and scalars is not None:
+        assert class_ids is not None and counts is not None, "scalars come with draws"  # noqa: PT018
+        drawn = class_ids, counts if scoring_counts is None else scoring_counts
+        scores = importance_of_draws(positions.metric, student_logits, targets, *drawn, scalars, valid_mask).detach()
+    elif positions.metric not in (None, "random"):
         scores = importance(positions.metric, student_logits, teacher_logits, targets, valid_mask).detach()
     elif positions.metric == "random":
         ids = np.arange(len(targets) * 2, dtype=np.int64).view(np.uint8).reshape(-1, 16)

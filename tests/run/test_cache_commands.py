@@ -24,7 +24,7 @@ from selkd.recipe.recipe import Recipe
 from selkd.run.pipeline import cache_only, start
 from selkd.run.verify_cache import judged
 from selkd.teacher import build_cache
-from selkd.teacher.recheck_cache import same_draws
+from selkd.teacher.recheck_cache import Again, same_draws
 from selkd_cache.reader import TeacherCache
 from selkd_cache.rows import Rows, row_sums
 
@@ -308,14 +308,14 @@ def test_the_same_draws_of_a_position_are_counted_class_by_class() -> None:
 def test_what_is_judged_is_the_share_of_all_and_of_each_sample(sampler: str) -> None:
     """On made-up comparisons of 300 samples of 100 positions."""
     limits = least, least_of_sample = Sampler.find(sampler).least_same_draws
-    fine = {number.to_bytes(16, "big"): np.full(100, least + 0.005) for number in range(300)}
+    fine = {number.to_bytes(16, "big"): Again(np.full(100, least + 0.005)) for number in range(300)}
     assert judged(fine, limits).agrees
     assert judged(fine, limits).same_draws == pytest.approx(least + 0.005)
-    further = {sample_id: share - 0.01 for sample_id, share in fine.items()}
-    assert min(further[bytes(16)]) > least_of_sample
+    further = {sample_id: Again(each.same_draws - 0.01) for sample_id, each in fine.items()}
+    assert min(further[bytes(16)].same_draws) > least_of_sample
     assert not judged(further, limits).agrees
     alien = bytes(15) + b"\x07"
-    one_alien = judged({**fine, alien: np.full(100, least_of_sample - 0.005)}, limits)
+    one_alien = judged({**fine, alien: Again(np.full(100, least_of_sample - 0.005))}, limits)
     assert one_alien.same_draws > least
     assert not one_alien.agrees
     assert one_alien.worst_sample == alien.hex()
@@ -324,12 +324,12 @@ def test_what_is_judged_is_the_share_of_all_and_of_each_sample(sampler: str) -> 
 
 def test_without_a_measured_limit_only_the_same_draws_are_judged() -> None:
     """With many draws other teachers' draws are nearly the same, too, so a share alone says nothing."""
-    assert judged({bytes(16): np.ones(4)}, None).agrees is True
-    assert judged({bytes(16): np.full(4, 0.99)}, None).agrees is None
+    assert judged({bytes(16): Again(np.ones(4))}, None).agrees is True
+    assert judged({bytes(16): Again(np.full(4, 0.99))}, None).agrees is None
 
 
 def test_a_sample_without_positions_is_no_worst_one() -> None:
-    answer = judged({bytes(16): np.zeros(0), bytes(15) + b"\x01": np.ones(4)}, (0.7, 0.5))
+    answer = judged({bytes(16): Again(np.zeros(0)), bytes(15) + b"\x01": Again(np.ones(4))}, (0.7, 0.5))
     assert (answer.samples, answer.positions, answer.identical_positions) == (2, 4, 4)
     assert answer.worst_sample == (bytes(15) + b"\x01").hex()
 

@@ -1,5 +1,6 @@
 """The objective itself on the oracle cases: the head is the identity, so hidden states are the student's logits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,13 @@ class OracleTeacher:
     def at(self, index: Tensor) -> "OracleTeacher":
         picked = None if self.drawn is None else (self.drawn[0][index], self.drawn[1][index])
         return OracleTeacher(self.full[index], picked)
+
+    @property
+    def knows_kl(self) -> bool:
+        return self.drawn is None
+
+    def scored_by(self) -> Callable[[slice], Tensor]:
+        return self.logits
 
     def logits(self, rows: slice) -> Tensor:
         return self.full[rows].clone()

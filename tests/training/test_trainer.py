@@ -251,7 +251,7 @@ def drawn_of(cache: TeacherCache, samples: SampleDataset) -> dict[str, Tensor]:
     class_ids = torch.zeros(*batch["valid_mask"].shape, 16, dtype=torch.int64)
     counts = torch.zeros_like(class_ids)
     for row, sample in enumerate(samples):
-        lengths, ids, numbers = cache.get(sample.id)
+        lengths, ids, numbers, _ = cache.get(sample.id)
         start = 0
         for position, length in zip(np.flatnonzero(sample.valid_mask), lengths, strict=True):
             class_ids[row, position, :length] = torch.from_numpy(ids[start : start + length].astype(np.int64))
@@ -509,7 +509,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     samples = make_samples(4)
     cache = cached(make_samples(3), tmp_path / "cache")
     classes = {"classes": {"sampler": "rs_kd", "draws": 8}}
-    with pytest.raises(InputError, match=r"positions.metric: kl needs the teacher's full distribution"):
+    with pytest.raises(InputError, match=r"positions.metric: kl needs the teacher's entropy.* cache\.scalars: true"):
         trainer_of(tmp_path, samples, classes | {"positions": {"metric": "kl"}}, teacher=cache)
     with pytest.raises(InputError, match=r"criterion.name: jsd of drawn classes"):
         trainer_of(tmp_path, samples, classes | {"criterion": {"name": "jsd"}})

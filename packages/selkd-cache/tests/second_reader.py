@@ -34,7 +34,9 @@ def read_cache(folder: Path) -> tuple[dict, dict[str, list[Row]]]:
 def read_json(path: Path) -> dict:
     data = path.read_bytes()
     content = json.loads(data)
-    assert (content["format"], content["version"], content["codec"]) == ("selkd-teacher-cache", 2, "ranked-gaps-ans")
+    version = 3 if "scalars" in content["fingerprint"] else 2
+    codec = {2: "ranked-gaps-ans", 3: "grouped-gaps-ans"}[version]
+    assert (content["format"], content["version"], content["codec"]) == ("selkd-teacher-cache", version, codec)
     blank = data.replace(content["checksum"].encode(), b"0" * 32)
     assert xxhash.xxh3_128_hexdigest(blank) == content["checksum"]
     return content
@@ -59,15 +61,17 @@ def read_shard(folder: Path, shard: int, manifest: dict) -> dict[str, list[Row]]
     data = (folder / listed["name"]).read_bytes()
     begin, (end, n_samples) = 36 + unsigned(data[32:36]), struct.unpack("<QQ", data[-40:-24])
     digest = xxhash.xxh3_128_digest(data[:begin] + data[end:-40])
-    assert data[:32] == struct.pack("<8sI16sI", b"SELKDSHD", 2, bytes.fromhex(manifest["plan"]), shard)
+    version = 3 if "scalars" in manifest["fingerprint"] else 2
+    assert data[:32] == struct.pack("<8sI16sI", b"SELKDSHD", version, bytes.fromhex(manifest["plan"]), shard)
     assert data[-24:] == digest + b"SELKDEND"
     entries = list(struct.iter_unpack("<16sQQIII", data[end:-40]))
-    model, samples, positions, classes = read_model(data[36:begin]), {}, 0, 0
+    model, samples, positions, classes = read_model(data[36:begin], version), {}, 0, 0
     for sample_id, checksum, offset, *sizes in entries:
         block = data[offset : offset + sizes[0]]
         rows = samples[sample_id.hex()] = read_block(model, block)
         assert (offset, checksum) == (begin, xxhash.xxh3_64_intdigest(sample_id + block))
-        assert sizes == [len(block), sum(bool(row) for row in rows), sum(map(len, rows))]
+        drawn = [row for row, _ in rows] if version == 3 else rows
+        assert sizes == [len(block), sum(bool(row) for row in drawn), sum(map(len, drawn))]
         begin, positions, classes = begin + sizes[0], positions + sizes[1], classes + sizes[2]
     assert (begin, len(entries)) == (end, n_samples)
     ids_digest = xxhash.xxh3_128_hexdigest(b"".join(entry[0] for entry in entries))
@@ -80,9 +84,13 @@ def unsigned(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
-def read_model(data: bytes) -> dict:
-    total, n_classes = unsigned(data[:4]), unsigned(data[4:8])
-    frames, at = [], 8
+def read_model(data: bytes, version: int = 2) -> dict:
+    total, n_classes, n_groups, largest, at = unsigned(data[:4]), unsigned(data[4:8]), 1, [], 8
+    if version == 3:
+        n_groups, n_scalars = unsigned(data[8:12]), unsigned(data[12:16])
+        at = 16 + 2 * n_scalars
+        largest = [unsigned(data[place : place + 2]) for place in range(16, at, 2)]
+    frames = []
     while at < len(data):
         end = at + 4 + unsigned(data[at : at + 4])
         frames.append(zstandard.decompress(data[at + 4 : end]))
@@ -92,20 +100,38 @@ def read_model(data: bytes) -> dict:
     for lowest, second, third, highest in zip(*frames[:4], strict=True):
         previous += 1 + lowest + (second << 8) + (third << 16) + (highest << 24)
         ids.append(previous)
+    groups = frames.pop(5) if version == 3 else bytes(n_classes)
     ranked = sorted(range(n_classes), key=lambda place: (-frames[4][place], ids[place]))
-    octaves = n_classes.bit_length() + 1
-    buckets = [
-        bucket(m, largest) + 1 for m, largest in ((3, total), (3, total // 2), (1, max(n_classes - 1, 0)), (1, total))
-    ]
-    contexts = [1, buckets[0], 32 * octaves, 16 * buckets[3]]
+    classes = [[ids[place] for place in ranked if groups[place] == group] for group in range(n_groups)]
+    assert sum(map(len, classes)) == n_classes
+    octaves, of_singles, of_counts = n_classes.bit_length() + 1, bucket(3, total) + 1, bucket(1, total) + 1
+    shapes = {"singles": (1, of_singles), "heavies": (of_singles, bucket(3, total // 2) + 1)}
+    if version == 3:
+        shapes["parts"] = (2 * (n_groups - 1) * of_singles, of_singles)
+    shapes["gaps"] = (2 * n_groups * octaves * 16, bucket(1, max(n_classes - 1, 0)) + 1)
+    shapes["counts"] = (16 * of_counts, of_counts)
+    uncertain = log2(total) // 4 + 1
+    for number, code in enumerate(largest):
+        nats, before = code // 32 + 1, largest[number - 1] // 32 + 1
+        shapes[f"nats {number}"] = ((uncertain, 9 * before)[number % 2], nats)
+        shapes[f"quarters {number}"] = ((uncertain, 17)[number % 2] * nats, 4)
     tables = {}
-    for name, symbols, rows, cells in zip(
-        ("singles", "heavies", "gaps", "counts"), buckets, contexts, frames[5:], strict=True
-    ):
+    for (name, (contexts, symbols)), cells in zip(shapes.items(), frames[5:], strict=True):
         width = max(2, symbols)
         tables[name] = [cells[start : start + width] for start in range(0, len(cells), width)]
-        assert len(cells) == rows * width
-    return {"total": total, "classes": [ids[place] for place in ranked], "octaves": octaves, "tables": tables}
+        assert len(cells) == contexts * width
+    return {"total": total, "classes": classes, "octaves": octaves, "tables": tables, "largest": largest}
+
+
+def log2(number: int) -> int:
+    """Sixteen times the logarithm to base 2, rounded down."""
+    return (number**16).bit_length() - 1 if number else 0
+
+
+def scalar(code: int) -> float:
+    if code >= 672:
+        return 1 + (code - 672) / 32
+    return (32 + code % 32) * 2.0 ** (code // 32 - 26) if code >= 32 else code * 2.0**-25
 
 
 def bucket(mantissa_bits: int, value: int) -> int:
@@ -153,9 +179,9 @@ class Ans:
             self.refill()
 
 
-def read_block(model: dict, data: bytes) -> list[Row]:
-    """The rows of a block: each maps class ids to counts."""
-    n, ans = unsigned(data[:4]), Ans(data[4:])
+def read_block(model: dict, data: bytes) -> list:
+    """The rows of a block: each maps class ids to counts; with scalars, each row is that and a list of numbers."""
+    n, ans, groups = unsigned(data[:4]), Ans(data[4:]), len(model["classes"])
 
     def values(table: str, mantissa_bits: int, contexts: list[int]) -> list[int]:
         buckets = [ans.symbol(frequencies(model["tables"][table][context])) for context in contexts]
@@ -165,17 +191,25 @@ def read_block(model: dict, data: bytes) -> list[Row]:
             found.append((each - octave * 2**mantissa_bits) * 2**octave + (ans.low_bits(octave) if octave else 0))
         return found
 
+    def parts(kind: int, left: list[int]) -> list[int]:
+        found, width = [], bucket(3, model["total"]) + 1
+        for group in range(groups - 1):
+            contexts = [(kind * (groups - 1) + group) * width + bucket(3, each) for each in left]
+            found += values("parts", 3, contexts)
+            left = [all_ - each for all_, each in zip(left, found[-n:], strict=True)] if n else []
+        return found + left
+
     singles = values("singles", 3, [0] * n)
     heavies = values("heavies", 3, [bucket(3, each) for each in singles])
-    sizes = heavies + singles
+    of_singles = parts(1, singles)
+    sizes = parts(0, heavies) + of_singles
     lists: list[list[int]] = [[] for _ in sizes]
     for column in range(max(sizes, default=0)):
-        active = sorted((each for each in range(2 * n) if sizes[each] > column), key=lambda k: (-sizes[k], k))
+        active = sorted((each for each in range(len(sizes)) if sizes[each] > column), key=lambda k: (-sizes[k], k))
         contexts = []
         for each in active:
             octave = (lists[each][-1] + 1).bit_length() if lists[each] else 0
-            group = each >= n
-            contexts.append((group * model["octaves"] + octave) * 16 + min(sizes[each] - column, 16) - 1)
+            contexts.append((each // n * model["octaves"] + octave) * 16 + min(sizes[each] - column, 16) - 1)
         for each, gap in zip(active, values("gaps", 1, contexts), strict=True):
             lists[each].append((lists[each][-1] if lists[each] else -1) + gap + 1)
     excess = [model["total"] - one - 2 * more for one, more in zip(singles, heavies, strict=True)]
@@ -186,10 +220,31 @@ def read_block(model: dict, data: bytes) -> list[Row]:
         for row, value in zip(active, values("counts", 1, contexts), strict=True):
             beyond[row].append(value)
             excess[row] -= value
-    assert (ans.state, ans.stack) == (0, [])
     rows = []
     for row in range(n):
         counts = [2 + value for value in [*beyond[row], excess[row]][: heavies[row]]] + [1] * singles[row]
-        ids = [model["classes"][rank] for rank in lists[row] + lists[n + row]]
+        ids = [model["classes"][k // n % groups][rank] for k in range(row, len(lists), n) for rank in lists[k]]
         rows.append(dict(sorted(zip(ids, counts, strict=True))))
+    codes: list[list[int]] = []
+    for number in range(len(model["largest"])):
+        nats, contexts = model["largest"][number] // 32 + 1, []
+        for row, drawn in enumerate(rows):
+            own = sum(count * log2(count) for count in drawn.values())
+            uncertainty = (model["total"] * log2(model["total"]) - own) // model["total"] // 4 if drawn else 0
+            most = max(drawn.values(), default=0)
+            if number % 2:
+                eighths, sixteenths = (parts * most // max(model["total"], 1) for parts in (8, 16))
+                contexts.append((codes[number - 1][row] // 32 * 9 + eighths, sixteenths * nats))
+            else:
+                contexts.append((uncertainty, uncertainty * nats))
+        high = [ans.symbol(frequencies(model["tables"][f"nats {number}"][first])) for first, _ in contexts]
+        table = model["tables"][f"quarters {number}"]
+        quarters = [
+            ans.symbol(frequencies(table[second + nat])) for (_, second), nat in zip(contexts, high, strict=True)
+        ]
+        codes.append([32 * nat + 8 * quarter + ans.low_bits(3) for nat, quarter in zip(high, quarters, strict=True)])
+        assert max(codes[-1], default=0) <= model["largest"][number]
+    assert (ans.state, ans.stack) == (0, [])
+    if codes:
+        return [(row, [scalar(column[at]) for column in codes]) for at, row in enumerate(rows)]
     return rows

@@ -10,9 +10,10 @@ from second_reader import read_block, read_model
 
 from selkd_cache.codec import decode, encode, fit
 from selkd_cache.errors import InputError
-from selkd_cache.frequency_model import TABLES, Model
+from selkd_cache.frequency_model import Model
 from selkd_cache.integers import Buckets, frequencies, to_codes
 from selkd_cache.rows import Rows, checked_rows
+from selkd_cache.scalars import LARGEST_CODE, bound_of, codes_of, values_of
 
 Row = dict[int, int]
 
@@ -167,7 +168,7 @@ def test_an_id_beyond_64_bit_signed_integers_is_refused() -> None:
 
 def test_any_integer_dtype_is_taken() -> None:
     rows = make_rows(1)
-    assert_same_rows(checked_rows(*(array.astype(np.int64) for array in rows)), rows)
+    assert_same_rows(checked_rows(*(array.astype(np.int64) for array in rows[:3])), rows)
 
 
 def test_no_cut_of_a_block_passes_for_the_whole() -> None:
@@ -293,7 +294,7 @@ def test_the_tables_of_a_model_survive_storing() -> None:
     model = fit([make_rows(number) for number in range(5)])
     stored = through_bytes(model)
     np.testing.assert_array_equal(stored.classes, model.classes)
-    for table in TABLES:
+    for table in model.tables:
         np.testing.assert_array_equal(stored.codes[table], model.codes[table])
         assert stored.weights[table].dtype == np.float32
 
@@ -308,7 +309,67 @@ def test_classes_in_a_shard_without_any_are_refused() -> None:
     """A block of another shard, whose model says that no class was ever drawn."""
     empty = fit([rows_of([{}, {}])])
     block = encode(fit([rows_of([{3: 1}, {4: 1}])]), rows_of([{3: 1}, {4: 1}]))
-    without_classes = Model(1, empty.classes, empty.octaves, empty.codes)
-    shapes = {table: np.ones(without_classes.shape(table), np.uint8) for table in TABLES}
+    without_classes = Model(1, empty.classes, empty.octaves)
+    shapes = {table: np.ones(without_classes.shape(table), np.uint8) for table in without_classes.tables}
+    without_classes.codes = shapes
     with pytest.raises(InputError, match="damaged"):
-        decode(Model(1, empty.classes, empty.octaves, shapes), block)
+        decode(without_classes, block)
+
+
+def with_scalars(rows: Rows, seed: int, n_scalars: int = 2, spread: float = 3.0) -> Rows:
+    """The rows with scalars from 1e-9 to some tens of nats, some of them 0."""
+    generator = np.random.default_rng(seed)
+    shape = (len(rows.row_lengths), n_scalars)
+    numbers = generator.exponential(spread, shape) * 10 ** -generator.choice([0, 0, 1, 4, 9], shape).astype(float)
+    numbers[generator.random(shape) < 0.1] = 0.0
+    return checked_rows(*rows[:3], numbers)
+
+
+@pytest.mark.parametrize("n_scalars", [2, 4])
+def test_scalars_come_back_in_both_readers(n_scalars: int) -> None:
+    samples = [with_scalars(make_rows(number), number, n_scalars) for number in range(4)]
+    model = fit(samples)
+    stored = Model.from_bytes(model.to_bytes(), has_scalars=True)
+    second = read_model(model.to_bytes(), 3)
+    assert stored.n_groups > 1
+    for rows in samples:
+        block = encode(model, rows)
+        assert_same_rows(decode(stored, block), rows)
+        read = read_block(second, block)
+        assert [row for row, _ in read] == as_dicts(rows)
+        np.testing.assert_array_equal(np.array([numbers for _, numbers in read]), values_of(rows.scalars))
+
+
+def test_codes_of_scalars_are_the_nearest_and_within_their_bound() -> None:
+    codes = np.arange(LARGEST_CODE + 1)
+    assert (np.diff(values_of(codes)) > 0).all()
+    np.testing.assert_array_equal(codes_of(values_of(codes)), codes)
+    generator = np.random.default_rng(0)
+    numbers = np.concatenate([generator.exponential(3, 5000), 10 ** generator.uniform(-9, 3, 20_000), [0.0, 1.0]])
+    errors = np.abs(values_of(codes_of(numbers)) - numbers)
+    assert (errors <= bound_of(numbers)).all()
+    assert (errors / bound_of(numbers)).max() > 0.9
+    assert codes_of(np.array([np.inf, 5000.0])).tolist() == [LARGEST_CODE] * 2
+    for wrong in (-0.1, np.nan):
+        with pytest.raises(InputError, match="scalars are numbers from 0"):
+            codes_of(np.array([1.0, wrong]))
+
+
+def test_damaged_blocks_with_scalars_are_refused_or_decoded_otherwise() -> None:
+    """No bit that flips makes anything but an InputError or other rows."""
+    samples = [with_scalars(make_rows(number), number) for number in range(3)]
+    model = fit(samples)
+    block = encode(model, samples[0])
+    generator = np.random.default_rng(1)
+    for _ in range(60):
+        damaged = bytearray(block)
+        damaged[generator.integers(len(block))] ^= 1 << int(generator.integers(8))
+        with suppress(InputError):
+            decode(model, bytes(damaged))
+
+
+def test_a_shard_with_scalars_groups_its_classes_alike_on_every_run() -> None:
+    samples = [with_scalars(make_rows(number), number) for number in range(4)]
+    assert fit(samples).to_bytes() == fit(samples).to_bytes()
+    with pytest.raises(InputError, match="damaged"):
+        Model.from_bytes(fit(samples).to_bytes())  # of a version without scalars

@@ -17,7 +17,7 @@ from selkd.maths.divergence import ValueAndGradient, cross_entropy, entropy
 from selkd.maths.head import Head
 from selkd.models.head import hidden_states
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
-from selkd.selection.position_scores import choose_positions
+from selkd.selection.position_scores import LogitsOf, choose_positions
 from selkd.selection.positions import StepContext, select, step_context
 from selkd.teacher.targets import FullDistribution, Teacher, TeacherTargets
 from selkd.training.objective import Objective
@@ -164,7 +164,9 @@ def _dense_student_loss(subject: BenchSubject, positions: PositionOptions, super
     scores = torch.cat(entropies).view(student_logits.shape[:2])
     picked = select(positions, scores, batch["valid_mask"], last_step(positions)) > 0
     index = picked.flatten().nonzero().flatten()
-    return plain_kl(student_logits[picked], targets.at(index).logits(slice(0, len(index)))).mean()
+    of_teacher = targets.at(index).chunk(slice(0, len(index)))
+    assert isinstance(of_teacher, FullDistribution), "these variants compare every class"
+    return plain_kl(student_logits[picked], of_teacher.logits).mean()
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,10 @@ class DenseTeacher:
 
     subject: BenchSubject
     is_live = True
+    has_kl = True
 
     @torch.no_grad()
-    def targets(self, batch: dict[str, Tensor], step: int) -> TeacherTargets:  # noqa: ARG002
+    def targets(self, batch: dict[str, Tensor], step: int, *, for_loss: bool = True) -> TeacherTargets:  # noqa: ARG002
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         logits = self.subject.teacher(**inputs, use_cache=False).logits[..., : self.subject.work.vocab_size]
         return DenseTargets(logits.flatten(0, 1))
@@ -187,12 +190,16 @@ class DenseTargets:
 
     all_logits: Tensor
     checks: tuple[()] = ()  # no classes are drawn
+    knows_kl = True
 
     def at(self, index: Tensor) -> "DenseTargets":
         return DenseTargets(self.all_logits[index])
 
     def logits(self, rows: slice) -> Tensor:
         return wide(self.all_logits[rows].clone())
+
+    def scored_by(self) -> LogitsOf:
+        return self.logits
 
     def chunk(self, rows: slice) -> FullDistribution:
         return FullDistribution(self.logits(rows))

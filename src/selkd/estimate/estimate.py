@@ -101,10 +101,10 @@ def _cache(plan: Plan, rates: Rates | None) -> dict[str, Any] | None:
         return None
     measured, classes = (rates or {}).get("cache_bytes_per_position"), plan.recipe.classes
     assert classes.draws is not None, "a cache holds drawn classes"
-    size = typical_bytes(classes.sampler, classes.draws) if measured is None else measured
+    size = typical_bytes(plan.recipe) if measured is None else measured
     return {
-        "positions": plan.positions_kept,
-        "bytes": round(size * plan.positions_kept),
+        "positions": plan.cached_positions,
+        "bytes": round(size * plan.cached_positions),
         "bytes_per_position": size,
         "is_measured": measured is not None,
     }

@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from selkd.data.samples import SampleDataset
-from selkd.evaluation.statistics_pass import over_samples
+from selkd.evaluation.statistics_pass import Instead, over_samples
 from selkd.models.pair import ModelPair
 from selkd.plugins import Metric
 from selkd.selection.randomness import sample_generator
@@ -12,7 +12,7 @@ from selkd.selection.two_stage import Estimator
 
 
 def score_samples(
-    metric: str, samples: SampleDataset, models: ModelPair, seed: int, estimator: Estimator | None = None
+    metric: str, samples: SampleDataset, models: ModelPair, seed: int, instead: Instead | None = None
 ) -> tuple[np.ndarray, int]:
     """The score of every sample, float64 [N], and the number of tokens that the teacher ran on, padding included.
 
@@ -22,7 +22,7 @@ def score_samples(
 
     Args:
         models: the initial student and the teacher; each is loaded only if the metric needs it.
-        estimator: estimates ``student_entropy``; None: it is computed exactly.
+        instead: what estimates ``student_entropy``, or a cached teacher in place of the teacher; None: neither.
 
     Raises:
         RunError: a statistic is not finite; the message names sample and position.
@@ -30,7 +30,7 @@ def score_samples(
     entry = Metric.find(metric)
     if entry.is_noise:
         return np.array([sample_generator(seed, sample_id, "samples").random() for sample_id in samples.ids]), 0
-    assert estimator is None or metric == "student_entropy", "an estimate is of the student's entropy"
+    assert not isinstance(instead, Estimator) or metric == "student_entropy", "an estimate is of the student's entropy"
 
     def batch_scores(group: list[int], valid_mask: Tensor, statistics: dict[str, Tensor]) -> dict[int, float]:
         counts, row_of = valid_mask.sum(dim=-1).clamp(min=1), valid_mask.nonzero()[:, 0]
@@ -40,7 +40,7 @@ def score_samples(
         }
         return dict(zip(group, entry.combine(means, valid_mask.any(dim=-1)).tolist(), strict=True))
 
-    parts, tokens = over_samples(entry.statistics, samples, models, batch_scores, "scoring", estimator)
+    parts, tokens = over_samples(entry.statistics, samples, models, batch_scores, "scoring", instead)
     scores = np.zeros(len(samples))
     for part in parts:
         scores[list(part)] = list(part.values())

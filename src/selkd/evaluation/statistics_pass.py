@@ -22,10 +22,13 @@ from selkd.maths.head import Head
 from selkd.maths.importance import OF_STUDENT
 from selkd.models.head import evaluating
 from selkd.models.pair import ModelPair
-from selkd.selection.position_scores import position_statistics
+from selkd.selection.position_scores import TeacherSide, position_statistics
 from selkd.selection.two_stage import Estimator
+from selkd.teacher.cached import CachedTeacher
 
 R = TypeVar("R")
+Instead = Estimator | CachedTeacher
+"""What takes the place of exact statistics of both models: an estimator of entropy, or a cached teacher."""
 Reduce = Callable[[list[int], Tensor, dict[str, Tensor]], R]
 """Called with the indices of a batch's B samples, their valid mask [B, T], and the statistics by name, [N] each, in the
 order of the mask. Returns plain data or tensors on the CPU."""
@@ -37,7 +40,7 @@ def over_samples(
     models: ModelPair,
     reduce: Reduce[R],
     description: str,
-    estimator: Estimator | None = None,
+    instead: Instead | None = None,
 ) -> tuple[list[R], int]:
     """The result of ``reduce`` for each batch, and the number of tokens that the teacher ran on, padding included.
 
@@ -47,7 +50,8 @@ def over_samples(
     Args:
         names: names of ``selkd.maths.importance.statistics``. The teacher is loaded only if one of them needs it.
         description: the purpose of the pass, such as "scoring", for the progress bar and for errors.
-        estimator: estimates ``student_entropy``, which must be the only name; None: statistics are exact.
+        instead: an estimator of ``student_entropy``, which must be the only name; or a cached teacher that has every
+            sample, of which ``kl`` is an unbiased estimate; None: statistics are exact.
 
     Raises:
         RunError: a statistic is not finite; the message names sample and position.
@@ -57,7 +61,9 @@ def over_samples(
     mine = groups[state.process_index :: state.num_processes]
     # Each forward of a sharded student needs all processes: one with a batch fewer takes part with another's.
     n_together = -(-len(groups) // state.num_processes) if models.is_sharded else len(mine)
-    through_student, with_teacher = models.through_student(), not OF_STUDENT.issuperset(names)
+    through_student, needs_teacher = models.through_student(), not OF_STUDENT.issuperset(names)
+    cached = instead if isinstance(instead, CachedTeacher) else None
+    with_teacher = needs_teacher and cached is None
 
     def one_batch(group: list[int]) -> tuple[R, int]:  # its tensors are freed before the next one's
         padded = collate([samples[index] for index in group], models.pad_token_id)
@@ -65,11 +71,14 @@ def over_samples(
         valid_mask = batch["valid_mask"]
 
         def measure(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-            if estimator is None:
-                teacher_logits = models.teacher_logits(batch) if with_teacher else None
+            if not isinstance(instead, Estimator):
+                side: TeacherSide | None = models.teacher_logits(batch) if with_teacher else None
+                if needs_teacher and cached is not None:
+                    valid = valid_mask.flatten().nonzero().flatten()
+                    side = cached.targets(batch, 0, for_loss=False).at(valid).scored_by()
                 targets = batch["targets"][valid_mask]
-                return position_statistics(names, hidden[valid_mask], head, targets, teacher_logits)
-            estimates = [estimator(row[mask], head, "samples") for row, mask in zip(hidden, valid_mask, strict=True)]
+                return position_statistics(names, hidden[valid_mask], head, targets, side)
+            estimates = [instead(row[mask], head, "samples") for row, mask in zip(hidden, valid_mask, strict=True)]
             return {"student_entropy": torch.cat(estimates)}
 
         statistics = through_student(batch, measure)

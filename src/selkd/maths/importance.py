@@ -9,7 +9,7 @@ Shapes: B batch, T positions, n positions of a chunk, V classes. Statistics are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selkd.maths.divergence import entropy, log_softmax_
 from selkd.plugins import Metric, deferred
@@ -213,6 +213,45 @@ def statistics(
             values["student_right"] = (log_q.gather(-1, index).squeeze(-1) == highest).to(log_q.dtype)
         values |= _of_one_model(built_in, "student", "reverse_kl", log_q, log_p, index)
         values |= _of_one_model(built_in, "teacher", "kl", log_p, log_q, index)
+    return torch.stack([values[name] for name in names], dim=-1)
+
+
+class TeacherDraws(NamedTuple):
+    """What is known of a teacher by classes drawn from it at temperature 1 and its scalars, at n positions.
+
+    Attributes:
+        class_ids: int64 [n, C].
+        counts: [n, C], how often each class was drawn; rows are padded with count 0.
+        entropy: H(p), [n].
+        cross_entropy: -log p(y), [n].
+    """
+
+    class_ids: Tensor
+    counts: Tensor
+    entropy: Tensor
+    cross_entropy: Tensor
+
+    def at(self, rows: slice) -> TeacherDraws:
+        """Those of some of the positions."""
+        return TeacherDraws(*(values[rows] for values in self))
+
+
+def statistics_of_draws(names: Sequence[str], student_logits: Tensor, teacher: TeacherDraws, targets: Tensor) -> Tensor:
+    """Statistics of n positions, [n, len(names)], as ``statistics`` gives them, from a teacher's draws and scalars.
+
+    ``kl`` is an estimate, -H(p) - sum_v w(v) log q(v) with w the share of the draws. Its expectation over the draws is
+    KL(p || q), so by chance it may be negative; all others are exact. The logits are overwritten.
+    """
+    dtype = student_logits.dtype
+    values = {"teacher_entropy": teacher.entropy.to(dtype), "teacher_ce": teacher.cross_entropy.to(dtype)}
+    if not OF_TEACHER.issuperset(names):
+        log_q = log_softmax_(student_logits)
+        values |= _of_one_model(set(names), "student", "", log_q, None, targets.unsqueeze(-1))
+        if "kl" in names:
+            weights = teacher.counts.to(dtype)
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1)
+            drawn = torch.linalg.vecdot(weights, log_q.gather(-1, teacher.class_ids.long()))
+            values["kl"] = -values["teacher_entropy"] - drawn
     return torch.stack([values[name] for name in names], dim=-1)
 
 

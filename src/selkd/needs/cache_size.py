@@ -3,6 +3,8 @@
 import math
 from itertools import pairwise
 
+from selkd.recipe.recipe import Recipe
+
 # Sampler -> draws U -> bytes a position, all files counted: SmolLM2-135M over textbooks and encyclopedia, 34,737
 # positions (docs/results/cache.md, which a test compares).
 MEASURED: dict[str, dict[int, float]] = {
@@ -13,7 +15,18 @@ MEASURED: dict[str, dict[int, float]] = {
 SOURCE = "SmolLM2-135M over textbooks"
 
 
-def typical_bytes(sampler: str, draws: int) -> float:
+BYTES_OF_SCALARS = 0.9  # more at U = 64 with scalars, whose format codes classes in groups, than without
+
+
+def typical_bytes(recipe: Recipe) -> float:
+    """Bytes a position of the recipe's cache."""
+    assert recipe.cache is not None, "a live teacher has no cache"
+    assert recipe.classes.draws is not None, "a cache holds drawn classes"
+    pairs = 0 if not recipe.cache.scalars else 1 if recipe.criterion.temperature == 1.0 else 2
+    return bytes_of_draws(recipe.classes.sampler, recipe.classes.draws) + BYTES_OF_SCALARS * pairs
+
+
+def bytes_of_draws(sampler: str, draws: int) -> float:
     """Bytes a position of ``draws`` draws: a straight line in log-log through the nearest two measured ones.
 
     A user's own sampler counts as ``rs_kd``.

@@ -19,7 +19,7 @@ def disk(student: Architecture, plan: Plan) -> dict[str, int]:
     kept = _checkpoints(plan) if is_whole else 0
     best = 0 if recipe.evaluation.keep_best is None else 2 * weights  # the new one is whole before the old one goes
     draws = recipe.classes.draws if recipe.cache is not None else None
-    cache = 0 if draws is None else round(typical_bytes(recipe.classes.sampler, draws) * plan.positions_kept)
+    cache = 0 if draws is None else round(typical_bytes(recipe) * plan.cached_positions)
     return {"cache": cache, "train": kept * (weights + state) + weights + best}
 
 

@@ -64,7 +64,19 @@ class Plan:
 
     @property
     def scores_by_teacher(self) -> bool:
-        return self.recipe.samples is not None and self.recipe.samples.needs_teacher
+        """Whether the teacher runs over every sample to score it."""
+        samples = self.recipe.samples
+        return samples is not None and samples.needs_teacher and not samples.from_cache
+
+    @property
+    def cached_share(self) -> float:
+        """The samples in the teacher cache, as a share of those that are kept: all, if it scores them, too."""
+        samples = self.recipe.samples
+        return self.samples / self.samples_kept if samples is not None and samples.from_cache else 1.0
+
+    @property
+    def cached_positions(self) -> int:
+        return round(self.positions_kept * self.cached_share)
 
     @property
     def selected_shares(self) -> tuple[float, float]:
@@ -83,7 +95,7 @@ class Plan:
         by_stage = {
             "prune": 0 if recipe.student.model else calibration,
             "score": self.train_tokens if self.scores_by_teacher else 0,
-            "cache": 0 if is_live else self.kept_tokens,
+            "cache": 0 if is_live else round(self.kept_tokens * self.cached_share),
             "train": self.trained_tokens if is_live else 0,
             "evaluate": self.evaluated_tokens,
         }

@@ -186,6 +186,12 @@ class PositionOptions(Part):
         "classes are frequent; default 1/32. With 0 the training text decides.",
     )
 
+    scoring_draws: Count | None = Field(
+        None,
+        description="With a teacher cache and a metric that has KL(p ‖ q): how many of a position's draws score it; "
+        "the loss uses the others. Default: a quarter.",
+    )
+
     @model_validator(mode="after")
     def _complete(self) -> "PositionOptions":
         policy = Policy.find(self.policy)
@@ -243,7 +249,7 @@ class PositionOptions(Part):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the metric is computed from the teacher's full distribution."""
+        """Whether the metric is computed from the teacher's distribution."""
         return self.metric is not None and Metric.find(self.metric).needs_teacher
 
 
@@ -286,6 +292,11 @@ class SampleOptions(Part):
         "student_entropy", description="The metric that scores samples, one of the table below; all: keep every sample."
     )
     fraction: Fraction = Field(0.20, description="l: the share of the samples to keep.")
+    from_cache: bool = Field(
+        False,
+        description="Score kl or ce_ratio from a teacher cache of the whole text, which is built first: the teacher "
+        "runs once for scoring and training.",
+    )
     path: PathText | None = Field(
         None, description="The file of the scores, written or reused; null: in the run's folder."
     )
@@ -312,12 +323,14 @@ class SampleOptions(Part):
             raise ValueError(
                 f"samples.scoring: approximate estimates the student's entropy; {self.metric} needs scoring: exact"
             )
+        if self.from_cache and self.metric != "all" and not self.needs_teacher:
+            raise ValueError(f"samples.from_cache: {self.metric} needs no teacher; leave it out")
         _settle_estimate(self, "samples", "approximate", calibration_fraction=1 / 16)
         return self
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the scores are computed from the teacher's full distribution."""
+        """Whether the scores are computed from the teacher's distribution."""
         return Metric.find(self.metric).needs_teacher
 
 

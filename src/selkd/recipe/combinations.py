@@ -1,6 +1,6 @@
 """Which choices of one training go together: one check for recipes and for ``DistillArguments``."""
 
-from selkd.plugins import Metric
+from selkd.plugins import Metric, Sampler
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions
 from selkd.recipe.data import RowOptions
 from selkd.recipe.part import LARGEST_COUNT
@@ -73,13 +73,69 @@ def check_whole_steps(positions: PositionOptions, accumulation_steps: int, proce
         raise ValueError(f"{name} depend on the number of processes (here {processes}); use one, {remedy}")
 
 
-def check_cached(positions: PositionOptions) -> None:
-    """Raises ValueError for a metric that can't be computed from a cache of drawn classes."""
-    if positions.needs_teacher:
+SCORING_SHARE = 0.25  # of a position's draws, which score it where nothing else is said (docs/results/cache.md)
+_LIVE = "a live teacher (in a recipe, set cache: null)"
+
+
+def check_cached(positions: PositionOptions, classes: ClassOptions, temperature: float, *, has_scalars: bool) -> None:
+    """Check that a teacher cache can score positions.
+
+    Args:
+        classes: how the cache's classes were drawn.
+        temperature: at which they were drawn.
+        has_scalars: whether the cache has the teacher's entropy and log p(y).
+
+    Raises:
+        ValueError: the metric can't be computed from it, or not with ``positions.scoring_draws``.
+    """
+    metric = None if positions.metric is None else Metric.find(positions.metric)
+    if metric is not None and metric.needs_teacher:
+        check_cached_metric("positions.metric", metric, classes, temperature, has_scalars=has_scalars)
+    if metric is None or not metric.uses_draws:
+        if positions.scoring_draws is not None:
+            raise ValueError(
+                "positions.scoring_draws: only a metric with KL(p || q) is estimated from a cache's draws; leave it out"
+            )
+    elif classes.draws is None or n_scoring_draws(positions, classes.draws) >= classes.draws:
         raise ValueError(
-            f"positions.metric: {positions.metric} needs the teacher's full distribution at every position, and a "
-            "cache holds drawn classes alone; take a metric of the student (student_entropy, student_ce), or a "
-            "live teacher (in a recipe, set cache: null)"
+            f"positions.scoring_draws: expected fewer than the {classes.draws} draws of a position "
+            f"(classes.draws), as the loss uses the others; raise classes.draws, or take {_LIVE}"
+        )
+
+
+def n_scoring_draws(positions: PositionOptions, draws: int) -> int:
+    """How many of a position's ``draws`` score it where the metric is estimated from them; the loss has the others."""
+    return max(1, round(SCORING_SHARE * draws)) if positions.scoring_draws is None else positions.scoring_draws
+
+
+def check_cached_metric(
+    key: str, metric: Metric, classes: ClassOptions, temperature: float, *, has_scalars: bool
+) -> None:
+    """Raises ValueError for a metric of the teacher that can't be had from a cache; ``key`` is the recipe's."""
+    if metric.is_own or not metric.is_from_draws:
+        raise ValueError(
+            f"{key}: {metric.name} needs the teacher's full distribution at every position, and a cache holds drawn "
+            f"classes alone: the student may give weight to classes that were not drawn; take kl, ce_ratio, a metric "
+            f"of the student (student_entropy, student_ce), or {_LIVE}"
+        )
+    if not has_scalars:
+        raise ValueError(
+            f"{key}: {metric.name} needs the teacher's entropy and its log p(y), and this cache holds drawn classes "
+            "alone; build a cache with scalars (in a recipe, cache.scalars: true), take a metric of the student "
+            f"(student_entropy, student_ce), or {_LIVE}"
+        )
+    if not metric.uses_draws:
+        return
+    if not Sampler.find(classes.sampler).is_unbiased:
+        unbiased = " or ".join(name for name, entry in Sampler.builtin().items() if entry.is_unbiased)
+        raise ValueError(
+            f"{key}: {metric.name} is estimated from unbiased draws, and those of classes.sampler: {classes.sampler} "
+            f"are not known to be; draw with {unbiased}, take teacher_entropy, teacher_ce or ce_ratio, or {_LIVE}"
+        )
+    if temperature != 1.0:
+        raise ValueError(
+            f"{key}: {metric.name} is at temperature 1, and this cache's classes are drawn at {temperature:g}; set "
+            f"criterion.temperature: 1.0, take teacher_entropy, teacher_ce or ce_ratio, or {_LIVE}"
         )
 
 

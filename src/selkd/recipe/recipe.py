@@ -4,10 +4,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from selkd.plugins import Metric
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions, SampleOptions
 from selkd.recipe.combinations import (
     check_batch,
     check_cached,
+    check_cached_metric,
     check_combination,
     check_sharded,
     check_whole_steps,
@@ -27,6 +29,11 @@ class CacheOptions(Part):
     path: PathText | None = Field(
         None,
         description="A folder, or an address of fsspec (s3://…), which recipes may share; null: inside the run.",
+    )
+    scalars: bool = Field(
+        True,
+        description="Store the teacher's entropy and log p(y) of each position, too: metrics of the teacher and the "
+        "true KL(p ‖ q) then need no teacher.",
     )
 
 
@@ -115,7 +122,11 @@ class Recipe(Part):
             raise ValueError(f"training.{error}") from None
         check_whole_steps(self.positions, self.training.get("gradient_accumulation_steps", 1))
         if self.cache is not None:
-            self._check_cache()
+            self._check_cache(self.cache)
+        elif self.positions.scoring_draws is not None:
+            raise ValueError("positions.scoring_draws: a live teacher scores by its whole distribution; leave it out")
+        elif self.samples is not None and self.samples.from_cache and self.samples.path is None:
+            raise ValueError("samples.from_cache: there is no cache; set cache: {}, give samples.path, or leave it out")
         if self.teacher.is_foreign:
             check_foreign(self)
             self._settle(evaluation=evaluation_of(self.evaluation))
@@ -130,7 +141,7 @@ class Recipe(Part):
             self.check_sharded()
         return self
 
-    def _check_cache(self) -> None:
+    def _check_cache(self, cache: CacheOptions) -> None:
         if self.on_policy is not None:
             raise ValueError(
                 "cache: it holds the teacher's classes for the data's own tokens, and what the student will answer is "
@@ -141,7 +152,11 @@ class Recipe(Part):
                 "cache: the full distribution (classes.sampler: all) is too large to store; "
                 "draw classes with classes.sampler: systematic or rs_kd, or set cache: null for a live teacher"
             )
-        check_cached(self.positions)
+        temperature, has_scalars = self.criterion.temperature, cache.scalars and not self.teacher.is_foreign
+        check_cached(self.positions, self.classes, temperature, has_scalars=has_scalars)
+        if self.samples is not None and self.samples.from_cache:
+            metric = Metric.find(self.samples.metric)
+            check_cached_metric("samples.metric", metric, self.classes, temperature, has_scalars=has_scalars)
 
     def _check_fidelity(self) -> None:
         if self.data.is_prompt_only:

@@ -20,7 +20,7 @@ from selkd.selection.classes import class_sampler
 from selkd.teacher.build_cache import CacheBuild, build_cache
 from selkd.teacher.live import LiveTeacher
 from selkd_cache.cost import add_cost, read_cost
-from selkd_cache.manifest import MANIFEST, PLAN, TAIL, Fingerprint, check_same_fingerprint, read_plan
+from selkd_cache.manifest import MANIFEST, PLAN, SCALARS, TAIL, Fingerprint, check_same_fingerprint, read_plan
 from selkd_cache.reader import TeacherCache
 from selkd_cache.verify import verify_cache
 from selkd_cache.writer import require_claimable
@@ -34,6 +34,8 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     recipe = work.recipe
     if recipe.cache is None:
         return None
+    if recipe.samples is not None and recipe.samples.from_cache:
+        samples = work.splits.train  # one cache scores the samples and trains on the kept ones
     with timed(run, "cache"):
         fingerprint, path = cache_fingerprint(work), recipe.cache.path
         if path is not None and is_remote(path):
@@ -51,6 +53,26 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     run.record["teacher_cache"] = opened.stats()
     run.save()
     return opened
+
+
+def all_cached(work: Workspace, run: RunDirectory) -> TeacherCache | None:
+    """The cache of the whole text, built if need be, where samples are scored from it; else None."""
+    is_scored_from = work.recipe.samples is not None and work.recipe.samples.from_cache
+    return cache(work, run, work.splits.train) if is_scored_from else None
+
+
+def open_cache(work: Workspace) -> TeacherCache | None:
+    """The cache of the whole text as it is, where samples are scored from it; else None.
+
+    Raises:
+        InputError: there is none, or it can't be used.
+    """
+    samples, options = work.recipe.samples, work.recipe.cache
+    if samples is None or options is None or not samples.from_cache:
+        return None
+    return TeacherCache.open(
+        Path(options.path or work.run_path / "teacher_cache").expanduser(), cache_fingerprint(work)
+    )
 
 
 def require_own_cache(work: Workspace, run: RunDirectory) -> None:
@@ -215,6 +237,8 @@ def cache_fingerprint(work: Workspace) -> Fields:
     assert recipe.classes.draws is not None
     if recipe.teacher.is_foreign:
         return _foreign_fingerprint(work)
+    assert recipe.cache is not None
+    scalars = recipe.cache.scalars
     return {
         **{f"{kind}_source": digest for kind, digest in work.own_parts.items() if kind == "sampler"},
         "teacher": work.teacher_source.fingerprint,
@@ -225,6 +249,7 @@ def cache_fingerprint(work: Workspace) -> Fields:
         "draws": recipe.classes.draws,
         "count_total": class_sampler(recipe.classes).total,
         **({TAIL: "one class"} if recipe.classes.tail else {}),
+        **({SCALARS: 2 if recipe.criterion.temperature == 1.0 else 4} if scalars else {}),
         "temperature": recipe.criterion.temperature,
         "seed": recipe.seed,
     }

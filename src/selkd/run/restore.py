@@ -7,6 +7,7 @@ from selkd.errors import InputError
 from selkd.files import RECIPE, file_digest, write_whole
 from selkd.recipe.yaml_text import dump_yaml
 from selkd.reporting.page import write_page
+from selkd.run.cache import open_cache
 from selkd.run.directory import RunDirectory
 from selkd.run.evaluate import measure_fidelity, write_overlaps
 from selkd.run.finish import saved_student, write_card, write_examples
@@ -70,7 +71,7 @@ def _make(work: Workspace, run: RunDirectory, lost: dict[str, str]) -> set[str]:
 def _scores(work: Workspace, run: RunDirectory) -> None:
     """From a file that several runs share, or by the initial student again."""
     is_shared = work.recipe.samples is not None and work.recipe.samples.path is not None
-    scores = (stored_scores(work) if is_shared else None) or scored(work)
+    scores = (stored_scores(work) if is_shared else None) or scored(work, open_cache(work))
     if work.state.is_main_process:
         scores.write(run.path / SCORES)
 

@@ -10,6 +10,7 @@ import torch
 from selkd.data.samples import SampleDataset
 from selkd.evaluation.sample_scores import score_samples
 from selkd.recipe.choices import SampleOptions
+from selkd.run.cache import all_cached, open_cache
 from selkd.run.directory import RunDirectory
 from selkd.run.enough import warn_if_short
 from selkd.run.record import cost_of, count_teacher_tokens, note_shared, timed
@@ -18,6 +19,8 @@ from selkd.sealed import SCORES
 from selkd.selection.randomness import sample_generator
 from selkd.selection.samples import SampleScores, highest
 from selkd.selection.two_stage import Estimator, by_frequency
+from selkd.teacher.cached import CachedTeacher
+from selkd_cache.reader import TeacherCache
 
 COMPARED_SAMPLES = 32  # how many approximate sample scores are compared with exact ones, at least
 
@@ -53,7 +56,7 @@ def kept_samples(work: Workspace) -> SampleDataset:
     train = work.splits.train
     if work.recipe.samples is None:
         return train
-    scores = stored_scores(work) or scored(work)
+    scores = stored_scores(work) or scored(work, open_cache(work))
     return train.select(np.flatnonzero(scores.kept))
 
 
@@ -72,7 +75,7 @@ def stored_scores(work: Workspace) -> SampleScores | None:
 
 def _scored_and_counted(work: Workspace, run: RunDirectory) -> SampleScores:
     warn_if_short(work, "score")
-    scores = scored(work)
+    scores = scored(work, all_cached(work, run))
     assert scores.cost is not None, "it was measured"
     if tokens := int(scores.cost["teacher_tokens"]):
         count_teacher_tokens(run, score=tokens)
@@ -83,13 +86,13 @@ def _scored_and_counted(work: Workspace, run: RunDirectory) -> SampleScores:
     return scores
 
 
-def scored(work: Workspace) -> SampleScores:
-    """Scores of all samples by the frozen initial student."""
+def scored(work: Workspace, cache: TeacherCache | None) -> SampleScores:
+    """Scores of all samples by the frozen initial student, and by the teacher's ``cache`` if there is one."""
     options, train = work.recipe.samples, work.splits.train
     assert options is not None, "a recipe without samples scores none"
     started = time.perf_counter()
-    estimate = _estimator(work, options)
-    scores, tokens = score_samples(options.metric, train, work.models, work.recipe.seed, estimate)
+    instead = _estimator(work, options) if cache is None else CachedTeacher(cache)
+    scores, tokens = score_samples(options.metric, train, work.models, work.recipe.seed, instead)
     cost = cost_of(time.perf_counter() - started, tokens)
     sample_ids = [sample_id.hex() for sample_id in train.ids]
     return SampleScores(sample_ids, scores, _fingerprint(work, options), _kept(scores, options), cost)
@@ -135,6 +138,8 @@ def _fingerprint(work: Workspace, options: SampleOptions) -> dict[str, str]:
     if options.metric == "random":
         fingerprint["seed"] = seed
     if options.needs_teacher:
+        if options.from_cache:
+            fingerprint["metric"] += ", from a cache"
         fingerprint |= {"teacher": work.teacher_source.fingerprint, "teacher_precision": work.teacher_precision}
     return fingerprint
 

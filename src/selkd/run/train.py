@@ -149,12 +149,15 @@ def _record_training(run: RunDirectory, trainer: DistillTrainer, peaks: PeakMemo
     add_seconds(run, "train", metrics.seconds - (run.record["seconds"]["train"] or 0.0), peaks)
     lines = metrics.lines.read()
     losses = [line["loss"] for line in lines if "loss" in line]
+    kl = [line.get("kl_nats") for line in lines if "loss" in line]  # null where it can't be had
     run.record["train"] = {
         "steps": trainer.state.global_step,
         "max_steps": trainer.state.max_steps,
         "epochs": trainer.state.epoch,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
+        "kl_nats_first": kl[0] if kl else None,
+        "kl_nats_last": kl[-1] if kl else None,
     }
     if trainer.answering is not None:
         run.record["on_policy"] = trainer.rollouts.figures()

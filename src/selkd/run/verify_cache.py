@@ -19,10 +19,11 @@ from selkd.run.pipeline import start
 from selkd.run.score import kept_samples
 from selkd.run.workspace import Workspace
 from selkd.teacher.cached import CachedTeacher
-from selkd.teacher.recheck_cache import compare_again
+from selkd.teacher.recheck_cache import Again, compare_again
 from selkd_cache.reader import TeacherCache
 from selkd_cache.verify import verify_cache
 
+FARTHEST_SCALARS = 0.1  # nats, the mean error of the stored scalars against the same teacher's in another precision
 MOST_DRAWS_JUDGED = 64  # the limits were measured at 8 to 64 draws; with more, other teachers' draws are the same, too
 
 
@@ -36,9 +37,13 @@ class Rescored:
             are few, because a rounding turns one draw into another.
         same_draws: the share of draws that are the same, sum_v min(stored_v, again_v) / U, mean over the positions.
         worst_sample: the id, in hex, of the sample with the lowest share; ``worst_same_draws`` is its share.
-        agrees: whether the stored draws are this teacher's: all are the same, or enough of them, of all and of each
-            sample; None where some differ and nobody measured how many are enough: for a user's own sampler, and for
-            more than ``MOST_DRAWS_JUDGED`` draws.
+        scalar_error: the mean distance in nats between the stored scalars and those that come again; None in a cache
+            without scalars. ``worst_scalar_error`` is the largest, and ``scalars_within_bound`` says whether all are
+            within what storing them may change.
+        agrees: whether what is stored is this teacher's: all draws are the same, and the scalars within their bound; or
+            enough draws are, of all and of each sample, and the mean distance is at most ``FARTHEST_SCALARS``; None
+            where draws differ and nobody measured how many are enough: for a user's own sampler, and for more than
+            ``MOST_DRAWS_JUDGED`` draws.
     """
 
     samples: int
@@ -47,6 +52,9 @@ class Rescored:
     same_draws: float
     worst_sample: str
     worst_same_draws: float
+    scalar_error: float | None
+    worst_scalar_error: float | None
+    scalars_within_bound: bool | None
     agrees: bool | None
 
 
@@ -98,25 +106,30 @@ def rescore(directory: Path, recipe: Recipe, run_path: Path | None, n_samples: i
         if not stored:
             raise InputError(f"none of the recipe's samples is in the teacher cache in {cache.directory}")
         picked = np.random.default_rng(seed).choice(stored, size=min(n_samples, len(stored)), replace=False).tolist()
-        shares = compare_again(live_teacher(work), CachedTeacher(cache), samples, picked, work.models.pad_token_id)
+        again = compare_again(live_teacher(work), CachedTeacher(cache), samples, picked, work.models.pad_token_id)
     is_measured = (recipe.classes.draws or 0) <= MOST_DRAWS_JUDGED
-    return judged(shares, Sampler.find(recipe.classes.sampler).least_same_draws if is_measured else None)
+    return judged(again, Sampler.find(recipe.classes.sampler).least_same_draws if is_measured else None)
 
 
-def judged(shares: Mapping[bytes, np.ndarray], least_same_draws: tuple[float, float] | None) -> Rescored:
-    """The verdict on the shares of same draws that ``compare_again`` returns.
+def judged(again: Mapping[bytes, Again], least_same_draws: tuple[float, float] | None) -> Rescored:
+    """The verdict on what ``compare_again`` returns.
 
     Args:
         least_same_draws: the lowest mean share, over all positions and over each sample's, that is taken for the same
             teacher's; None: not measured.
     """
+    shares = {sample_id: each.same_draws for sample_id, each in again.items()}
     sample_means = {sample_id: float(share.mean()) for sample_id, share in shares.items() if len(share)}
     everywhere = np.concatenate(list(shares.values()))
+    errors = [each.scalar_errors for each in again.values() if each.scalar_errors is not None]
+    scalars = np.concatenate(errors) if errors else None
+    is_within_bound = all(each.is_within_bound for each in again.values())
     worst = min(sample_means, key=lambda sample_id: sample_means[sample_id])
     same_draws = float(everywhere.mean())
-    agrees: bool | None = True if same_draws == 1 else None
+    agrees: bool | None = is_within_bound if same_draws == 1 else None
     if agrees is None and least_same_draws is not None:
         agrees = same_draws >= least_same_draws[0] and sample_means[worst] >= least_same_draws[1]
+        agrees = agrees and (scalars is None or float(scalars.mean()) <= FARTHEST_SCALARS)
     return Rescored(
         samples=len(shares),
         positions=len(everywhere),
@@ -124,6 +137,9 @@ def judged(shares: Mapping[bytes, np.ndarray], least_same_draws: tuple[float, fl
         same_draws=same_draws,
         worst_sample=worst.hex(),
         worst_same_draws=sample_means[worst],
+        scalar_error=None if scalars is None else float(scalars.mean()),
+        worst_scalar_error=None if scalars is None else float(scalars.max(initial=0.0)),
+        scalars_within_bound=None if scalars is None else is_within_bound,
         agrees=agrees,
     )
 
@@ -147,4 +163,5 @@ def _kept(directory: Path, recipe: Recipe, run_path: Path | None) -> Iterator[tu
                 f"give --recipe with --set cache.path={directory}"
             )
         held_inputs(work, run)
-        yield work, kept_samples(work)
+        is_whole = recipe.samples is not None and recipe.samples.from_cache
+        yield work, work.splits.train if is_whole else kept_samples(work)

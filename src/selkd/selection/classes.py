@@ -47,6 +47,7 @@ Sampler.add("all", label="the teacher’s whole distribution", description="the 
 Sampler.add(
     "rs_kd",
     rs_kd,
+    is_unbiased=True,
     least_same_draws=(0.72, 0.5),
     label="{draws} random draws from the teacher’s distribution",
     description="U = `draws` independent draws from p; forward KL to the counts over U. Unbiased for forward KL's "
@@ -68,6 +69,7 @@ def systematic(probabilities: Tensor, uniforms: Tensor, draws: int) -> Drawn:
 Sampler.add(
     "systematic",
     systematic,
+    is_unbiased=True,
     n_uniforms=lambda _: 1,
     least_same_draws=(0.76, 0.5),
     label="{draws} evenly spaced draws from the teacher’s distribution",
@@ -141,6 +143,25 @@ def with_tail(class_ids: Tensor, probabilities: Tensor, vocab_size: int) -> Draw
     return torch.nn.functional.pad(class_ids, (0, 1), value=vocab_size), torch.cat([probabilities, rest], dim=-1)
 
 
+def split_draws(counts: Tensor, uniforms: Tensor, n_first: int) -> tuple[Tensor, Tensor]:
+    """``n_first`` of each position's draws at random, without replacement, and the rest of them: both counts [n, C].
+
+    So the first are as if drawn alone. (The first by class id would be of the classes with low ids.)
+
+    Args:
+        counts: integers [n, C]; each row sums to U, or to 0.
+        uniforms: [n, U] in [0, 1): the draws with the lowest are taken.
+    """
+    n_draws = uniforms.shape[-1]
+    ends = counts.long().cumsum(dim=-1)
+    draws = torch.arange(n_draws, device=counts.device).expand(len(counts), n_draws)
+    class_of_draw = torch.searchsorted(ends, draws.contiguous(), right=True).clamp(max=counts.shape[-1] - 1)
+    taken = torch.zeros_like(draws).scatter_(-1, uniforms.argsort(dim=-1)[:, :n_first], 1)
+    taken = taken * (draws < ends[:, -1:])
+    first = torch.zeros_like(ends).scatter_add_(-1, class_of_draw, taken).to(counts.dtype)
+    return first, counts - first
+
+
 def in_units(class_ids: Tensor, probabilities: Tensor) -> Drawn:
     """Probabilities [n, C], for storing, as integer counts that sum to ``TOP_K_UNITS``, by largest remainders.
 
@@ -168,6 +189,7 @@ class ClassSampler:
         total: the sum of the integer counts of a stored row.
         keeps_tail: whether the mass of all classes that were left out is stored, as one class after the last.
         is_own: whether the sampler is a user's.
+        is_unbiased: whether the expected share of each class among the draws is its probability.
     """
 
     draw: Draw
@@ -176,6 +198,7 @@ class ClassSampler:
     total: int
     keeps_tail: bool = False
     is_own: bool = False
+    is_unbiased: bool = False
 
     def __call__(self, probabilities: Tensor, uniforms: Tensor) -> Drawn:
         """Class ids and counts [n, C] of ``probabilities`` [n, V], with ``uniforms`` float64 [n, n_uniforms].
@@ -198,4 +221,6 @@ def class_sampler(options: ClassOptions) -> ClassSampler:
     draw = entry.drawn if entry.is_own else entry.function
     assert draws is not None, "ClassOptions requires draws with a sampler"
     assert draw is not None, f"{entry.name} draws no classes"
-    return ClassSampler(draw, draws, entry.n_uniforms(draws), entry.total(draws), options.tail, entry.is_own)
+    return ClassSampler(
+        draw, draws, entry.n_uniforms(draws), entry.total(draws), options.tail, entry.is_own, entry.is_unbiased
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selkd.maths.chunked import chunked_statistics, wide
 from selkd.maths.head import Head
-from selkd.maths.importance import Own, statistics
+from selkd.maths.importance import Own, TeacherDraws, statistics, statistics_of_draws
 from selkd.plugins import Metric, Policy
 from selkd.recipe.choices import PositionOptions
 from selkd.selection.host import Batch, first_marked, on_host, to_device, valid_index
@@ -20,6 +20,8 @@ from selkd.selection.randomness import draw_uniforms, position_uniforms
 
 LogitsOf = Callable[[slice], Tensor]
 """Gives the logits [n, V] of some of N positions."""
+TeacherSide = LogitsOf | TeacherDraws
+"""A teacher at N positions: its logits, a chunk at a time, or what is known of it by its draws and scalars."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,25 @@ def position_statistics(
     hidden_states: Tensor,
     head: Head,
     targets: Tensor,
-    teacher_logits: LogitsOf | None,
+    teacher: TeacherSide | None,
     own: Own | None = None,
 ) -> dict[str, Tensor]:
     """Statistics ``names`` of N positions in one pass over the chunks of their logits: name -> [N].
 
     Args:
-        names: names that ``selkd.maths.importance.statistics`` knows.
+        names: names that ``selkd.maths.importance.statistics`` knows, or ``statistics_of_draws`` where there are draws.
         hidden_states: the student's, [N, D].
         head: its head, in the dtype of the products.
         targets: int64 [N].
-        teacher_logits: gives the teacher's at the same positions, on any device; None if no name needs them.
+        teacher: gives the teacher's logits at the same positions, on any device, or is what is known of it there;
+            None if no name needs it.
         own: a user's functions by name, as ``statistics`` takes them.
     """
 
     def compute(student_logits: Tensor, rows: slice) -> Tensor:
-        logits = None if teacher_logits is None else teacher_logits(rows).to(student_logits.device)
+        if isinstance(teacher, TeacherDraws):
+            return statistics_of_draws(names, student_logits, teacher.at(rows), targets[rows])
+        logits = None if teacher is None else teacher(rows).to(student_logits.device)
         return statistics(names, student_logits, logits, targets[rows], own)
 
     columns = chunked_statistics(hidden_states, head, compute, n_statistics=len(names))
@@ -63,7 +68,7 @@ def score_positions(
     hidden_states: Tensor,
     head: Head,
     batch: Batch,
-    teacher_logits: LogitsOf | None,
+    teacher: TeacherSide | None,
     random_stream: tuple[int, int] | None = None,
 ) -> PositionScores:
     """The metric at the valid positions of a batch.
@@ -73,7 +78,8 @@ def score_positions(
         hidden_states: the student's, [B, T, D].
         head: its head, in the dtype of the products.
         batch: from ``selkd.data.collate.collate``.
-        teacher_logits: gives the teacher's at the valid positions, in order; None if the metric does not need them.
+        teacher: gives the teacher's logits at the valid positions, in order, or is what is known of it there; None if
+            the metric does not need it.
         random_stream: the run's seed and the optimiser step, for ``random``.
     """
     valid_mask = batch["valid_mask"]
@@ -89,7 +95,7 @@ def score_positions(
     valid = valid_index(batch)
     own = {metric: entry.values} if entry.is_own else {}
     hidden, targets = hidden_states.flatten(0, 1)[valid], batch["targets"].flatten()[valid]
-    at_valid = position_statistics(entry.statistics, hidden, head, targets, teacher_logits, own)
+    at_valid = position_statistics(entry.statistics, hidden, head, targets, teacher, own)
     placed = {
         name: values.new_zeros(valid_mask.numel()).index_copy_(0, valid, values).view(valid_mask.shape)
         for name, values in at_valid.items()

@@ -20,7 +20,7 @@ from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import Interrupted, RunError
 from selkd.interrupts import raise_together, stop_if_asked
 from selkd.teacher.live import LiveTeacher
-from selkd_cache.manifest import Fingerprint
+from selkd_cache.manifest import Fingerprint, n_scalars
 from selkd_cache.writer import CacheWriter, SampleRows
 
 # A shard stores how often each class was drawn, some 30 kB at 50,000 classes: too much for a small shard.
@@ -60,7 +60,7 @@ class CacheBuild:
             InputError: the folder is another cache's, or not a cache's.
             RunError: the disk refused.
         """
-        self._state, self._samples = PartialState(), samples
+        self._state, self._samples, self._with_scalars = PartialState(), samples, n_scalars(fingerprint) > 0
         shards = plan_shards(samples)
         with self._state.main_process_first():  # the first one claims the folder
             shard_ids = [[samples.ids[i] for i in shard] for shard in shards]
@@ -129,7 +129,9 @@ class CacheBuild:
 
         def draw(batch: list[int]) -> list[SampleRows]:
             chosen = [samples[index] for index in batch]
-            return draw_rows(source, chosen, pad_token_id) if isinstance(source, LiveTeacher) else source.rows(chosen)
+            if not isinstance(source, LiveTeacher):
+                return source.rows(chosen)
+            return draw_rows(source, chosen, pad_token_id, with_scalars=self._with_scalars)
 
         for _ in _written(self._writer, batches, draw):
             on_shard()
@@ -177,28 +179,30 @@ def plan_batches(samples: SampleDataset, shard: list[int]) -> list[list[int]]:
     return [[shard[place] for place in group] for group in groups]
 
 
-def draw_rows(teacher: LiveTeacher, samples: list[Sample], pad_token_id: int) -> list[SampleRows]:
-    """The rows that a cache stores for the samples of one batch, in their order."""
+def draw_rows(
+    teacher: LiveTeacher, samples: list[Sample], pad_token_id: int, *, with_scalars: bool
+) -> list[SampleRows]:
+    """The rows that a cache stores for the samples of one batch, with scalars or without, in their order."""
     batch = {name: tensor.to(teacher.model.device) for name, tensor in collate(samples, pad_token_id).items()}
-    lengths, class_ids, counts = [], [], []
-    for drawn in teacher.draws_to_store(batch):
+    lengths, class_ids, counts, scalars = [], [], [], []
+    for drawn, of_positions in teacher.draws_to_store(batch, with_scalars=with_scalars):
         is_drawn = drawn.counts > 0
         lengths.append(is_drawn.sum(dim=-1).cpu().numpy())
         class_ids.append(drawn.class_ids[is_drawn].cpu().numpy())
         counts.append(drawn.counts[is_drawn].cpu().numpy())
+        if of_positions is not None:
+            scalars.append(of_positions.cpu().numpy())
     row_lengths = np.concatenate(lengths)
     # The ragged rows of all positions are cut where each sample ends.
     positions = np.cumsum([sample.n_valid for sample in samples])
     entries = np.concatenate([[0], row_lengths.cumsum()])[positions]
-    return list(
-        zip(
-            [sample.id for sample in samples],
-            np.split(row_lengths, positions[:-1]),
-            np.split(np.concatenate(class_ids), entries[:-1]),
-            np.split(np.concatenate(counts), entries[:-1]),
-            strict=True,
-        )
-    )
+    columns = [
+        np.split(row_lengths, positions[:-1]),
+        np.split(np.concatenate(class_ids), entries[:-1]),
+        np.split(np.concatenate(counts), entries[:-1]),
+        *([np.split(np.concatenate(scalars), positions[:-1])] if scalars else []),
+    ]
+    return [(sample.id, *arrays) for sample, *arrays in zip(samples, *columns, strict=True)]
 
 
 def _written(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from selkd.maths.chunked import ChunkedLogits, chunk_size, chunks, wide
 from selkd.maths.finite import FiniteCheck, require_all_finite
 from selkd.maths.head import Head
+from selkd.maths.importance import statistics
 from selkd.models.head import head_of, hidden_states, input_device
 from selkd.recipe.choices import ClassOptions
 from selkd.selection.classes import ClassSampler, Drawn, class_sampler
@@ -36,6 +37,7 @@ class LiveTeacher:
     """
 
     is_live = True
+    has_kl = True
 
     def __init__(
         self, model: PreTrainedModel, classes: ClassOptions, temperature: float, seed: int, vocab_size: int
@@ -47,29 +49,42 @@ class LiveTeacher:
         self.head = head_of(model).slice_vocab(vocab_size)
 
     @torch.no_grad()
-    def targets(self, batch: Batch, step: int, *, draws: bool = True) -> "LiveTargets":
+    def targets(self, batch: Batch, step: int, *, for_loss: bool = True) -> "LiveTargets":
         """The targets of a batch at an optimiser step.
 
         Args:
-            draws: whether classes will be drawn; False if only ``logits`` will be called.
+            for_loss: whether classes will be drawn; False if the whole distributions are measured.
         """
-        return self._targets(batch, self._uniforms(batch, "classes", step) if draws else None)
+        return self._targets(batch, self._uniforms(batch, "classes", step) if for_loss else None)
 
     @torch.inference_mode()
-    def draws_to_store(self, batch: Batch) -> list[DrawnClasses]:
-        """The draws that a cache stores for a batch: integer counts at the valid positions in order, one entry a chunk.
+    def draws_to_store(self, batch: Batch, *, with_scalars: bool) -> list[tuple[DrawnClasses, Tensor | None]]:
+        """What a cache stores for a batch, one entry a chunk: the draws, with integer counts, and the scalars if asked
+        for, at the valid positions in order.
 
-        They are a function of the seed and of the content of each sample. Raises RunError if a logit is not finite.
+        The draws are a function of the seed and of the content of each sample. The scalars, [n, 2] or [n, 4], are H(p)
+        and -log p(y) at temperature 1 and, where it is another, at the draws' temperature.
+
+        Raises:
+            RunError: a logit is not finite.
         """
         assert self.sampler is not None, "a cache holds drawn classes"
         valid = valid_index(batch)
         # The size of the chunks may change how logits are rounded, so it is fixed: a rebuilt cache is the same.
         size = max(1, chunk_size(self.head.vocab_size, self.head.weight.device) // 2)
         picked = self._targets(batch, self._uniforms(batch, "cache"), size).at(valid)
-        source = "the teacher's logits, for its cache"
-        drawn = [picked.drawn(rows, self.sampler.integers, source) for rows in chunks(len(valid), size)]
+        targets, stored = batch["targets"].flatten()[valid], []
+        for rows in chunks(len(valid), size):
+            logits = picked.logits(rows)
+            source = "the teacher's logits, for its cache"
+            drawn = picked.drawing(logits, picked.index[rows], self.sampler.integers, source)
+            stored.append((drawn, self._scalars(logits, targets[rows]) if with_scalars else None))
         require_all_finite(picked.checks)
-        return drawn
+        return stored
+
+    def _scalars(self, logits: Tensor, targets: Tensor) -> Tensor:
+        names, temperatures = ("teacher_entropy", "teacher_ce"), dict.fromkeys((1.0, self.temperature))
+        return torch.cat([statistics(names, logits, logits / each, targets) for each in temperatures], dim=-1)
 
     def _uniforms(self, batch: Batch, *stream: int | str) -> Tensor | None:
         return class_uniforms(self.sampler, batch, self.seed, *stream)
@@ -84,11 +99,14 @@ class LiveTeacher:
 
 def class_uniforms(sampler: ClassSampler | None, batch: Batch, seed: int, *stream: int | str) -> Tensor | None:
     """The random numbers that a sampler draws with at a batch's positions, float64 [B * T, u]; None without one."""
-    if sampler is None:
-        return None
+    return None if sampler is None else draw_uniforms_of(batch, seed, sampler.n_uniforms, *stream)
+
+
+def draw_uniforms_of(batch: Batch, seed: int, count: int, *stream: int | str) -> Tensor:
+    """``count`` random numbers for each of a batch's positions, float64 [B * T, count]; 0 where not valid."""
     host = on_host(batch)
     ids, valid = host["sample_ids"].numpy(), host["valid_mask"].numpy()
-    noise = position_uniforms(seed, ids, valid, *stream, draws=sampler.n_uniforms)
+    noise = position_uniforms(seed, ids, valid, *stream, draws=count)
     return to_device(torch.from_numpy(noise).flatten(0, 1), batch["valid_mask"].device)
 
 
@@ -120,12 +138,25 @@ class Drawing:
             index: their positions, int64 [n], in the flat batch.
             source: the logits' name in errors.
         """
-        assert self.uniforms is not None, "targets were made with draws=False"
+        assert self.uniforms is not None, "targets were made with for_loss=False"
         probabilities = torch.softmax(logits / self.temperature, dim=-1)
         self.checks.append(FiniteCheck.of(probabilities.sum(dim=-1), index, self.batch, source))
         if self.sampler is not None and self.sampler.is_own:  # a user's function must not get what is not finite
             require_all_finite(self.checks)
-        return DrawnClasses(*draw(probabilities, self.uniforms[index]))
+        class_ids, counts = draw(probabilities, self.uniforms[index])
+        return DrawnClasses(class_ids, counts, _entropy(logits, probabilities) if self.knows_entropy else None)
+
+    @property
+    def knows_entropy(self) -> bool:
+        """Whether the draws are unbiased ones at temperature 1, so that with H(p) they give KL(p || q)."""
+        return self.sampler is not None and self.sampler.is_unbiased and self.temperature == 1.0
+
+
+def _entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """H(p) in nats, [n], of logits [n, V] and their softmax; no logarithm of all classes is taken again."""
+    highest, at = probabilities.max(dim=-1, keepdim=True)
+    mean_log_p = (logits - logits.gather(-1, at)).mul_(probabilities).sum(dim=-1) + highest.squeeze(-1).log()
+    return mean_log_p.neg_().clamp_(min=0)
 
 
 @dataclass(frozen=True)
@@ -151,18 +182,19 @@ class WholeTargets(ABC):
     def logits(self, rows: slice) -> Tensor:
         """The teacher's logits [n, V] at some of the positions, which the caller may overwrite."""
 
+    @property
+    def knows_kl(self) -> bool:
+        return self.drawing.sampler is None or self.drawing.knows_entropy
+
+    def scored_by(self) -> Callable[[slice], Tensor]:
+        return self.logits
+
     def chunk(self, rows: slice) -> Target:
         sampler = self.drawing.sampler
         if sampler is None:
             return FullDistribution(self.logits(rows))
-        drawn = self.drawn(rows, sampler)
+        drawn = self.drawing(self.logits(rows), self.index[rows], sampler, "the teacher's logits")
         return TruncatedDistribution(drawn.class_ids, drawn.counts.log()) if sampler.keeps_tail else drawn
-
-    def drawn(
-        self, rows: slice, draw: Callable[[Tensor, Tensor], Drawn], source: str = "the teacher's logits"
-    ) -> DrawnClasses:
-        """The classes that ``draw`` takes at some of the positions; see ``Drawing``."""
-        return self.drawing(self.logits(rows), self.index[rows], draw, source)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Rechecking a cache: the teacher runs again, and its draws, a function of seed and content, are compared."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,32 +10,56 @@ from selkd.teacher.build_cache import draw_rows, plan_batches, plan_shards
 from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.live import LiveTeacher
 from selkd_cache.rows import Rows, row_sums
+from selkd_cache.scalars import bound_of, values_of
+
+
+class Again(NamedTuple):
+    """How a sample's n positions come again.
+
+    Attributes:
+        same_draws: float64 [n], the share of the draws that are the same.
+        scalar_errors: float64 [n, s], how far the stored scalars are from those that come again, in nats; None in a
+            cache without scalars.
+        is_within_bound: whether all of these are within the bound of the stored codes.
+    """
+
+    same_draws: np.ndarray
+    scalar_errors: np.ndarray | None = None
+    is_within_bound: bool = True
 
 
 def compare_again(
     teacher: LiveTeacher, cached: CachedTeacher, samples: SampleDataset, indices: Sequence[int], pad_token_id: int
-) -> dict[bytes, np.ndarray]:
-    """Draw the samples ``indices`` again and compare the draws with those in a cache.
+) -> dict[bytes, Again]:
+    """Draw the samples ``indices`` again and compare draws and scalars with those in a cache.
 
     The teacher's batches are those in which ``build_cache`` runs it on ``samples``. So on the same hardware all draws
     are the same if the cache was built for just these samples.
-
-    Returns:
-        Sample id -> float64 [n], the share of the draws that are the same again at each of the sample's n positions.
 
     Raises:
         InputError: a sample is not in the cache, or has another number of positions there.
     """
     checked_ids = {samples.ids[index] for index in indices}
-    shares = {}
+    compared = {}
     for shard in plan_shards(samples):
         for batch in plan_batches(samples, shard):
             if checked_ids.isdisjoint(samples.ids[index] for index in batch):
                 continue
-            for sample_id, *again in draw_rows(teacher, [samples[index] for index in batch], pad_token_id):
+            group, has_scalars = [samples[index] for index in batch], cached.has_scalars
+            for drawn in draw_rows(teacher, group, pad_token_id, with_scalars=has_scalars):
+                sample_id, again = drawn[0], Rows(drawn[1], drawn[2], drawn[3])
                 if sample_id in checked_ids:
-                    shares[sample_id] = same_draws(cached.rows(sample_id, len(again[0])), Rows(*again))
-    return shares
+                    stored = cached.rows(sample_id, len(again.row_lengths))
+                    errors = _scalar_errors(stored, drawn[4] if len(drawn) == 5 else None)
+                    compared[sample_id] = Again(same_draws(stored, again), *errors)
+    return compared
+
+
+def _scalar_errors(stored: Rows, again: np.ndarray | None) -> tuple[np.ndarray | None, bool]:
+    if again is None or stored.scalars is None:
+        return None, True
+    errors = np.abs(values_of(stored.scalars).astype(np.float64) - again)
+    return errors, bool((errors <= bound_of(again)).all())
 
 
 def same_draws(stored: Rows, again: Rows) -> np.ndarray:

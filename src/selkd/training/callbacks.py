@@ -90,7 +90,8 @@ class MetricsFile(TrainerCallback, ExportableState):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **__: Any) -> None:
         if state.is_world_process_zero and logs and any(name.startswith(_WRITTEN) for name in logs):
-            self.lines.append([{"step": state.global_step, **logs, "seconds": round(self.seconds, 3)}])
+            kl = {} if "loss" not in logs or "kl_nats" in logs else {"kl_nats": None}  # it can't be had
+            self.lines.append([{"step": state.global_step, **logs, **kl, "seconds": round(self.seconds, 3)}])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:

@@ -34,7 +34,7 @@ from selkd.training.student import check_student
 from selkd_cache.reader import TeacherCache
 
 KL = "kl_nats"
-"""Mean KL(p || q) of a live teacher and the student, temperature 1."""
+"""Mean KL(p || q) of teacher and student, temperature 1; of a cache with scalars an unbiased estimate."""
 DRAWS = "cross_entropy_to_draws_nats"
 """Mean cross-entropy -sum_v w_v log q(v) with the teacher's drawn classes, w_v the share of the draws, at the cache's
 temperature. With independent draws it is an unbiased estimate of KL(p || q) + H(p). H(p) is the same for every student,
@@ -46,6 +46,8 @@ def divergence_sums(
     hidden_states: Tensor, head: Head, *, batch: Batch, teacher: TeacherTargets, is_live: bool, temperature: float
 ) -> dict[str, Tensor]:
     """``total_nats``, the sum of ``KL`` or ``DRAWS`` over a batch's valid positions, and ``positions``, their number.
+
+    It is ``KL`` where the teacher is live, or its targets have the entropy that goes with their draws.
 
     Args:
         hidden_states: the student's, [B, T, D].
@@ -75,11 +77,12 @@ def divergence_sums(
         assert isinstance(drawn, DrawnClasses), "a cache holds drawn classes"
         log_q = log_softmax_(student_logits).gather(-1, drawn.class_ids)
         weights = drawn.counts / drawn.counts.sum(dim=-1, keepdim=True)
-        return -(weights * log_q).sum(dim=-1, keepdim=True)
+        values = -(weights * log_q).sum(dim=-1)
+        return (values if drawn.entropy is None else values - drawn.entropy).unsqueeze(-1)
 
     if is_live:
         targets = batch["targets"].flatten()[valid]
-        values = position_statistics(("kl",), hidden, compute_head, targets, picked.logits)["kl"]
+        values = position_statistics(("kl",), hidden, compute_head, targets, picked.scored_by())["kl"]
     else:
         values = chunked_statistics(hidden, compute_head, cross_entropy_to_draws).squeeze(-1)
     require_finite(values, valid, batch, "the student's or the teacher's logits, in an evaluation")
@@ -91,8 +94,9 @@ class EvaluatingTrainer(Trainer):
 
     ``evaluate`` measures how far the student is from its teacher on all valid positions of held-out samples, whichever
     positions the training selects, and reports it as ``eval_loss``. With a live teacher this is the mean KL (also
-    ``eval_kl_nats``); with a cache it is the mean cross-entropy with its draws (also
-    ``eval_cross_entropy_to_draws_nats``), which is KL plus the teacher's own entropy. ``compute_metrics`` and
+    ``eval_kl_nats``), and with a cache of unbiased draws at temperature 1 and scalars an unbiased estimate of it; with
+    another cache it is the mean cross-entropy with its draws (also ``eval_cross_entropy_to_draws_nats``), which is KL
+    plus the teacher's own entropy. ``compute_metrics`` and
     ``predict`` get the student's logits as from the Trainer; ``label_ids`` holds each token to be learned at its own
     index, and -100 elsewhere.
     """
@@ -175,7 +179,7 @@ class EvaluatingTrainer(Trainer):
         no_batch = [torch.zeros(2, dtype=torch.float64, device=self.args.device)]
         total_nats, positions = self._over_processes(torch.stack(self._sums or no_batch).sum(dim=0)).tolist()
         mean = total_nats / positions
-        name = KL if self.teacher.is_live else DRAWS
+        name = KL if self.teacher.has_kl else DRAWS
         output.metrics[f"{metric_key_prefix}_loss"] = mean
         for key, value in ((name, mean), ("positions", int(positions))):
             output.metrics.setdefault(f"{metric_key_prefix}_{key}", value)  # a user's own metric of this name stays
@@ -189,12 +193,11 @@ class EvaluatingTrainer(Trainer):
         del ignore_keys  # they name outputs that this forward does not have
         self._check_student(model, self._evaluates_packed)
         inputs, step = self._prepare_inputs(inputs), self.state.global_step
-        live = self.teacher if isinstance(self.teacher, LiveTeacher) else None
         ids, positions = inputs["input_ids"], inputs["position_ids"]
         measure = partial(
             divergence_sums,
             batch=inputs,
-            teacher=self.teacher.targets(inputs, step) if live is None else live.targets(inputs, step, draws=False),
+            teacher=self.teacher.targets(inputs, step, for_loss=False),
             is_live=self.teacher.is_live,
             temperature=self.distillation_loss.criterion.temperature,
         )

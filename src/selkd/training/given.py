@@ -3,7 +3,7 @@
 Shapes: B batch, T positions, V classes, D hidden, C known classes of a position.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ from selkd.maths.head import Head
 from selkd.models.head import head_of
 from selkd.plugins import Metric, Policy
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
-from selkd.recipe.combinations import check_cached, check_loss
+from selkd.recipe.combinations import check_cached, check_loss, n_scoring_draws
 from selkd.selection.classes import class_sampler
 from selkd.selection.host import keep_on_host, on_host, to_device
+from selkd.teacher.cached import ScoringDraws
 from selkd.teacher.live import Drawing, LiveTargets, LogitsTargets, WholeTargets, class_uniforms
-from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets, TruncatedDistribution
+from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets, TeacherScalars, TruncatedDistribution
 
+Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 LmHead = nn.Module | Tensor | Mapping[str, Any]
 IGNORED = -100  # the target that Transformers gives to a position that is not learned
 FORMS = (
@@ -32,6 +34,7 @@ FORMS = (
     ("class_ids", "counts"),
     ("class_ids", "log_probabilities"),
 )
+SCALARS = ("entropy_nats", "ce_nats")  # [B, T], which may stand beside known classes
 
 
 @dataclass(frozen=True)
@@ -53,24 +56,41 @@ class GivenTeacher:
     @classmethod
     def of(cls, given: Mapping[str, Any], shape: torch.Size | None = None) -> "GivenTeacher":
         """The teacher that a caller gave. Raises InputError unless it has one of the forms and, if told, the shape."""
-        if not isinstance(given, Mapping) or set(given) not in map(set, FORMS):
+        with_scalars = [{*form, *SCALARS} for form in FORMS if "class_ids" in form]
+        if not isinstance(given, Mapping) or set(given) not in [*map(set, FORMS), *with_scalars]:
             got = ", ".join(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
             forms = "; ".join(" and ".join(form) for form in FORMS)
-            raise InputError(f"teacher: expected a mapping of one of: {forms}. Got {got or 'nothing'}.")
-        tensors = {name: value for name, value in given.items() if name != "lm_head"}
+            raise InputError(
+                f"teacher: expected a mapping of one of: {forms}; beside class_ids, {' and '.join(SCALARS)}, too. "
+                f"Got {got or 'nothing'}."
+            )
+        tensors = {name: value for name, value in given.items() if name not in ("lm_head", *SCALARS)}
         first = next(iter(tensors.values()))
         shape = first.shape[:2] if shape is None else shape
         for name, value in tensors.items():
             if value.ndim != 3 or value.shape[:2] != shape:
                 expected = ", ".join(map(str, shape))
                 raise InputError(f"teacher.{name}: expected [{expected}, …], one row a position; got {_form(value)}.")
+        for name in SCALARS:
+            if name in given:
+                require_shape(f"teacher.{name}", given[name], shape)
         classes = given["logits"].shape[-1] if "logits" in given else None
         if "lm_head" in given:
             classes = as_head(given["lm_head"], "teacher.lm_head", given["hidden_states"]).vocab_size
         return cls(given, shape, first.device, classes)
 
-    def targets(self, drawing: Drawing, vocab_size: int) -> WholeTargets | StoredTargets:
-        """Its targets at every position of the batch, over the first ``vocab_size`` classes."""
+    @property
+    def has_scalars(self) -> bool:
+        return SCALARS[0] in self.given
+
+    def targets(
+        self, drawing: Drawing, vocab_size: int, split: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    ) -> WholeTargets | StoredTargets:
+        """Its targets at every position of the batch, over the first ``vocab_size`` classes.
+
+        Args:
+            split: cuts counts into those of the draws that score positions and those of the others; None: no draws do.
+        """
         flat = {name: value.detach().flatten(0, 1) for name, value in self.given.items() if name != "lm_head"}
         index = torch.arange(len(next(iter(flat.values()))), device=drawing.batch["valid_mask"].device)
         if "lm_head" in self.given:
@@ -83,9 +103,14 @@ class GivenTeacher:
                 f"teacher.class_ids: expected classes below {vocab_size}, which the student has; got "
                 f"{int(flat['class_ids'].max())}."
             )
+        scalars = None
+        if self.has_scalars:
+            entropy, cross_entropy = (flat[name].float() for name in SCALARS)
+            scalars = TeacherScalars(entropy, cross_entropy, drawing.temperature == 1.0)
         if "counts" in self.given:
-            return StoredTargets(DrawnClasses, flat["class_ids"], flat["counts"])
-        return StoredTargets(TruncatedDistribution, flat["class_ids"], flat["log_probabilities"])
+            scoring, counts = (None, flat["counts"]) if split is None else split(flat["counts"])
+            return StoredTargets(DrawnClasses, flat["class_ids"], counts, scalars, scoring)
+        return StoredTargets(TruncatedDistribution, flat["class_ids"], flat["log_probabilities"], scalars)
 
 
 def require_possible(
@@ -99,7 +124,10 @@ def require_possible(
             if classes.sampler != "all":
                 raise ValueError("classes: the teacher's classes are given; leave it out")
             check_loss(criterion, ClassOptions(sampler="rs_kd"))
-            check_cached(positions)
+            drawn = ClassOptions(sampler="rs_kd" if "counts" in teacher.given else "top_k", draws=65_535)
+            check_cached(positions, drawn, criterion.temperature, has_scalars=teacher.has_scalars)
+        elif positions.scoring_draws is not None:
+            raise ValueError("positions.scoring_draws: the teacher is given in full and scores so; leave it out")
     except ValueError as error:
         raise InputError(f"{error}.") from None
 
@@ -196,10 +224,26 @@ def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def is_drawn(positions: PositionOptions, classes: ClassOptions) -> bool:
+def is_drawn(positions: PositionOptions, classes: ClassOptions, teacher: GivenTeacher) -> bool:
     """Whether random numbers of each sample are needed."""
-    is_noise = positions.metric is not None and Metric.find(positions.metric).is_noise
-    return is_noise or Policy.find(positions.policy).uniforms is not None or classes.sampler != "all"
+    metric = None if positions.metric is None else Metric.find(positions.metric)
+    is_metric_drawn = metric is not None and (metric.is_noise or (metric.uses_draws and "counts" in teacher.given))
+    return is_metric_drawn or Policy.find(positions.policy).uniforms is not None or classes.sampler != "all"
+
+
+def split_of(teacher: GivenTeacher, positions: PositionOptions, batch: Batch, seed: int, step: int) -> Split | None:
+    """What splits a teacher's draws into those that score positions and the others; None if the metric needs none.
+
+    Raises:
+        InputError: there are too few draws.
+    """
+    if "counts" not in teacher.given or positions.metric is None or not Metric.find(positions.metric).uses_draws:
+        return None
+    draws = int(teacher.given["counts"].sum(dim=-1).max())
+    scoring = n_scoring_draws(positions, draws)
+    if scoring >= draws:
+        raise InputError(f"positions.scoring_draws: {scoring}, but teacher.counts has {draws} draws. Leave some.")
+    return lambda counts: ScoringDraws(scoring, seed).split(counts, batch, step, draws)
 
 
 def drawing_of(classes: ClassOptions, temperature: float, batch: Batch, seed: int, step: int) -> Drawing:

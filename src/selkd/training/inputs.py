@@ -12,8 +12,10 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import check_head, head_of
 from selkd.models.loading import require_device, window_of
-from selkd.recipe.combinations import check_cached
-from selkd.teacher.cached import CachedTeacher
+from selkd.plugins import Metric
+from selkd.recipe.choices import ClassOptions, PositionOptions
+from selkd.recipe.combinations import check_cached, n_scoring_draws
+from selkd.teacher.cached import CachedTeacher, ScoringDraws
 from selkd.teacher.live import LiveTeacher
 from selkd.teacher.targets import Teacher
 from selkd.training.arguments import DistillArguments
@@ -146,10 +148,6 @@ def as_teacher(teacher: PreTrainedModel | TeacherCache, args: DistillArguments, 
                 f"{teacher.directory}: its draws are from {stored} classes, but the student has {vocab_size}: some may "
                 "be classes that it lacks. Build another cache over the classes that both models share."
             )
-        try:
-            check_cached(args.positions)
-        except ValueError as error:
-            raise InputError(f"{error}.") from None
         expected = {"sampler": args.classes.sampler, "draws": args.classes.draws, "temperature": temperature}
         expected[TAIL] = "one class" if args.classes.tail else None
         for field, value in expected.items():
@@ -158,12 +156,27 @@ def as_teacher(teacher: PreTrainedModel | TeacherCache, args: DistillArguments, 
                     f"{teacher.directory}: the cache's {field} is {teacher.fingerprint.get(field)!r}, these arguments "
                     f"say {value!r}. Set it to the cache's, or build another cache."
                 )
-        return CachedTeacher(teacher)
+        cached = CachedTeacher(teacher)
+        try:
+            check_cached(args.positions, args.classes, temperature, has_scalars=cached.has_scalars)
+        except ValueError as error:
+            raise InputError(f"{error}.") from None
+        return CachedTeacher(teacher, scoring_draws(args.positions, args.classes, args.seed))
+    if args.positions.scoring_draws is not None:
+        raise InputError("positions.scoring_draws: a live teacher scores by its whole distribution. Leave it out.")
     require_whole(teacher, "teacher")
     teacher.eval().requires_grad_(False)
     teacher = _on_device(teacher, args)
     check_head(teacher)
     return LiveTeacher(teacher, args.classes, temperature, args.seed, vocab_size)
+
+
+def scoring_draws(positions: PositionOptions, classes: ClassOptions, seed: int) -> ScoringDraws | None:
+    """Which of a cache's draws score positions; None if the metric is not estimated from any."""
+    if positions.metric is None or not Metric.find(positions.metric).uses_draws:
+        return None
+    assert classes.draws is not None, "a cache holds drawn classes"
+    return ScoringDraws(n_scoring_draws(positions, classes.draws), seed)
 
 
 def _on_device(teacher: PreTrainedModel, args: DistillArguments) -> PreTrainedModel:

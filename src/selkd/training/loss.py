@@ -41,6 +41,7 @@ from selkd.training.given import (
     require_shape,
     require_stateless,
     shared_classes,
+    split_of,
     with_ids,
 )
 from selkd.training.objective import PLACED, Objective
@@ -57,7 +58,8 @@ class DistillationLoss(NamedTuple):
         coefficients: the weight of each position in the sum of its sample, [B, T]; 0 where it was not selected.
         values: the criterion at the selected positions in nats, [B, T], 0 elsewhere.
         sums: for logging: ``positions_selected``, and over these positions ``divergence_nats`` and, if the criterion
-            has it, ``cross_entropy_nats``.
+            has it, ``cross_entropy_nats``. Where it can be had, ``kl_nats``, the sum of KL(p || q) at temperature 1
+            over ``kl_positions`` of them; of drawn classes an unbiased estimate.
     """
 
     loss: Tensor
@@ -115,6 +117,10 @@ def distillation_loss(
               and how often; rows are padded with count 0;
             - ``class_ids`` and ``log_probabilities`` [B, T, C]: its most probable classes at the criterion's
               temperature; all others count as one class with the mass that is left. Rows are padded with -inf.
+
+            Beside ``class_ids`` may stand ``entropy_nats`` and ``ce_nats`` [B, T], the teacher's H(p) and -log p(y) at
+            temperature 1: with them its metrics can be taken, and the true KL is known. A metric with KL is estimated
+            from ``positions.scoring_draws`` of the draws, and the loss has the others.
         targets: the true next tokens, int64 [B, T]: ``input_ids`` moved to the left by one.
         valid_mask: bool [B, T], on any device, the positions that may be selected; None: those whose target is not
             -100.
@@ -146,7 +152,7 @@ def distillation_loss(
     head = head.slice_vocab(shared_classes(head.vocab_size, given, vocab_size))
     if sample_ids is not None:
         batch = with_ids(batch, sample_ids)
-    elif is_drawn(positions, classes):  # only then, as reading the targets makes the host wait for the device
+    elif is_drawn(positions, classes, given):  # only then, as reading the targets makes the host wait for the device
         batch = with_ids(batch, ids_of_content(batch))
     if positions.scoring == "two_stage" and token_counts is None:
         raise InputError("positions.scoring: two_stage needs token_counts [V], how often the text has each class.")
@@ -155,7 +161,8 @@ def distillation_loss(
     if divisor is None:
         divisor = objective.normaliser(batch, context)
     drawing = drawing_of(classes, criterion.temperature, batch, seed, step)
-    teacher_targets = given.targets(drawing, head.vocab_size)
+    split = split_of(given, positions, batch, seed, step)
+    teacher_targets = given.targets(drawing, head.vocab_size, split)
     outputs = objective(hidden_states, head, batch, teacher_targets, context=context, normaliser=divisor)
     require_all_finite(outputs.pop("checks"))
     scores, coefficients, values = (outputs.pop(name) for name in PLACED)
@@ -250,7 +257,7 @@ def sample_classes(
     batch = {"valid_mask": everywhere, "sample_ids": numbered(len(everywhere)) if sample_ids is None else sample_ids}
     targets = given.targets(drawing_of(options, temperature, batch, seed, step), given.n_classes)
     parts = [targets.chunk(rows) for rows in chunks(everywhere.numel(), chunk_size(given.n_classes, given.device))]
-    drawn = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    drawn = {name: [getattr(part, name) for part in parts] for name in vars(parts[0]) if name != "entropy"}
     require_all_finite(targets.checks)
     width = max(class_ids.shape[1] for class_ids in drawn["class_ids"])
     padding = {"class_ids": 0, "counts": 0, "log_probabilities": -torch.inf}

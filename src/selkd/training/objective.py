@@ -147,10 +147,10 @@ class Objective:
             assert self.classes_by_frequency is not None, "two-stage scoring needs classes_by_frequency"
             ordered = to_device(torch.as_tensor(self.classes_by_frequency), hidden_states.device)
             return score_in_two_stages(Estimator(options, ordered, self.seed), hidden_states, head, batch, context)
-        logits = None
+        side = None
         if teacher is not None and options.needs_teacher:
-            logits = teacher.at(valid_index(batch)).logits
-        return score_positions(options.metric, hidden_states, head, batch, logits, (self.seed, context.step))
+            side = teacher.at(valid_index(batch)).scored_by()
+        return score_positions(options.metric, hidden_states, head, batch, side, (self.seed, context.step))
 
     def _score_sums(self, scored: PositionScores, selected: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """The sums of the scores over the selected positions and, if scoring is exact, over the valid ones."""

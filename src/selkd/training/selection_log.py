@@ -33,6 +33,8 @@ class SelectionLog:
         logs = {"selected_share": total["positions_selected"] / valid}
         if "divergence_nats" in total:
             logs = {"kd_nats": total["divergence_nats"] / selected} | logs
+        if total.get("kl_positions"):
+            logs["kl_nats"] = total["kl_nats"] / total["kl_positions"]
         if "cross_entropy_nats" in total:
             logs["ce_nats"] = total["cross_entropy_nats"] / selected
         for name in ("entropy_nats", "score"):

@@ -2,10 +2,10 @@
 
 The rest of the package uses ``NAME``, ``fit``, ``encode`` and ``decode``. The package's README defines the bytes.
 
-A row is two sets of classes: the *singles*, which were drawn once, and the *heavies*, which were drawn more often. A
-set is coded as the gaps between its ascending ranks, so neither the order of the draws nor the counts of the singles
-cost anything. All sets of a sample are coded in *columns*: the first gap of each set, then the second gap of each set
-that has one, and so on.
+A row has two kinds of classes: the *singles*, which were drawn once, and the *heavies*, which were drawn more often.
+The classes of one kind and one group are a set. A set is coded as the gaps between its ascending ranks, so neither the
+order of the draws nor the counts of the singles cost anything. All sets of a sample are coded in *columns*: the first
+gap of each set, then the second gap of each set that has one, and so on. The scalars follow, in contexts of the draws.
 """
 
 import struct
@@ -16,11 +16,14 @@ import constriction
 import numpy as np
 
 from selkd_cache.errors import InputError
-from selkd_cache.frequency_model import TABLES, Model, Table
+from selkd_cache.frequency_model import Model, Table, scalar_tables
 from selkd_cache.integers import to_codes
-from selkd_cache.rows import Rows, check_totals
+from selkd_cache.rows import Rows, check_totals, row_starts
+from selkd_cache.scalars import sixteenths_of_log2
 
 NAME: Final = "ranked-gaps-ans"
+NAME_WITH_SCALARS: Final = "grouped-gaps-ans"
+GROUPS: Final = 2  # of classes, where scalars are stored, too (docs/results/cache.md)
 
 _LARGEST_ROWS: Final = 2**24
 _HEADER = struct.Struct("<I")
@@ -38,17 +41,21 @@ class _Column(NamedTuple):
 
 
 def fit(samples: Iterable[Rows]) -> Model:
-    """The model of a shard with these samples. Raises InputError where the counts of all rows have not the same sum."""
+    """The model of a shard with these samples, which all have scalars or all have none.
+
+    Raises:
+        InputError: the counts of all rows have not the same sum.
+    """
     samples = list(samples)
-    model = Model.of_classes(samples)
-    n_coded = {table: np.zeros(np.prod(model.shape(table)), np.int64) for table in TABLES}
+    model = Model.of_classes(samples, GROUPS)
+    n_coded = {table: np.zeros(np.prod(model.shape(table)), np.int64) for table in model.tables}
     for rows in samples:
         check_totals(rows, model.total)
         columns = _columns(model, rows)
-        for table in TABLES:
+        for table in model.tables:
             if cells := [column.cells for column in columns if column.table == table]:
                 n_coded[table] += np.bincount(np.concatenate(cells), minlength=len(n_coded[table]))
-    model.codes = {table: to_codes(n_coded[table]).reshape(model.shape(table)) for table in TABLES}
+    model.codes = {table: to_codes(n_coded[table]).reshape(model.shape(table)) for table in model.tables}
     return model
 
 
@@ -98,37 +105,73 @@ def decode(model: Model, data: bytes) -> Rows:
 
 def _columns(model: Model, rows: Rows) -> list[_Column]:
     """Everything that is coded of a sample, in the order in which it is decoded."""
-    n_rows = len(rows.row_lengths)
+    n_rows, n_groups = len(rows.row_lengths), model.n_groups
     row = np.repeat(np.arange(n_rows), rows.row_lengths)
     is_single = rows.counts == 1
-    ranks = model.ranks(rows.class_ids)
-    # Lists: the heavies of each row, then the singles of each row; ranks ascend within a list.
-    lists = row + is_single * n_rows
+    groups, ranks = model.ranks(rows.class_ids)
+    # Lists: of each group the heavies of each row, then of each group the singles of each row; ranks ascend in a list.
+    lists = row + (is_single * n_groups + groups) * n_rows
     order = np.argsort(lists * (len(model.classes) + 1) + ranks)
     lists, ranks, counts = lists[order], ranks[order], rows.counts[order].astype(np.int64)
-    sizes = np.bincount(lists, minlength=2 * n_rows)
+    sizes = np.bincount(lists, minlength=2 * n_groups * n_rows)
     place = np.arange(len(lists)) - (np.cumsum(sizes) - sizes)[lists]
     left = sizes[lists] - place
 
-    heavies, singles = sizes[:n_rows], sizes[n_rows:]
+    by_kind = sizes.reshape(2, n_groups, n_rows)
+    heavies, singles = by_kind.sum(axis=1)
     columns = [_column(model, "singles", singles, np.zeros(n_rows, np.int64))]
     columns.append(_column(model, "heavies", heavies, model.buckets["singles"].of(singles)))
+    for kind in (1, 0):
+        of_later = np.cumsum(by_kind[kind, ::-1], axis=0)[::-1]
+        for group in range(n_groups - 1):
+            context = model.part_context(kind, group, of_later[group])
+            columns.append(_column(model, "parts", by_kind[kind, group], context))
 
     is_first = place == 0
     previous = np.where(is_first, -1, np.roll(ranks, 1))
     rank_context = np.where(is_first, 0, model.context_of_rank[np.roll(ranks, 1)]) if len(ranks) else ranks
-    contexts = model.gap_context((lists >= n_rows).astype(np.int64), rank_context, left)
+    contexts = model.gap_context(lists // max(n_rows, 1), rank_context, left)
     gaps = _column(model, "gaps", ranks - previous - 1, contexts)
     columns += _split(gaps, place, lists, sizes)
 
-    is_heavy = lists < n_rows
-    lists, place, left, counts = lists[is_heavy], place[is_heavy], left[is_heavy], counts[is_heavy]
+    is_heavy = lists < n_groups * n_rows
+    row, counts = lists[is_heavy] % max(n_rows, 1), counts[is_heavy]
+    order = np.argsort(row, kind="stable")  # in a row: by group, in a group by rank
+    row, counts = row[order], counts[order]
+    place = np.arange(len(row)) - (np.cumsum(heavies) - heavies)[row]
+    left = heavies[row] - place
     before = np.cumsum(counts) - counts
     before -= np.repeat(before[place == 0], heavies[heavies > 0])
-    excess = model.total - singles[lists] - before - 2 * left
+    excess = model.total - singles[row] - before - 2 * left
     is_open = left > 1  # the last count of a row is what the others leave of the total
     counted = _column(model, "counts", (counts - 2)[is_open], model.count_context(excess[is_open], left[is_open]))
-    return columns + _split(counted, place[is_open], lists[is_open], heavies)
+    columns += _split(counted, place[is_open], row[is_open], heavies)
+    return columns + _scalar_columns(model, rows)
+
+
+def _scalar_columns(model: Model, rows: Rows) -> list[_Column]:
+    if rows.scalars is None:
+        return []
+    columns, codes = [], rows.scalars.astype(np.int64).T
+    uncertainty, heaviest = _summary(model, rows)
+    for number, values in enumerate(codes):
+        nats, quarter = scalar_tables(number)
+        contexts = model.scalar_context(number, uncertainty, heaviest, codes[number - 1])
+        columns.append(_column(model, nats, values >> 5, contexts[0]))
+        columns.append(_column(model, quarter, values & 31, contexts[1] + (values >> 5)))
+    return columns
+
+
+def _summary(model: Model, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row the draws' own entropy in sixteenths of a bit, and how often its heaviest class was drawn, int64."""
+    log2, is_filled = sixteenths_of_log2(model.total), rows.row_lengths > 0
+    uncertainty, heaviest = np.zeros((2, len(rows.row_lengths)), np.int64)
+    if len(rows.counts):
+        counts, starts = rows.counts.astype(np.int64), row_starts(rows.row_lengths)
+        known = np.add.reduceat(counts * log2[counts], starts)
+        uncertainty[is_filled] = (model.total * log2[model.total] - known) // model.total
+        heaviest[is_filled] = np.maximum.reduceat(counts, starts)
+    return uncertainty, heaviest
 
 
 def _column(model: Model, table: Table, values: np.ndarray, context: np.ndarray) -> _Column:
@@ -174,23 +217,51 @@ class _Decoder:
         model = self.model
         singles = self.values("singles", np.zeros(n_rows, np.int64))
         heavies = self.values("heavies", model.buckets["singles"].of(singles))
-        sizes = np.concatenate([heavies, singles])
         excess = model.total - singles - 2 * heavies
         is_empty = (singles == 0) & (heavies == 0)
         if (excess[~is_empty] < 0).any() or (excess[(heavies == 0) & ~is_empty] > 0).any():
             raise ValueError("classes of a row do not fit its draws")
-        lists, ranks = self.ranks(sizes, n_rows)
+        of_singles, of_heavies = (self.parts(kind, left) for kind, left in ((1, singles), (0, heavies)))
+        lists, places = self.places(np.concatenate([*of_heavies, *of_singles]), n_rows)
         row, counts = lists % max(n_rows, 1), np.ones(len(lists), np.int64)
-        counts[lists < n_rows] = 2 + self.excesses(heavies, excess)
-        if not self.coder.is_empty():
-            raise ValueError("bytes follow its end")
-        ids = model.classes[ranks]
+        (at,) = (lists < model.n_groups * n_rows).nonzero()
+        if model.n_groups > 1:
+            at = at[np.argsort(row[at], kind="stable")]
+        counts[at] = 2 + self.excesses(heavies, excess)
+        ids = model.classes[places]
         keys = row.astype(np.uint64) << np.uint64(32) | ids
         order = np.argsort(keys)
         keys = keys[order]
         if (keys[1:] == keys[:-1]).any():
             raise ValueError("a class comes twice in a row")
-        return Rows((heavies + singles).astype(np.uint16), ids[order], counts[order].astype(np.uint16))
+        rows = Rows((heavies + singles).astype(np.uint16), ids[order], counts[order].astype(np.uint16))
+        rows = rows._replace(scalars=self.scalars(rows)) if model.largest_codes else rows
+        if not self.coder.is_empty():
+            raise ValueError("bytes follow its end")
+        return rows
+
+    def parts(self, kind: int, left: np.ndarray) -> list[np.ndarray]:
+        """How many of the rows' classes of a kind, ``left``, are of each group."""
+        parts = []
+        for group in range(self.model.n_groups - 1):
+            parts.append(self.values("parts", self.model.part_context(kind, group, left)))
+            left = left - parts[-1]
+            if left.min(initial=0) < 0:
+                raise ValueError("the groups of a row have more classes than it has")
+        return [*parts, left]
+
+    def scalars(self, rows: Rows) -> np.ndarray:
+        """The codes of the rows' scalars, uint16 [n, s]."""
+        model, codes = self.model, np.zeros((len(self.model.largest_codes) + 1, len(rows.row_lengths)), np.int64)
+        uncertainty, heaviest = _summary(model, rows)
+        for number in range(len(codes) - 1):
+            nats, quarter = scalar_tables(number)
+            contexts = model.scalar_context(number, uncertainty, heaviest, codes[number - 1])
+            codes[number] = self.values(nats, contexts[0])
+            codes[number] = codes[number] << 5 | self.values(quarter, contexts[1] + codes[number])
+        if (codes[:-1].max(axis=1, initial=0) > model.largest_codes).any():
+            raise ValueError("a scalar is above the largest of its shard")
+        return codes[:-1].T.astype(np.uint16)
 
     def values(self, table: Table, context: np.ndarray) -> np.ndarray:
         """int64: the next values of a table, one for each context."""
@@ -205,13 +276,13 @@ class _Decoder:
             values[is_wide] += self.coder.decode(_UNIFORM, sizes[is_wide])
         return values
 
-    def ranks(self, sizes: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """The list and the rank of each class, in the order of the lists, ranks ascending within a list."""
+    def places(self, sizes: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """The list of each class and its place among the model's, in the order of the lists, ascending in a list."""
         model = self.model
         order, active = _longest_first(sizes), _active(sizes, 0)
         number, place = _places(active)
-        is_single = (order >= n_rows).astype(np.int64)
-        contexts = model.gap_context(is_single[number], np.int64(0), sizes[order][number] - place)
+        kind = order // max(n_rows, 1)
+        contexts = model.gap_context(kind[number], np.int64(0), sizes[order][number] - place)
         rank, rank_context = np.full(len(order), -1), np.zeros(len(order), np.int64)
         columns, start = [np.zeros(0, np.int64)], 0
         for n in active:
@@ -222,9 +293,11 @@ class _Decoder:
             start += n
         ranks = np.empty(len(number), np.int64)
         ranks[(np.cumsum(sizes) - sizes)[order][number] + place] = np.concatenate(columns)
-        if ranks.size and ranks.max() >= len(model.classes):
+        lists = np.repeat(np.arange(len(sizes)), sizes)
+        group = lists // max(n_rows, 1) % model.n_groups
+        if (ranks >= model.group_sizes[group]).any():
             raise ValueError("a rank is beyond the last class")
-        return np.repeat(np.arange(len(sizes)), sizes), ranks
+        return lists, ranks + model.first_of_group[group]
 
     def excesses(self, heavies: np.ndarray, excess: np.ndarray) -> np.ndarray:
         """How often beyond two times each heavy class was drawn, in the order of the rows, ranks ascending.

@@ -41,6 +41,20 @@ class Buckets:
         return (octave << self._mantissa_bits) + (values >> octave)
 
 
+class Steps:
+    """Cuts the integers from 0 to ``largest`` into buckets of 2^``low_bits`` each; as ``Buckets``."""
+
+    def __init__(self, low_bits: int, largest: int) -> None:
+        self._low_bits = low_bits
+        self.n = (largest >> low_bits) + 1
+        self.first = np.arange(self.n) << low_bits
+        self.size = np.full(self.n, 1 << low_bits, np.int32)
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """The bucket of each value, int64."""
+        return values >> self._low_bits
+
+
 def bit_length(values: np.ndarray) -> np.ndarray:
     """int64: the bit length of each integer from 0 to 2^53 - 1; that of 0 is 0."""
     return np.frexp(values.astype(np.float64))[1].astype(np.int64)

@@ -16,9 +16,10 @@ from selkd_cache.rows import LARGEST_COUNT
 from selkd_cache.shard import ids_digest, shard_name
 
 FORMAT = "selkd-teacher-cache"
-VERSION = 2
+VERSIONS = {2: codec.NAME, 3: codec.NAME_WITH_SCALARS}  # without scalars, and with them
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
+SCALARS = "scalars"  # a fingerprint's field: how many scalars each position has, 2 or 4
 TAIL = "tail"  # a fingerprint's field: class V stands for all classes that a row leaves out
 _NO_CHECKSUM = b"0" * 32
 
@@ -141,6 +142,8 @@ def check_fingerprint(fingerprint: Fingerprint) -> None:
         count = fingerprint.get(field)
         if not isinstance(count, int) or count < 1:
             raise InputError(f"fingerprint field {field} must be an integer of at least 1; got {count!r}")
+    if fingerprint.get(SCALARS, 2) not in (2, 4):
+        raise InputError(f"fingerprint field {SCALARS} must be 2 or 4, or left out; got {fingerprint[SCALARS]!r}")
     if (total := count_total(fingerprint)) > LARGEST_COUNT:
         raise InputError(f"the counts of a row sum to at most {LARGEST_COUNT}; got {total} as draws or count_total")
 
@@ -148,6 +151,11 @@ def check_fingerprint(fingerprint: Fingerprint) -> None:
 def count_total(fingerprint: Fingerprint) -> int:
     """The sum of the counts of a stored row: ``count_total``, or ``draws`` where the fingerprint has none."""
     return int(fingerprint.get("count_total", fingerprint["draws"]))
+
+
+def n_scalars(fingerprint: Fingerprint) -> int:
+    """How many scalars each position has; see ``selkd_cache.rows.Rows``. 0 in a cache without scalars."""
+    return int(fingerprint.get(SCALARS, 0))
 
 
 def n_stored_classes(fingerprint: Fingerprint) -> int:
@@ -164,9 +172,11 @@ def check_same_fingerprint(stored: Fingerprint, expected: Fingerprint, folder: P
         if values[0] != values[1]:
             differences.append(f"{field}: stored {values[0]}, expected {values[1]}")
     if differences:
+        lacks_scalars = SCALARS in expected and SCALARS not in stored
+        way_out = " (cache.scalars: false reads a cache without scalars)" if lacks_scalars else ""
         raise InputError(
             f"the teacher cache in {folder} was built for something else ({'; '.join(differences)}): "
-            "set these back, or use another cache.path"
+            f"set these back{way_out}, or use another cache.path"
         )
 
 
@@ -183,11 +193,13 @@ def _read_document(path: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{damaged}: its format is not {FORMAT!r}")
     # The version is read before the checksum, which another version may compute in another way.
-    for field, known in (("version", VERSION), ("codec", codec.NAME)):
-        if content.get(field) != known:
+    version = content.get("version")
+    codecs = [name for number, name in VERSIONS.items() if number == version]
+    for field, known in (("version", list(VERSIONS)), ("codec", codecs)):
+        if content.get(field) not in known:
             raise InputError(
-                f"{path.name} in {path.parent} has {field} {content.get(field)!r}; this selkd reads {known!r}: "
-                "use the selkd that wrote it, or build the cache anew elsewhere"
+                f"{path.name} in {path.parent} has {field} {content.get(field)!r}; this selkd reads "
+                f"{' and '.join(map(repr, known))}: use the selkd that wrote it, or build the cache anew elsewhere"
             )
     stored = content.pop("checksum", None)
     try:
@@ -200,7 +212,8 @@ def _read_document(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _document(**content: Any) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, "codec": codec.NAME, **content}
+    version = 3 if n_scalars(content["fingerprint"]) else 2
+    return {"format": FORMAT, "version": version, "codec": VERSIONS[version], **content}
 
 
 def _is_shard_entry(entry: object, number: int) -> bool:

@@ -137,7 +137,8 @@ class TeacherCache:
         return record_batches(self.items(), self.fingerprint, positions_at_once)
 
     def get(self, sample_id: bytes) -> Rows:
-        """The rows of one sample: row_lengths uint16 [n], class_ids uint32 [sum], counts uint16 [sum]; see ``Rows``.
+        """The rows of one sample: row_lengths uint16 [n], class_ids uint32 [sum], counts uint16 [sum], and scalars
+        where the cache has them; see ``Rows``.
 
         Raises:
             InputError: the sample is not in the cache, or its bytes are damaged.

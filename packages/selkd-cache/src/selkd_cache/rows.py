@@ -5,6 +5,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from selkd_cache.errors import InputError
+from selkd_cache.scalars import codes_of
 
 LARGEST_COUNT: Final = 2**16 - 1
 _LARGEST_UINT32: Final = 2**32 - 1
@@ -19,19 +20,29 @@ class Rows(NamedTuple):
         row_lengths: uint16 [n], the number of distinct classes at each position.
         class_ids: uint32 [sum(row_lengths)], strictly ascending within a row.
         counts: uint16 [sum(row_lengths)], how often each class was drawn, at least 1.
+        scalars: uint16 [n, s], the codes of ``selkd_cache.scalars`` of s numbers at each position: the teacher's
+            entropy and its -log p(y), y the true token, both at temperature 1, then both at the temperature of the
+            draws where that is another; None in a cache without scalars.
     """
 
     row_lengths: np.ndarray
     class_ids: np.ndarray
     counts: np.ndarray
+    scalars: np.ndarray | None = None
 
 
-def checked_rows(row_lengths: np.ndarray, class_ids: np.ndarray, counts: np.ndarray) -> Rows:
+def checked_rows(
+    row_lengths: np.ndarray, class_ids: np.ndarray, counts: np.ndarray, scalars: np.ndarray | None = None
+) -> Rows:
     """``Rows`` of these arrays, which may have any integer dtype.
+
+    Args:
+        scalars: [n, s], the numbers themselves, in nats.
 
     Raises:
         InputError: an array is not one-dimensional or not of integers, a value is out of range (values are never
-            clipped), lengths do not agree, or the class ids of a row do not ascend strictly.
+            clipped), lengths do not agree, the class ids of a row do not ascend strictly, or a scalar is negative or
+            NaN.
     """
     lengths = _checked("row_lengths", row_lengths, 0, LARGEST_COUNT)
     ids = _checked("class_ids", class_ids, 0, _LARGEST_UINT32)
@@ -49,7 +60,10 @@ def checked_rows(row_lengths: np.ndarray, class_ids: np.ndarray, counts: np.ndar
             f"class_ids must ascend strictly within a row; got {ids[index]} after {ids[index - 1]} at index {index}: "
             "sort each row and merge equal ids into one count"
         )
-    return Rows(lengths.astype(np.uint16), ids.astype(np.uint32), numbers.astype(np.uint16))
+    if scalars is not None and (scalars.ndim != 2 or len(scalars) != lengths.size):
+        raise InputError(f"scalars: expected [{lengths.size}, s], a row for each position; got {list(scalars.shape)}")
+    codes = None if scalars is None else codes_of(scalars)
+    return Rows(lengths.astype(np.uint16), ids.astype(np.uint32), numbers.astype(np.uint16), codes)
 
 
 def check_totals(rows: Rows, total: int) -> None:

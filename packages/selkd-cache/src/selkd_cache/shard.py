@@ -18,6 +18,7 @@ from selkd_cache.frequency_model import Model
 from selkd_cache.rows import Rows
 
 VERSION = 2
+VERSION_WITH_SCALARS = 3
 ID_BYTES = 16
 _MAGIC = b"SELKDSHD"
 _END_MAGIC = b"SELKDEND"
@@ -45,6 +46,7 @@ class Shard:
         digest: 32 hex digits over header, model and index. The index holds the blocks' checksums, so it covers them.
         model_bytes: the stored model that the blocks are coded with.
         index: one ``INDEX`` record a sample, in file order.
+        has_scalars: whether its version is the one with scalars.
     """
 
     name: str
@@ -52,12 +54,13 @@ class Shard:
     digest: str
     model_bytes: bytes
     index: np.ndarray
+    has_scalars: bool = False
 
     @cached_property
     def model(self) -> Model:
         """Raises InputError where the stored bytes are no model."""
         try:
-            return Model.from_bytes(self.model_bytes)
+            return Model.from_bytes(self.model_bytes, has_scalars=self.has_scalars)
         except InputError as error:
             raise InputError(f"{self.name} is damaged: {error}") from error
 
@@ -150,7 +153,8 @@ def write_shard(file: BinaryIO, number: int, plan_checksum: str, samples: Iterab
     samples = list(samples)
     model = codec.fit(rows for _, rows in samples)
     model_bytes = model.to_bytes()
-    header = _HEADER.pack(_MAGIC, VERSION, bytes.fromhex(plan_checksum), number, len(model_bytes))
+    version = VERSION_WITH_SCALARS if model.largest_codes else VERSION
+    header = _HEADER.pack(_MAGIC, version, bytes.fromhex(plan_checksum), number, len(model_bytes))
     file.write(header + model_bytes)
     offset = len(header) + len(model_bytes)
     entries = []
@@ -235,8 +239,8 @@ def _read_shard(file: BinaryIO, name: str, number: int, plan_checksum: str) -> S
     magic, version, stored_plan, stored_number, model_length = _HEADER.unpack(header)
     if magic != _MAGIC:
         raise InputError(f"{name} is damaged or not a selkd shard: it starts with {magic!r}, not {_MAGIC!r}")
-    if version != VERSION:
-        raise InputError(f"{name} has shard version {version}; this selkd reads version {VERSION}")
+    if version not in (VERSION, VERSION_WITH_SCALARS):
+        raise InputError(f"{name} has shard version {version}; this selkd reads {VERSION} and {VERSION_WITH_SCALARS}")
     if stored_plan.hex() != plan_checksum:
         raise InputError(f"{name} belongs to another cache: plan {stored_plan.hex()}, expected {plan_checksum}")
     if stored_number != number:
@@ -257,4 +261,4 @@ def _read_shard(file: BinaryIO, name: str, number: int, plan_checksum: str) -> S
     starts = np.concatenate([[np.uint64(begin)], begin + np.cumsum(index["length"], dtype=np.uint64)])
     if not np.array_equal(starts, np.append(index["offset"], np.uint64(index_offset))):
         raise InputError(f"{name} is damaged: its blocks do not follow one another up to the index")
-    return Shard(name, size, digest.hex(), model_bytes, index)
+    return Shard(name, size, digest.hex(), model_bytes, index, version == VERSION_WITH_SCALARS)

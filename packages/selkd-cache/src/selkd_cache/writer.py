@@ -19,6 +19,7 @@ from selkd_cache.manifest import (
     count_total,
     make_manifest,
     make_plan,
+    n_scalars,
     n_stored_classes,
     read_manifest,
     read_plan,
@@ -29,7 +30,10 @@ from selkd_cache.rows import Rows, check_totals, checked_rows
 from selkd_cache.sample_index import INDEX_FILE, describe_index, write_sample_index
 from selkd_cache.shard import check_sample_ids, read_shard, shard_name, shard_problem, write_shard
 
-SampleRows = tuple[bytes, np.ndarray, np.ndarray, np.ndarray]
+SampleRows = (
+    tuple[bytes, np.ndarray, np.ndarray, np.ndarray]
+    | tuple[bytes, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
+)
 
 
 class CacheWriter:
@@ -70,7 +74,7 @@ class CacheWriter:
         self.directory = Path(directory)
         self._shard_ids = [list(ids) for ids in shard_ids]
         self._n_classes = n_stored_classes(fingerprint)
-        self._count_total = count_total(fingerprint)
+        self._count_total, self._n_scalars = count_total(fingerprint), n_scalars(fingerprint)
         self._plan = make_plan(fingerprint, shard_ids)
         _, self._plan_checksum = render(self._plan)
         self._claim_folder(repair)
@@ -107,7 +111,8 @@ class CacheWriter:
         Args:
             number: which shard of the plan.
             samples: (sample_id, row_lengths, class_ids, counts) of each planned sample in the planned order, the arrays
-                as in ``rows.Rows``. May be a generator; the rows of the shard are held in memory.
+                as in ``rows.Rows``, and with scalars a fifth, their numbers in nats, [n, s]. May be a generator; the
+                rows of the shard are held in memory.
 
         Raises:
             InputError: the samples are not the planned ones, rows can't be stored without loss, or the counts of a row
@@ -199,7 +204,8 @@ class CacheWriter:
     def _as_planned(self, number: int, samples: Iterable[SampleRows]) -> Iterator[tuple[bytes, Rows]]:
         planned = self._shard_ids[number]
         n_written = 0
-        for sample_id, row_lengths, class_ids, counts in samples:
+        for sample_id, row_lengths, class_ids, counts, *rest in samples:
+            scalars = rest[0] if rest else None
             if n_written == len(planned) or sample_id != planned[n_written]:
                 expected = planned[n_written].hex() if n_written < len(planned) else "no more"
                 got = sample_id.hex() if isinstance(sample_id, bytes) else repr(sample_id)
@@ -213,7 +219,10 @@ class CacheWriter:
                     f"{self._n_classes} classes"
                 )
             try:
-                rows = checked_rows(row_lengths, class_ids, counts)
+                n_given = 0 if scalars is None else scalars.shape[-1]
+                if n_given != self._n_scalars:
+                    raise InputError(f"expected {self._n_scalars} scalars a position by the fingerprint; got {n_given}")
+                rows = checked_rows(row_lengths, class_ids, counts, scalars)
                 check_totals(rows, self._count_total)
             except InputError as error:
                 raise InputError(f"sample {sample_id.hex()}: {error}") from error
