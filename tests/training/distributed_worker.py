@@ -1,6 +1,7 @@
 """One process of a distributed run, started by torchrun. Usage: distributed_worker.py OUT STRATEGY RECIPE_JSON [COUNT]
 
-``evaluate``: DistillTrainer measures COUNT samples, and predicts them. ``ddp``: it trains one step. ``fsdp2``: the same
+``evaluate``: DistillTrainer measures COUNT samples, and predicts them. ``ddp``: it trains, from the cache in
+OUT if there is one, on COUNT samples if that is given. ``fsdp2``: the same
 student and loss under ``fully_shard`` (Accelerate shards on accelerators only), whose gradients then take the same
 plain SGD step.
 """
@@ -24,14 +25,16 @@ from selkd.selection.positions import step_context
 from selkd.teacher.live import LiveTeacher
 from selkd.training.arguments import DistillArguments
 from selkd.training.student import bind_distillation
+from selkd_cache import TeacherCache
 
 
 def ddp(out: Path, arguments: DistillArguments) -> None:
+    samples = make_samples(7) if arguments.on_policy is None else SampleDataset.from_samples(make_prompts(7))
     trainer = DistillTrainer(
         model=make_model(1),
-        teacher=make_model(0, layers=3),
+        teacher=TeacherCache.open(out / "cache") if (out / "cache").is_dir() else make_model(0, layers=3),
         args=arguments,
-        train_dataset=make_samples(7) if arguments.on_policy is None else SampleDataset.from_samples(make_prompts(7)),
+        train_dataset=make_samples(int(sys.argv[4])) if len(sys.argv) > 4 else samples,
         processing_class=make_tokenizer(),
     )
     trainer.train()
