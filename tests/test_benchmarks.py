@@ -223,3 +223,21 @@ def test_a_section_that_is_late_fails_or_is_stopped_keeps_what_it_measured() -> 
         "ValueError: no such kernel",
         "stopped",
     ]
+
+
+def test_a_bench_becomes_the_lines_of_the_figures_file() -> None:
+    answer = {
+        "variants": [
+            {"name": "floor", "seconds": 3.3812, "ratio_to_floor": 1.0, "peak_bytes_above_floor": 0},
+            {"name": "full_kd", "seconds": 5.1, "ratio_to_floor": 1.508, "peak_bytes_above_floor": 204_000_000},
+            {"name": "se_kd_cached", "seconds": 2.3, "ratio_to_floor": 0.68, "peak_bytes_above_floor": None},
+        ],
+        "cached_goals": {"cross_entropy_plain": {"ratio": 0.7512, "at_most": 1.0}},
+    }
+    assert script("step_figures").lines_of(answer) == [
+        "floor: 3.38 s",
+        "full_kd: 1.51 x",
+        "se_kd_cached: 0.68 x",
+        "full_kd_memory: 0.20 GB",
+        "se_kd_cached_of_cross_entropy_plain: 0.75 x",
+    ]
