@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import yaml
 from page import compared, tables_of, write_page
+from prepare import DOMAINS, LONGEST, SHARES, SHORTEST, TASK, prepare
 from records import read_lines
 from run import main
 from tables import TABLES, StudyTables
 from tiny_run import make_teacher, make_text
+
+from selkd.data.splits import is_held_out
 
 TOY = {
     "base": {
@@ -95,6 +98,27 @@ def test_a_table_end_to_end(
     page.write_text("Before.\n\n<!-- study: one -->\n\nold\n\n<!-- end of study -->\n\nAfter.\n")
     write_page(page, shown)
     assert page.read_text() == f"Before.\n\n<!-- study: one -->\n\n{shown['one']}\n<!-- end of study -->\n\nAfter.\n"
+
+
+def test_each_text_has_documents_of_all_domains_to_hold_out(tmp_path: Path) -> None:
+    """The hash that chooses a document's file must not be the one by which selkd holds documents out."""
+    generator = np.random.default_rng(0)
+    for domain in DOMAINS:
+        rows = [" ".join(f"{domain}{i}" for i in generator.integers(0, 999, 90)) for _ in range(400)]
+        (tmp_path / f"{domain}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / f"{TASK}.jsonl").write_text(json.dumps({"question": "What?", "answer": "That."}) + "\n")
+    told = prepare(tmp_path, tmp_path / "texts")
+    assert sum(part["rows"] for part in told.values()) == 1201
+    seen = set()
+    for name, share in SHARES.items():
+        rows = [json.loads(line) for line in (tmp_path / "texts" / f"{name}.jsonl").read_text().splitlines()]
+        assert len(rows) / 1200 == pytest.approx(share, abs=0.05)
+        held_out = [is_held_out(row["text"], 0.1) for row in rows]
+        assert np.mean(held_out) == pytest.approx(0.1, abs=0.06)
+        assert {row["domain"] for row in rows[:30]} == set(DOMAINS), "each stretch has all domains"
+        assert all(SHORTEST <= len(row["text"]) <= LONGEST for row in rows)
+        seen |= {row["text"] for row in rows}
+    assert len(seen) == 1200, "no document is in two texts"
 
 
 def made_up(arm: str, seed: int, *, slope: float, work: float, effect: float = 0.0) -> dict[str, Any]:
