@@ -16,7 +16,7 @@ def lines_of(answer: dict[str, Any]) -> list[str]:
     lines = [f"floor: {floor['seconds']:.3g} s", *(f"{v['name']}: {v['ratio_to_floor']:.2f} x" for v in others)]
     memory = [(v["name"], v["peak_bytes_above_floor"]) for v in others]
     lines += [f"{name}_memory: {above / 1e9:.2f} GB" for name, above in memory if above is not None]
-    return lines + [f"se_kd_cached_of_{name}: {goal['ratio']:.2f} x" for name, goal in answer["cached_goals"].items()]
+    return lines + [f"se_kd_cached_of_{name}: {goal['ratio']:.2f}" for name, goal in answer["cached_goals"].items()]
 
 
 if __name__ == "__main__":
