@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_run import TEXT, demo_metrics, demo_record, example, write_run
+from made_run import TEXT, demo_metrics, demo_record, example, held_out, write_run
 
 from selkd.selection.samples import SampleScores
 
@@ -30,4 +30,5 @@ def run_dir(tmp_path: Path, record: dict[str, Any]) -> Path:
     halves = TEXT.partition("If a target")
     samples = [example(halves[0], ids[3]), example(halves[1] + halves[2], ids[7])]
     (folder / "selection" / "examples.json").write_text(json.dumps({"metric": "student_entropy", "samples": samples}))
+    (folder / "held_out.json").write_text(json.dumps(held_out()))
     return folder

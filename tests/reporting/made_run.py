@@ -62,6 +62,62 @@ def example(text: str, sample_id: str) -> dict[str, Any]:
     }
 
 
+def by_entropy(scale: float) -> list[dict[str, Any]]:
+    edges, counts = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0, None), (3_100, 2_600, 2_300, 3_900, 3_620, 800)
+    return [
+        {
+            "from_nats": start,
+            "to_nats": end,
+            "positions": count,
+            "cross_entropy_nats": 2.0,
+            "teacher_cross_entropy_nats": 1.5,
+            "kl_nats": scale * (0.35 + 0.16 * row),
+            "top1_agreement": 0.6,
+        }
+        for row, (start, end, count) in enumerate(zip(edges, edges[1:], counts, strict=False))
+    ]
+
+
+def held_out() -> dict[str, Any]:
+    """A held_out.json: a fixed mixture that looks like KL, most of it lower after training."""
+    texts = []
+    for number, text in enumerate(TEXT.partition("If a target")[::2]):
+        tokens = re.findall(r" ?\w+|\s+| ?[^\w\s]", text)
+        n = len(tokens)
+        before = [round(abs(1.4 + 1.9 * math.sin(3.7 * t + number)) + 0.01, 4) for t in range(n - 1)]
+        after = [round(value * (0.45 + 0.5 * abs(math.sin(1.3 * t)) ** 3), 4) for t, value in enumerate(before)]
+        after[5] = before[5] + 0.4
+        first = [*tokens[1:], None]
+        texts.append(
+            {
+                "sample_id": f"{number:032x}",
+                "tokens": tokens,
+                "valid": [*[True] * (n - 1), False],
+                "before": [*before, None],
+                "after": [*after, None],
+                "teacher_first": first,
+                "before_first": [*[" the"] * (n - 1), None],
+                "after_first": first,
+            }
+        )
+    return {
+        "nats_of": "kl",
+        "is_held_out": True,
+        "texts": texts,
+        "new_tokens": 40,
+        "continuations": [
+            {
+                "prompt": "The with statement is used to wrap the execution of",
+                "teacher": {"text": " a block with methods defined by a context manager.", "tokens": 10, "same": 10},
+                "before": {"text": " the the block of of a method", "tokens": 7, "same": 0, "same_text": ""},
+                "after": {"text": " a block with a manager.", "tokens": 6, "same": 3, "same_text": " a block with"},
+            }
+        ],
+        "why_no_teacher": None,
+        "why_not_written": None,
+    }
+
+
 def demo_record() -> dict[str, Any]:
     influence = [round(0.03 + 0.32 * math.exp(-layer / 2) + 0.002 * layer * (layer % 3), 4) for layer in range(30)]
     dropped = set(sorted(range(30), key=lambda layer: influence[layer])[:10])
@@ -123,8 +179,13 @@ def demo_record() -> dict[str, Any]:
             "after": {"perplexity": 35.96, "kl_nats": 0.887, "top1_agreement": 0.624},
             "teacher": {"perplexity": 17.98},
             "positions": 16_320,
+            "by_entropy": {"before": by_entropy(1.9), "after": by_entropy(1.0)},
+            "standard_errors": {
+                "before": {"perplexity": 3.1, "kl_nats": 0.031, "top1_agreement": 0.006},
+                "after": {"perplexity": 1.1, "kl_nats": 0.017, "top1_agreement": 0.005},
+            },
         },
-        "train": {"steps": 22, "loss_first": 2.513, "loss_last": 1.305},
+        "train": {"steps": 22, "loss_first": 2.513, "loss_last": 1.305, "kl_nats_first": 1.91, "kl_nats_last": 0.94},
     }
 
 
@@ -135,6 +196,7 @@ def demo_metrics() -> list[dict[str, Any]]:
             "epoch": step / 11,
             "loss": 1.2 + 1.5 * math.exp(-step / 7) + 0.08 * math.sin(5.0 * step),
             "kd_nats": 1.2 + 1.5 * math.exp(-step / 7) + 0.08 * math.sin(5.0 * step),
+            "kl_nats": 0.75 + 1.5 * math.exp(-step / 7) + 0.08 * math.sin(5.0 * step),
             "learning_rate": 2e-4 * (1 - step / 23),
             "grad_norm": 3.1,
             "selected_share": 0.2013,

@@ -29,8 +29,13 @@ def test_the_card_names_its_base_model_figures_and_recipe(record: dict[str, Any]
     assert matter["library_name"] == "transformers"
     assert matter["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "datasets" not in matter
-    assert "| Perplexity | 98.9 | 36.0 | 18.0 |" in card
-    assert "| KL to the teacher, nats | 1.78 | 0.89 | 0 |" in card
+    assert "| Perplexity | 98.9 | 36.0 | 33.8 to 38.1 | 18.0 |" in card
+    assert "| KL to the teacher, nats | 1.78 | 0.89 | 0.85 to 0.92 | 0 |" in card
+    assert "# SmolLM2-135M-Instruct, 20 of 30 layers, distilled\n" in card
+    assert (matter["license"], matter["model_name"]) == (
+        "apache-2.0",
+        "SmolLM2-135M-Instruct, 20 of 30 layers, distilled",
+    )
     recipe = re.search(r"```yaml\n(.*?)\n```", card, flags=re.DOTALL)
     assert recipe is not None
     assert yaml.safe_load(recipe.group(1)) == record["recipe"]
@@ -41,6 +46,8 @@ def test_a_student_of_its_own_is_its_own_base_and_hub_data_is_named(record: dict
     record["recipe"]["data"] = {"path": "HuggingFaceFW/fineweb-edu"}
     matter = front_matter(model_card(record))
     assert matter["base_model"] == "Qwen/Qwen3-1.7B"
+    assert matter["license"] == "other"
+    assert matter["license_link"] == "https://huggingface.co/Qwen/Qwen3-1.7B"
     assert matter["datasets"] == ["HuggingFaceFW/fineweb-edu"]
 
 
@@ -147,7 +154,15 @@ def test_what_is_not_known_leaves_no_blanks(record: dict[str, Any]) -> None:
 def test_a_figure_that_was_not_taken_before_is_no_column(record: dict[str, Any]) -> None:
     record["fidelity"]["before"] = None
     card = model_card(record)
+    assert (
+        "| | after | 95% interval | teacher |\n|---|---:|---:|---:|\n| Perplexity | 36.0 | 33.8 to 38.1 | 18.0 |"
+        in card
+    )
+    record["fidelity"] |= {"standard_errors": None, "positions": 36}  # of a run of an earlier version
+    card = model_card(record)
     assert "| | after | teacher |\n|---|---:|---:|\n| Perplexity | 36.0 | 18.0 |" in card
+    assert "on 36 held-out positions, text" in card
+    assert "These are few positions" in card
     record["fidelity"]["teacher"] = None
     assert "| Perplexity | 36.0 | not measured |\n| KL to the teacher, nats | 0.89 | 0 |" in model_card(record)
 

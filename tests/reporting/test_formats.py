@@ -48,6 +48,8 @@ from selkd.reporting import formats
         (formats.counted(2_000, "optimiser step"), "2,000 optimiser steps"),
         (formats.counted(None, "step"), "– steps"),
         (formats.plus_minus(-0.00004, 0.00002, formats.nats), "−0.000040 ± 0.000020"),
+        (formats.plus_minus(0.8021, 0.0063, formats.nats), "0.802 ± 0.006"),
+        (formats.plus_minus(34.02, 0.231, formats.perplexity), "34.0 ± 0.23"),
         (formats.plus_minus(0.5, 0.0, formats.percent), "50.0% ± 0"),
         (formats.plus_minus(0.5, None, formats.percent), "50.0%"),
         (formats.signed(0.3, formats.nats), "+0.30"),

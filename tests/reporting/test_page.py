@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import BENCHMARKS, OVERLAP, write_run
+from made_run import BENCHMARKS, OVERLAP, demo_metrics, held_out, write_run
 
 from selkd.errors import InputError, RunError
 from selkd.reporting.page import write_page
@@ -60,9 +60,10 @@ def test_the_page_tells_the_run(run_dir: Path) -> None:
         "max_length: 256",
     ):
         assert told.lower() in seen.text.lower(), told
-    # loss, divergence, entropy, share; positions and samples by score; bytes a position
-    assert seen.tags.count("svg") == 7
-    assert seen.tags.count("figcaption") == 7
+    # by entropy, distances; KL, loss, entropy; positions and samples by score; bytes a position
+    assert seen.tags.count("svg") == 8
+    assert seen.tags.count("figcaption") == 8
+    assert len(page.read_bytes()) < 600_000
 
 
 def test_the_gap_closed_is_reckoned_in_nats_for_perplexity(run_dir: Path) -> None:
@@ -91,25 +92,36 @@ def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
     assert page_of(run_dir) == page_of(run_dir)
 
 
-def test_hostile_text_stays_text_everywhere(run_dir: Path, record: dict[str, Any]) -> None:
-    plain_tags = Seen(page_of(run_dir)).tags
-    record["name"] = HOSTILE
-    record["teacher"] = {"model": HOSTILE.replace("/", ""), "parameters": 1, "layers": 30, "fingerprint": HOSTILE}
-    record["environment"] = dict.fromkeys(record["environment"], HOSTILE)
-    record["recipe"]["positions"] = {"policy": HOSTILE, "metric": HOSTILE, "fraction": 0.2}
-    record["recipe"]["criterion"]["name"] = HOSTILE
-    record["recipe"]["samples"] = {"metric": HOSTILE, "fraction": 0.2}
-    record["recipe"]["data"]["path"] = HOSTILE
+def spoilt(run_dir: Path, record: dict[str, Any], text: str) -> str:
+    """The page where every name and text from outside is ``text``."""
+    record["name"] = text
+    record["teacher"] = {"model": text.replace("/", ""), "parameters": 1, "layers": 30, "fingerprint": text}
+    record["environment"] = dict.fromkeys(record["environment"], text)
+    record["recipe"]["positions"] = {"policy": text, "metric": text, "fraction": 0.2}
+    record["recipe"]["criterion"]["name"] = text
+    record["recipe"]["samples"] = {"metric": text, "fraction": 0.2}
+    record["recipe"]["data"]["path"] = text
+    record["recipe"]["training"]["optim"] = text
     (run_dir / "record.json").write_text(json.dumps(record))
-    (run_dir / "recipe.yaml").write_text(f"note: {HOSTILE}</pre>\n")
+    (run_dir / "recipe.yaml").write_text(f"note: {text}</pre>\n")
     examples = json.loads((run_dir / "selection" / "examples.json").read_text())
-    examples["metric"] = HOSTILE
-    examples["samples"][0]["tokens"][3] = HOSTILE
+    examples["metric"] = text
+    examples["samples"][0]["tokens"][3] = text
     examples["samples"][0]["tokens"][4] = "</div>\ud800\x00{{ 7 * 7 }}"
-    examples["samples"][0]["sample_id"] = HOSTILE
+    examples["samples"][0]["sample_id"] = text
     (run_dir / "selection" / "examples.json").write_text(json.dumps(examples))
+    kept = held_out()
+    kept["texts"][0]["tokens"][3] = kept["texts"][0]["teacher_first"][3] = text
+    row = kept["continuations"][0]
+    row["prompt"] = row["teacher"]["text"] = row["after"]["text"] = row["after"]["same_text"] = text
+    kept["why_not_written"] = text
+    (run_dir / "held_out.json").write_text(json.dumps(kept))
+    return page_of(run_dir)
 
-    page = page_of(run_dir)
+
+def test_hostile_text_stays_text_everywhere(run_dir: Path, record: dict[str, Any]) -> None:
+    plain_tags = Seen(spoilt(run_dir, record, "plain")).tags
+    page = spoilt(run_dir, record, HOSTILE)
     seen = Seen(page)
     assert seen.tags == plain_tags
     assert not [name for name, _ in seen.attributes if name.startswith("on")]
@@ -128,8 +140,9 @@ def test_selected_tokens_are_marked_and_shifted_by_one(run_dir: Path) -> None:
     }
     (run_dir / "selection" / "examples.json").write_text(json.dumps({"metric": "kl", "samples": [sample]}))
     page = page_of(run_dir)
-    assert re.search(r'<span class="mute" title="not a prediction target">one</span><span class="h\d"', page)
-    assert re.findall(r'<mark class="h\d" title="([^"]*)">([^<]*)</mark>', page) == [("3.00 nats, selected", " three")]
+    assert re.search(r'<span class="mute" data-tip="not a prediction target">one</span><span class="h\d"', page)
+    marked = re.findall(r'<mark class="h\d" data-tip="([^"]*)" tabindex="0"[^>]*>([^<]*)</mark>', page)
+    assert marked == [("3.00 nats, selected", " three")]
 
 
 def test_a_run_that_has_only_begun_shows_dashes_and_no_invented_number(tmp_path: Path, record: dict[str, Any]) -> None:
@@ -180,8 +193,8 @@ def test_a_step_keeps_its_loss_beside_the_held_out_fidelity(run_dir: Path) -> No
     clean = Seen(page_of(run_dir)).tags.count("circle") + page_of(run_dir).count("<use")
     log = run_dir / "metrics.jsonl"
     log.write_text(log.read_text() + json.dumps({"step": 10, "held_out_kl_nats": 1.2}) + "\n")
-    # One more point on the held-out line, and none less on the others.
-    assert page_of(run_dir).count("<use") == clean + 1
+    # One more point on the held-out line, with its tip, and none less on the others.
+    assert Seen(page_of(run_dir)).tags.count("circle") + page_of(run_dir).count("<use") == clean + 2
 
 
 def test_the_entropy_histogram_counts_every_valid_position_and_the_selected_ones(run_dir: Path) -> None:
@@ -289,3 +302,89 @@ def test_what_of_the_held_out_text_was_trained_on_is_told(
     record["data"]["held_out_overlap"] = {"kept_share": 0.015, "copies": copies}
     (run_dir / "record.json").write_text(json.dumps(record))
     assert f"<dd>{told}</dd>" in write_page(run_dir).read_text()
+
+
+def test_the_kl_that_is_shown_is_true_and_the_loss_says_its_floor(run_dir: Path, record: dict[str, Any]) -> None:
+    text = Seen(page_of(run_dir)).text
+    assert "22 optimiser steps took KL to the teacher at the selected positions from 1.91 to 0.94 nats." in text
+    # By hand: each line's kd_nats less its kl_nats is 0.45.
+    assert "a student equal to its teacher would have about 0.45 nats here on average" in text
+    assert "64 classes drawn from the teacher, so it is no distance" in text
+    # A run of an earlier version has no KL of drawn classes: the loss is told under its own name.
+    record["train"] = {"steps": 1, "loss_first": 2.513, "loss_last": 1.305}
+    (run_dir / "record.json").write_text(json.dumps(record))
+    lines = [{key: value for key, value in line.items() if key != "kl_nats"} for line in demo_metrics()]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Seen(page_of(run_dir)).text
+    assert "1 optimiser step took the loss from 2.51 to 1.30. The loss is no KL" in text
+    assert "a student equal to its teacher would not have a loss of zero" in text
+    assert "This run logged no KL at the positions that it trained on." in text
+    # With the whole distribution the loss is the KL, and is drawn once.
+    record["recipe"]["classes"] = {"sampler": "all", "draws": None}
+    (run_dir / "record.json").write_text(json.dumps(record))
+    text = Seen(page_of(run_dir)).text
+    assert "1 optimiser step took KL to the teacher at the selected positions from 2.51 to 1.30 nats." in text
+    assert "Training loss" not in text
+
+
+def test_figures_have_intervals_and_few_positions_a_warning(run_dir: Path, record: dict[str, Any]) -> None:
+    text = Seen(page_of(run_dir)).text
+    # By hand: 0.887 ± 1.96 * 0.017, 0.624 ± 1.96 * 0.005.
+    assert "0.85 to 0.92" in text
+    assert "61.4% to 63.4%" in text
+    assert "Measured on" not in text
+    record["fidelity"]["positions"] = 36
+    (run_dir / "record.json").write_text(json.dumps(record))
+    assert "Measured on 36 positions only" in Seen(page_of(run_dir)).text
+
+
+def test_the_map_shows_each_token_before_and_after(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    text = held_out()["texts"][0]
+    seen = Seen(page)
+    tips = [value for name, value in seen.attributes if name == "data-tip" and value and " nats. Ranked first" in value]
+    positions = sum(sum(one["valid"]) for one in held_out()["texts"])
+    assert len(tips) == 2 * positions
+    word = text["tokens"][1].replace(" ", "␣")
+    told = f"KL {text['before'][0]:.2f} → {text['after'][0]:.2f} nats"
+    first = f"by the teacher “{word}”, the student before “␣the”, after “{word}”"
+    assert tips[0] == f"“{word}”: {told}. Ranked first {first}"
+    assert page.count(' farther"') == 2  # one token of each text
+    pairs = [pair for one in held_out()["texts"] for pair in zip(one["before"], one["after"], strict=True) if pair[0]]
+    nearer = sum(after < before for before, after in pairs) / len(pairs)
+    assert f"nearer at {100 * nearer:.0f}% of these {positions} positions" in seen.text
+    stops = [value for name, value in seen.attributes if name == "aria-label" and value in tips]
+    assert len(stops) == 2 * 10
+
+
+def test_what_the_models_write_stands_side_by_side(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    text = Seen(page).text
+    assert "<mark> a block with</mark> a manager." in page
+    assert "The first 3 tokens the teacher’s." in text
+    assert "Another first token than the teacher’s." in text
+    kept = held_out() | {"why_no_teacher": "no teacher was loaded"}
+    kept["continuations"][0] |= {"teacher": None}
+    kept["continuations"][0]["after"]["same"] = kept["continuations"][0]["before"]["same"] = None
+    (run_dir / "held_out.json").write_text(json.dumps(kept))
+    text = Seen(page_of(run_dir)).text
+    assert "Something is missing here: no teacher was loaded." in text
+    assert "than the teacher" not in text
+
+
+def test_the_chosen_keys_come_first_and_the_whole_recipe_is_folded(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    keys = page[page.index("<h2>Recipe</h2>") : page.index("<details>")]
+    assert "<dt><code>student.prune_from_teacher.layers</code></dt><dd>20</dd>" in keys
+    assert "<dt><code>training.learning_rate</code></dt><dd>0.0002</dd>" in keys
+    assert "temperature" not in keys  # as by default
+    assert "temperature: 1.0" in page[page.index("<details>") :]
+
+
+def test_without_matplotlib_there_is_a_page_that_says_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("page", "figure"):
+        monkeypatch.setattr(f"selkd.reporting.{place}.can_draw", lambda: False)
+    seen = Seen(page_of(run_dir))
+    assert "svg" not in seen.tags
+    assert "No plots: drawing needs the package matplotlib: pip install 'selkd[plots]'." in seen.text
+    assert "0.89 from 1.78" in seen.text

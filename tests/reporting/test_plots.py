@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from made_run import demo_metrics
+from made_run import by_entropy, demo_metrics
 
-from selkd.reporting import page, plots
+from selkd.reporting import plots
 from selkd.reporting.run_files import Overlap, RunFiles
+from selkd.reporting.training_plots import training_plots
 
 SCORES = np.linspace(0.0, 5.0, 101)
 OVERLAP = np.array([[1.0, 0.223], [np.nan, 1.0]])
@@ -17,9 +18,13 @@ OVERLAP = np.array([[1.0, 0.223], [np.nan, 1.0]])
 
 def logged_plots(metrics: list[dict[str, Any]]) -> dict[str, str]:
     """The plots of a training log, by name."""
-    record = {"fidelity": {"before": {"kl_nats": 1.8}, "after": {"kl_nats": 0.9}}, "train": {"steps": 22}}
+    record = {
+        "recipe": {"criterion": {"name": "forward_kl"}, "classes": {"sampler": "rs_kd", "draws": 64}},
+        "fidelity": {"before": {"kl_nats": 1.8}, "after": {"kl_nats": 0.9}},
+        "train": {"steps": 22},
+    }
     run = RunFiles(record, "", metrics, None, None, {})
-    return {plot.name: plot.svg for plot in page.training_plots(run)}
+    return {plot.name: plot.svg for plot in training_plots(run)}
 
 
 def histogram(scores: np.ndarray, chosen: np.ndarray, label: str = "entropy", what: Any = "samples") -> str:
@@ -33,11 +38,41 @@ def all_plots() -> list[str]:
         histogram(SCORES, SCORES >= 4.0),
         plots.overlap_map("samples", "Sample filters", Overlap(["a", "b"], OVERLAP)).svg,
         plots.storage_plot([("this run’s cache", 31.7), ("full logits", 98_304.0)]).svg,
+        plots.by_entropy_plot(by_entropy(1.9), by_entropy(1.0)).svg,
+        plots.distances_plot(SCORES + 0.1, SCORES / 2, "KL to the teacher").svg,
     ]
 
 
 def test_every_part_of_the_log_has_its_plot() -> None:
-    assert len(all_plots()) == 9
+    # KL, loss, entropy, agreement (the share selected hardly varies); two histograms, overlap, storage; two of fidelity
+    assert len(all_plots()) == 10
+
+
+def test_a_share_that_varies_is_drawn_and_one_that_does_not_is_not() -> None:
+    lines = demo_metrics()
+    assert "share" not in logged_plots(lines)
+    varying = [line | {"selected_share": 1 - 0.03 * line["step"]} for line in lines]
+    assert "share" in logged_plots(varying)
+
+
+def test_values_are_there_for_pointer_and_keyboard() -> None:
+    svg = logged_plots(demo_metrics())["divergence"]
+    root = ElementTree.fromstring(svg)
+    tips = [element for element in root.iter() if element.get("class") == "tip"]
+    told = ["".join(tip.itertext()).strip() for tip in tips]
+    assert len(tips) == 22 + 2
+    assert told[0] == "selected, training, step 1: 1.97"
+    assert told[-1] == "all, held-out, step 22: 0.90"
+    stops = [tip for tip in tips if tip.get("tabindex") == "0"]
+    assert len(stops) == 5 + 2
+    assert all(stop.get("aria-label") == "".join(stop.itertext()).strip() for stop in stops)
+    # A tip lies where its point lies: the held-out points are drawn with markers.
+    drawn = [(use.get("x"), use.get("y")) for use in root.iter() if use.tag.endswith("}use")]
+    for tip in tips[-2:]:
+        circle = next(element for element in tip if element.tag.endswith("}circle"))
+        assert (circle.get("cx"), circle.get("cy")) in drawn
+    picture = plots.step_plot("p", "P", "", "p", [plots.logged(demo_metrics(), "kl_nats")]).pictures()["p.svg"]
+    assert b'class="tip"' not in picture
 
 
 def texts(svg: str) -> list[str]:

@@ -50,3 +50,19 @@ def test_a_run_that_has_only_begun_is_all_dashes() -> None:
 
 def test_it_fits_a_terminal_of_80_columns(record: dict[str, Any]) -> None:
     assert "…" not in printed([record, record], width=80)
+
+
+def test_few_positions_carry_their_intervals(record: dict[str, Any]) -> None:
+    assert "36.0 (" not in printed([record])
+    record["fidelity"]["positions"] = 36
+    text = printed([record])
+    assert row(text, "top-1 agreement") == ["48.1% → 62.4% (61.4% to 63.4%)"]
+    assert row(text, "held-out positions") == ["36, few: see the 95% intervals"]
+
+
+def test_the_kl_that_is_shown_is_true(record: dict[str, Any]) -> None:
+    text = printed([record])
+    assert row(text, "KL there, nats") == ["1.91 → 0.94"]
+    assert row(text, "loss as minimised") == ["2.51 → 1.30"]
+    record["train"] |= {"kl_nats_first": None, "kl_nats_last": None}
+    assert row(printed([record]), "KL there, nats") == ["–"]

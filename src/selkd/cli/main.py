@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -18,6 +18,7 @@ from selkd.cli.cache import cache_app
 from selkd.cli.ending import leave_at_once, leave_process_group, leaving_on_signals, say
 from selkd.cli.options import (
     Json,
+    Markdown,
     MaxHours,
     NoPlugins,
     Out,
@@ -28,6 +29,7 @@ from selkd.cli.options import (
     own_code,
     possible,
     print_answer,
+    print_groups,
     print_json,
     quiet,
 )
@@ -35,6 +37,9 @@ from selkd.cli.verify import verify
 from selkd.errors import InputError, Interrupted, RunError
 from selkd.extras import is_installed, need
 from selkd.interrupts import end_with_launcher
+
+if TYPE_CHECKING:
+    from selkd.reporting.comparison import RunComparison
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")
@@ -236,11 +241,15 @@ def recipes(
     """List the named recipes, or print one."""
     from selkd.errors import nearest
     from selkd.recipe.files import named_recipes
+    from selkd.recipe.groups import grouped
 
     named = named_recipes()
     if name is None:
         first_lines = {key: text.splitlines()[0].removeprefix("# ") for key, text in named.items()}
-        print_answer(first_lines, json_output)
+        if json_output:
+            print_json(first_lines)
+        else:
+            print_groups(grouped(first_lines))
     elif name not in named:
         raise InputError(f"{name}: no such recipe. Named recipes: {', '.join(named)}.{nearest(name, named)}")
     elif json_output:
@@ -325,6 +334,7 @@ def sweep_command(
     overrides: Overrides = None,
     max_hours: MaxHours = None,
     no_plugins: NoPlugins = False,
+    markdown: Markdown = False,
     json_output: Json = False,
 ) -> None:
     """Run every recipe of a study with every seed and write one table. Repeat the command to continue or to retry."""
@@ -343,8 +353,8 @@ def sweep_command(
     comparison = result.out / "comparison"
     if json_output:
         print_json({"study": name, "failed": result.failed, "table": result.table})
-    elif result.table is not None:
-        typer.echo(f"{(comparison / 'table.md').read_text(encoding='utf-8')}\nreport  {comparison / 'report.html'}")
+    elif result.comparison is not None:
+        _show_comparison(result.comparison, comparison / "report.html", markdown)
     if result.failed:
         typer.echo(f"selkd: {len(result.failed)} runs failed; the same command tries them again.", err=True)
         raise typer.Exit(1)
@@ -364,12 +374,12 @@ def report(
     baseline: Annotated[
         str | None, Option(help="The recipe that the others are compared with; the first one if not given.")
     ] = None,
+    markdown: Markdown = False,
     json_output: Json = False,
 ) -> None:
     """Write the page of one run, or a table, plots and a page of several side by side."""
     from selkd.reporting.comparison import compare
     from selkd.reporting.comparison_page import PAGE, write_comparison
-    from selkd.reporting.comparison_tables import as_markdown
     from selkd.reporting.page import write_page
 
     if len(runs) == 1:
@@ -383,7 +393,7 @@ def report(
     if json_output:
         print_json({"report": str(folder / PAGE), **content})
     else:
-        typer.echo(f"{as_markdown(comparison)}\nreport  {folder / PAGE}")
+        _show_comparison(comparison, folder / PAGE, markdown)
     if comparison.failed:
         typer.echo(f"selkd: {len(comparison.failed)} damaged runs were left out; the table names them.", err=True)
         raise typer.Exit(1)
@@ -477,6 +487,22 @@ def prune_student(
 
     quiet()
     print_answer(prune_into(recipe, out), json_output)
+
+
+def _show_comparison(comparison: "RunComparison", page: Path, markdown: bool) -> None:
+    """Print several runs as tables that fit the terminal, or as Markdown, and where their page is."""
+    if markdown:
+        from selkd.reporting.comparison_tables import as_markdown
+
+        typer.echo(f"{as_markdown(comparison)}\nreport  {page}")
+        return
+    from rich.console import Console
+
+    from selkd.reporting.comparison_terminal import print_comparison
+
+    console = Console()
+    print_comparison(console, comparison)
+    console.print(f"report  {page}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _show(runs: list[Any], json_output: bool) -> None:

@@ -45,6 +45,7 @@ NoPlugins = Annotated[
     bool,
     Option("--no-plugins", help="Refuse a recipe that names code to run (module:function)."),
 ]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown, for a README.")]
 Json = Annotated[bool, Option("--json", help="Print the answer as JSON to standard output.")]
 
 
@@ -108,6 +109,23 @@ def limited(overrides: list[str] | None, max_hours: float | None) -> list[str]:
 def print_json(answer: object) -> None:
     """Print the answer of a command with ``--json``."""
     typer.echo(json.dumps(answer, indent=2))
+
+
+def print_groups(groups: dict[str, dict[str, str]]) -> None:
+    """Print names with a line on each below the titles of their groups, wrapped to the terminal's width."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    widest = max(len(name) for group in groups.values() for name in group)
+    for title, group in groups.items():
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(min_width=widest + 2, no_wrap=True)
+        table.add_column()
+        for name, line in group.items():
+            table.add_row(f"  {name}", Text(line))
+        console.print(Text(title, style="bold"), table, sep="\n")
 
 
 def print_answer(answer: dict[str, Any], json_output: bool, empty: str = "") -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from selkd.reporting import words
 from selkd.reporting.formats import dig
-from selkd.reporting.measures import closeness
+from selkd.reporting.measures import closeness, few_positions
 from selkd.reporting.rendering import render
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -22,14 +22,17 @@ def model_card(record: dict[str, Any]) -> str:
     """Write the student's README.md from a run's record.json.
 
     The card names a base model and a data set only if they are ids of the hub. It shows no path of this machine: of a
-    model the folder's name, and of data that it is local. It claims no licence, as the base model's holds. It leaves
-    out what is not known.
+    model the folder's name, and of data that it is local. The licence is the base model's: the hub is told where that
+    stands. It leaves out what is not known.
     """
     # The student began with its own model's weights or with those of the teacher that it was cut from.
     pruned = dig(record, "student", "pruned_from_teacher") is not None
     base = dig(record, "teacher" if pruned else "student", "model")
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if (base_id := _hub_id(words.DEMO_MODEL if base == "demo" else base)) is not None:
+    base_id = _hub_id(words.DEMO_MODEL if base == "demo" else base)
+    title = _title(record, base)
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "model_name": title}
+    front |= _license(base_id)
+    if base_id is not None:
         front["base_model"] = base_id
     if (data_id := _hub_id(dig(record, "recipe", "data", "path"))) is not None:
         front["datasets"] = [data_id]
@@ -44,10 +47,34 @@ def model_card(record: dict[str, Any]) -> str:
         get=partial(dig, {**record, "recipe": recipe}),
         words=words,
         base=base,
+        title=title,
+        few=few_positions(record),
         figures=[row for row in closeness(record) if row.after is not None],
         recipe_yaml=recipe_yaml,
         fence="`" * max(3, longest + 1),
     )
+
+
+def _title(record: dict[str, Any], base: str | None) -> str:
+    """The student by its base model's name, which people know: SmolLM2-135M-Instruct, 20 of 30 layers, distilled."""
+    if base is None:
+        return str(dig(record, "name") or "student")
+    kept, layers = dig(record, "student", "pruned_from_teacher", "kept_layers"), dig(record, "teacher", "layers")
+    cut = f", {len(kept)} of {layers} layers" if kept is not None and layers is not None else ""
+    return f"{words.model(base)}{cut}, distilled"
+
+
+def _license(base_id: str | None) -> dict[str, str]:
+    """The base model's licence holds, which selkd does not know by name but for the embedded default's."""
+    if base_id == words.DEMO_MODEL:
+        return {"license": "apache-2.0"}
+    if base_id is None:
+        return {"license": "unknown"}
+    return {
+        "license": "other",
+        "license_name": "that-of-the-base-model",
+        "license_link": f"https://huggingface.co/{base_id}",
+    }
 
 
 def _yaml(content: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Tokens are untrusted text. Nothing here makes HTML: the template escapes what the tokens hold.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from selkd.reporting import formats
 
 HEAT_LEVELS = 8
+_STOPS = 8
 LIGHT, PLAIN, HEAVY = range(3)
 WEIGHTS = {PLAIN: "selected", HEAVY: "with a high weight", LIGHT: "with a low weight"}
 # A weight is heavy from 1.5 times the mean of the selected ones on, and light below half of it.
@@ -34,6 +36,7 @@ class TokenView:
     Attributes:
         heat: the level of its colour, 0 to HEAT_LEVELS - 1; None without a score.
         weight: LIGHT, PLAIN or HEAVY; other than PLAIN only where a policy weighs its positions differently.
+        is_stop: whether the keyboard reaches it, as it does the selected ones with the highest scores.
     """
 
     text: str
@@ -41,6 +44,7 @@ class TokenView:
     selected: bool
     tooltip: str
     weight: int = PLAIN
+    is_stop: bool = False
 
 
 def visible(text: str) -> str:
@@ -82,6 +86,7 @@ def token_views(sample: dict[str, Any], scale: tuple[float, float], unit: str = 
     weights = sample.get("weights")
     positive = [weight for weight in weights or [] if weight > 0]
     mean = sum(positive) / len(positive) if positive else 1.0
+    lowest_stop = _lowest_stop(sample)
     views = []
     for index, token in enumerate(sample["tokens"]):
         score = sample["scores"][index - 1] if index and sample["valid"][index - 1] else None
@@ -95,5 +100,12 @@ def token_views(sample: dict[str, Any], scale: tuple[float, float], unit: str = 
         if abs(share - 1) > 1e-3:
             tooltip += f", {formats.decimal(share, 2)} times the mean weight"
         weight = HEAVY if share >= _HEAVY_FROM else LIGHT if share < _LIGHT_BELOW else PLAIN
-        views.append(TokenView(visible(token), level, selected, tooltip, weight))
+        views.append(TokenView(visible(token), level, selected, tooltip, weight, selected and score >= lowest_stop))
     return views
+
+
+def _lowest_stop(sample: dict[str, Any]) -> float:
+    """The score from which on a selected token is a stop of the keyboard."""
+    columns = zip(sample["scores"], sample["selected"], sample["valid"], strict=True)
+    scores = sorted(score for score, selected, valid in columns if selected and valid and score is not None)
+    return scores[-_STOPS] if len(scores) >= _STOPS else -math.inf

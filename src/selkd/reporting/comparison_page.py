@@ -9,7 +9,6 @@ from selkd.files import replacing
 from selkd.reporting import comparison_tables as tables
 from selkd.reporting import formats, rendering
 from selkd.reporting.comparison import RunComparison
-from selkd.reporting.comparison_plots import comparison_plots
 from selkd.reporting.figure import Plot, can_draw, no_plots
 from selkd.reporting.rendering import write_text
 
@@ -28,7 +27,7 @@ def write_comparison(comparison: RunComparison, out: Path, title: str) -> dict[s
     """
     _claim(out)
     content = tables.as_json(comparison)
-    plots = comparison_plots(comparison) if can_draw() else []
+    plots = _plots(comparison)
     write_text(out / TABLE, json.dumps(content, indent=1) + "\n")
     write_text(out / "table.md", tables.as_markdown(comparison))
     write_text(out / "table.csv", tables.as_csv(comparison))
@@ -39,6 +38,15 @@ def write_comparison(comparison: RunComparison, out: Path, title: str) -> dict[s
                 file.write(picture)
     write_text(out / PAGE, render(comparison, title, plots))
     return content
+
+
+def _plots(comparison: RunComparison) -> list[Plot]:
+    """The plots; none without matplotlib, which the page then says."""
+    if not can_draw():
+        return []
+    from selkd.reporting.comparison_plots import comparison_plots
+
+    return comparison_plots(comparison)
 
 
 def render(comparison: RunComparison, title: str, plots: list[Plot]) -> str:

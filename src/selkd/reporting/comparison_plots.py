@@ -11,6 +11,7 @@ from selkd.reporting import formats
 from selkd.reporting.comparison import Group, RunComparison
 from selkd.reporting.figure import DASHED, INK, MUTED, PAPER, SERIES, Plot, in_percent, lying, one_plot, unit
 from selkd.reporting.formats import dig
+from selkd.reporting.frontier import forest_plot, frontier_plots
 from selkd.reporting.measures import (
     KL,
     PERPLEXITY,
@@ -37,7 +38,12 @@ def comparison_plots(comparison: RunComparison) -> list[Plot]:
     # A budget is a choice, so validation rows decide where there are some, and not the rows to report.
     to_choose_by = [measure for measure in accuracies if measure.key == VALIDATION.key]
     quality_of_budgets = _first_plotted(comparison, [*to_choose_by, *accuracies, KL])
+    has_kl = len(comparison.alike(KL)) > 1
+    frontier_quality = KL if has_kl else _first_plotted(comparison, [*accuracies, PERPLEXITY])
+    is_lower = frontier_quality in (KL, PERPLEXITY)
     plots = [
+        forest_plot(comparison),
+        *frontier_plots(comparison, frontier_quality, lower_is_better=is_lower),
         _trade(comparison, _first_plotted(comparison, [*accuracies, KL])),
         *(
             _budget(comparison, part, measure)
@@ -77,8 +83,16 @@ def _trade(comparison: RunComparison, quality: ReportedMeasure) -> Plot | None:
         axes.set_xlabel(PERPLEXITY.name)
         _legend(axes)
         _scale(axes, quality)
-    caption = "A point a recipe, the mean over its seeds; bars are one deviation." + _left_out(comparison, shown)
+    caption = f"A point a recipe, the mean over its seeds{_bars_told(comparison, shown)}." + _left_out(
+        comparison, shown
+    )
     return Plot("quality", f"{quality.title} against perplexity", caption, figure)
+
+
+def _bars_told(comparison: RunComparison, shown: Iterable[str]) -> str:
+    """What the bars are, if any are drawn: a recipe with one seed has none."""
+    groups = {group.name: group for group in comparison.groups}
+    return "; bars are one deviation over them" if any(len(groups[name].members) > 1 for name in shown) else ""
 
 
 @dataclass(frozen=True)
@@ -145,10 +159,11 @@ def _budget(comparison: RunComparison, part: str, measure: ReportedMeasure) -> P
         if len(lines) > 1:
             _legend(axes)
         _scale(axes, measure)
-    caption = (
-        f"{measure.rows} Recipes that differ in {part}.fraction alone, joined; bars are one deviation over seeds. "
-        f"Dashed: every one of the {part}." + _left_out(comparison, comparison.alike(measure))
-    )
+    has_bars = any(summary.deviation for line in lines for _, summary in line.points)
+    caption = f"{measure.rows} Recipes that differ in {part}.fraction alone, joined"
+    caption += "; bars are one deviation over seeds." if has_bars else "."
+    caption += f" Dashed: every one of the {part}." if any(line.unlimited is not None for line in lines) else ""
+    caption += _left_out(comparison, comparison.alike(measure))
     title = f"{measure.title} by budget of {part}"
     return Plot(f"budget-{part}-{measure.key}", title, caption, figure)
 

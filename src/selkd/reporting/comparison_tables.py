@@ -7,6 +7,7 @@ from typing import Any
 
 from selkd.reporting import formats
 from selkd.reporting.comparison import Group, RunComparison
+from selkd.reporting.differences import Interval, difference_in_kl
 from selkd.reporting.measures import PAID_SECONDS, ReportedMeasure, Summary
 
 
@@ -28,8 +29,22 @@ def as_json(comparison: RunComparison) -> dict[str, Any]:
         ]
         whys = {measure.key: comparison.why_not(group, measure) for measure in comparison.measures}
         not_compared = {key: why for key, why in whys.items() if why is not None}
-        recipes.append({"name": group.name, "figures": figures, "not_compared": not_compared, "runs": members})
+        row = difference_in_kl(comparison, group)
+        intervals = {} if row is None else {"kl_nats": {"difference": row.mean, **_plain_interval(row)}}
+        recipes.append(
+            {
+                "name": group.name,
+                "figures": figures,
+                "intervals": intervals,
+                "not_compared": not_compared,
+                "runs": members,
+            }
+        )
     return {"baseline": comparison.baseline, "recipes": recipes, "failed": comparison.failed}
+
+
+def _plain_interval(row: Interval) -> dict[str, Any]:
+    return {"low": row.low, "high": row.high, "over": row.over}
 
 
 def as_csv(comparison: RunComparison) -> str:
@@ -71,14 +86,19 @@ def cells(comparison: RunComparison, group: Group) -> list[tuple[str, str]]:
 def _mean(summary: Summary | None, measure: ReportedMeasure) -> str:
     if summary is None:
         return formats.DASH
-    mean = measure.form(summary.mean)
-    return mean if summary.deviation is None else f"{mean} ± {measure.form(summary.deviation)}"
+    is_same = summary.deviation == 0 and not measure.is_outcome  # a cost that no seed changes needs no deviation
+    return formats.plus_minus(summary.mean, None if is_same else summary.deviation, measure.form)
 
 
 def _difference(summary: Summary | None, measure: ReportedMeasure) -> str:
     if summary is None:
         return ""
-    return ("+" if summary.mean > 0 else "") + _mean(summary, measure)
+    signed = formats.signed(summary.mean, measure.form)
+    return (
+        signed
+        if summary.deviation is None
+        else f"{signed} ± {measure.form(summary.deviation) if summary.deviation else '0'}"
+    )
 
 
 def as_markdown(comparison: RunComparison) -> str:

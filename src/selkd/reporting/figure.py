@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from selkd.errors import InputError
 from selkd.extras import is_installed, need
@@ -139,6 +140,15 @@ def lying(axes: "Axes", form: Callable[[float], str]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value) if value else "0"))
 
 
+def tip(axes: "Axes", x: float, y: float, text: str, *, is_stop: bool = True) -> None:
+    """Show ``text`` in the page where the pointer is at (x, y), or, at a stop, where the keyboard's focus is.
+
+    In pictures for a paper nothing is to be seen of it.
+    """
+    gid = ("stop:" if is_stop else "tip:") + quote(text)
+    axes.plot([x], [y], marker="o", markersize=9, alpha=0.0, linestyle="none", zorder=9, gid=gid)
+
+
 def svg(figure: "Figure", name: str, title: str) -> str:
     """The figure as an SVG element of a page. No other plot of the page may have the same ``name``."""
     return _themed(_saved(figure, name, format="svg", transparent=True, metadata=_NO_METADATA).decode(), title)
@@ -163,6 +173,8 @@ def _themed(svg: str, title: str) -> str:
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # Matplotlib's style element speaks to every element of the page, and its group ids repeat from plot to plot.
     svg = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
+    svg = _TIP.sub(lambda match: _tip(*match.groups(), width=width), svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"<svg ([^>]*?)>", lambda match: _open_tag(match.group(1), title), svg, count=1)
     # The page's own font; it is no wider than the one that the layout was measured with.
@@ -170,6 +182,24 @@ def _themed(svg: str, title: str) -> str:
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable}, {colour})")
     return svg
+
+
+# An invisible marker of ``tip``: its group holds the marker's shape and the place where it is used.
+_TIP = re.compile(
+    r'<g id="(tip|stop):([^"]*)">(?:(?!<g id=).)*?<use [^>]*?x="([\d.]+)" y="([\d.]+)"[^>]*/>\s*</g>\s*</g>', re.S
+)
+
+
+def _tip(kind: str, quoted: str, x: str, y: str, *, width: float) -> str:
+    """The element of a tip: a place for the pointer, and the text that shows while it is there."""
+    text, at = escape(unquote(quoted)), float(x)
+    anchor = "start" if at < width / 3 else "end" if at > 2 * width / 3 else "middle"
+    above = float(y) - 11 if float(y) > 28 else float(y) + 20
+    stop = f' tabindex="0" role="img" aria-label="{text}"' if kind == "stop" else ""
+    return (
+        f'<g class="tip"{stop}><circle cx="{x}" cy="{y}" r="7"/>'
+        f'<text x="{x}" y="{above:.1f}" text-anchor="{anchor}" font-size="11">{text}</text></g>'
+    )
 
 
 def _open_tag(attributes: str, title: str) -> str:

@@ -62,10 +62,25 @@ def counted(value: float | None, noun: str, plural: str | None = None) -> str:
 
 
 def plus_minus(value: float | None, error: float | None, form: Form) -> str:
-    """A figure with its error, if that is known: 7.31 ± 0.26, 54.3% ± 1.2%; an error of exactly zero is 0."""
+    """A figure with its error, if that is known: 7.31 ± 0.26, 54.3% ± 1.2%; an error of exactly zero is 0.
+
+    A plain number that its form would cut off before the error gets the error's decimals: 0.802 ± 0.006.
+    """
+    shown = form(value)
     if value is None or error is None:
-        return form(value)
-    return f"{form(value)} ± {form(error) if error else '0'}"
+        return shown
+    of_error = form(error) if error else "0"
+    if _is_plain(shown) and _is_plain(of_error) and 0 < error < 10.0 ** -_decimals(shown):
+        shown = decimal(value, _decimals(of_error))
+    return f"{shown} ± {of_error}"
+
+
+def _is_plain(text: str) -> bool:
+    return not text.strip(MINUS + "0123456789,.")
+
+
+def _decimals(text: str) -> int:
+    return len(text.partition(".")[2])
 
 
 def signed(value: float | None, form: Form) -> str:

@@ -12,6 +12,7 @@ from selkd.reporting import benchmarks, formats
 from selkd.reporting.formats import Form, dig
 
 Record = Mapping[str, Any]
+_NORMAL = 1.96  # standard errors in half of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ AGREEMENT = _fidelity("top1_agreement", "top-1 agreement", formats.percent)
 class Closeness:
     """A measure of closeness to the teacher before and after training, with the teacher's own figure; None if unknown.
 
-    ``teacher_text`` is that figure as text: the teacher's agreement with itself is exact and has no decimals.
+    ``teacher_text`` is that figure as text: the teacher's agreement with itself is exact and has no decimals. ``error``
+    is the standard error of the figure after training, over the held-out samples.
     """
 
     measure: ReportedMeasure
@@ -107,6 +109,17 @@ class Closeness:
     after: float | None
     teacher: float | None
     teacher_text: str
+    error: float | None = None
+
+    @property
+    def interval(self) -> str | None:
+        """The 95% interval of the figure after training: 0.84 to 0.90; None if it is unknown."""
+        if self.after is None or self.error is None:
+            return None
+        low, high = self.after - _NORMAL * self.error, self.after + _NORMAL * self.error
+        if self.measure is AGREEMENT:
+            low, high = max(0.0, low), min(1.0, high)
+        return f"{self.measure.form(max(0.0, low))} to {self.measure.form(high)}"
 
     @property
     def gap_closed(self) -> float | None:
@@ -128,14 +141,34 @@ def closeness(record: Record) -> list[Closeness]:
     """Every measure of closeness to the teacher, measured or not."""
     own = dig(record, "fidelity", "teacher", "perplexity")
     before, after = dig(record, "fidelity", "before"), dig(record, "fidelity", "after")
+    errors = dig(record, "fidelity", "standard_errors", "after")
     return [
-        Closeness(measure, dig(before, measure.key), dig(after, measure.key), teacher, text)
+        Closeness(measure, dig(before, measure.key), dig(after, measure.key), teacher, text, dig(errors, measure.key))
         for measure, teacher, text in (
             (PERPLEXITY, own, formats.perplexity(own)),
             (KL, 0.0, "0"),
             (AGREEMENT, 1.0, "100%"),
         )
     ]
+
+
+FEW_POSITIONS = 1_000  # a figure from fewer is told to be uncertain
+
+
+def few_positions(record: Record) -> int | None:
+    """The number of held-out positions, if the figures of fidelity come from few; None else, and where unknown."""
+    positions = dig(record, "fidelity", "positions")
+    return positions if positions is not None and positions < FEW_POSITIONS else None
+
+
+def storage_layouts(record: Record) -> dict[str, float | None]:
+    """Bytes a position of the teacher cache, and of the two usual ways to store a teacher's signal."""
+    cache = dig(record, "teacher_cache")
+    return {
+        "this run’s cache": dig(cache, "bytes_per_position"),
+        "fixed width, 3 bytes a draw": dig(cache, "fixed_width_bytes_per_position"),
+        "full logits in bfloat16": dig(cache, "full_logits_bytes_per_position"),
+    }
 
 
 # A run's own stages. Tokenised text and a pruned student are reused by every later run here: no recipe's cost.

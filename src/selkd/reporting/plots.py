@@ -3,21 +3,36 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from selkd.reporting import formats
-from selkd.reporting.figure import ACCENT, DASHED, INK, MUTED, PAPER, QUIET, Plot, in_percent, lying, one_plot, unit
+from selkd.reporting.figure import (
+    ACCENT,
+    DASHED,
+    INK,
+    MUTED,
+    PAPER,
+    QUIET,
+    Plot,
+    in_percent,
+    lying,
+    one_plot,
+    tip,
+    unit,
+)
 from selkd.reporting.run_files import Overlap
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Scored = Literal["samples", "positions"]
 
 _MAX_POINTS = 400
 _FEW_POINTS = 40
+_FIDELITY_WIDTH = 380
+_STOPS = 5  # points of a line that the keyboard reaches
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,9 @@ def step_plot(
         highest = max(named, key=lambda line: float(line.values[-1]), default=None)
         for line in named:
             _label(axes, line, above=line is highest)
+        form = formats.percent if scale != "number" else formats.nats
+        for line in lines:
+            _tips(axes, line, form)
         values = np.concatenate([line.values for line in lines])
         finite = values[np.isfinite(values)]
         top, bottom = (float(finite.max()), float(finite.min())) if len(finite) else (1.0, 0.0)
@@ -77,8 +95,6 @@ def step_plot(
             axes.set_ylim(min(0.0, bottom), top * 1.15 if top > 0 else 1.0)  # headroom for the labels
         if scale != "number":
             in_percent(axes)
-        from matplotlib.ticker import MaxNLocator
-
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel("optimiser step")
@@ -87,7 +103,7 @@ def step_plot(
     return Plot(name, title, caption, figure)
 
 
-def _draw(axes: "Axes", line: Line) -> None:
+def _draw(axes: Axes, line: Line) -> None:
     if line.is_reference:
         axes.plot(line.steps, line.values, marker="o" if line.is_marked else "", zorder=1.9, **DASHED)
     else:
@@ -96,7 +112,18 @@ def _draw(axes: "Axes", line: Line) -> None:
         axes.plot(line.steps, line.values, color=ACCENT, marker=marker, **style)
 
 
-def _label(axes: "Axes", line: Line, above: bool) -> None:
+def _tips(axes: Axes, line: Line, form: formats.Form) -> None:
+    """The values of some points, the first and the last among them, for pointer and keyboard."""
+    shown = np.unique(np.linspace(0, len(line.steps) - 1, min(len(line.steps), _FEW_POINTS)).astype(int))
+    stops = set(shown[np.unique(np.linspace(0, len(shown) - 1, min(len(shown), _STOPS)).astype(int))].tolist())
+    for index in shown.tolist():
+        x, y = float(line.steps[index]), float(line.values[index])
+        if np.isfinite(y):
+            name = f"{line.label}, " if line.label else ""
+            tip(axes, x, y, f"{name}step {formats.count(x)}: {form(y)}", is_stop=index in stops)
+
+
+def _label(axes: Axes, line: Line, above: bool) -> None:
     """Name a line at its right end, so that the plot needs no legend."""
     axes.annotate(
         line.label,
@@ -131,8 +158,6 @@ def score_histogram(what: Scored, caption: str, scores: np.ndarray, chosen: np.n
             linewidth=0.8,
         )[0]
         axes.set_ylim(0, float(np.max(heights)) * 1.12)
-        from matplotlib.ticker import MaxNLocator
-
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         if cut is not None:
             at_top = ("data", "axes fraction")
@@ -153,8 +178,6 @@ def overlap_map(what: Scored, title: str, overlap: Overlap) -> Plot:
             is_known = math.isfinite(share)
             depth = 0.06 + 0.84 * min(1.0, max(0.0, share)) if is_known else 0.0
             cell = (column - 0.5, row - 0.5)
-            from matplotlib.patches import Rectangle
-
             axes.add_patch(Rectangle(cell, 1, 1, facecolor=ACCENT, alpha=depth, linewidth=0))
             axes.add_patch(Rectangle(cell, 1, 1, facecolor="none", edgecolor=PAPER, linewidth=1.5))
             text, colour = f"{100 * share:.0f}" if is_known else "–", PAPER if depth > 0.65 else INK
@@ -179,6 +202,72 @@ def _bins(scores: np.ndarray, cut: float | None) -> list[float]:
     width = float(edges[1] - edges[0])
     left, right = math.ceil((cut - edges[0]) / width), math.floor((edges[-1] - cut) / width) + 1
     return [cut + width * step for step in range(-left, right + 1)]
+
+
+def by_entropy_plot(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> Plot:
+    """KL before and after training by the teacher's entropy, a row a bucket that has positions."""
+    rows = [(old, new) for old, new in zip(before, after, strict=True) if old["positions"] and new["positions"]]
+    total = sum(old["positions"] for old, _ in rows)
+    with one_plot(height=64 + 34 * len(rows), width=_FIDELITY_WIDTH) as (figure, axes):
+        names = []
+        for row, (old, new) in enumerate(rows):
+            start, end = old["kl_nats"], new["kl_nats"]
+            axes.plot([start, end], [row, row], color=QUIET, linewidth=2, zorder=1.8)
+            axes.plot([start], [row], marker="o", markersize=7, color=MUTED, markerfacecolor=PAPER, markeredgewidth=1.4)
+            axes.plot([end], [row], marker="o", markersize=7.5, color=ACCENT, markeredgewidth=0)
+            if row == 0:
+                for x, text, colour in ((start, "before", MUTED), (end, "after", ACCENT)):
+                    axes.annotate(text, (x, row), (0, 8), textcoords="offset points", ha="center", color=colour)
+            low, high = old["from_nats"], old["to_nats"]
+            name = f"below {high:g}" if not low else f"{low:g} to {high:g}" if high is not None else f"from {low:g}"
+            share = formats.percent(old["positions"] / total, 0)
+            names.append(name)
+            axes.annotate(share, (1.0, row), (6, 0), ("axes fraction", "data"), textcoords="offset points", va="center")
+            told = f"{formats.nats(start)} → {formats.nats(end)} nats, {formats.counted(old['positions'], 'position')}"
+            tip(axes, (start + end) / 2, row, told)
+        axes.set_yticks(range(len(rows)), names)
+        axes.set_ylim(len(rows) - 0.5, -0.75)
+        axes.set_xlim(0, 1.06 * max(max(old["kl_nats"], new["kl_nats"]) for old, new in rows) or 1.0)
+        lying(axes, formats.nats)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("KL to the teacher, nats a position")
+        unit(axes, "teacher’s entropy, nats")
+    caption = (
+        "Every held-out position, by how undecided the teacher is there; at the right the share of the positions. The "
+        "shorter the way left to zero, the nearer the student is."
+    )
+    return Plot("by-entropy", "Where it came nearer", caption, figure)
+
+
+def distances_plot(before: np.ndarray, after: np.ndarray, measured: str) -> Plot:
+    """How many positions lie how far from the teacher, before and after training: two outlines over equal ratios."""
+    lowest = max(1e-3, float(np.percentile(np.concatenate([before, after]), 2)))
+    highest = max(2 * lowest, float(np.max([before.max(), after.max()])))
+    edges = np.geomspace(lowest, highest, 19)
+    with one_plot(height=264, width=_FIDELITY_WIDTH) as (figure, axes):
+        for values, label, colour in ((before, "before", MUTED), (after, "after", ACCENT)):
+            heights, _ = np.histogram(np.clip(values, lowest, highest), edges)
+            shares = heights / len(values)
+            axes.stairs(shares, edges, color=colour, fill=True, alpha=0.12)
+            axes.stairs(shares, edges, color=colour, linewidth=1.8, linestyle="-" if label == "after" else (0, (4, 3)))
+            median = float(np.median(values))
+            at = int(np.argmax(shares))
+            place = (float(np.sqrt(edges[at] * edges[at + 1])), float(shares[at]))
+            axes.annotate(label, place, (0, 6), textcoords="offset points", ha="center", color=colour)
+            tip(axes, *place, f"{label}: median {formats.nats(median)} nats")
+        axes.set_xscale("log")
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        in_percent(axes)
+        axes.set_xlabel(f"{measured}, nats")
+        unit(axes, "positions")
+    caption = (
+        f"Half of the positions below lie within {formats.nats(float(np.median(after)))} nats after training; "
+        f"before, {formats.nats(float(np.median(before)))}."
+    )
+    return Plot("distances", "Position by position", caption, figure)
 
 
 def storage_plot(layouts: Sequence[tuple[str, float]]) -> Plot:

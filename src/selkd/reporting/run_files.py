@@ -10,8 +10,9 @@ import numpy as np
 
 from selkd.errors import InputError
 from selkd.files import RECIPE, RECORD
+from selkd.reporting.changes import require_shape
 from selkd.reporting.formats import dig
-from selkd.sealed import EXAMPLES, FILES, METRICS, OVERLAP, SCORES, differences, unsealed
+from selkd.sealed import EXAMPLES, FILES, HELD_OUT, METRICS, OVERLAP, SCORES, differences, unsealed
 from selkd.selection.samples import SampleScores
 
 _Content = TypeVar("_Content")
@@ -43,6 +44,7 @@ class RunFiles:
     scored_samples: ScoredSamples | None
     examples: dict[str, Any] | None
     overlaps: dict[str, Overlap]  # of ``positions`` and of ``samples``
+    held_out: dict[str, Any] | None = None  # the texts and continuations of held_out.json
 
 
 def require_run(run_dir: Path) -> None:
@@ -78,10 +80,11 @@ def read_run(run_dir: Path) -> RunFiles:
         scored_samples=_if_present(run_dir / SCORES, _scored_samples),
         examples=_if_present(run_dir / EXAMPLES, _examples),
         overlaps=_if_present(run_dir / OVERLAP, _overlaps) or {},
+        held_out=_if_present(run_dir / HELD_OUT, _held_out),
     )
 
 
-_READ = (RECIPE, METRICS, SCORES, EXAMPLES, OVERLAP)
+_READ = (RECIPE, METRICS, SCORES, EXAMPLES, OVERLAP, HELD_OUT)
 _AGAIN = "Move it away, and `selkd distill` with the run's recipe makes it again."
 
 
@@ -142,6 +145,15 @@ def _examples(path: Path) -> dict[str, Any]:
             listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
             raise InputError(f"{path}, sample {number}: expected lists of one length, found {listed}.")
     return examples
+
+
+def _held_out(path: Path) -> dict[str, Any]:
+    content = _json_object(_text(path), str(path))
+    try:
+        require_shape(content)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}. {_AGAIN}") from None
+    return content
 
 
 def _overlaps(path: Path) -> dict[str, Overlap]:

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from selkd.reporting import formats
 from selkd.reporting.formats import Form, dig
-from selkd.reporting.measures import AGREEMENT, KL, PERPLEXITY, ReportedMeasure
+from selkd.reporting.measures import AGREEMENT, KL, PERPLEXITY, ReportedMeasure, closeness, few_positions
+from selkd.reporting.training_figures import true_kl
 
 Record = dict[str, Any]
 Row = tuple[str, Callable[[Record], str]]
@@ -17,9 +18,18 @@ Row = tuple[str, Callable[[Record], str]]
 def _before_after(measure: ReportedMeasure) -> Row:
     def cell(record: Record) -> str:
         before, after = (dig(record, "fidelity", when, measure.key) for when in ("before", "after"))
-        return formats.arrow(before, after, measure.form)
+        change = formats.arrow(before, after, measure.form)
+        if few_positions(record) is None:
+            return change
+        span = next(row.interval for row in closeness(record) if row.measure is measure)
+        return change if span is None else f"{change} ({span})"
 
     return measure.name, cell
+
+
+def _held_out(record: Record) -> str:
+    few = few_positions(record)
+    return formats.count(dig(record, "fidelity", "positions")) + ("" if few is None else ", few: see the 95% intervals")
 
 
 def _value(name: str, form: Form, *keys: str) -> Row:
@@ -40,20 +50,25 @@ def _loss(record: Record) -> str:
     return formats.arrow(dig(record, "train", "loss_first"), dig(record, "train", "loss_last"), formats.nats)
 
 
+def _selected_kl(record: Record) -> str:
+    return formats.arrow(*true_kl(record), formats.nats)
+
+
 _SECTIONS: tuple[tuple[Row, ...], ...] = (
     (
         _before_after(PERPLEXITY),
         _value("  the teacher’s", formats.perplexity, "fidelity", "teacher", "perplexity"),
         _before_after(KL),
         _before_after(AGREEMENT),
-        _value("held-out positions", formats.count, "fidelity", "positions"),
+        ("held-out positions", _held_out),
     ),
     (
         ("samples kept", _samples),
         ("positions selected", _positions),
+        ("  KL there, nats", _selected_kl),
         _value("teacher tokens", formats.count, "counts", "teacher_tokens"),
         _value("optimiser steps", formats.count, "train", "steps"),
-        ("loss", _loss),
+        ("loss as minimised", _loss),
         _value("cache, a position", formats.bytes_per_position, "teacher_cache", "bytes_per_position"),
     ),
     (

@@ -104,7 +104,7 @@ def adapters(options: Mapping[str, Any]) -> str:
 
 def rollouts(figures: Mapping[str, Any]) -> str:
     """The number and length of the student's answers, from a record's ``on_policy``."""
-    phrase = f"{formats.count(figures['rollouts'])} answers of {formats.count(figures['tokens'])} tokens in all"
+    phrase = f"{formats.counted(figures['rollouts'], 'answer')} of {formats.counted(figures['tokens'], 'token')} in all"
     if figures.get("mean_tokens") is not None:
         phrase += f", {formats.decimal(figures['mean_tokens'], 1)} on average"
     if figures.get("ended_share") is not None:
@@ -141,7 +141,7 @@ def summary(record: Any) -> str:
     if steps is None:
         learned = "The student has not been trained yet"
     else:
-        learned = f"The student learned{source} in {formats.count(steps)} step{'' if steps == 1 else 's'}"
+        learned = f"The student learned{source} in {formats.counted(steps, 'step')}"
     return (
         f"{learned}. Training compares it with its teacher by {criterion(recipe)} on {positions(recipe)}, "
         f"in {samples(recipe)}, against {classes(recipe)}."

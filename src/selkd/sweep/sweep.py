@@ -13,7 +13,7 @@ from selkd.errors import InputError
 from selkd.files import LOCK, RECIPE, is_temporary, write_whole
 from selkd.recipe.files import stored_recipe
 from selkd.recipe.recipe import Recipe
-from selkd.reporting.comparison import compare
+from selkd.reporting.comparison import RunComparison, compare
 from selkd.reporting.comparison_page import write_comparison
 from selkd.reporting.run_files import read_record
 from selkd.run.directory import write_moved_recipe
@@ -31,12 +31,14 @@ class SweepResult:
 
     Attributes:
         table: the content of ``comparison/table.json``; None if no run was finished.
+        comparison: what it was made from; None, too, then.
         failed: run -> why it failed.
     """
 
     out: Path
     table: dict[str, Any] | None
     failed: dict[str, str]
+    comparison: RunComparison | None = None
 
 
 def sweep(
@@ -79,7 +81,7 @@ def sweep(
         # A recipe without a finished run can't be the baseline.
         baseline = study.baseline if study.baseline in names else names[0]
         comparison = compare([paths[run.id] for run in finished], baseline, failed)
-        return SweepResult(out, write_comparison(comparison, out / "comparison", name), failed)
+        return SweepResult(out, write_comparison(comparison, out / "comparison", name), failed, comparison)
 
 
 def _run_each(name: str, out: Path, recipes: dict[str, Recipe], status: dict[str, dict[str, Any]], tell: Tell) -> None:
