@@ -247,7 +247,7 @@ def test_the_tables_agree_with_the_figures(tmp_path: Path) -> None:
     runs = list(csv.DictReader(io.StringIO(runs_as_csv(comparison))))
     assert [(row["recipe"], row["seed"], float(row["perplexity"])) for row in runs][-1] == ("se_kd-0.5", "3", 32.5)
     markdown = as_markdown(comparison)
-    assert "| se_kd-0.5 | 2 | 31.5 ± 1.41 (+0.50 ± 0.00) |" in markdown
+    assert "| se_kd-0.5 | 2 | 31.5 ± 1.41 (+0.50 ± 0) |" in markdown
     assert "Failed: se_kd-0.5/seed-2 (out of | memory)." in markdown.replace("\\|", "|")
 
 
@@ -297,7 +297,7 @@ def test_a_report_folder_holds_page_tables_and_pictures(tmp_path: Path) -> None:
     out = tmp_path / "out"
     content = write_comparison(compare(make_runs(tmp_path / "runs")), out, "Three recipes")
     assert json.loads((out / "table.json").read_text()) == content
-    names = {"quality", "budget-positions-kl_nats", "budget-positions-perplexity", "time", "memory"}
+    names = {"differences", "quality", "budget-positions-kl_nats", "budget-positions-perplexity", "time", "memory"}
     assert {path.stem for path in (out / "plots").iterdir()} == names
     for name in names:
         assert (out / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
