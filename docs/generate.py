@@ -9,6 +9,7 @@ import ast
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from selkd.recipe.files import named_recipes
 from selkd.recipe.part import models_in
 from selkd.recipe.recipe import Recipe
 from selkd.recipe.training import OWNED, RECIPE_RANGES, REFUSED
+from selkd.reporting import formats
 
 E = TypeVar("E", bound=Entry)
 HERE = Path(__file__).parent
@@ -365,7 +367,7 @@ def demo_fidelity() -> str:
     """How close the demo's student comes to its teacher, and under which conditions."""
     demo = measurements()["demo"]
     f = demo["figures"]
-    change = f"{f['kl_after'].number / f['kl_before'].number - 1:+.0%}"
+    change = formats.signed(f["kl_after"].number / f["kl_before"].number - 1, partial(formats.percent, digits=0))
     fidelity = table(
         f"on {f['held_out'].value} held-out positions | before | after | teacher",
         [

@@ -57,11 +57,13 @@ def test_report_of_several_runs(selkd: Command, tmp_path: Path) -> None:
     assert (code, answer["report"], answer["baseline"]) == (0, str(out_dir / "report.html"), "top_k")
     assert answer["recipes"][0]["figures"]["perplexity"]["difference"]["mean"] == -1.5
     code, out, _ = selkd("report", *runs, "--out", out_dir)
+    assert (code, "|" in out, "31.5" in out, "+1.50" in out) == (0, False, True, True)
+    code, out, _ = selkd("report", *runs, "--out", out_dir, "--markdown")
     assert code == 0
     assert "| top_k | 1 | 31.5 (+1.50) |" in out
     (tmp_path / "all" / "record.json").write_text("{")
     code, out, err = selkd("report", *runs, "--out", out_dir)
-    assert (code, f"Failed: {tmp_path / 'all'}" in out, "1 damaged runs were left out" in err) == (1, True, True)
+    assert (code, f"Failed: {tmp_path / 'all'}" in out, "1 damaged run left out" in err) == (1, True, True)
     code, _, err = selkd("report", tmp_path, runs[0], "--out", out_dir)
     assert (code, "is not a run directory" in err) == (2, True)
 
@@ -101,5 +103,5 @@ def test_sweep_refuses_bad_studies_and_tells_of_failed_runs(
     answer = json.loads(out)
     assert answer["table"] is None
     assert "1 to 3 can be kept" in answer["failed"]["fraction-0.1/seed-1"]
-    assert "1 runs failed; the same command tries them again" in err
+    assert "1 run failed; the same command tries again" in err
     assert "InputError" in (tmp_path / "study" / "logs" / "fraction-0.1" / "seed-1.log").read_text()

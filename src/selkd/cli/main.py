@@ -341,6 +341,7 @@ def sweep_command(
     from selkd.recipe.files import parse_override
     from selkd.recipe.part import parse_part
     from selkd.recipe.recipe import RunOptions
+    from selkd.reporting.formats import counted
     from selkd.run.watch import watched
     from selkd.sweep.study import load_study
     from selkd.sweep.sweep import sweep
@@ -356,7 +357,7 @@ def sweep_command(
     elif result.comparison is not None:
         _show_comparison(result.comparison, comparison / "report.html", markdown)
     if result.failed:
-        typer.echo(f"selkd: {len(result.failed)} runs failed; the same command tries them again.", err=True)
+        typer.echo(f"selkd: {counted(len(result.failed), 'run')} failed; the same command tries again.", err=True)
         raise typer.Exit(1)
 
 
@@ -380,6 +381,7 @@ def report(
     """Write the page of one run, or a table, plots and a page of several side by side."""
     from selkd.reporting.comparison import compare
     from selkd.reporting.comparison_page import PAGE, write_comparison
+    from selkd.reporting.formats import counted
     from selkd.reporting.page import write_page
 
     if len(runs) == 1:
@@ -395,7 +397,8 @@ def report(
     else:
         _show_comparison(comparison, folder / PAGE, markdown)
     if comparison.failed:
-        typer.echo(f"selkd: {len(comparison.failed)} damaged runs were left out; the table names them.", err=True)
+        left_out = counted(len(comparison.failed), "damaged run")
+        typer.echo(f"selkd: {left_out} left out, which the table names.", err=True)
         raise typer.Exit(1)
 
 

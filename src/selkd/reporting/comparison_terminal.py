@@ -38,6 +38,8 @@ def print_comparison(console: Console, comparison: RunComparison) -> None:
         console.print()
     for sentence in _sentences(comparison):
         console.print(sentence, highlight=False, markup=False, style="dim")
+    for name, why in comparison.failed.items():  # the terminal wraps these, as a path is to be copied whole
+        console.print(f"Failed: {name} ({why}).", highlight=False, markup=False, soft_wrap=True)
 
 
 def _widest(name: str) -> int:
@@ -73,5 +75,3 @@ def _sentences(comparison: RunComparison) -> Iterator[str]:
             yield f"{group.name}, {KL.name}: {signed(row.mean, nats)}, {span}{told}."
     yield from legend(comparison)
     yield from not_compared(comparison)
-    for name, why in comparison.failed.items():
-        yield f"Failed: {name} ({why})."

@@ -1,12 +1,14 @@
 """The answer of ``selkd eval`` in the terminal: figures with standard errors, comparisons, and how to read them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from selkd.reporting import formats
 from selkd.reporting.formats import DASH, dig
 
 _SHARES = ("acc", "exact_match", "ece", "agreement", "prompt_level", "inst_level", "f1")
@@ -102,17 +104,20 @@ def _comparison_lines(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]
 def _figure(metric: str, estimate: Mapping[str, Any] | None) -> str:
     if estimate is None or estimate["value"] is None:
         return DASH
-    error = estimate["standard_error"]
-    return _number(metric, estimate["value"]) + ("" if error is None else f" ± {_number(metric, error)}")
+    return formats.plus_minus(estimate["value"], estimate["standard_error"], partial(_number, metric))
 
 
 def _signed(metric: str, difference: Mapping[str, Any]) -> str:
     plain = _figure(metric, difference)
-    return plain if plain.startswith(("-", DASH)) else f"+{plain}"
+    value = difference["value"]
+    return f"+{plain}" if formats.signed(value, partial(_number, metric)).startswith("+") else plain
 
 
-def _number(metric: str, value: float) -> str:
+def _number(metric: str, value: float | None) -> str:
     """Shares in per cent with one decimal, everything else to three or four digits."""
+    if value is None:
+        return DASH
     if metric == "ifeval" or any(part in metric for part in _SHARES):
-        return f"{100 * value:.1f}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+        return formats.decimal(100 * value, 1)
+    size = abs(value)
+    return formats.decimal(value, 0 if size >= 1000 else 1 if size >= 10 else 3)

@@ -1,6 +1,7 @@
 """The terminal's tables: of finished runs side by side, of ``selkd estimate`` and of ``selkd bench``."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -164,8 +165,8 @@ def bench_table(answer: dict[str, Any]) -> Table:
             f"{variant['seconds']:.3f}",
             f"{variant['ratio_to_floor']:.2f}",
             f"{low:.2f} to {high:.2f}",
-            "" if peak is None else f"{peak / 1e9:+.2f} GB",
-            "" if agreement is None else f"{agreement:.1%}",
+            "" if peak is None else f"{formats.signed(peak / 1e9, partial(formats.decimal, digits=2))} GB",
+            "" if agreement is None else formats.percent(agreement),
         )
     return table
 
