@@ -3,7 +3,7 @@
 GROUPS: dict[str, tuple[str, ...]] = {
     "To begin with": ("demo", "se_kd_3x", "se_kd_3x_systematic", "se_kd", "full_kd"),
     "Baselines": ("full_kd_ce", "full_kd_t2", "random_pos", "random_samples", "weighted_kd", "at_kd", "dkd"),
-    "Which positions: by what the student shows": ("student_ce", "soft_or"),
+    "Which positions: by what the student shows": ("student_ce",),
     "Which positions: by what the teacher shows, too": (
         "teacher_entropy",
         "teacher_ce",
@@ -12,8 +12,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "kl_plus_student_entropy",
         "ce_ratio",
         "ce_ratio_plus_student_entropy",
+        "soft_or",
+        "soft_or_tip",
     ),
-    "Which positions: another way to pick them": ("gls", "curriculum", "pos_rs", "pos_rs_corrected", "se_kd_scheduled"),
+    "Which positions: another way to pick them": (
+        "pps",
+        "gls",
+        "curriculum",
+        "pos_rs",
+        "pos_rs_corrected",
+        "se_kd_scheduled",
+    ),
     "Which samples": (
         "top_samples",
         "top_samples_kl",
