@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -33,13 +33,11 @@ from selkd.cli.options import (
     print_json,
     quiet,
 )
+from selkd.cli.showing import show_comparison, show_runs
 from selkd.cli.verify import verify
 from selkd.errors import InputError, Interrupted, RunError
 from selkd.extras import is_installed, need
 from selkd.interrupts import end_with_launcher
-
-if TYPE_CHECKING:
-    from selkd.reporting.comparison import RunComparison
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")
@@ -107,7 +105,7 @@ def demo(
     with watched(recipe.run):  # one time limit for both
         run = distill(recipe, out)
         runs = [run, full_kd_on_same_samples(run)] if compare else [run]
-    _show(runs, json_output)
+    show_runs(runs, json_output)
 
 
 @app.command("distill")
@@ -123,7 +121,7 @@ def distill_command(
     loaded = load(recipe, limited(overrides, max_hours), no_plugins)
     from selkd.run.pipeline import distill
 
-    _show([distill(loaded, out)], json_output)
+    show_runs([distill(loaded, out)], json_output)
 
 
 @app.command()
@@ -355,7 +353,7 @@ def sweep_command(
     if json_output:
         print_json({"study": name, "failed": result.failed, "table": result.table})
     elif result.comparison is not None:
-        _show_comparison(result.comparison, comparison / "report.html", markdown)
+        show_comparison(result.comparison, comparison / "report.html", markdown)
     if result.failed:
         typer.echo(f"selkd: {counted(len(result.failed), 'run')} failed; the same command tries again.", err=True)
         raise typer.Exit(1)
@@ -395,7 +393,7 @@ def report(
     if json_output:
         print_json({"report": str(folder / PAGE), **content})
     else:
-        _show_comparison(comparison, folder / PAGE, markdown)
+        show_comparison(comparison, folder / PAGE, markdown)
     if comparison.failed:
         left_out = counted(len(comparison.failed), "damaged run")
         typer.echo(f"selkd: {left_out} left out, which the table names.", err=True)
@@ -490,38 +488,3 @@ def prune_student(
 
     quiet()
     print_answer(prune_into(recipe, out), json_output)
-
-
-def _show_comparison(comparison: "RunComparison", page: Path, markdown: bool) -> None:
-    """Print several runs as tables that fit the terminal, or as Markdown, and where their page is."""
-    if markdown:
-        from selkd.reporting.comparison_tables import as_markdown
-
-        typer.echo(f"{as_markdown(comparison)}\nreport  {page}")
-        return
-    from rich.console import Console
-
-    from selkd.reporting.comparison_terminal import print_comparison
-
-    console = Console()
-    print_comparison(console, comparison)
-    console.print(f"report  {page}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _show(runs: list[Any], json_output: bool) -> None:
-    """Print the closing table of one run or several, and where their students and pages are."""
-    records = [run.record for run in runs]
-    if json_output:
-        print_json(records[0] if len(records) == 1 else records)
-        return
-    from rich.console import Console
-
-    from selkd.reporting.benchmarks import cut
-    from selkd.reporting.tables import fidelity_table
-
-    console = Console()
-    console.print(fidelity_table(records))
-    for run in runs:
-        for sentence in cut(run.record):
-            console.print(sentence, highlight=False, markup=False)
-        console.print(f"student {run.student}   report {run.path / 'report.html'}", soft_wrap=True, highlight=False)
