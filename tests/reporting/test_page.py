@@ -360,8 +360,8 @@ def test_the_map_shows_each_token_before_and_after(run_dir: Path) -> None:
 def test_what_the_models_write_stands_side_by_side(run_dir: Path) -> None:
     page = page_of(run_dir)
     text = Seen(page).text
-    assert "<mark> a block with</mark> a manager." in page
-    assert "The first 3 tokens the teacher’s." in text
+    assert "<mark>a block with</mark> a manager." in page
+    assert "The first 3 tokens are the teacher’s." in text
     assert "Another first token than the teacher’s." in text
     kept = held_out() | {"why_no_teacher": "no teacher was loaded"}
     kept["continuations"][0] |= {"teacher": None}

@@ -130,12 +130,18 @@ def _written(who: str, answer: dict[str, Any] | None, *, is_teacher: bool) -> Wr
     same = same if text.startswith(same) else ""
     note = ""
     if not is_teacher and answer.get("same") is not None:
-        note = f"the first {formats.counted(answer['same'], 'token')} the teacher’s"
+        shared = answer["same"]
+        note = (
+            f"the first {formats.count(shared)} tokens are the teacher’s"
+            if shared > 1
+            else "the first token is the teacher’s"
+        )
         if answer["same"] == 0:
             note = "another first token than the teacher’s"
         if answer["same"] == answer["tokens"]:
             note = "word for word the teacher’s"
-    return Written(who, visible(same), visible(text[len(same) :]), note)
+    rest = text[len(same) :]
+    return Written(who, visible(same.lstrip(" ")), visible(rest if same else rest.lstrip(" ")), note)
 
 
 def require_shape(content: dict[str, Any]) -> None:

@@ -133,6 +133,7 @@ def _label(axes: Axes, line: Line, above: bool) -> None:
         ha="right",
         va="bottom" if above else "top",
         color=MUTED if line.is_reference else ACCENT,
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
     )
 
 
