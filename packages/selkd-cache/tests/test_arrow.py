@@ -55,3 +55,14 @@ def test_a_damaged_sample_leaves_no_file(cache: TeacherCache, tmp_path: Path) ->
     with pytest.raises(InputError, match=r"shard-00002\.selkd is damaged"):
         write_parquet(cache, tmp_path / "cache.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_scalars_are_columns_of_their_own() -> None:
+    folder = Path(__file__).parent / "vectors" / "version-3" / "at-temperature"
+    content = json.loads(folder.with_suffix(".json").read_text())
+    rows = TeacherCache.open(folder).to_arrow(5).read_all().to_pylist()
+    names = ["entropy_nats", "ce_nats", "entropy_nats_at_temperature", "ce_nats_at_temperature"]
+    assert list(rows[0]) == ["sample_id", "class_ids", "counts", *names]
+    for row in rows:
+        stored = content["scalars"][row["sample_id"].hex()]
+        assert [list(numbers) for numbers in zip(*(row[name] for name in names), strict=True)] == stored

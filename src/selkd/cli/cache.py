@@ -173,7 +173,7 @@ def cache_export(
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="parquet.")] = "parquet",
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there.")] = False,
 ) -> None:
-    """Write every sample as a row of a Parquet file: its id and, for each position, the class ids and their counts."""
+    """Write every sample as a row of a Parquet file: id and, for each position, class ids, counts and scalars."""
     from selkd_cache.reader import TeacherCache
 
     if to != "parquet":

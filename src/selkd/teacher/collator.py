@@ -28,7 +28,8 @@ class TeacherCollator:
 
     It adds ``teacher_class_ids`` and ``teacher_counts``, int32 [B, T, C], rows padded with count 0; ``valid_mask``,
     bool [B, T], the positions that have classes; and ``sample_ids``, uint8 [B, 16]: what ``selkd.distillation_loss``
-    takes. Index t is about token t + 1. ``position_ids`` are padded here, the padding being a document of its own.
+    takes. Of a cache with scalars also ``teacher_entropy_nats`` and ``teacher_ce_nats``, float32 [B, T]. Index t is
+    about token t + 1. ``position_ids`` are padded here, the padding being a document of its own.
 
     Args:
         cache: holds every example.

@@ -11,11 +11,14 @@ import pyarrow.parquet as pq
 
 from selkd_cache.errors import InputError
 from selkd_cache.files import replacing
+from selkd_cache.manifest import n_scalars
 from selkd_cache.reader import TeacherCache
 from selkd_cache.rows import Rows
+from selkd_cache.scalars import values_of
 
 METADATA = b"selkd_cache"  # in the schema: the fingerprint as JSON
 _COLUMNS = {"class_ids": pa.uint32(), "counts": pa.uint16()}
+_SCALARS = ("entropy_nats", "ce_nats", "entropy_nats_at_temperature", "ce_nats_at_temperature")
 
 
 def write_parquet(cache: TeacherCache, path: Path) -> None:
@@ -37,8 +40,10 @@ def record_batches(
     """See ``TeacherCache.to_arrow``."""
     if positions_at_once < 1:
         raise InputError(f"positions_at_once: expected at least 1, got {positions_at_once}")
+    columns = {name: pa.list_(pa.list_(kind)) for name, kind in _COLUMNS.items()}
+    columns |= dict.fromkeys(_SCALARS[: n_scalars(fingerprint)], pa.list_(pa.float32()))
     schema = pa.schema(
-        [pa.field("sample_id", pa.binary()), *(pa.field(n, pa.list_(pa.list_(kind))) for n, kind in _COLUMNS.items())],
+        [pa.field("sample_id", pa.binary()), *(pa.field(name, kind) for name, kind in columns.items())],
         metadata={METADATA: json.dumps(fingerprint).encode()},
     )
 
@@ -64,6 +69,9 @@ def _batch(ids: list[bytes], rows: list[Rows], schema: Any) -> Any:
     for name, kind in _COLUMNS.items():
         values = pa.array(np.concatenate([getattr(sample, name) for sample in rows]), kind)
         arrays.append(pa.ListArray.from_arrays(positions, pa.ListArray.from_arrays(classes, values)))
+    for number in range(len(schema) - len(arrays)):
+        values = np.concatenate([values_of(sample.scalars[:, number]) for sample in rows if sample.scalars is not None])
+        arrays.append(pa.ListArray.from_arrays(positions, pa.array(values, pa.float32())))
     return pa.record_batch(arrays, schema=schema)
 
 

@@ -126,8 +126,9 @@ class TeacherCache:
     def to_arrow(self, positions_at_once: int = 65_536) -> "pyarrow.RecordBatchReader":
         """All samples in the stored order as a stream of Arrow record batches; ``read_all()`` makes a table of it.
 
-        A row is a sample: ``sample_id`` and, for each position, ``class_ids`` and ``counts``. The schema's metadata has
-        the fingerprint. It needs pyarrow: ``pip install 'selkd-cache[arrow]'``.
+        A row is a sample: ``sample_id`` and, for each position, ``class_ids`` and ``counts``, and with scalars
+        ``entropy_nats`` and ``ce_nats``, and both ``_at_temperature``. The schema's metadata has the fingerprint. It
+        needs pyarrow: ``pip install 'selkd-cache[arrow]'``.
 
         Args:
             positions_at_once: a batch ends with the sample that reaches so many.
