@@ -54,6 +54,22 @@ def test_help_needs_no_torch() -> None:
         assert command in done.stdout
 
 
+def test_a_shell_completes_commands_and_recipes_without_torch() -> None:
+    code = "import sys; sys.argv = ['selkd']\nfrom selkd.cli.main import main\ntry: main()\nfinally: "
+    code += "print('torch' in sys.modules, file=sys.stderr)\n"
+    for line, expected in (
+        ("selkd di", ["distill"]),
+        ("selkd distill se_kd_3", ["se_kd_3x", "se_kd_3x_systematic"]),
+        ("selkd recipes dem", ["demo"]),
+    ):
+        words = {"_SELKD_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | words
+        )
+        assert done.stdout.split() == expected, done.stderr
+        assert done.stderr.split() == ["False"]
+
+
 def test_the_exit_code_is_right_where_nobody_reads_standard_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)

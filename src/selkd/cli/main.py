@@ -26,6 +26,7 @@ from selkd.cli.options import (
     RecipeName,
     limited,
     load,
+    named_recipe,
     own_code,
     possible,
     print_answer,
@@ -39,7 +40,7 @@ from selkd.errors import InputError, Interrupted, RunError
 from selkd.extras import is_installed, need
 from selkd.interrupts import end_with_launcher
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")
 app.command()(verify)
 
@@ -233,7 +234,9 @@ def eval_command(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, Argument(help="The recipe to print; lists all if not given.")] = None,
+    name: Annotated[
+        str | None, Argument(autocompletion=named_recipe, help="The recipe to print; lists all if not given.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """List the named recipes, or print one."""

@@ -15,7 +15,20 @@ from selkd.errors import InputError
 if TYPE_CHECKING:  # a quick ``--help`` loads no recipe
     from selkd.recipe.recipe import Recipe
 
-RecipeName = Annotated[str, Argument(metavar="RECIPE", help="A named recipe (see `selkd recipes`) or a YAML file.")]
+
+def named_recipe(incomplete: str) -> list[str]:
+    """The named recipes that a shell offers for the beginning of a name; it offers files by itself."""
+    from selkd.recipe.files import named_recipes
+
+    return [name for name in named_recipes() if name.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str,
+    Argument(
+        metavar="RECIPE", autocompletion=named_recipe, help="A named recipe (see `selkd recipes`) or a YAML file."
+    ),
+]
 
 
 def possible(given: Any) -> Any:
