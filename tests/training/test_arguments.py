@@ -554,7 +554,6 @@ REFUSED = {
     "torch_compile_mode": "default",
     "use_liger_kernel": True,
     "liger_kernel_config": {"rope": True},
-    "deepspeed": {"zero_optimization": {"stage": 2}},
     "parallelism_config": ParallelismConfig(tp_size=2),
     "use_cache": True,
     "label_smoothing_factor": 0.1,

@@ -35,7 +35,6 @@ REFUSED: dict[str, tuple[Accepted, str]] = {
     "torch_compile_mode": (_only(None), "not supported with the chunked loss"),
     "use_liger_kernel": (_only(False), "selkd has its own loss"),
     "liger_kernel_config": (_only(None), "selkd has its own loss"),
-    "deepspeed": (_only(None), "the loss reads the whole head, which ZeRO splits; use fsdp"),
     "use_cache": (_only(False), "training keeps no key-value cache"),
     "label_smoothing_factor": (_only(0.0), "the labels are the teacher's; criterion.kd_weight mixes in cross-entropy"),
     "average_tokens_across_devices": (_only(True), "the loss is always divided by the count of the whole step"),
@@ -80,6 +79,7 @@ OWNED = {
     **dict.fromkeys(
         ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), "set evaluation.keep_best"
     ),
+    "deepspeed": "use fsdp; ZeRO-1 and 2 are for DistillArguments(deepspeed=…), as a run needs checkpoints",
     "parallelism_config": "launch with accelerate's --parallelism_config_dp_replicate_size and _dp_shard_size",
     "resume_from_checkpoint": "run the same recipe into the same folder again",
     **dict.fromkeys(

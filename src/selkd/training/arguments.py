@@ -27,11 +27,12 @@ from selkd.recipe.part import Part, parse_part
 from selkd.recipe.training import check_accelerator, check_supported
 from selkd.training.objective import Objective
 from selkd.training.splitting import is_sharded, require_supported_split
+from selkd.training.zero import require_zero
 
 # What ``accelerate launch`` sets to split the student in another way than by data-parallel ranks or FSDP -> the reason
 # why selkd refuses it.
 _LAUNCHERS = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: the loss reads the whole head, which ZeRO splits; use FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, whose configuration it does not show; give DistillArguments(deepspeed=…)",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: it splits the head, which the loss reads whole; use FSDP",
 }
 # The recipe's parts that are arguments of a training, too.
@@ -86,7 +87,7 @@ class DistillArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         for name, reason in _LAUNCHERS.items():
-            if parse_flag_from_env(name):
+            if parse_flag_from_env(name) and not (name == "ACCELERATE_USE_DEEPSPEED" and self.deepspeed is not None):
                 raise InputError(f"{name} asks for {reason}.")
         compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
         if compiler.lower() != "no":
@@ -135,6 +136,7 @@ class DistillArguments(TrainingArguments):
             if self.is_sharded:
                 check_sharded(self.on_policy, has_adapters=False)  # the trainer checks again when it has the model
         require_supported_split(self)
+        require_zero(self)
 
     def try_optimiser(self) -> None:
         """Make the optimiser and the schedule for a single number; raises what torch and Transformers do if they can't.
@@ -196,7 +198,7 @@ def require_accelerate_state(
     Raises:
         InputError: selkd can't train with this set-up, or it is not the one that the arguments ask for.
     """
-    if state.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+    if state.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise InputError(
             f"Accelerate was set to {state.distributed_type.value}: selkd trains on one device, with DDP or FSDP."
         )
