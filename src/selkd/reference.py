@@ -119,7 +119,7 @@ def _combined(metric: str, log_q: Tensor, targets: Tensor, of_teacher: Any, vali
     scores, doubts = torch.zeros_like(kl), []
     if metric == "soft_or_tip":
         for u in (student_entropy, kl):
-            known = u[valid].numpy()
+            known = u[valid].detach().numpy()
             clipped = known.clip(max=np.quantile(known, 0.98)) if len(known) else known
             span = clipped.max() - clipped.min() if len(known) else 0.0
             doubts.append(torch.from_numpy((clipped - clipped.min()) / span if span > 0 else 0 * clipped))
