@@ -24,7 +24,7 @@ from selkd.run.verify import verify_run
 from selkd.sweep.runner import _how_it_ended, run_apart
 from selkd.sweep.sharing import with_shared_paths
 from selkd.sweep.study import Study, expand, load_study, named_studies
-from selkd.sweep.sweep import _claim, sweep
+from selkd.sweep.sweep import _claim, _seconds_left, sweep
 
 BASE: dict[str, Any] = {
     "teacher": {"model": "demo"},
@@ -368,3 +368,14 @@ def test_the_names_of_shared_scores_outlive_a_keys_renaming() -> None:
     shared = with_shared_paths(load_recipe("demo"), Path("shared"))
     assert shared.samples is not None
     assert shared.samples.path == "shared/scores/7fdabc5857597f33.parquet"
+
+
+def test_the_time_left_is_that_of_the_runs_to_come() -> None:
+    status = {
+        "a": {"status": "done", "seconds": 10.0},
+        "b": {"status": "failed", "seconds": 1.0},
+        "c": {"status": "done", "seconds": 30.0},
+    }
+    assert _seconds_left(["b", "c", "d"], status) == 40.0  # what is done is not run again, what failed is
+    assert _seconds_left([], status) is None
+    assert _seconds_left(["d"], {"b": status["b"]}) is None

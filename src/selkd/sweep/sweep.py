@@ -15,6 +15,7 @@ from selkd.recipe.files import stored_recipe
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import RunComparison, compare
 from selkd.reporting.comparison_page import write_comparison
+from selkd.reporting.formats import duration
 from selkd.reporting.run_files import read_record
 from selkd.run.directory import write_moved_recipe
 from selkd.sweep.runner import run_apart
@@ -98,7 +99,18 @@ def _run_each(name: str, out: Path, recipes: dict[str, Recipe], status: dict[str
         seconds = round(time.perf_counter() - started, 1)
         status[run_id] = {"status": "failed" if why else "done", "error": why, "seconds": seconds}
         _save(out, name, status)
-        tell(f"{prefix}: {'failed: ' + why if why else 'done'} ({seconds:.0f} s)")
+        left = _seconds_left(list(recipes)[number:], status)
+        tell(
+            f"{prefix}: {'failed: ' + why if why else 'done'} ({duration(seconds)}"
+            + (")" if left is None else f"; about {duration(left)} left)")
+        )
+
+
+def _seconds_left(to_come: list[str], status: dict[str, dict[str, Any]]) -> float | None:
+    """The time for the runs to come, each as long as a done one on average; None for none, or where none is done."""
+    done = [entry["seconds"] for entry in status.values() if entry["status"] == "done" and "seconds" in entry]
+    again = [run_id for run_id in to_come if status.get(run_id, {}).get("status") != "done"]
+    return len(again) * sum(done) / len(done) if done and again else None
 
 
 def _save(out: Path, name: str, status: dict[str, dict[str, Any]]) -> None:
