@@ -31,6 +31,7 @@ from selkd.data.samples import Sample, SampleDataset
 from selkd.data.splits import load_splits
 from selkd.maths.chunked import wide
 from selkd.maths.head import Head
+from selkd.maths.importance import statistics
 from selkd.models.head import head_of, hidden_states
 from selkd.models.loading import load_model, native_dtype
 from selkd.models.sources import default_cache_dir, locate
@@ -43,6 +44,7 @@ from selkd.teacher.cached import CachedTeacher
 from selkd_cache import codec, shard
 from selkd_cache.reader import TeacherCache
 from selkd_cache.rows import Rows
+from selkd_cache.scalars import bound_of, values_of
 from selkd_cache.writer import CacheWriter
 
 CPU = torch.device("cpu")
@@ -134,33 +136,46 @@ def measure_size(data: Path, positions: int, texts: list[str]) -> dict[str, Any]
     for text in texts:
         samples = teacher.samples(TEXTS[text], positions)
         rows: dict[str, list[Rows]] = {kind: [] for kind in kinds}
+        scalars: list[np.ndarray] = []
         forward = 0.0
         draw_seconds = dict.fromkeys(kinds, 0.0)
         clock = time.process_time()
         for group, hidden, noise in teacher.probabilities(samples):
+            batch = collate(group, int(teacher.tokenizer.pad_token_id))
+            targets = batch["targets"][batch["valid_mask"]]
+            numbers: list[Tensor] = []
             parts: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {kind: [] for kind in kinds}
             for at in range(0, len(hidden), ROWS_AT_ONCE):
-                p = torch.softmax(wide(teacher.head.logits(hidden[at : at + ROWS_AT_ONCE])), dim=-1)
+                logits = wide(teacher.head.logits(hidden[at : at + ROWS_AT_ONCE]))
+                p = torch.softmax(logits, dim=-1)
                 forward += time.process_time() - clock
+                of_rows = targets[at : at + ROWS_AT_ONCE]
+                numbers.append(statistics(("teacher_entropy", "teacher_ce"), logits, logits, of_rows))
                 for kind, draw in kinds.items():
                     clock = time.process_time()
                     u = noise[at : at + ROWS_AT_ONCE, : draw.n_uniforms]
                     parts[kind].append(ragged(*draw.integers(p, u)))
                     draw_seconds[kind] += time.process_time() - clock
                 clock = time.process_time()
+            sizes = [sample.n_valid for sample in group]
+            scalars += np.split(torch.cat(numbers).numpy(), np.cumsum(sizes)[:-1])
             for kind in kinds:
-                rows[kind] += cut(joined(parts[kind]), [sample.n_valid for sample in group])
+                rows[kind] += cut(joined(parts[kind]), sizes)
             clock = time.process_time()
         for kind, draw in kinds.items():
-            figures[f"{text}, {kind}"] = _cache_figures(samples, rows[kind], draw, teacher, forward) | {
-                "draw_share_of_forward": draw_seconds[kind] / forward,
-            }
-            print(text, kind, figures[f"{text}, {kind}"], file=sys.stderr)
+            for ending, of_samples in ((", without scalars", None), ("", scalars)):
+                stored = [
+                    (*each[:3], None if of_samples is None else of_samples[at]) for at, each in enumerate(rows[kind])
+                ]
+                figures[f"{text}, {kind}{ending}"] = _cache_figures(samples, stored, draw, teacher, forward) | {
+                    "draw_share_of_forward": draw_seconds[kind] / forward,
+                }
+                print(text, kind + ending, figures[f"{text}, {kind}{ending}"], file=sys.stderr)
     return figures
 
 
 def _cache_figures(
-    samples: list[Sample], rows: list[Rows], draw: ClassSampler, teacher: Teacher, forward: float
+    samples: list[Sample], rows: list[tuple[Any, ...]], draw: ClassSampler, teacher: Teacher, forward: float
 ) -> dict[str, float | int]:
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -168,6 +183,7 @@ def _cache_figures(
     shards = plan_shards(dataset)
     ids = dataset.ids
     fingerprint = {"draws": draw.draws, "count_total": draw.total, "vocabulary": teacher.head.vocab_size}
+    fingerprint |= {} if rows[0][3] is None else {"scalars": rows[0][3].shape[1]}
     with tempfile.TemporaryDirectory() as folder:
         clock = time.process_time()
         writer = CacheWriter(Path(folder) / "cache", fingerprint, [[ids[i] for i in members] for members in shards])
@@ -190,7 +206,9 @@ def _cache_figures(
         read_cold = time.process_time() - clock
         for i in order[:20]:
             got = cache.get(ids[i])
-            assert all(np.array_equal(a, b) for a, b in zip(got, rows[i], strict=True))
+            assert all(np.array_equal(a, b) for a, b in zip(got[:3], rows[i][:3], strict=True))
+            if rows[i][3] is not None:
+                assert (np.abs(values_of(got.scalars) - rows[i][3]) <= bound_of(rows[i][3])).all()
         reader = CachedTeacher(cache)
         groups = [order[at : at + SAMPLES_AT_ONCE] for at in range(0, len(order), SAMPLES_AT_ONCE)]
         batches = [collate([samples[i] for i in group], 0) for group in groups]

@@ -17,7 +17,7 @@ from selkd.estimate.estimate import estimate
 from selkd.models.head import hidden_states
 from selkd.needs.architecture import describe
 from selkd.needs.body import inference_peak, training_memory, why_rough
-from selkd.needs.cache_size import MEASURED, typical_bytes
+from selkd.needs.cache_size import MEASURED, bytes_of_draws
 from selkd.needs.memory import weights_bytes
 from selkd.needs.optimiser import optimiser_bytes
 from selkd.recipe.part import parse_part
@@ -289,10 +289,10 @@ def test_cache_bytes_without_a_probe_are_near_the_measured_ones() -> None:
     points = measured_bytes()
     assert len(points) == 9 + 3 * 7
     for sampler, draws, size in points:
-        assert typical_bytes(sampler, draws) == pytest.approx(size, rel=0.15)
+        assert bytes_of_draws(sampler, draws) == pytest.approx(size, rel=0.15)
     # 96 draws are not among what is interpolated.
     for sampler, size in (("rs_kd", 34.3), ("systematic", 36.5), ("top_k", 176.3)):
-        assert typical_bytes(sampler, 96) == pytest.approx(size, rel=0.02)
+        assert bytes_of_draws(sampler, 96) == pytest.approx(size, rel=0.02)
 
 
 def test_the_answer_says_whose_cache_bytes_they_are(tmp_path: Path) -> None:

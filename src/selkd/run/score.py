@@ -32,12 +32,13 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
         run.record["counts"]["samples_kept"] = len(train)
         run.save()
         return train
+    whole = all_cached(work, run) if stored_scores(work) is None else None  # its time is the cache's
     with timed(run, "score"):
         path, own = _scores_path(work), work.run_path / SCORES
         scores, is_new = stored_scores(work), False
         work.state.wait_for_everyone()  # all have looked for the file before the main process writes it
         if scores is None:
-            scores, is_new = _scored_and_counted(work, run), True
+            scores, is_new = _scored_and_counted(work, run, whole), True
         if options.path:
             note_shared(run, "score", scores.cost)
         if work.state.is_main_process:
@@ -73,9 +74,9 @@ def stored_scores(work: Workspace) -> SampleScores | None:
     return replace(stored, kept=_kept(stored.scores, options))
 
 
-def _scored_and_counted(work: Workspace, run: RunDirectory) -> SampleScores:
+def _scored_and_counted(work: Workspace, run: RunDirectory, cache: TeacherCache | None) -> SampleScores:
     warn_if_short(work, "score")
-    scores = scored(work, all_cached(work, run))
+    scores = scored(work, cache)
     assert scores.cost is not None, "it was measured"
     if tokens := int(scores.cost["teacher_tokens"]):
         count_teacher_tokens(run, score=tokens)
