@@ -30,11 +30,11 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The selkd commands of a page, those behind a launcher too; comments and descriptions cut off."""
+    """The selkd commands of a page, those behind a launcher too; comments, descriptions and redirections cut off."""
     text = page.read_text(encoding="utf-8")
     lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
     lines += [line[4:] for line in re.findall(r"^    \S.*$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)]
-    lines = [re.split(r"\s{2,}|\s#", line)[0].split(" && ")[-1].strip() for line in lines]
+    lines = [re.split(r"\s{2,}|\s#|\s>\s", line)[0].split(" && ")[-1].strip() for line in lines]
     return [line for line in lines if re.match(r"selkd |torchrun .*-m selkd |accelerate .*-m selkd ", line)]
 
 
