@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from selkd.data.documents import document_of, has_text
+from selkd.data.documents import Document, document_of, has_text
 from selkd.data.encoding import Encoder
 from selkd.data.prompt_encoding import EncodedDocument
 from selkd.data.samples import Sample, SampleDataset
@@ -147,9 +148,8 @@ def _window_sample(window: list[EncodedDocument]) -> Sample:
     )
 
 
-def _with_fields(options: RowOptions, rows: Any, name: str) -> RowOptions:
+def _with_fields(options: RowOptions, first: Any, name: str) -> RowOptions:
     """The options with the fields that the first row has, where they name none. Raises InputError if it has none."""
-    first = next(iter(rows), None)
     given = options.model_dump(exclude_unset=True)
     if not isinstance(first, dict) or not names_no_field(given):
         return options
@@ -160,29 +160,52 @@ def _with_fields(options: RowOptions, rows: Any, name: str) -> RowOptions:
     return parse_part(type(options), given | found, "data")
 
 
-def samples_of_rows(rows: Any, name: str, options: RowOptions, tokenizer: PreTrainedTokenizerBase) -> SampleDataset:
-    """The samples of rows in memory: of a ``datasets.Dataset`` or a list of objects, read as the lines of a data file.
+def samples_of_rows(
+    rows: Any, name: str, options: RowOptions, tokenizer: PreTrainedTokenizerBase, enough: int | None = None
+) -> SampleDataset:
+    """The samples of rows: of a ``datasets.Dataset`` or a list of objects, read as the lines of a data file.
+
+    A stream (``datasets.IterableDataset``, a generator) is read once, and no further than the samples that are enough.
 
     Args:
         name: the name of the rows in messages.
+        enough: how many samples are made of a stream; of rows with a length all are made. None: streams are refused.
 
     Raises:
         InputError: ``rows`` is not a collection of rows, a row lacks a field that ``options`` names, or the rows give
             fewer tokens than one sample.
     """
-    if isinstance(rows, str | dict) or not hasattr(rows, "__len__") or not hasattr(rows, "__iter__"):
+    if isinstance(rows, str | dict) or not hasattr(rows, "__iter__"):
         raise InputError(
             f"{name}: expected a SampleDataset, a datasets.Dataset or a list of rows, got {type(rows).__name__}."
         )
-    options = _with_fields(options, rows, name)
-    documents = (document_of(row, options, f"{name}, row {number}") for number, row in enumerate(rows))
-    encoded = Encoder(options, tokenizer).encoded(row for row in documents if row and has_text(row))
+    is_stream = not hasattr(rows, "__len__")
+    if is_stream and enough is None:
+        raise InputError(
+            f"{name}: how many rows this {type(rows).__name__} has is not known before it is read. Set max_steps, for "
+            "which as many rows of train_dataset are read as it takes, or give some of them: list(islice(rows, 1000))."
+        )
+    rows = iter(rows)
+    first = list(islice(rows, 1))
+    options = _with_fields(options, first[0] if first else None, name)
+    n_rows = 0
+
+    def documents() -> Iterator[Document]:
+        nonlocal n_rows
+        for row in chain(first, rows):
+            document = document_of(row, options, f"{name}, row {n_rows}")
+            n_rows += 1
+            if document and has_text(document):
+                yield document
+
+    encoded = Encoder(options, tokenizer).encoded(documents())
     maker = SampleMaker(options)
-    samples = list(maker(document for _, parts in encoded for document in parts))
-    maker.misfits.warn(name, len(rows), options.max_length)
+    made = maker(document for _, parts in encoded for document in parts)
+    samples = list(islice(made, enough if is_stream else None))
+    maker.misfits.warn(name, n_rows, options.max_length)
     if not samples:
         raise InputError(
-            f"{name}: {len(rows)} rows give fewer tokens than one sample of data.max_length = {options.max_length}, "
+            f"{name}: {n_rows} rows give fewer tokens than one sample of data.max_length = {options.max_length}, "
             "or nothing to learn. Give more of them, completions, or another data.max_length."
         )
     return SampleDataset.from_samples(samples)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selkd.data.packing import samples_of_rows
@@ -87,10 +87,31 @@ def vocab_sizes(student: PreTrainedModel, teacher: PreTrainedModel | TeacherCach
     return {"student": head_of(student).vocab_size, "teacher": head_of(teacher).vocab_size}
 
 
+def as_trained(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: DistillArguments) -> SampleDataset | None:
+    """The samples of ``train_dataset``; of a stream as many as the training's steps take.
+
+    Raises:
+        InputError: as ``as_samples``; a stream without ``max_steps``, or one that differs from process to process.
+    """
+    a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    enough = args.max_steps * a_step if args.max_steps > 0 else None
+    samples = as_samples(dataset, "train_dataset", tokenizer, args, enough)
+    may_differ = args.world_size > 1 and not hasattr(dataset, "__len__")
+    if samples is not None and may_differ and len(set(gather_object([samples.digest]))) > 1:
+        raise InputError(
+            "train_dataset: the processes read different rows of the stream. Give all of them the same one, in the "
+            "same order; which samples a process trains on is decided here."
+        )
+    return samples
+
+
 def as_samples(
-    dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: DistillArguments
+    dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: DistillArguments, enough: int | None = None
 ) -> SampleDataset | None:
     """The samples of ``dataset``, which errors call ``name``; made of its rows where it is not samples already.
+
+    Args:
+        enough: how many samples are made of a stream, see ``samples_of_rows``.
 
     Raises:
         InputError: rows that a recipe's data file would be refused for.
@@ -99,7 +120,7 @@ def as_samples(
         return dataset
     if isinstance(dataset, FilledDataset):
         return dataset.samples
-    return samples_of_rows(dataset, name, args.data, tokenizer)
+    return samples_of_rows(dataset, name, args.data, tokenizer, enough)
 
 
 def as_evaluated(dataset: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: DistillArguments) -> Any:

@@ -41,8 +41,8 @@ from selkd.training.callbacks import CheckpointAfterStep
 from selkd.training.checkpoints import Queue, Totals
 from selkd.training.inputs import (
     as_evaluated,
-    as_samples,
     as_teacher,
+    as_trained,
     require_parameters,
     require_trainable,
     vocab_sizes,
@@ -73,7 +73,8 @@ class DistillTrainer(ResumingTrainer):
             name of either.
         args: the arguments; None: the defaults, with ``tmp_trainer`` as output directory.
         train_dataset: a ``datasets.Dataset`` or a list of rows, whose fields the arguments name (texts, prompts with
-            or without completions, conversations), or a ``SampleDataset``.
+            or without completions, conversations), or a ``SampleDataset``. With ``max_steps``, a stream of rows too
+            (``datasets.IterableDataset``), which is read until there are samples for these steps.
         eval_dataset: a data set of the same kind, or a mapping of names to several.
         processing_class: the tokenizer, shared by both models; None: that of a student given by its name.
         **kwargs: other parameters of ``transformers.Trainer``. ``model_init``, in place of ``model``, makes a new
@@ -112,7 +113,7 @@ class DistillTrainer(ResumingTrainer):
         args.check()  # the caller may have changed them after they were made
         if model is not None:
             self._adopt(model)
-        train_samples = as_samples(train_dataset, "train_dataset", processing_class, args)
+        train_samples = as_trained(train_dataset, processing_class, args)
         evaluated = as_evaluated(eval_dataset, "eval_dataset", processing_class, args)
         # The names are those that errors give to the data sets.
         self._samples = {} if train_samples is None else {"train_dataset": train_samples}
@@ -236,7 +237,7 @@ class DistillTrainer(ResumingTrainer):
         """Make samples of a ``train_dataset`` that was set to rows."""
         if self.train_dataset is None or isinstance(self.train_dataset, FilledDataset):
             return
-        samples = as_samples(self.train_dataset, "train_dataset", self._tokenizer, self.args)
+        samples = as_trained(self.train_dataset, self._tokenizer, self.args)
         assert samples is not None, "train_dataset is not None"
         self._samples["train_dataset"], self.train_dataset = samples, FilledDataset(samples)
         self._set_up()
