@@ -112,13 +112,13 @@ def cache_verify(
     from selkd_cache.reader import TeacherCache
     from selkd_cache.verify import verify_cache
 
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such folder.")
-    directory = _cache_of(directory)
     if not (repair or rescore):
         for option, given in {"--recipe": recipe, "--set": overrides, "--out": out}.items():
             if given:
                 raise InputError(f"{option}: without effect; the teacher runs with --repair or --rescore N alone.")
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder.")
+    directory = _cache_of(directory)
     problems = verify_cache(directory)
     answer: dict[str, Any] = {"problems": problems}
     failed = bool(problems)

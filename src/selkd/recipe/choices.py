@@ -275,7 +275,7 @@ class ClassOptions(Part):
             if "draws" in self.model_fields_set and self.draws is not None:
                 raise ValueError(
                     f"classes.draws: {self.draws} draws have no effect beside sampler: all, which takes every class; "
-                    "leave it out, or name a sampler that draws"
+                    "leave it out, or null (--set classes.draws=null), or name a sampler that draws"
                 )
             self._settle(draws=None)
         elif self.draws is None:
