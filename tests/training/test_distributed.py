@@ -61,3 +61,42 @@ def test_two_processes_take_the_step_of_one(strategy: str, recipe: str, tmp_path
         assert answer["totals"]["positions_selected"] == alone.totals.positions_selected
         if alone.queue is not None:
             assert answer["queue"] == pytest.approx(alone.queue.scores.tolist(), rel=1e-3)
+
+
+ONE_IS_DAMAGED = """
+import os, sys
+import torch
+from tiny import make_arguments, make_model, make_samples, make_tokenizer
+from transformers import TrainerCallback
+from selkd import DistillTrainer
+from selkd.errors import RunError
+rank = int(os.environ["RANK"])
+class Damage(TrainerCallback):
+    def on_step_end(self, *_, model, **__):
+        if rank:
+            with torch.no_grad():
+                model.model.norm.weight[0] = float("nan")
+        self.weights = [weight.detach().clone() for weight in model.parameters()]
+student, damage = make_model(1), Damage()
+trainer = DistillTrainer(
+    student, make_model(0), make_arguments(sys.argv[1], positions={"fraction": 0.3}, max_steps=3, ddp_backend="gloo"),
+    make_samples(16), processing_class=make_tokenizer(), callbacks=[damage],
+)
+try:
+    trainer.train()
+except RunError as error:
+    same = all(torch.equal(a, b) for a, b in zip(student.parameters(), damage.weights, strict=True))
+    with open(f"{sys.argv[1]}/{rank}.txt", "w") as told:
+        told.write(f"{rank or same} {trainer.state.global_step} {error}")
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_end_before_the_update_where_one_is_not_finite(tmp_path: Path) -> None:
+    """Gradients are averaged over the processes, so that the update of each would take the damage."""
+    (tmp_path / "worker.py").write_text(ONE_IS_DAMAGED)
+    done = torchrun(str(tmp_path / "worker.py"), str(tmp_path), timeout_seconds=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, damaged = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert whole.startswith("True 1 position ")
+    assert whole.removeprefix("True") == damaged.removeprefix("1")

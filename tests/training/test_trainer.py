@@ -455,6 +455,56 @@ def test_what_is_not_finite_in_an_earlier_micro_batch_is_named_before_the_update
         torch.testing.assert_close(value, at_end[name], rtol=0, atol=0, equal_nan=True)
 
 
+def test_an_update_within_the_backward_pass_comes_after_the_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's engine makes the update in a step's last backward pass."""
+    student = make_model(1)
+    trainer = trainer_of(tmp_path, make_samples(8), RECIPES["se-kd"], student=student, max_steps=2)
+    damage, backward, steps = _Damage(), trainer.accelerator.backward, []
+
+    class AsDeepSpeed(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            trainer.is_deepspeed_enabled = True
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        steps.append(trainer.state.global_step)
+        backward(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.accelerator, "backward", noted)
+    trainer.add_callback(damage)
+    trainer.add_callback(AsDeepSpeed())
+    with pytest.raises(RunError, match="at optimiser step 1, before its update"):
+        trainer.train()
+    assert steps == [0]
+    assert trainer.totals.positions_selected > 0
+
+
+def test_a_loss_computed_between_steps_is_counted_nowhere(tmp_path: Path) -> None:
+    """As a callback or a notebook may ask for it; what is not finite is told at once."""
+    recipe = RECIPES["gls"]
+    seen: list[float] = []
+
+    class Asks(TrainerCallback):
+        def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+            seen.append(asking.compute_loss(model, collate(list(make_samples(3)), 1)).item())
+
+    found = []
+    for name in ("plain", "asking"):
+        asking = trainer_of(tmp_path / name, make_samples(8), recipe, max_steps=3, logging_steps=1)
+        if name == "asking":
+            asking.add_callback(Asks())
+        asking.train()
+        lines = [{key: line[key] for key in line if "second" not in key} for line in asking.state.log_history[:-1]]
+        found.append((lines, vars(asking.totals), asking.queue.scores.tolist()))
+    assert found[0] == found[1]
+    assert len(seen) == 3
+    with torch.no_grad():
+        asking.model.model.norm.weight[0] = float("nan")
+    with pytest.raises(RunError, match="gives nan"):
+        asking.compute_loss(asking.model, collate(list(make_samples(3)), 1))
+
+
 def test_a_student_of_damaged_weights_is_refused_before_the_first_step(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, make_samples(4), RECIPES["full kd"])
     with torch.no_grad():

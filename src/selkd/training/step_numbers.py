@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from selkd.errors import RunError
+from selkd.interrupts import raise_together
 from selkd.maths.finite import FiniteCheck
 from selkd.selection.host import to_device
 
@@ -40,13 +42,26 @@ class StepNumbers:
         """The sums and counts of all processes together, and the scores of this one's micro-batches, float64.
 
         Raises:
-            RunError: a logit was not finite; the message names the sample and the position.
+            RunError: a logit of any process was not finite, on all of them alike, so that none makes the update; the
+                message names the sample and the position.
         """
         names = sorted(self._sums)
+        reports = [check.report for check in self._checks]
         counts = to_device(torch.tensor([*self.counts.values()], dtype=torch.float64), device)
-        shared = over_processes(torch.cat([*(self._sums[name][None] for name in names), counts]))
-        parts = [shared, *(check.report for check in self._checks), *(scores.double() for scores in self._scores)]
+        faults = torch.stack([torch.zeros((), dtype=torch.float64, device=device), *((r[0] >= 0) for r in reports)])
+        shared = over_processes(torch.cat([*(self._sums[name][None] for name in names), counts, faults.sum()[None]]))
+        parts = [shared, *reports, *(scores.double() for scores in self._scores)]
         read = torch.cat(parts).cpu().split([len(part) for part in parts])
-        for check, report in zip(self._checks, read[1:], strict=False):
-            check.require(report.tolist())
-        return dict(zip([*names, *self.counts], read[0].tolist(), strict=True)), list(read[1 + len(self._checks) :])
+        *values, n_faults = read[0].tolist()
+        if n_faults:
+            raise_together(self._fault(read[1:]))
+        return dict(zip([*names, *self.counts], values, strict=True)), list(read[1 + len(reports) :])
+
+    def _fault(self, reports: Sequence[Tensor]) -> RunError | None:
+        """The first error of this process's own logits."""
+        try:
+            for check, report in zip(self._checks, reports, strict=False):
+                check.require(report.tolist())
+        except RunError as error:
+            return error
+        return None

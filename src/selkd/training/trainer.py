@@ -23,6 +23,7 @@ from selkd import interrupts
 from selkd.data.collate import collate
 from selkd.data.samples import Sample
 from selkd.errors import InputError
+from selkd.maths.finite import require_all_finite
 from selkd.maths.head import NarrowHead
 from selkd.models.adapters import has_adapters
 from selkd.models.documents import documents_known
@@ -334,23 +335,36 @@ class DistillTrainer(ResumingTrainer):
 
         Args:
             num_items_in_batch: the normaliser of the whole step; None: the batch is a step of its own.
+
+        A call that is no part of a training's step, as of a callback between two of them, is counted nowhere.
+
+        Raises:
+            RunError: a logit is not finite. Within a training's step this is found out before its update.
         """
+        is_part = self._micro_batches > 0
+        context = self._context if is_part else self._step_context()
+        loss_of = self.distillation_loss if is_part else replace(self.distillation_loss, narrow=None)
         if num_items_in_batch is None:
-            num_items_in_batch = self._normaliser([inputs], self.args.device)
+            num_items_in_batch = self._normaliser([inputs], self.args.device, context)
         ids, positions = inputs["input_ids"], inputs["position_ids"]
         with documents_known(on_host(inputs)["position_ids"]):
             distillation = partial(
-                self.distillation_loss,
+                loss_of,
                 batch=inputs,
-                teacher=self.teacher.targets(inputs, self._context.step) if self._asks_teacher else UnaskedTargets(),
-                context=self._context,
+                teacher=self.teacher.targets(inputs, context.step) if self._asks_teacher else UnaskedTargets(),
+                context=context,
                 normaliser=num_items_in_batch,
             )
             outputs = model(input_ids=ids, position_ids=positions, distillation=distillation)
         loss, checks = outputs.pop("loss"), outputs.pop("checks")
         scores, *_ = (outputs.pop(name) for name in PLACED)
-        kept = None if self.queue is None else scores.flatten()[valid_index(inputs)]
-        self._step.add(outputs, checks, kept)
+        if is_part:
+            kept = None if self.queue is None else scores.flatten()[valid_index(inputs)]
+            self._step.add(outputs, checks, kept)
+            if self.is_deepspeed_enabled and self._micro_batches == 1:  # its backward pass makes the update, too
+                self._end_step()
+        else:
+            require_all_finite(checks)
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -366,7 +380,8 @@ class DistillTrainer(ResumingTrainer):
         if self._micro_batches == 0:
             if self.distillation_loss.narrow is not None:
                 self.distillation_loss.narrow.forget()  # the update may not show in the weights' version
-            self._end_step()
+            if not self.is_deepspeed_enabled:
+                self._end_step()
         return loss
 
     def _end_step(self) -> None:
@@ -425,11 +440,11 @@ class DistillTrainer(ResumingTrainer):
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         self._step.counts["teacher_tokens"] = tokens if self.teacher.is_live and self._asks_teacher else 0
         self._step.counts["positions_valid"] = sum(int(on_host(batch)["valid_mask"].sum()) for batch in batches)
-        return batches, self._normaliser(batches, device)
+        return batches, self._normaliser(batches, device, self._context)
 
-    def _normaliser(self, batches: list[Batch], device: torch.device) -> Tensor:
+    def _normaliser(self, batches: list[Batch], device: torch.device, context: StepContext) -> Tensor:
         """What divides the loss of a step of these micro-batches and those of the other ranks."""
-        own = sum(self.distillation_loss.normaliser(batch, self._context) for batch in batches)
+        own = sum(self.distillation_loss.normaliser(batch, context) for batch in batches)
         return self._over_processes(to_device(torch.tensor(own, dtype=torch.float64), device))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> FilledSampler:
