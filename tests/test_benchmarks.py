@@ -195,6 +195,28 @@ def test_the_accelerators_script_measures_all_of_it_at_toy_size(tmp_path: Path) 
     assert "full_kd, 256 MiB" in sections["chunk_sizes"]
 
 
+def test_the_accelerators_script_mixes_no_tensor_of_the_host_with_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sections on the tests' accelerator that is none, where no step of ours waits for the device."""
+    monkeypatch.syspath_prepend(str(FOLDER.parent / "tests" / "training"))
+    waits, accelerator = importlib.import_module("waits"), script("accelerator")
+    subject = accelerator.Subject(torch.device("cpu"), is_toy=True)
+    subject.cached_teacher(accelerator.EVERY_CLASS)  # inference mode would hide from the dispatch that counts
+    with waits.accelerator(monkeypatch) as seen:
+        for model in (subject.student, subject.teacher):
+            model.set_attn_implementation("eager")
+            waits.moved(model)
+        subject.device = waits.DEVICE
+        for section in (accelerator.conformance, accelerator.gradients, accelerator.no_full_logits):
+            section(subject, {}, accelerator.Clock(60))
+        for name in ("floor", "full_kd", "se_kd_exact", "se_kd_two_stage", "se_kd_cached", "cross_entropy_chunked"):
+            step = accelerator.step_of(name, subject)
+            step()
+            seen.waits.clear()
+            step()
+            assert not seen.waits, name
+    subject.close()
+
+
 LATE = """
 import json, signal, sys, time
 sys.path.insert(0, sys.argv[1])

@@ -21,6 +21,7 @@ from selkd.recipe.choices import ClassOptions
 from selkd.recipe.foreign import require_model_here
 from selkd.recipe.recipe import Recipe
 from selkd.run.workspace import Workspace
+from selkd.selection.host import keep_on_host
 from selkd.selection.two_stage import by_frequency
 from selkd.teacher.build_cache import build_cache
 from selkd.teacher.cached import CachedTeacher
@@ -86,8 +87,9 @@ class BenchSubject:
         return self.train.select(range(min(size, self.most_samples or size, len(self.train))))
 
     def batch_of(self, samples: SampleDataset) -> Batch:
+        """A batch on the device, kept on the host, too, as a training's."""
         batch = collate(list(samples), self.work.models.pad_token_id)
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return keep_on_host({name: tensor.to(self.device) for name, tensor in batch.items()}, batch)
 
     @cached_property
     def batch(self) -> Batch:

@@ -15,9 +15,11 @@ from selkd.bench.subject import BenchSubject
 from selkd.maths.chunked import chunked_loss, chunks, compute_dtype, piece_size, wide
 from selkd.maths.divergence import ValueAndGradient, cross_entropy, entropy
 from selkd.maths.head import Head
+from selkd.models.documents import documents_known
 from selkd.models.head import hidden_states
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
-from selkd.selection.position_scores import LogitsOf, choose_positions
+from selkd.selection.host import on_host
+from selkd.selection.position_scores import LogitsOf, choose_positions, chosen_index
 from selkd.selection.positions import StepContext, select, step_context
 from selkd.teacher.targets import FullDistribution, Teacher, TeacherTargets
 from selkd.training.objective import Objective
@@ -52,7 +54,17 @@ def last_step(positions: PositionOptions) -> StepContext:
 
 
 def step_of(name: str, subject: BenchSubject) -> Step:
-    """Load what the variant ``name`` needs, and return its step."""
+    """Load what the variant ``name`` needs, and return its step. No body asks the device about documents."""
+    step, position_ids = _step_of(name, subject), on_host(subject.batch)["position_ids"]
+
+    def known() -> None:
+        with documents_known(position_ids):
+            step()
+
+    return known
+
+
+def _step_of(name: str, subject: BenchSubject) -> Step:
     positions = positions_of(name, subject)
     inputs, student, teacher = subject.inputs, subject.student, subject.teacher
 
@@ -111,10 +123,10 @@ def plain_loss(subject: BenchSubject) -> Tensor:
 
 def plain_cross_entropy(subject: BenchSubject) -> Tensor:
     """The loss of any training on text: cross-entropy in float32 over the student's full logits at all positions."""
-    valid = subject.batch["valid_mask"]
+    labels = subject.batch["targets"].masked_fill(~subject.batch["valid_mask"], -100)
     with subject.autocast():
         logits = subject.student(**subject.inputs, use_cache=False).logits[..., : subject.work.vocab_size]
-    return torch.nn.functional.cross_entropy(logits[valid].float(), subject.batch["targets"][valid])
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
 def _on_text(subject: BenchSubject, positions: PositionOptions, backward: Callable[[Tensor], None]) -> Step:
@@ -126,14 +138,14 @@ def _on_text(subject: BenchSubject, positions: PositionOptions, backward: Callab
         with torch.no_grad():
             narrow = head.to(compute_dtype(hidden))
         scores = objective.score(hidden.detach(), narrow, batch, None, context).values
-        coefficients = choose_positions(positions, scores, batch, context, seed=objective.seed).flatten()
-        selected = coefficients.nonzero().flatten()
+        coefficients = choose_positions(positions, scores, batch, context, seed=objective.seed)
+        selected = chosen_index(positions, coefficients, batch, context)
         targets = batch["targets"].flatten()[selected]
 
         def compare(logits: Tensor, rows: slice) -> ValueAndGradient:
             return cross_entropy(logits, targets[rows])
 
-        weights = coefficients[selected] / normaliser
+        weights = coefficients.flatten()[selected] / normaliser
         picked = hidden.flatten(0, 1)[selected]
         return {"loss": chunked_loss(picked, head, weights, compare, compute_head=narrow)[0]}
 

@@ -23,7 +23,7 @@ def leaving_on_signals() -> Iterator[None]:
 
 def leave_at_once(*_: Any) -> None:
     with suppress(OSError):  # nobody may be left to read it
-        os.write(2, b"selkd: interrupted. The same command continues from what was finished.\n")
+        os.write(2, b"selkd: interrupted. The same command continues a run, a sweep or a cache; others begin again.\n")
     os._exit(os.EX_TEMPFAIL)
 
 

@@ -14,7 +14,7 @@ from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.plugins import Sampler
 from selkd.selection.classes import split_draws
-from selkd.selection.host import on_host
+from selkd.selection.host import on_host, to_device
 from selkd.teacher.live import draw_uniforms_of
 from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets, TeacherScalars, TruncatedDistribution
 from selkd_cache.manifest import TAIL, count_total, n_scalars
@@ -81,7 +81,7 @@ class CachedTeacher:
         """
         if "teacher_class_ids" not in batch:
             device = batch["input_ids"].device
-            batch = batch | {name: tensor.to(device) for name, tensor in self.read(batch).items()}
+            batch = batch | {name: to_device(tensor, device) for name, tensor in self.read(batch).items()}
         class_ids, counts = (batch[name].flatten(0, 1) for name in ("teacher_class_ids", "teacher_counts"))
         scalars = None
         if self.has_scalars:
