@@ -198,6 +198,8 @@ def test_the_accelerators_script_measures_all_of_it_at_toy_size(tmp_path: Path) 
 def test_the_accelerators_script_mixes_no_tensor_of_the_host_with_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sections on the tests' accelerator that is none, where no step of ours waits for the device."""
     monkeypatch.syspath_prepend(str(FOLDER.parent / "tests" / "training"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "conftest", raising=False)  # pytest's own may be another folder's
     waits, accelerator = importlib.import_module("waits"), script("accelerator")
     subject = accelerator.Subject(torch.device("cpu"), is_toy=True)
     subject.cached_teacher(accelerator.EVERY_CLASS)  # inference mode would hide from the dispatch that counts

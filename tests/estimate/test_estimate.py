@@ -7,19 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import V, make_model
+from tiny import V, make_arguments, make_model
 from tiny_run import make_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from selkd import distill
 from selkd.errors import InputError
 from selkd.estimate.estimate import estimate
+from selkd.maths.chunked import CHUNK_BYTES, chunk_size
 from selkd.models.head import hidden_states
 from selkd.needs.architecture import describe
 from selkd.needs.body import inference_peak, training_memory, why_rough
 from selkd.needs.cache_size import BYTES_OF_SCALARS, MEASURED, bytes_of_draws
-from selkd.needs.memory import weights_bytes
+from selkd.needs.memory import memory, weights_bytes
 from selkd.needs.optimiser import optimiser_bytes
+from selkd.needs.plan import Plan
+from selkd.recipe import packages
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.training.arguments import DistillArguments
@@ -140,6 +143,22 @@ def test_a_quantised_teacher_weighs_what_was_measured() -> None:
         assert counted / 1e6 == pytest.approx(float(megabytes), rel=0.03), quantization
 
 
+def test_chunks_of_float32_logits_count_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk has the same positions in each dtype, so both models' logits of one take twice the bytes."""
+    device = torch.device("cpu")
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 2 * V * 5)
+    recipe = recipe_of(tmp_path, classes={"sampler": "all"}, cache=None)
+    plan = Plan(recipe, make_arguments(tmp_path), 1, 8, 8, 800, 700, 100, 10, 1.0)
+    model = describe(make_model(0).config)
+    narrow, whole = (
+        memory(model, model, plan, (dtype, dtype), is_cpu=True).parts["loss"]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    rows = plan.batch * plan.length * plan.selected_shares[1] * model.hidden_size * 2 * (4 - 2)
+    head = model.vocab_size * model.hidden_size * 2
+    assert whole - narrow == pytest.approx(rows - head + 2 * chunk_size(V, device) * V * (4 - 2), abs=1)
+
+
 def test_models_without_weights_are_estimated(tmp_path: Path) -> None:
     for name, layers in (("big", 4), ("little", 2)):
         make_model(0, layers=layers).config.save_pretrained(tmp_path / name)
@@ -173,7 +192,11 @@ def test_optimisers_by_name(tmp_path: Path) -> None:
     assert state(optim="sgd") == (0, None)
     assert state(optim="sgd", optim_args="momentum=0.9") == (4, None)
     assert state(optim="adagrad") == (4, None)
-    assert state(optim="lomo") == (8, "optimiser: lomo is taken for Adam, two float32 numbers a parameter")
+    arguments = DistillArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments.optim = "lomo"  # its package, which the arguments ask for, may not be here
+    numbers, note = optimiser_bytes(arguments, made)
+    assert round(numbers / made.parameters) == 8
+    assert note == "optimiser: lomo is taken for Adam, two float32 numbers a parameter"
 
 
 def test_accelerators_share_the_steps_and_with_fsdp_the_weights(tmp_path: Path) -> None:
@@ -255,7 +278,8 @@ def test_the_probe_leaves_out_what_only_benchmarks_and_the_best_student_need(tmp
     assert any("the benchmarks (arc_easy) are not counted" in note for note in answer["notes"])
 
 
-def test_optimisers_of_8_bits_keep_the_embedding_in_float32(tmp_path: Path) -> None:
+def test_optimisers_of_8_bits_keep_the_embedding_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "is_installed", lambda _: True)  # they are counted, not made
     plain = estimate(recipe_of(tmp_path), gpus=1)["memory_bytes"]["training_parts"]["optimiser"]
     made = describe(make_model(0, layers=2).config)
     embedding, rest = made.vocab_size * made.hidden_size, made.parameters - made.vocab_size * made.hidden_size

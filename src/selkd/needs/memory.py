@@ -54,7 +54,7 @@ def memory(
         "gradients": weights // shards,
         "optimiser": optimiser // shards,
         "activations": body.activations,
-        "loss": narrow_head + _loss_bytes(student, plan, dtype, chunk),
+        "loss": narrow_head + _loss_bytes(student, plan, dtypes if is_live else (dtype,), chunk),
         "teacher_weights": teacher_weights if is_live else 0,
         "teacher_activations": plan.batch * length * teacher.hidden_size * teacher_dtype.itemsize if is_live else 0,
         # DDP's buckets are as large as the gradients.
@@ -69,8 +69,9 @@ def memory(
 
     samples = max(1, TOKENS_AT_ONCE // length)
     teacher_runs = teacher_weights + inference_peak(teacher, samples, length, teacher_dtype)
-    scoring = weights + narrow_head + inference_peak(student, samples, length, dtype) + _CHUNK_TENSORS["score"] * chunk
-    drawing = teacher_runs + _CHUNK_TENSORS["draw"] * chunk
+    scoring = weights + narrow_head + inference_peak(student, samples, length, dtype)
+    scoring += _logits_bytes("score", chunk, (dtype,))
+    drawing = teacher_runs + _logits_bytes("draw", chunk, (teacher_dtype,))
     stages = {"train": train}
     if plan.scores_samples:
         stages["score"] = process + scoring + (teacher_runs if plan.scores_by_teacher else 0)
@@ -107,11 +108,20 @@ def _sharding_note(shards: int) -> str:
     )
 
 
-def _loss_bytes(student: Architecture, plan: Plan, dtype: torch.dtype, chunk: int) -> int:
-    """Bytes that the chunked loss works on, including the scores of a metric that reads the head."""
+def _loss_bytes(student: Architecture, plan: Plan, dtypes: tuple[torch.dtype, ...], chunk: int) -> int:
+    """Bytes that the chunked loss works on, including the scores of a metric that reads the head.
+
+    Args:
+        dtypes: those of the student's products and, if it is live, of the teacher's.
+    """
     positions = plan.batch * plan.length
     # The head's gradient becomes the parameter's own, unless the parameter has one that it is added to.
     is_added = student.head_is_tied or plan.arguments.gradient_accumulation_steps > 1
     added = 4 * student.vocab_size * student.hidden_size if is_added else 0
-    rows = positions * plan.selected_shares[1] * student.hidden_size * (4 + 2 * dtype.itemsize)
-    return round(added + rows + _CHUNK_TENSORS["loss"] * min(chunk, 4 * positions * student.vocab_size))
+    rows = positions * plan.selected_shares[1] * student.hidden_size * (4 + 2 * dtypes[0].itemsize)
+    return round(added + rows) + _logits_bytes("loss", min(chunk, 4 * positions * student.vocab_size), dtypes)
+
+
+def _logits_bytes(work: str, chunk: int, dtypes: tuple[torch.dtype, ...]) -> int:
+    """Bytes of the logits of one chunk, whose products are in ``dtypes``: ``chunk`` is what one has in 16 bits."""
+    return round(chunk * (_CHUNK_TENSORS[work] + sum(dtype.itemsize / 2 - 1 for dtype in dtypes)))
