@@ -372,6 +372,22 @@ def test_what_the_models_write_stands_side_by_side(run_dir: Path) -> None:
     assert "than the teacher" not in text
 
 
+def test_what_the_map_leaves_out_is_told(run_dir: Path) -> None:
+    def page(**changes: Any) -> str:
+        (run_dir / "held_out.json").write_text(json.dumps(held_out() | changes))
+        return " ".join(write_page(run_dir).read_text().split())
+
+    whole = page()
+    assert "The same held-out text before and after" in whole
+    assert "Of longer texts" not in whole
+    cut = page(cut_at=512, is_held_out=False)
+    assert "Of longer texts the first 512 tokens are shown." in cut
+    assert "The same text, which the student was trained on, before and after" in cut
+    # Where nothing was to be written, nothing is missing; where it could not be, the reason stands.
+    assert "In its own words" not in page(continuations=[], why_no_teacher="no teacher was loaded")
+    assert "Something is missing here: too long." in page(continuations=[], why_not_written="too long")
+
+
 def test_the_chosen_keys_come_first_and_the_whole_recipe_is_folded(run_dir: Path) -> None:
     page = page_of(run_dir)
     keys = page[page.index("<h2>Recipe</h2>") : page.index("<details>")]

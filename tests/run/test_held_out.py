@@ -9,8 +9,10 @@ import pytest
 import torch
 from tiny_run import make_recipe, make_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from selkd import distill
+from selkd.run import finish
 from selkd.sealed import unsealed
 
 
@@ -72,6 +74,39 @@ def test_a_run_keeps_what_its_report_shows(tmp_path: Path) -> None:
         same = row["after"]["same"]
         assert row["after"]["text"].split()[:same] == row["teacher"]["text"].split()[:same]
         assert row["teacher"]["same"] == row["teacher"]["tokens"]
+
+
+def test_every_token_that_the_teacher_runs_on_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By counting what enters the teacher's body while the report's texts, answers and examples are made."""
+    ran_on = {"train": 0, "held_out": 0, "examples": 0}
+    now, forward = ["train"], LlamaModel.forward
+
+    def counted(self: LlamaModel, input_ids: torch.Tensor, **others: Any) -> Any:
+        if self.config.num_hidden_layers == 4:  # the student has two
+            ran_on[now[-1]] += input_ids.numel()
+        return forward(self, input_ids=input_ids, **others)
+
+    def within(name: str) -> None:
+        write = getattr(finish, f"write_{name}")
+
+        def writes(*arguments: Any) -> None:
+            now.append(name)
+            write(*arguments)
+            now.pop()
+
+        monkeypatch.setattr(finish, f"write_{name}", writes)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    within("held_out")
+    within("examples")
+    positions = {"metric": "kl", "policy": "top_k", "fraction": 0.2}
+    live: dict[str, Any] = {"positions": positions, "classes": {"sampler": "all"}, "cache": None}
+    record = distill(make_recipe(tmp_path, **live), tmp_path / "run").record
+    tokens = record["teacher_tokens"]
+    assert tokens["held_out"] == ran_on["held_out"] > 0
+    assert tokens["examples"] == ran_on["examples"] > 0
+    assert sum(tokens.values()) == record["counts"]["teacher_tokens"]
+    assert unsealed(tmp_path / "run" / "record.json")["teacher_tokens"] == tokens
 
 
 def test_without_fidelity_no_teacher_is_loaded_and_none_writes(tmp_path: Path) -> None:

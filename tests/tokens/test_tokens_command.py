@@ -147,6 +147,12 @@ def test_a_process_that_is_piped_hostile_text(folder: Path, tmp_path: Path) -> N
     assert "default-src 'none'" in page
     assert not re.search(r"url\(|@import", page)
     assert page.count('<mark class="plain">') >= -(-length // 5)
+    # Values are there for the keyboard as for the pointer: no tooltip that only a mouse shows.
+    assert " title=" not in page
+    assert page.count('data-tip="') == 2 * (length + 1)
+    stops = re.findall(r'<span [^>]*data-tip="([^"]*)" tabindex="0" role="note" aria-label="([^"]*)"', page)
+    assert len(stops) >= 2 * 8
+    assert all(label.endswith(tip) and "selected" in tip for tip, label in stops)
 
 
 def tags_of(page: str) -> set[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from selkd.data.splits import Splits
 from selkd.errors import InputError
+from selkd.evaluation.shown import EXAMINED, MAPPED_TEXTS, MAPPED_TOKENS, NEW_TOKENS, PROMPT_TOKENS
 from selkd.recipe.choices import FractionSchedule
 from selkd.recipe.pruning import CALIBRATION_SAMPLES
 from selkd.recipe.recipe import Recipe
@@ -24,6 +25,7 @@ class Plan:
     train_tokens: int
     positions_kept: int
     held_out_tokens: int
+    held_out_samples: int
     steps: int
     epochs: float
 
@@ -88,6 +90,19 @@ class Plan:
         return (1.0, 1.0) if fraction is None else (float(fraction), float(fraction))
 
     @property
+    def _reported_tokens(self) -> int:
+        """About how many tokens the teacher runs on for what the report shows: texts beside two students, answers, and
+        examples where the positions' metric needs it."""
+        recipe, length, samples = self.recipe, self.length, self.held_out_samples or self.samples
+        examples = min(EXAMINED, samples) * length if recipe.positions.needs_teacher else 0
+        if "fidelity" not in recipe.evaluation.suite:
+            return examples
+        texts = min(MAPPED_TEXTS, samples) * min(length, MAPPED_TOKENS)
+        answers = min(recipe.evaluation.generations, samples)
+        prompt = min(PROMPT_TOKENS, length // 2)
+        return examples + 2 * texts + answers * (prompt + min(NEW_TOKENS, recipe.data.max_length - prompt) - 1)
+
+    @property
     def teacher_tokens(self) -> dict[str, int]:
         """How many tokens the teacher will run on, by stage; ``total`` is their sum."""
         recipe, is_live = self.recipe, self.recipe.cache is None
@@ -97,7 +112,7 @@ class Plan:
             "score": self.train_tokens if self.scores_by_teacher else 0,
             "cache": 0 if is_live else round(self.kept_tokens * self.cached_share),
             "train": self.trained_tokens if is_live else 0,
-            "evaluate": self.evaluated_tokens,
+            "evaluate": self.evaluated_tokens + self._reported_tokens,
         }
         return {**by_stage, "total": sum(by_stage.values())}
 
@@ -131,9 +146,11 @@ def make_plan(recipe: Recipe, arguments: DistillArguments, devices: int, text: S
         samples, tokens = max(1, text // recipe.data.max_length), text
         positions = samples * (recipe.data.max_length - 1)
         held_out = recipe.data.held_out_tokens if recipe.data.held_out_fraction > 0 else 0
+        held_out_samples = held_out // recipe.data.max_length
     else:
         samples, tokens = len(text.train), text.train_tokens
         positions, held_out = int(text.train.n_valid.sum()), int(text.held_out.lengths.sum())
+        held_out_samples = len(text.held_out)
     kept = samples if recipe.samples is None else max(1, math.ceil(recipe.samples.fraction * samples - 1e-9))
     # Steps of an epoch, as the Trainer counts them.
     batches = math.ceil(kept / (arguments.per_device_train_batch_size * devices))
@@ -147,6 +164,7 @@ def make_plan(recipe: Recipe, arguments: DistillArguments, devices: int, text: S
         samples_kept=kept,
         train_tokens=tokens,
         positions_kept=round(positions * kept / samples),
+        held_out_samples=held_out_samples,
         held_out_tokens=held_out if "fidelity" in recipe.evaluation.suite else 0,
         steps=arguments.max_steps if is_counted else math.ceil(arguments.num_train_epochs * an_epoch),
         epochs=arguments.max_steps / an_epoch if is_counted else float(arguments.num_train_epochs),

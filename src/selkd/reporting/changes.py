@@ -33,11 +33,16 @@ class ChangedToken:
 
 @dataclass(frozen=True)
 class Change:
-    """The texts, the end of the colours' scale in nats, what the nats are, and how many positions went which way."""
+    """The texts, the end of the colours' scale in nats, what the nats are, and how many positions went which way.
+
+    ``cut_at``: the tokens at which texts were cut; None if none was.
+    """
 
     texts: list[list[ChangedToken]]
     highest: float
     measured: str
+    is_held_out: bool
+    cut_at: int | None
     positions: int
     nearer: float
     farther: float
@@ -58,6 +63,8 @@ def change(held_out: dict[str, Any] | None) -> Change | None:
         texts=[_tokens(text, highest, "KL" if is_kl else "cross-entropy") for text in texts],
         highest=highest,
         measured="KL to the teacher" if is_kl else "cross-entropy with the text",
+        is_held_out=bool(held_out and held_out.get("is_held_out", True)),
+        cut_at=dig(held_out, "cut_at"),
         positions=len(pairs),
         nearer=float(np.mean(after < before)),
         farther=float(np.mean(after - before >= FARTHER_NATS)),
@@ -121,6 +128,14 @@ def continuations(held_out: dict[str, Any] | None) -> list[tuple[str, list[Writt
         if known := [answer for answer in answers if answer is not None]:
             rows.append((visible(row["prompt"]), known))
     return rows
+
+
+def missing(held_out: dict[str, Any] | None) -> list[str]:
+    """Why models did not write; nothing where nobody was to write."""
+    failure = dig(held_out, "why_not_written")
+    if not dig(held_out, "continuations") and failure is None:
+        return []
+    return [str(why) for why in (dig(held_out, "why_no_teacher"), failure) if why is not None]
 
 
 def _written(who: str, answer: dict[str, Any] | None, *, is_teacher: bool) -> Written | None:

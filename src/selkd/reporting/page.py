@@ -43,7 +43,7 @@ def write_page(run_dir: Path, out: Path | None = None) -> Path:
         loss_is_kl=loss_is_kl(run.record),
         change=changed,
         continuations=changes.continuations(run.held_out),
-        missing=[why for key in ("why_no_teacher", "why_not_written") if (why := dig(run.held_out, key))],
+        missing=changes.missing(run.held_out),
         new_tokens=dig(run.held_out, "new_tokens"),
         scores={when: benchmarks.scores(run.record, when) for when in ("before", "after")},
         cut=benchmarks.cut(run.record),

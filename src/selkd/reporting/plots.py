@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from selkd.reporting import formats
 from selkd.reporting.figure import (
@@ -27,6 +27,7 @@ from selkd.reporting.figure import (
 )
 from selkd.reporting.run_files import Overlap
 
+Side = Literal["left", "center", "right"]
 Scored = Literal["samples", "positions"]
 
 _MAX_POINTS = 400
@@ -209,6 +210,7 @@ def by_entropy_plot(before: Sequence[dict[str, Any]], after: Sequence[dict[str, 
     """KL before and after training by the teacher's entropy, a row a bucket that has positions."""
     rows = [(old, new) for old, new in zip(before, after, strict=True) if old["positions"] and new["positions"]]
     total = sum(old["positions"] for old, _ in rows)
+    highest = max(max(old["kl_nats"], new["kl_nats"]) for old, new in rows) or 1.0
     with one_plot(height=64 + 34 * len(rows), width=_FIDELITY_WIDTH) as (figure, axes):
         names = []
         for row, (old, new) in enumerate(rows):
@@ -217,8 +219,9 @@ def by_entropy_plot(before: Sequence[dict[str, Any]], after: Sequence[dict[str, 
             axes.plot([start], [row], marker="o", markersize=7, color=MUTED, markerfacecolor=PAPER, markeredgewidth=1.4)
             axes.plot([end], [row], marker="o", markersize=7.5, color=ACCENT, markeredgewidth=0)
             if row == 0:
-                for x, text, colour in ((start, "before", MUTED), (end, "after", ACCENT)):
-                    axes.annotate(text, (x, row), (0, 8), textcoords="offset points", ha="center", color=colour)
+                sides = _apart(start, end, near=0.15 * highest)
+                for x, text, colour, side in ((start, "before", MUTED, sides[0]), (end, "after", ACCENT, sides[1])):
+                    axes.annotate(text, (x, row), (0, 8), textcoords="offset points", ha=side, color=colour)
             low, high = old["from_nats"], old["to_nats"]
             name = f"below {high:g}" if not low else f"{low:g} to {high:g}" if high is not None else f"from {low:g}"
             share = formats.percent(old["positions"] / total, 0)
@@ -228,7 +231,7 @@ def by_entropy_plot(before: Sequence[dict[str, Any]], after: Sequence[dict[str, 
             tip(axes, (start + end) / 2, row, told)
         axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.5, -0.75)
-        axes.set_xlim(0, 1.06 * max(max(old["kl_nats"], new["kl_nats"]) for old, new in rows) or 1.0)
+        axes.set_xlim(0, 1.06 * highest)
         lying(axes, formats.nats)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("KL to the teacher, nats a position")
@@ -246,17 +249,20 @@ def distances_plot(before: np.ndarray, after: np.ndarray, measured: str) -> Plot
     highest = max(2 * lowest, float(np.max([before.max(), after.max()])))
     edges = np.geomspace(lowest, highest, 19)
     with one_plot(height=264, width=_FIDELITY_WIDTH) as (figure, axes):
-        for values, label, colour in ((before, "before", MUTED), (after, "after", ACCENT)):
-            heights, _ = np.histogram(np.clip(values, lowest, highest), edges)
+        counts = [np.histogram(np.clip(values, lowest, highest), edges)[0] for values in (before, after)]
+        sides = _apart(int(np.argmax(counts[0])), int(np.argmax(counts[1])), near=3)
+        rows = zip((before, after), ("before", "after"), (MUTED, ACCENT), counts, sides, strict=True)
+        for values, label, colour, heights, side in rows:
             shares = heights / len(values)
             axes.stairs(shares, edges, color=colour, fill=True, alpha=0.12)
             axes.stairs(shares, edges, color=colour, linewidth=1.8, linestyle="-" if label == "after" else (0, (4, 3)))
             median = float(np.median(values))
             at = int(np.argmax(shares))
             place = (float(np.sqrt(edges[at] * edges[at + 1])), float(shares[at]))
-            axes.annotate(label, place, (0, 6), textcoords="offset points", ha="center", color=colour)
+            axes.annotate(label, place, (0, 6), textcoords="offset points", ha=side, color=colour)
             tip(axes, *place, f"{label}: median {formats.nats(median)} nats")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if highest > 100 * lowest else (1.0, 2.0, 5.0)))
         axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()
@@ -269,6 +275,13 @@ def distances_plot(before: np.ndarray, after: np.ndarray, measured: str) -> Plot
         f"before, {formats.nats(float(np.median(before)))}."
     )
     return Plot("distances", "Position by position", caption, figure)
+
+
+def _apart(first: float, second: float, near: float) -> tuple[Side, Side]:
+    """How two words over two places are aligned, so that they do not lie upon each other where those are near."""
+    if abs(first - second) > near:
+        return "center", "center"
+    return ("right", "left") if first < second else ("left", "right")
 
 
 def storage_plot(layouts: Sequence[tuple[str, float]]) -> Plot:

@@ -1,10 +1,12 @@
 """The end of a run: its saved student measured, its pages written, its record closed, its student published."""
 
 import json
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
+from selkd.evaluation.shown import EXAMINED
 from selkd.files import write_whole
 from selkd.models.loading import load_model
 from selkd.models.pair import ModelPair
@@ -15,13 +17,11 @@ from selkd.reporting.publish import push_student
 from selkd.run.directory import RunDirectory
 from selkd.run.evaluate import evaluate, is_measured
 from selkd.run.held_out import write_held_out
-from selkd.run.record import timed
+from selkd.run.record import count_teacher_tokens, timed
 from selkd.run.workspace import Workspace
 from selkd.sealed import CARD, EXAMPLES, FILES, HELD_OUT, digests
 from selkd.selection.positions import step_context
 from selkd.tokens.examine import examine
-
-EXAMINED = 8  # how many held-out samples the report's page shows, or counts in its histogram
 
 
 def finish(work: Workspace, run: RunDirectory) -> None:
@@ -34,7 +34,7 @@ def finish(work: Workspace, run: RunDirectory) -> None:
             if unmeasured or not (run.path / EXAMPLES).exists():
                 write_examples(work, run)
             if unmeasured or not (run.path / HELD_OUT).exists():
-                write_held_out(work, run, saved_student(work, run))
+                write_held_out(work, run, partial(saved_student, work, run))
         run.save()  # the page reads the record's file
         if unmeasured or not (run.path / CARD).exists():  # keep a card that the user may have edited
             write_card(run)
@@ -65,13 +65,18 @@ def write_examples(work: Workspace, run: RunDirectory) -> None:
     student = saved_student(work, run)
     samples = work.splits.held_out if len(work.splits.held_out) else work.splits.train
     positions, steps = work.recipe.positions, run.record["train"]["steps"]
+    looked_at = [samples[index] for index in range(min(EXAMINED, len(samples)))]
+    metric = positions.metric if positions.metric not in (None, "random") else "student_entropy"
     examined = examine(
         ModelPair(lambda: student, lambda: work.models.teacher, work.tokenizer, work.vocab_size, torch.float32),
-        [samples[index] for index in range(min(EXAMINED, len(samples)))],
-        positions.metric if positions.metric not in (None, "random") else "student_entropy",
+        looked_at,
+        metric,
         [(positions, step_context(positions, steps, steps))],
         work.recipe.seed,
     )
+    if positions.needs_teacher:  # it ran on one padded batch
+        count_teacher_tokens(run, examples=len(looked_at) * max(len(sample.token_ids) for sample in looked_at))
+        run.save()  # before the file, after which nobody counts again
     write_whole(run.path / EXAMPLES, json.dumps(examined) + "\n")
 
 

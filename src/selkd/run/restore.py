@@ -1,6 +1,7 @@
 """A finished run that lost something: what can be made again is made again, the rest is told with its remedy."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from selkd.errors import InputError
@@ -92,7 +93,7 @@ def _sums(work: Workspace, run: RunDirectory) -> None:
 
 def _held_out(work: Workspace, run: RunDirectory) -> None:
     if work.state.is_main_process:
-        write_held_out(work, run, saved_student(work, run))
+        write_held_out(work, run, partial(saved_student, work, run))
 
 
 def _examples(work: Workspace, run: RunDirectory) -> None:

@@ -14,14 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selkd.data.collate import collate
 from selkd.data.samples import Sample, SampleDataset
+from selkd.evaluation.shown import MAPPED_TEXTS, MAPPED_TOKENS, NEW_TOKENS, PROMPT_TOKENS
 from selkd.models.generation import Decoding, generate, stop_ids
 from selkd.models.head import evaluating
 from selkd.models.pair import ModelPair
 from selkd.models.tokenizers import token_texts
 from selkd.selection.position_scores import position_statistics
 
-MAPPED_TEXTS, MAPPED_TOKENS = 3, 512  # the most that is looked at: so many texts, so many tokens of each
-PROMPT_TOKENS, NEW_TOKENS = 48, 40  # of a plain text, whose beginning is the prompt; the most that a model writes
 _FEWEST_NEW = 8  # a prompt that leaves fewer before the greatest length is left out
 _ROWS = 64
 
@@ -113,15 +112,16 @@ def _placed(values: Sequence[Any], valid: Sequence[bool]) -> list[Any]:
 
 
 def prompts_of(samples: SampleDataset, count: int, max_length: int) -> list[np.ndarray]:
-    """At most ``count`` prompts, from samples spread evenly: what stands before the first learned token, or, of plain
-    text, its beginning. Each leaves room for an answer within ``max_length``."""
+    """At most ``count`` prompts, from samples spread evenly: what stands before the first learned token (a prompt
+    without an answer: all of it), or, of plain text, its beginning. Each leaves room for an answer within
+    ``max_length``."""
     picked = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int)
     prompts = []
     for index in sorted(set(picked.tolist())):
         sample = samples[index]
         length = min(PROMPT_TOKENS, max(1, max_length // 2), len(sample.token_ids))
-        if sample.is_target is not None and sample.is_target.any():
-            length = int(sample.is_target.argmax())
+        if sample.is_target is not None:
+            length = int(sample.is_target.argmax()) if sample.is_target.any() else len(sample.token_ids)
         if 0 < length <= max_length - min(_FEWEST_NEW, max_length // 2):
             prompts.append(sample.token_ids[:length])
     return prompts
@@ -146,6 +146,17 @@ def written(
         vocab_size=vocab_size,
     )
     return generate(model, prompts, np.zeros((len(prompts), room)), decoding)
+
+
+def tokens_run(texts: Sequence[Sample], prompts: Sequence[np.ndarray], answers: Sequence[Sequence[int]] | None) -> int:
+    """How many tokens a model runs on in ``see`` and ``written``, padding included.
+
+    An answer's last token is not run on: nothing is asked of it.
+    """
+    seen = sum(len(sample.token_ids) for sample in texts)
+    if not prompts or answers is None:
+        return seen
+    return seen + len(prompts) * (max(map(len, prompts)) + max(map(len, answers)) - 1)
 
 
 def side_by_side(
