@@ -1,6 +1,6 @@
 """What ``selkd cache verify --rescore`` can tell: caches of the real teacher, drawn again by it and by altered ones.
 
-    python benchmarks/rescore.py [--samples 12]
+    python benchmarks/rescore.py [--samples 12] [--samplers 4]
 
 Samples of the Python manual; the cache is the bfloat16 teacher's at temperature 1. docs/results/cache.md has the table.
 """
@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from selkd import load_recipe
 from selkd.data.splits import load_splits
+from selkd.maths.importance import statistics
 from selkd.models.loading import load_model
 from selkd.models.sources import default_cache_dir, locate
 from selkd.models.tokenizers import load_tokenizer, tokenizer_fingerprint
+from selkd.plugins import Sampler
 from selkd.recipe.choices import ClassOptions
 from selkd.run.verify_cache import judged
 from selkd.selection.classes import class_sampler
@@ -27,6 +30,7 @@ from selkd.teacher import build_cache as building
 from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.live import LiveTeacher
 from selkd.teacher.recheck_cache import compare_again
+from selkd_cache.manifest import SCALARS
 from selkd_cache.reader import TeacherCache
 
 SEED = 1
@@ -43,10 +47,19 @@ def perturbed(model: PreTrainedModel, share: float) -> PreTrainedModel:
     return model
 
 
+class Softer(LiveTeacher):
+    """A teacher whose own distribution is the one at its temperature, in its scalars, too."""
+
+    def _scalars(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return statistics(("teacher_entropy", "teacher_ce"), logits, logits / self.temperature, targets)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=12)
-    n_samples = parser.parse_args().samples
+    parser.add_argument("--samplers", type=int, default=len(SAMPLERS), help="how many of the samplers, from the first")
+    options = parser.parse_args()
+    n_samples = options.samples
     source, cpu = locate("demo", default_cache_dir()), torch.device("cpu")
     tokenizer = load_tokenizer(source)
     fingerprint = tokenizer_fingerprint(tokenizer)
@@ -66,7 +79,7 @@ def main() -> None:
         "temperature 2": {"temperature": 2.0},
     }
     tokens_at_once = building.TOKENS_AT_ONCE
-    for sampler, draws in SAMPLERS:
+    for sampler, draws in SAMPLERS[: options.samplers]:
         classes = ClassOptions.model_validate({"sampler": sampler, "draws": draws})
         about: dict[str, str | int | float] = {
             "sampler": sampler,
@@ -75,25 +88,27 @@ def main() -> None:
             "vocabulary": vocab_size,
             "seed": SEED,
             "count_total": class_sampler(classes).total,
+            SCALARS: 2,
         }
 
         def teacher(classes: ClassOptions = classes, **options: Any) -> LiveTeacher:
             temperature = options.get("temperature", 1.0)
-            return LiveTeacher(options.get("model", low), classes, temperature, SEED, vocab_size)
+            return Softer(options.get("model", low), classes, temperature, SEED, vocab_size)
 
         with tempfile.TemporaryDirectory() as folder:
             building.build_cache(Path(folder), about, samples, teacher, 0)
             cached = CachedTeacher(TeacherCache.open(folder))
-            for name, options in variants.items():
-                building.TOKENS_AT_ONCE = options.get("tokens_at_once", tokens_at_once)
-                with torch.backends.mkldnn.flags(enabled=options.get("with_onednn", True)):
-                    shares = compare_again(teacher(**options), cached, samples, range(len(samples)), 0)
+            for name, altered in variants.items():
+                building.TOKENS_AT_ONCE = altered.get("tokens_at_once", tokens_at_once)
+                with torch.backends.mkldnn.flags(enabled=altered.get("with_onednn", True)):
+                    shares = compare_again(teacher(**altered), cached, samples, range(len(samples)), 0)
                 building.TOKENS_AT_ONCE = tokens_at_once
-                answer = judged(shares, sampler)
+                answer = judged(shares, Sampler.find(sampler).least_same_draws)
                 print(
                     f"{sampler:10} {draws:3}  {name:18} {answer.positions} positions  "
                     f"identical {answer.identical_positions / answer.positions:6.1%}  same {answer.same_draws:.4f}  "
-                    f"worst sample {answer.worst_same_draws:.4f}  agrees {answer.agrees}",
+                    f"worst sample {answer.worst_same_draws:.4f}  scalars {answer.scalar_error:.4f} nats on average, "
+                    f"{answer.worst_scalar_error:.3f} at most  agrees {answer.agrees}",
                     flush=True,
                 )
 

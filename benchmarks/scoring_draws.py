@@ -6,7 +6,7 @@ Real teacher and text (``benchmarks/cache.py`` names the files), a student in ``
 number that scores, over several draws: the share of the exact top fifth that is selected; the mean true KL of what is
 selected, against that of the exact choice; and the loss at the selected positions less their true KL, which is the
 bias: with the other draws, and with the very draws that scored. Fewer draws are left for the loss: ``noise`` is its
-variance against that of all draws.
+mean squared error against that of all draws. Draws are split as training splits them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from selkd.maths.chunked import wide
 from selkd.models.head import head_of, hidden_states
 from selkd.models.loading import load_model
 from selkd.models.sources import default_cache_dir, locate
-from selkd.selection.classes import split_draws
+from selkd.selection.classes import split_draws, split_evenly
 
 DRAWS, FRACTION, REPEATS = 64, 0.2, 4
 SHARES = (4, 8, 16, 24, 32)
@@ -49,7 +49,7 @@ def measure(data: Path, student: str, positions: int) -> dict[str, Any]:
         count = -(-len(kl) // round(1 / FRACTION))
         exact = kl.topk(count).indices
         for name in ("rs_kd", "systematic"):
-            draw = sampler(name, DRAWS)
+            draw, split = sampler(name, DRAWS), split_evenly if name == "systematic" else split_draws
             for _ in range(REPEATS):
                 noise = torch.rand(len(p), draw.n_uniforms, generator=generator, dtype=torch.float64)
                 class_ids, counts = draw(p, noise)
@@ -60,7 +60,7 @@ def measure(data: Path, student: str, positions: int) -> dict[str, Any]:
 
                 split_noise = torch.rand(len(p), DRAWS, generator=generator, dtype=torch.float64)
                 for n in (*SHARES, DRAWS):
-                    first, rest = split_draws(counts, split_noise, n) if n < DRAWS else (counts, counts)
+                    first, rest = split(counts, split_noise, n) if n < DRAWS else (counts, counts)
                     picked = estimate(first).topk(count).indices
                     rows.setdefault((name, n), []).append(
                         [
@@ -68,14 +68,15 @@ def measure(data: Path, student: str, positions: int) -> dict[str, Any]:
                             float(kl[picked].mean() / kl[exact].mean()),
                             float((estimate(rest) - kl)[picked].mean()),
                             float((estimate(first) - kl)[picked].mean()),
+                            float((estimate(rest) - kl).square().mean()),
                         ]
                     )
-    names = ("share_of_exact_choice", "kl_of_choice", "bias_of_other_draws", "bias_of_same_draws")
+    names = ("share_of_exact_choice", "kl_of_choice", "bias_of_other_draws", "bias_of_same_draws", "noise")
     found = []
     for (name, n), values in rows.items():
-        means = torch.tensor(values).mean(0).tolist()
-        noise = DRAWS / (DRAWS - n) if n < DRAWS else 1.0
-        found.append({"sampler": name, "scoring": n, **dict(zip(names, means, strict=True)), "noise": noise})
+        *means, noise = torch.tensor(values).mean(0).tolist()
+        noise /= torch.tensor(rows[name, DRAWS]).mean(0)[-1].item()
+        found.append({"sampler": name, "scoring": n, **dict(zip(names, [*means, noise], strict=True))})
     return {"positions": sum(sample.n_valid for sample in samples), "draws": DRAWS, "points": found}
 
 

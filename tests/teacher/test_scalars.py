@@ -20,7 +20,7 @@ from selkd.evaluation.sample_scores import score_samples
 from selkd.models.head import head_of, hidden_states
 from selkd.models.pair import ModelPair
 from selkd.recipe.choices import ClassOptions
-from selkd.selection.classes import ClassSampler, class_sampler, split_draws
+from selkd.selection.classes import ClassSampler, class_sampler, split_draws, split_evenly
 from selkd.teacher.build_cache import build_cache
 from selkd.teacher.cached import CachedTeacher, ScoringDraws
 from selkd.teacher.live import LiveTeacher
@@ -187,11 +187,51 @@ def test_the_estimate_of_kl_has_the_right_expectation(name: str) -> None:
     student, p, entropy, kl = make_distributions(n, repeats)
     class_ids, counts = drawn(class_sampler(ClassOptions(sampler=name, draws=16)), p, 1)
     noise = torch.rand(len(p), 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    for part in (counts, *split_draws(counts, noise, 4)):
+    for part in (counts, *split_draws(counts, noise, 4), *split_evenly(counts, noise, 4)):
         error = (kl_of_draws(student, entropy, class_ids, part) - kl).view(repeats, n)
         deviation = error.std(0) / repeats**0.5
         assert (error.mean(0).abs() <= 4.5 * deviation).all()
         assert (deviation > 0).all()
+
+
+@pytest.mark.parametrize("n_first", [1, 3, 4, 7])
+def test_evenly_spaced_parts_are_every_so_many_draws_in_the_order_of_the_classes(n_first: int) -> None:
+    counts = torch.tensor([[2, 0, 5, 1], [0, 0, 0, 0], [1, 1, 1, 5]])
+    for place in range(8):
+        first, rest = split_evenly(counts, torch.full((3, 8), (place + 0.5) / 8, dtype=torch.float64), n_first)
+        for row, drawn in enumerate(counts.tolist()):
+            classes = [v for v, count in enumerate(drawn) for _ in range(count)]
+            taken = [classes[k] for k in range(len(classes)) if (k * n_first + place) % 8 < n_first]
+            assert first[row].tolist() == [taken.count(v) for v in range(4)]
+        assert (first + rest == counts).all()
+        assert first.sum(-1).tolist() == [n_first, 0, n_first]
+
+
+def test_an_even_part_of_evenly_spaced_draws_leaves_the_others_nearer_to_the_truth() -> None:
+    """Both parts are spaced evenly, so each errs less than a random part, and so does the loss at what is selected."""
+    n, repeats = 200, 300
+    student, p, entropy, kl = make_distributions(n, repeats)
+    class_ids, counts = drawn(class_sampler(ClassOptions(sampler="systematic", draws=32)), p, 4)
+    noise = torch.rand(len(p), 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def errors(split: Any) -> tuple[Tensor, Tensor, Tensor]:
+        scored, trained = (kl_of_draws(student, entropy, class_ids, part) - kl for part in split(counts, noise, 8))
+        picked = (scored + kl).view(repeats, n).topk(n // 5).indices
+        return scored.square().mean(), trained.square().mean(), trained.view(repeats, n).gather(1, picked).mean().abs()
+
+    for even, random in zip(errors(split_evenly), errors(split_draws), strict=True):
+        assert even < 0.9 * random
+
+
+def test_a_caches_sampler_decides_how_its_draws_are_split(tmp_path: Path) -> None:
+    for sampler, is_even in (("rs_kd", False), ("systematic", True)):
+        samples = make_samples(4)
+        cache = make_cache(tmp_path / sampler, samples, sampler=sampler)
+        arguments = make_arguments(tmp_path, positions={"metric": "kl"}, classes={"sampler": sampler, "draws": 32})
+        model, tokenizer = make_model(1), make_tokenizer()
+        teacher = DistillTrainer(model, cache, arguments, train_dataset=samples, processing_class=tokenizer).teacher
+        assert isinstance(teacher, CachedTeacher)
+        assert teacher.scoring == ScoringDraws(8, arguments.seed, is_even)
 
 
 def test_scoring_and_training_on_the_same_draws_is_biased_and_on_others_is_not() -> None:

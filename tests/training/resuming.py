@@ -50,6 +50,10 @@ CASES: dict[str, dict[str, Any]] = {
     "systematic": {"classes": {"sampler": "systematic", "draws": 6}},
     "top_k classes": {"classes": {"sampler": "top_k", "draws": 6}},
     "cached": {"classes": DRAWN, "positions": ENTROPY, "cached": True},
+    "kl of a cache": {
+        "classes": {"sampler": "systematic", "draws": 6}, "cached": True,
+        "positions": {"metric": "kl", "fraction": 0.4},
+    },
     "cached, read by workers": {
         "classes": DRAWN, "cached": True, "dataloader_num_workers": 2, "dataloader_persistent_workers": True,
     },
@@ -85,11 +89,11 @@ def make_trainer(case: str, out: Path, shared: Path, **changes: Any) -> DistillT
         options |= {"prompt_field": "q", "completion_field": "a", "packing": False}
     teacher: Any = make_model(0, layers=3)
     if is_cached:
-        drawn = ClassOptions.model_validate(DRAWN)
-        fingerprint = {**DRAWN, "temperature": 1.0, "vocabulary": V, "seed": 11}
-        live = LiveTeacher(make_model(0, layers=3), drawn, 1.0, 11, V)
-        build_cache(shared / "cache", fingerprint, samples, lambda: live, 1)
-        teacher = TeacherCache.open(shared / "cache")
+        drawn, folder = options["classes"], shared / f"cache of {options['classes']['sampler']}"
+        fingerprint = {**drawn, "temperature": 1.0, "vocabulary": V, "seed": 11, "scalars": 2}
+        live = LiveTeacher(make_model(0, layers=3), ClassOptions.model_validate(drawn), 1.0, 11, V)
+        build_cache(folder, fingerprint, samples, lambda: live, 1)
+        teacher = TeacherCache.open(folder)
     arguments = make_arguments(out, **options)
     if arguments.is_sharded:  # Accelerate shards on accelerators only; FSDP2 itself runs on CPUs, too
         arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU

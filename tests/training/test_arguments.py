@@ -867,3 +867,14 @@ def test_a_key_of_data_beside_the_others_is_refused_with_where_it_belongs(tmp_pa
     args = DistillArguments(output_dir=str(tmp_path), use_cpu=True, data={"packing": False})
     assert copy.deepcopy(args).data == args.data
     assert pickle.loads(pickle.dumps(args)).data == args.data
+
+
+def test_an_optimiser_that_is_missing_is_missed_by_the_training_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arguments may be made to estimate what a training would need."""
+    monkeypatch.setattr("selkd.recipe.packages.is_installed", lambda _: False)
+    arguments = DistillArguments(output_dir=str(tmp_path), use_cpu=True, optim="adamw_bnb_8bit")
+    for refuse in (arguments.try_optimiser, lambda: DistillTrainer("none", "none", arguments, processing_class=1)):
+        with pytest.raises(InputError, match=r"optim: adamw_bnb_8bit needs the package bitsandbytes"):
+            refuse()

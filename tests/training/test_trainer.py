@@ -236,9 +236,9 @@ def test_epochs_are_shuffled_differently_and_last_batches_filled(tmp_path: Path)
 
 
 def cached(
-    samples: SampleDataset, folder: Path, draws: int = 8, temperature: float = 1.0, teacher: Any = None
+    samples: SampleDataset, folder: Path, draws: int = 8, temperature: float = 1.0, teacher: Any = None, **more: Any
 ) -> TeacherCache:
-    fingerprint = {"sampler": "rs_kd", "draws": draws, "temperature": temperature, "vocabulary": V, "seed": 11}
+    fingerprint = {"sampler": "rs_kd", "draws": draws, "temperature": temperature, "vocabulary": V, "seed": 11, **more}
     options = ClassOptions(sampler="rs_kd", draws=draws)
     model = make_model(0, layers=3) if teacher is None else teacher
     build_cache(folder, fingerprint, samples, lambda: LiveTeacher(model, options, temperature, 11, V), 1)

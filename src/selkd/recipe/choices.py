@@ -189,7 +189,8 @@ class PositionOptions(Part):
     scoring_draws: Count | None = Field(
         None,
         description="With a teacher cache and a metric that has KL(p ‖ q): how many of a position's draws score it; "
-        "the loss uses the others. Default: a quarter.",
+        "the loss uses the others. Default: a quarter. With rs_kd draws the two are independent, and the loss stays "
+        "unbiased; with systematic it comes out some hundredths of a nat too low at the selected positions.",
     )
 
     @model_validator(mode="after")
@@ -295,7 +296,8 @@ class SampleOptions(Part):
     from_cache: bool = Field(
         False,
         description="Score kl or ce_ratio from a teacher cache of the whole text, which is built first: the teacher "
-        "runs once for scoring and training.",
+        "runs once for scoring and training. kl is then estimated from the draws that are trained on; the loss of the "
+        "kept samples comes out too high by 0.001 nats or less at 511 positions a sample, 0.02 at 16.",
     )
     path: PathText | None = Field(
         None, description="The file of the scores, written or reused; null: in the run's folder."

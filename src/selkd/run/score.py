@@ -9,6 +9,7 @@ import torch
 
 from selkd.data.samples import SampleDataset
 from selkd.evaluation.sample_scores import score_samples
+from selkd.plugins import Metric
 from selkd.recipe.choices import SampleOptions
 from selkd.run.cache import all_cached, open_cache
 from selkd.run.directory import RunDirectory
@@ -140,9 +141,17 @@ def _fingerprint(work: Workspace, options: SampleOptions) -> dict[str, str]:
         fingerprint["seed"] = seed
     if options.needs_teacher:
         if options.from_cache:
-            fingerprint["metric"] += ", from a cache"
+            fingerprint["metric"] += f", from a cache{_draws_scored_by(work, options)}"
         fingerprint |= {"teacher": work.teacher_source.fingerprint, "teacher_precision": work.teacher_precision}
     return fingerprint
+
+
+def _draws_scored_by(work: Workspace, options: SampleOptions) -> str:
+    """What scores from a cache depend on beside its teacher: the draws, for a metric that is estimated from them."""
+    if not Metric.find(options.metric).uses_draws:
+        return ""
+    classes = work.recipe.classes
+    return f" of {classes.draws} draws by {classes.sampler}, seed {work.recipe.seed}"
 
 
 def _estimator(work: Workspace, options: SampleOptions) -> Estimator | None:

@@ -70,6 +70,7 @@ Sampler.add(
     "systematic",
     systematic,
     is_unbiased=True,
+    is_evenly_spaced=True,
     n_uniforms=lambda _: 1,
     least_same_draws=(0.76, 0.5),
     label="{draws} evenly spaced draws from the teacher’s distribution",
@@ -159,6 +160,26 @@ def split_draws(counts: Tensor, uniforms: Tensor, n_first: int) -> tuple[Tensor,
     taken = torch.zeros_like(draws).scatter_(-1, uniforms.argsort(dim=-1)[:, :n_first], 1)
     taken = taken * (draws < ends[:, -1:])
     first = torch.zeros_like(ends).scatter_add_(-1, class_of_draw, taken).to(counts.dtype)
+    return first, counts - first
+
+
+def split_evenly(counts: Tensor, uniforms: Tensor, n_first: int) -> tuple[Tensor, Tensor]:
+    """As ``split_draws``, but the first are evenly spaced among the draws in the order of the classes.
+
+    Of equally spaced draws (``systematic``) they so are equally spaced, too. Taken at random they would scatter as
+    independent ones do; and as all draws together hardly scatter, the rest would make up for what the first have.
+
+    Args:
+        counts: integers [n, C] in the order of the class ids; each row sums to U, or to 0.
+        uniforms: [n, U] in [0, 1), of which the first column is used: which of the U places is the first.
+    """
+    n_draws = uniforms.shape[-1]
+    offset = (uniforms[:, :1] * n_draws).long()
+    # Draw k is one of the first where (k * n_first + offset) mod U < n_first, which is so for n_first of any U in turn.
+    ends = counts.long().cumsum(dim=-1) * n_first + offset + (n_draws - n_first)
+    first = ends.div(n_draws, rounding_mode="floor")
+    before = (offset + (n_draws - n_first)).div(n_draws, rounding_mode="floor")
+    first = first.diff(dim=-1, prepend=before).to(counts.dtype)
     return first, counts - first
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.plugins import Sampler
-from selkd.selection.classes import split_draws
+from selkd.selection.classes import split_draws, split_evenly
 from selkd.selection.host import on_host, to_device
 from selkd.teacher.live import draw_uniforms_of
 from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets, TeacherScalars, TruncatedDistribution
@@ -36,14 +36,18 @@ class ScoringDraws:
     Attributes:
         count: how many of the draws score.
         seed: the run's.
+        is_even: whether they are taken evenly spaced, for draws that are equally spaced; else at random. The others
+            are independent of them only where the draws are.
     """
 
     count: int
     seed: int
+    is_even: bool = False
 
     def split(self, counts: Tensor, batch: Batch, step: int, draws: int) -> tuple[Tensor, Tensor]:
         """The counts [B * T, C] of the scoring draws and of the others, of those of all ``draws``."""
-        return split_draws(counts, draw_uniforms_of(batch, self.seed, draws, "scoring draws", step), self.count)
+        part = split_evenly if self.is_even else split_draws
+        return part(counts, draw_uniforms_of(batch, self.seed, draws, "scoring draws", step), self.count)
 
 
 class CachedTeacher:

@@ -112,7 +112,6 @@ class DistillArguments(TrainingArguments):
         with _as_input_error("DistillArguments: {}"):
             check_supported(vars(self))
             check_accelerator(self.accelerator_config)
-            check_packages(vars(self))
         if self.bf16 and self.mixed_precision != "bf16":
             raise InputError(
                 "DistillArguments: bf16 was set when the arguments had been made, and would change nothing. Make them "
@@ -138,11 +137,17 @@ class DistillArguments(TrainingArguments):
         require_supported_split(self)
         require_zero(self)
 
+    def require_packages(self) -> None:
+        """Raises InputError for an optimiser or a tracker that is not installed. Who only estimates needs neither."""
+        with _as_input_error("DistillArguments: {}"):
+            check_packages(vars(self))
+
     def try_optimiser(self) -> None:
         """Make the optimiser and the schedule for a single number; raises what torch and Transformers do if they can't.
 
         A value that they refuse would stop the training only when all before it is done.
         """
+        self.require_packages()
         kind, options = Trainer.get_optimizer_cls_and_kwargs(self)
         optimiser = kind([torch.nn.Parameter(torch.zeros(1))], **options)
         get_scheduler(self.lr_scheduler_type, optimiser, self.get_warmup_steps(100), 100, self.lr_scheduler_kwargs)

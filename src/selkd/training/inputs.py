@@ -12,7 +12,7 @@ from selkd.data.samples import SampleDataset
 from selkd.errors import InputError
 from selkd.models.head import check_head, head_of
 from selkd.models.loading import require_device, window_of
-from selkd.plugins import Metric
+from selkd.plugins import Metric, Sampler
 from selkd.recipe.choices import ClassOptions, PositionOptions
 from selkd.recipe.combinations import check_cached, n_scoring_draws
 from selkd.teacher.cached import CachedTeacher, ScoringDraws
@@ -45,6 +45,7 @@ def require_parameters(args: DistillArguments, teacher: Any, tokenizer: Any, oth
             "compute_loss_func: the loss is the distillation's. Give a criterion of your own by its name "
             "(criterion={'name': 'module:function'}), and leave it out."
         )
+    args.require_packages()
     if args.teacher_device is not None:
         require_device("teacher_device", torch.device(args.teacher_device))
     if args.device.type == "mps":
@@ -197,7 +198,8 @@ def scoring_draws(positions: PositionOptions, classes: ClassOptions, seed: int) 
     if positions.metric is None or not Metric.find(positions.metric).uses_draws:
         return None
     assert classes.draws is not None, "a cache holds drawn classes"
-    return ScoringDraws(n_scoring_draws(positions, classes.draws), seed)
+    is_even = Sampler.find(classes.sampler).is_evenly_spaced
+    return ScoringDraws(n_scoring_draws(positions, classes.draws), seed, is_even)
 
 
 def _on_device(teacher: PreTrainedModel, args: DistillArguments) -> PreTrainedModel:

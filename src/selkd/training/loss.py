@@ -120,7 +120,8 @@ def distillation_loss(
 
             Beside ``class_ids`` may stand ``entropy_nats`` and ``ce_nats`` [B, T], the teacher's H(p) and -log p(y) at
             temperature 1: with them its metrics can be taken, and the true KL is known. A metric with KL is estimated
-            from ``positions.scoring_draws`` of the draws, and the loss has the others.
+            from ``positions.scoring_draws`` of the draws, taken at random, and the loss has the others. Those of
+            ``systematic`` are better split by ``DistillTrainer``, which spaces them evenly.
         targets: the true next tokens, int64 [B, T]: ``input_ids`` moved to the left by one.
         valid_mask: bool [B, T], on any device, the positions that may be selected; None: those whose target is not
             -100.

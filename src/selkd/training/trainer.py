@@ -297,6 +297,7 @@ class DistillTrainer(ResumingTrainer):
         if is_data_changed:
             raise InputError("hp_space: how rows become samples is no part of a search; they were made before it.")
         self.args.check()
+        self.args.require_packages()
         # A trial has an accelerator of its own.
         require_accelerate_state(self.accelerator.state, self.args, self.is_fsdp_enabled, has_adapters(self.model))
         self._set_up()
