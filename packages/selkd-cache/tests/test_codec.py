@@ -6,12 +6,12 @@ from cache_samples import assert_same_rows, make_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
-from second_reader import read_block, read_model
+from second_reader import frequencies, read_block, read_model
 
 from selkd_cache.codec import decode, encode, fit
 from selkd_cache.errors import InputError
 from selkd_cache.frequency_model import Model
-from selkd_cache.integers import Buckets, frequencies, to_codes
+from selkd_cache.integers import Buckets, to_codes, weights
 from selkd_cache.rows import Rows, checked_rows
 from selkd_cache.scalars import LARGEST_CODE, bound_of, codes_of, values_of
 
@@ -275,10 +275,19 @@ def test_frequencies_sum_to_the_precision_and_none_is_zero() -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 128, (50, 30)).astype(np.uint8)
     codes[0] = 0
-    found = frequencies(codes)
+    found = weights(codes).astype(np.int64) + 1
     assert (found.sum(axis=1) == 2**24).all()
     assert found.min() >= 1
     assert np.ptp(found[0, 1:]) == 0  # of a context that never came, all symbols alike
+
+
+@pytest.mark.parametrize("largest", [40, 100, 127])
+def test_weights_are_the_specified_frequencies_less_one(largest: int) -> None:
+    """Against the specification's integers, also where counts are beyond what doubles hold."""
+    rng = np.random.default_rng(largest)
+    codes = rng.integers(0, largest + 1, (200, 31)).astype(np.uint8) * (rng.random((200, 31)) < 0.4).astype(np.uint8)
+    codes[:3] = 0
+    assert (weights(codes) + 1).tolist() == [frequencies(row.tobytes()) for row in codes]
 
 
 def test_codes_keep_small_counts_and_the_size_of_large_ones() -> None:
@@ -293,7 +302,8 @@ def test_codes_keep_small_counts_and_the_size_of_large_ones() -> None:
 def test_the_tables_of_a_model_survive_storing() -> None:
     model = fit([make_rows(number) for number in range(5)])
     stored = through_bytes(model)
-    np.testing.assert_array_equal(stored.classes, model.classes)
+    np.testing.assert_array_equal(stored.ids, model.ids)
+    np.testing.assert_array_equal(stored.order, model.order)
     for table in model.tables:
         np.testing.assert_array_equal(stored.codes[table], model.codes[table])
         assert stored.weights[table].dtype == np.float32
@@ -309,7 +319,7 @@ def test_classes_in_a_shard_without_any_are_refused() -> None:
     """A block of another shard, whose model says that no class was ever drawn."""
     empty = fit([rows_of([{}, {}])])
     block = encode(fit([rows_of([{3: 1}, {4: 1}])]), rows_of([{3: 1}, {4: 1}]))
-    without_classes = Model(1, empty.classes, empty.octaves)
+    without_classes = Model(1, empty.ids, empty.octaves)
     shapes = {table: np.ones(without_classes.shape(table), np.uint8) for table in without_classes.tables}
     without_classes.codes = shapes
     with pytest.raises(InputError, match="damaged"):

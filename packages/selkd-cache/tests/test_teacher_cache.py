@@ -1,15 +1,17 @@
 import json
+import os
 import pickle
 import random
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
-from cache_samples import FINGERPRINT, assert_same_rows, build, make_rows, plan, sample_id, shard_samples
+from cache_samples import FINGERPRINT, assert_same_rows, build, contents, make_rows, plan, sample_id, shard_samples
 from second_reader import read_cache
 
 from selkd_cache.errors import InputError, RunError
@@ -428,6 +430,49 @@ def test_a_start_reads_no_sample_and_no_damaged_one_is_ever_returned(folder: Pat
         read += [each for each, _ in cache.items()]
     assert writer.missing_shards() == [1]
     assert len(verify_cache(folder)) == 1
+
+
+@pytest.mark.parametrize("damaged", [shard_name(1), INDEX_FILE])
+def test_a_start_reads_what_was_written_since_the_manifest_and_the_rest_is_found_before_its_use(
+    folder: Path, damaged: str
+) -> None:
+    """Bits that rot leave a file's time as it was: a start does not look, a reader does before it returns anything."""
+    for path in folder.iterdir():
+        os.utime(path, (1, 2 if path.name == MANIFEST else 1))
+    before = contents(folder)
+    flip(folder / damaged, 50)
+    os.utime(folder / damaged, (1, 1))
+    writer = CacheWriter(folder, FINGERPRINT, plan())
+    assert writer.missing_shards(blocks=False) == []
+    assert verify_cache(folder, blocks=False) == []
+    writer.finish()
+    assert [name for name, data in contents(folder).items() if data != before[name]] == [damaged]
+    cache, lost = TeacherCache.open(folder), []
+    for number in range(12):
+        with suppress(InputError):
+            assert_same_rows(cache.get(sample_id(number)), make_rows(number))
+            continue
+        lost.append(number)
+    assert len(lost) == (1 if damaged == INDEX_FILE else 4)
+    for number in lost:
+        with pytest.raises(InputError, match=rf"{damaged} .*--repair"):
+            cache.get(sample_id(number))
+
+    os.utime(folder / damaged, (3, 3))
+    assert writer.missing_shards(blocks=False) == ([] if damaged == INDEX_FILE else [1])
+    assert [damaged in problem for problem in verify_cache(folder, blocks=False)] == [True]
+    for shard in writer.missing_shards(blocks=False):
+        writer.write_shard(shard, shard_samples(shard))
+    writer.finish()
+    assert contents(folder) == before
+
+
+def test_a_start_compares_sizes(folder: Path) -> None:
+    (folder / shard_name(2)).write_bytes((folder / shard_name(2)).read_bytes()[:-1])
+    for path in folder.iterdir():
+        os.utime(path, (1, 2 if path.name == MANIFEST else 1))
+    assert CacheWriter(folder, FINGERPRINT, plan()).missing_shards(blocks=False) == [2]
+    assert "shard-00002.selkd is truncated" in verify_cache(folder, blocks=False)[0]
 
 
 def test_samples_are_read_by_their_place_in_the_stored_order(folder: Path) -> None:

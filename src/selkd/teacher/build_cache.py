@@ -52,9 +52,9 @@ class CacheBuild:
         Args:
             fingerprint: everything that determines the draws; ``vocabulary`` is the number of classes both models
                 share.
-            repair: read every byte of the shards that are there, not only what says which samples they hold (damage to
-                a sample is found in any case before it is used); and write a lost or damaged plan anew if the folder's
-                shards show that it is this cache's.
+            repair: read every byte of the shards that are there; else only digests of what was written since the cache
+                was complete (other damage is found when it is read, before it is used). And write a lost or damaged
+                plan anew if the folder's shards show that it is this cache's.
 
         Raises:
             InputError: the folder is another cache's, or not a cache's.

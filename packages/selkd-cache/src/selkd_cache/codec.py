@@ -18,7 +18,7 @@ import numpy as np
 from selkd_cache.errors import InputError
 from selkd_cache.frequency_model import Model, Table, scalar_tables
 from selkd_cache.integers import to_codes
-from selkd_cache.rows import Rows, check_totals, row_starts
+from selkd_cache.rows import LARGEST_COUNT, Rows, check_totals, row_starts
 from selkd_cache.scalars import sixteenths_of_log2
 
 NAME: Final = "ranked-gaps-ans"
@@ -111,7 +111,7 @@ def _columns(model: Model, rows: Rows) -> list[_Column]:
     groups, ranks = model.ranks(rows.class_ids)
     # Lists: of each group the heavies of each row, then of each group the singles of each row; ranks ascend in a list.
     lists = row + (is_single * n_groups + groups) * n_rows
-    order = np.argsort(lists * (len(model.classes) + 1) + ranks)
+    order = np.argsort(lists * (len(model.ids) + 1) + ranks)
     lists, ranks, counts = lists[order], ranks[order], rows.counts[order].astype(np.int64)
     sizes = np.bincount(lists, minlength=2 * n_groups * n_rows)
     place = np.arange(len(lists)) - (np.cumsum(sizes) - sizes)[lists]
@@ -188,7 +188,7 @@ def _split(column: _Column, place: np.ndarray, lists: np.ndarray, sizes: np.ndar
 
 
 def _longest_first(sizes: np.ndarray) -> np.ndarray:
-    return np.argsort(-sizes, kind="stable")
+    return np.argsort((LARGEST_COUNT - sizes).astype(np.uint16), kind="stable")  # a radix sort
 
 
 def _active(sizes: np.ndarray, least: int) -> Sequence[int]:
@@ -228,13 +228,14 @@ class _Decoder:
         if model.n_groups > 1:
             at = at[np.argsort(row[at], kind="stable")]
         counts[at] = 2 + self.excesses(heavies, excess)
-        ids = model.classes[places]
-        keys = row.astype(np.uint64) << np.uint64(32) | ids
-        order = np.argsort(keys)
-        keys = keys[order]
-        if (keys[1:] == keys[:-1]).any():
+        # A row, the place of its class and the count share 64 bits: rows and classes are below 2^24.
+        keys = (row << 40 | model.order[places] << 16 | counts).view(np.uint64)
+        keys.sort()
+        entries = keys >> np.uint64(16)
+        if (entries[1:] == entries[:-1]).any():
             raise ValueError("a class comes twice in a row")
-        rows = Rows((heavies + singles).astype(np.uint16), ids[order], counts[order].astype(np.uint16))
+        ids = model.ids[(entries & np.uint64(2**24 - 1)).view(np.int64)]
+        rows = Rows((heavies + singles).astype(np.uint16), ids, keys.astype(np.uint16))
         rows = rows._replace(scalars=self.scalars(rows)) if model.largest_codes else rows
         if not self.coder.is_empty():
             raise ValueError("bytes follow its end")

@@ -5,7 +5,7 @@
 
 import struct
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +13,7 @@ import zstandard
 
 from selkd_cache.errors import InputError
 from selkd_cache.groups import grouped
-from selkd_cache.integers import LARGEST_VALUE, Buckets, Steps, bit_length, frequencies
+from selkd_cache.integers import LARGEST_VALUE, Buckets, Steps, bit_length, buckets, weights
 from selkd_cache.rows import LARGEST_COUNT, Rows
 from selkd_cache.scalars import sixteenths_of_log2
 
@@ -37,13 +37,16 @@ class Model:
 
     Args:
         total: the sum of the counts of each row that is not empty.
-        classes: uint32 [D], the ids of the D drawn classes: by group, and in a group those drawn more often first.
-        octaves: uint8 [D], the bit length of how often each class was drawn, descending in a group; equal ones by
-            ascending id.
-        group_sizes: int64 [G], how many classes each group has.
+        ids: uint32 [D], the ids of the D drawn classes, ascending.
+        octaves: uint8 [D], the bit length of how often each class was drawn.
+        groups: uint8 [D], the group of each class, below ``n_groups``; None: there is one group.
+        n_groups: how many groups there are.
         largest_codes: the largest code of each scalar; none: the cache has no scalars, and one group.
 
     Attributes:
+        order: int64 [D], the places in ``ids`` of the classes by rank: by group, and in a group those drawn more often
+            first, equal ones by ascending id.
+        group_sizes: int64 [G], how many classes each group has.
         codes: for each of ``tables``, uint8 [contexts, symbols]: how often each symbol was coded, as
             ``integers.to_codes`` rounds it.
     """
@@ -51,27 +54,30 @@ class Model:
     def __init__(
         self,
         total: int,
-        classes: np.ndarray,
+        ids: np.ndarray,
         octaves: np.ndarray,
-        group_sizes: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+        n_groups: int = 1,
         largest_codes: Sequence[int] = (),
     ) -> None:
         self.total = total
-        self.classes = classes
+        self.ids = ids
         self.octaves = octaves
-        self.group_sizes = np.array([len(classes)]) if group_sizes is None else group_sizes
-        self.n_groups = len(self.group_sizes)
+        self.groups = np.zeros(len(ids), np.uint8) if groups is None else groups
+        self.n_groups = n_groups
+        self.group_sizes = np.array([np.count_nonzero(self.groups == group) for group in range(n_groups)])
+        self.order = _by_rank(self.groups, octaves, n_groups)
         self.first_of_group = np.cumsum(self.group_sizes) - self.group_sizes
         self.largest_codes = tuple(largest_codes)
         self.codes: dict[Table, np.ndarray] = {}
-        largest_rank = max(len(classes) - 1, 0)
+        largest_rank = max(len(ids) - 1, 0)
         # Singles and heavies count the classes of a row that were drawn once, and more often.
         self.buckets: dict[Table, Buckets | Steps] = {
-            "singles": Buckets(3, total),
-            "heavies": Buckets(3, total // 2),
-            "parts": Buckets(3, total),
-            "gaps": Buckets(1, largest_rank),
-            "counts": Buckets(1, total),
+            "singles": buckets(3, total),
+            "heavies": buckets(3, total // 2),
+            "parts": buckets(3, total),
+            "gaps": buckets(1, largest_rank),
+            "counts": buckets(1, total),
         }
         self._shapes: dict[Table, int] = {}  # of the tables of scalars, how many contexts they have
         n_uncertain = (int(sixteenths_of_log2(total)[total]) >> 2) + 1
@@ -85,10 +91,9 @@ class Model:
             else:
                 self._shapes[nats] = n_before * (HEAVIEST + 1)
                 self._shapes[quarter] = (2 * HEAVIEST + 1) * n_nats
-        self.n_octaves = len(classes).bit_length() + 1
-        # A gap's context depends on the bit length of the rank before, plus 1; the first gap of a list has 0 there.
-        self.context_of_rank = CLASSES_LEFT * bit_length(np.arange(1, len(classes) + 1))
-        self._bucket_of_excess = self.buckets["counts"].of(np.arange(total + 1))
+        self.n_octaves = len(ids).bit_length() + 1
+        self.context_of_rank = _context_of_rank(len(ids).bit_length())
+        self._bucket_of_excess = _bucket_of_excess(total)
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -109,14 +114,13 @@ class Model:
         octaves = bit_length(n_drawn).astype(np.uint8)
         scalars = [rows.scalars for rows in samples if rows.scalars is not None]
         largest = [int(column.max(initial=0)) for column in np.concatenate(scalars).T] if scalars else []
-        groups = grouped(ids, samples, n_groups) if scalars else np.zeros(len(ids), np.uint8)
-        order = _by_rank(groups, octaves)
+        n_groups = n_groups if scalars else 1
+        groups = grouped(ids, samples, n_groups) if scalars else None
         sums = [rows.counts[: rows.row_lengths[rows.row_lengths > 0][0]] for rows in samples if len(rows.counts)]
         total = int(sums[0].sum(dtype=np.int64)) if sums else 0
         if total > LARGEST_COUNT:
             raise InputError(f"the counts of a row sum to at most {LARGEST_COUNT}; got {total}")
-        sizes = np.bincount(groups, minlength=n_groups if scalars else 1)
-        return cls(total, ids[order].astype(np.uint32), octaves[order], sizes, largest)
+        return cls(total, ids.astype(np.uint32), octaves, groups, n_groups, largest)
 
     def shape(self, table: Table) -> tuple[int, int]:
         """The number of contexts and of symbols of a table."""
@@ -179,35 +183,30 @@ class Model:
 
     @cached_property
     def weights(self) -> dict[Table, np.ndarray]:
-        """Each frequency less one, float32 [contexts, symbols]: numbers that constriction brings back exactly."""
-        return {table: (frequencies(self.codes[table]) - 1).astype(np.float32) for table in self.tables}
+        """``integers.weights`` of each table."""
+        return {table: weights(self.codes[table]) for table in self.tables}
 
     @cached_property
-    def rank_of_class(self) -> tuple[np.ndarray, np.ndarray]:
-        """Class ids ascending, uint32 [D], and the place of each in ``classes``, int64 [D]."""
-        order = np.argsort(self.classes, kind="stable")
-        return self.classes[order], order
+    def _rank_of_place(self) -> np.ndarray:
+        """The inverse of ``order``."""
+        ranks = np.empty(len(self.order), np.int64)
+        ranks[self.order] = np.arange(len(ranks))
+        return ranks
 
     def ranks(self, class_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64, the group of each class and its rank there; all of them must be classes of the model."""
-        ids, places = self.rank_of_class
-        place = places[np.searchsorted(ids, class_ids)]
-        group = np.searchsorted(self.first_of_group, place, side="right") - 1 if self.n_groups > 1 else place * 0
-        return group, place - self.first_of_group[group]
-
-    @property
-    def group_of_place(self) -> np.ndarray:
-        return np.repeat(np.arange(self.n_groups), self.group_sizes).astype(np.uint8)
+        place = np.searchsorted(self.ids, class_ids)
+        group = self.groups[place].astype(np.int64)
+        return group, self._rank_of_place[place] - self.first_of_group[group]
 
     def to_bytes(self) -> bytes:
-        ids, places = self.rank_of_class
-        gaps = np.diff(ids.astype(np.int64), prepend=-1) - 1
-        header, arrays = _HEADER.pack(self.total, len(ids)), [*gaps.astype("<u4").view(np.uint8).reshape(-1, 4).T]
-        arrays.append(self.octaves[places])
+        gaps = np.diff(self.ids.astype(np.int64), prepend=-1) - 1
+        header, arrays = _HEADER.pack(self.total, len(self.ids)), [*gaps.astype("<u4").view(np.uint8).reshape(-1, 4).T]
+        arrays.append(self.octaves)
         if self.largest_codes:
             header += _MORE.pack(self.n_groups, len(self.largest_codes))
             header += b"".join(map(_LARGEST.pack, self.largest_codes))
-            arrays.append(self.group_of_place[places])
+            arrays.append(self.groups)
         arrays += [self.codes[table] for table in self.tables]
         compressor = zstandard.ZstdCompressor(level=_LEVEL)
         frames = [compressor.compress(np.ascontiguousarray(array).tobytes()) for array in arrays]
@@ -218,18 +217,19 @@ class Model:
         """Raises InputError where these are not the bytes of a model, with scalars or without."""
         reader = _Frames(data, has_scalars)
         total, n_classes = reader.total, reader.n_classes
-        planes = np.stack([reader.next(n_classes) for _ in range(4)], axis=1)
-        gaps = np.ascontiguousarray(planes).view("<u4").ravel().astype(np.int64)
+        gaps = np.ones(n_classes, np.int64)
+        for plane in range(4):
+            if (part := reader.next(n_classes)).max(initial=0):  # the highest bytes are mostly zeros
+                gaps += np.left_shift(part, 8 * plane, dtype=np.int64) if plane else part
         octaves = reader.next(n_classes)
-        groups = reader.next(n_classes) if has_scalars else np.zeros(n_classes, np.uint8)
-        ids = np.cumsum(gaps + 1) - 1
+        groups = reader.next(n_classes) if has_scalars else None
+        gaps[:1] -= 1
+        ids = np.cumsum(gaps, out=gaps)
         if n_classes and ids[-1] > 2**32 - 1:
             raise InputError("a shard's model is damaged: a class id is beyond 32 bits")
-        if n_classes and groups.max() >= reader.n_groups:
+        if groups is not None and groups.max(initial=0) >= reader.n_groups:
             raise InputError(f"a shard's model is damaged: a class of group {groups.max()} of {reader.n_groups}")
-        order = _by_rank(groups, octaves)
-        sizes = np.bincount(groups, minlength=reader.n_groups)
-        model = cls(total, ids[order].astype(np.uint32), octaves[order], sizes, reader.largest_codes)
+        model = cls(total, ids.astype(np.uint32), octaves, groups, reader.n_groups, reader.largest_codes)
         for table in model.tables:
             contexts, symbols = model.shape(table)
             model.codes[table] = reader.next(contexts * symbols).reshape(contexts, symbols)
@@ -246,9 +246,23 @@ def scalar_tables(number: int) -> tuple[Table, Table]:
     return nats + at, quarter + at
 
 
-def _by_rank(groups: np.ndarray, octaves: np.ndarray) -> np.ndarray:
+def _by_rank(groups: np.ndarray, octaves: np.ndarray, n_groups: int) -> np.ndarray:
     """The order of classes given by ascending id: by group, in a group the higher octave first, then the lower id."""
-    return np.lexsort((-octaves.astype(np.int16), groups))
+    span = int(octaves.max(initial=0)) + 1
+    narrow = np.dtype(np.uint8 if n_groups * span < 256 else np.uint16)  # of which a stable sort is a radix sort
+    return np.argsort(groups.astype(narrow) * span + (span - 1 - octaves), kind="stable")
+
+
+@lru_cache(maxsize=2)
+def _context_of_rank(bits: int) -> np.ndarray:
+    """A gap's context by the rank before, int64 [2^bits - 1]: the bit length of that rank plus 1. The first gap of a
+    list has 0 there."""
+    return np.repeat(CLASSES_LEFT * np.arange(1, bits + 1), 1 << np.arange(bits))
+
+
+@lru_cache(maxsize=8)
+def _bucket_of_excess(total: int) -> np.ndarray:
+    return buckets(1, total).of(np.arange(total + 1))
 
 
 class _Frames:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from selkd_cache import codec
 from selkd_cache.errors import InputError
 from selkd_cache.files import replacing
 from selkd_cache.rows import LARGEST_COUNT
+from selkd_cache.sample_index import INDEX_FILE
 from selkd_cache.shard import ids_digest, shard_name
 
 FORMAT = "selkd-teacher-cache"
@@ -126,6 +128,25 @@ def read_complete(directory: Path) -> dict[str, Any]:
             "it was not finished: build it again to the end"
         )
     return read_manifest(directory / MANIFEST)
+
+
+def settled_files(directory: Path, manifest: Mapping[str, Any]) -> set[str]:
+    """The shards and the index that have the manifest's sizes and were last written before it was, by name.
+
+    A start takes these for whole and reads nothing of them, so that its cost does not grow with them. A shard's header,
+    model and index, and each sample, are compared with their digests when they are first read, before they are used.
+    What was written since the manifest is compared at the start.
+    """
+    listed = {INDEX_FILE: manifest["index"]["bytes"]} | {entry["name"]: entry["bytes"] for entry in manifest["shards"]}
+    settled = set()
+    with suppress(OSError):
+        written = (directory / MANIFEST).stat().st_mtime_ns
+        for name, size in listed.items():
+            with suppress(FileNotFoundError):
+                file = (directory / name).stat()
+                if file.st_size == size and file.st_mtime_ns < written:
+                    settled.add(name)
+    return settled
 
 
 def check_fingerprint(fingerprint: Fingerprint) -> None:

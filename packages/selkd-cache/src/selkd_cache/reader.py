@@ -27,7 +27,7 @@ from selkd_cache.verify import verify_cache
 if TYPE_CHECKING:
     import pyarrow
 
-# The models and indices of so many shards stay in memory, some 0.4 MB each, so memory does not grow with the cache. At
+# The models and indices of so many shards stay in memory, up to 1 MB each, so memory does not grow with the cache. At
 # 2^17 tokens a shard, 32 million tokens can be read without reading a model twice.
 SHARDS_IN_MEMORY = 256
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from selkd_cache.errors import InputError
-from selkd_cache.manifest import PLAN, read_complete, read_plan
+from selkd_cache.manifest import PLAN, read_complete, read_plan, settled_files
 from selkd_cache.sample_index import INDEX_FILE, SampleIndex, describe_index
 from selkd_cache.shard import read_shard, shard_name, shard_problem
 
@@ -16,8 +16,9 @@ def verify_cache(directory: str | Path, *, blocks: bool = True, decode: bool = T
     """Every problem of a cache's folder, named by file. Works, too, where ``TeacherCache.open`` refuses the folder.
 
     Args:
-        blocks: read every byte and compare all checksums. Without it the bytes of the samples themselves are not read:
-            damage among them is found when a reader comes to it, before it returns anything of that sample.
+        blocks: read every byte and compare all checksums. Without it, as a run starts: all sizes are compared, and
+            digests of what was written since the manifest. No sample is read. Other damage is found when a reader comes
+            to it, before it returns anything of that sample.
         decode: also decode every sample that is read.
     """
     directory = Path(directory)
@@ -39,13 +40,17 @@ def verify_cache(directory: str | Path, *, blocks: bool = True, decode: bool = T
         shards = plan["shards"]
     else:
         return problems
+    settled = set() if blocks or manifest is None else settled_files(directory, manifest)
     for number, entry in enumerate(shards):
+        if shard_name(number) in settled:
+            continue
         if problem := shard_problem(directory, number, checksum, entry, blocks=blocks, decode=decode):
             problems.append(problem)
     try:
-        if manifest is not None and describe_index(directory / INDEX_FILE) != manifest["index"]:
-            problems.append(f"{INDEX_FILE} is damaged: it does not match the manifest's digest")
-        elif manifest is None and (directory / INDEX_FILE).exists():
+        if manifest is not None:
+            if INDEX_FILE not in settled and describe_index(directory / INDEX_FILE) != manifest["index"]:
+                problems.append(f"{INDEX_FILE} is damaged: it does not match the manifest's digest")
+        elif (directory / INDEX_FILE).exists():
             problems += _index_problems(directory, checksum, [entry["samples"] for entry in shards])
     except InputError as error:
         problems.append(str(error))

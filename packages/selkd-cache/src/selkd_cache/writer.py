@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from selkd_cache.manifest import (
     read_manifest,
     read_plan,
     render,
+    settled_files,
     write_document,
 )
 from selkd_cache.rows import Rows, check_totals, checked_rows
@@ -85,16 +87,17 @@ class CacheWriter:
         They are compared with the manifest where there is one.
 
         Args:
-            blocks: read every byte; else header, model, index and footer of each, as ``verify_cache`` says.
+            blocks: read every byte; else, of those written since the manifest, header, model, index and footer, as
+                ``verify_cache`` says.
         """
-        entries = self._plan["shards"]
-        with suppress(InputError):  # without a manifest, the shards are compared with the plan
-            manifest = read_manifest(self.directory / MANIFEST)
-            entries = manifest["shards"] if manifest["plan"] == self._plan_checksum else entries
+        manifest = self._manifest()
+        entries = self._plan["shards"] if manifest is None else manifest["shards"]
+        settled = set() if blocks or manifest is None else settled_files(self.directory, manifest)
         return [
             number
             for number in (range(len(entries)) if among is None else among)
-            if shard_problem(self.directory, number, self._plan_checksum, entries[number], blocks=blocks, decode=False)
+            if shard_name(number) not in settled
+            and shard_problem(self.directory, number, self._plan_checksum, entries[number], blocks=blocks, decode=False)
         ]
 
     def require_writable(self) -> None:
@@ -127,13 +130,18 @@ class CacheWriter:
     def finish(self) -> None:
         """Checks that every planned sample is there and writes index and manifest, which completes the cache.
 
-        Removes what interrupted writes of this cache left behind, so call it once all processes have written.
+        Of a cache that is complete and was not written since, only the two JSON files are read. What interrupted writes
+        of this cache left behind is removed, so call it once all processes have written.
 
         Raises:
             RunError: shards are missing or damaged, or the disk refused.
         """
         if read_plan(self.directory / PLAN)[1] != self._plan_checksum:
             raise RunError(f"{PLAN} in {self.directory} changed during the build: another build uses the same folder")
+        manifest = self._manifest()
+        if manifest is not None and len(settled_files(self.directory, manifest)) == len(self._shard_ids) + 1:
+            remove_temporary_files(self.directory)
+            return
         shards, sample_ids, problems = [], [], []
         for number, planned in enumerate(self._plan["shards"]):
             try:
@@ -152,9 +160,16 @@ class CacheWriter:
         remove_temporary_files(self.directory)
         write_sample_index(self.directory, self._plan_checksum, sample_ids)
         index = describe_index(self.directory / INDEX_FILE)
-        path, manifest = self.directory / MANIFEST, make_manifest(self._plan, self._plan_checksum, shards, index)
-        if not path.exists() or path.read_bytes() != render(manifest)[0]:
-            write_document(path, manifest)
+        path, content = self.directory / MANIFEST, make_manifest(self._plan, self._plan_checksum, shards, index)
+        if not path.exists() or path.read_bytes() != render(content)[0]:
+            write_document(path, content)
+
+    def _manifest(self) -> dict[str, Any] | None:
+        """The folder's manifest; None where it has none that can be read, or another cache's."""
+        with suppress(InputError):
+            manifest = read_manifest(self.directory / MANIFEST)
+            return manifest if manifest["plan"] == self._plan_checksum else None
+        return None
 
     def _claim_folder(self, repair: bool) -> None:
         plan_path = self.directory / PLAN
