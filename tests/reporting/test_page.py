@@ -309,7 +309,7 @@ def test_the_kl_that_is_shown_is_true_and_the_loss_says_its_floor(run_dir: Path,
     assert "22 optimiser steps took KL to the teacher at the selected positions from 1.91 to 0.94 nats." in text
     # By hand: each line's kd_nats less its kl_nats is 0.45.
     assert "a student equal to its teacher would have about 0.45 nats here on average" in text
-    assert "64 classes drawn from the teacher, so it is no distance" in text
+    assert "with 64 random draws from the teacher’s distribution, so it is no distance" in text
     # A run of an earlier version has no KL of drawn classes: the loss is told under its own name.
     record["train"] = {"steps": 1, "loss_first": 2.513, "loss_last": 1.305}
     (run_dir / "record.json").write_text(json.dumps(record))
@@ -319,6 +319,15 @@ def test_the_kl_that_is_shown_is_true_and_the_loss_says_its_floor(run_dir: Path,
     assert "1 optimiser step took the loss from 2.51 to 1.30. The loss is no KL" in text
     assert "a student equal to its teacher would not have a loss of zero" in text
     assert "This run logged no KL at the positions that it trained on." in text
+    # The likeliest classes are no draws; beside them, all others as one class leave no floor.
+    record["recipe"]["classes"] = {"sampler": "top_k", "draws": 20, "tail": True}
+    record["recipe"]["criterion"] |= {"temperature": 2.0}
+    (run_dir / "record.json").write_text(json.dumps(record))
+    text = Seen(page_of(run_dir)).text
+    assert "at the selected positions, at temperature 2. It compares" in text
+    assert "with the teacher’s 20 most likely classes, so it is no distance: a student equal" in text
+    assert "would have zero, but so would others." in text
+    record["recipe"]["criterion"] |= {"temperature": 1.0}
     # With the whole distribution the loss is the KL, and is drawn once.
     record["recipe"]["classes"] = {"sampler": "all", "draws": None}
     (run_dir / "record.json").write_text(json.dumps(record))

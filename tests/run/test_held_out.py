@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_run import make_recipe, make_task
@@ -12,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from selkd import distill
+from selkd.data.samples import Sample, SampleDataset
 from selkd.run import finish
 from selkd.sealed import unsealed
+from selkd.tokens import changes
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +104,9 @@ def test_every_token_that_the_teacher_runs_on_is_counted(tmp_path: Path, monkeyp
     within("examples")
     positions = {"metric": "kl", "policy": "top_k", "fraction": 0.2}
     live: dict[str, Any] = {"positions": positions, "classes": {"sampler": "all"}, "cache": None}
+    monkeypatch.setattr(changes, "TOKENS_AT_ONCE", 120)  # two prompts of 16 with their answers, then the third
     record = distill(make_recipe(tmp_path, **live), tmp_path / "run").record
+    assert len(read(tmp_path / "run", "held_out.json")["continuations"]) == 3
     tokens = record["teacher_tokens"]
     assert tokens["held_out"] == ran_on["held_out"] > 0
     assert tokens["examples"] == ran_on["examples"] > 0
@@ -140,3 +145,13 @@ def test_sums_on_the_way_are_kept_by_step(tmp_path: Path) -> None:
     record = unsealed(run / "record.json")
     assert "fidelity_steps.jsonl" in record["files"]
     assert 0 <= record["fidelity"]["after"]["calibration_error"] <= 1
+
+
+def test_a_prompt_is_gone_on_from_whole_and_a_text_from_its_beginning() -> None:
+    def prompts(is_target: np.ndarray | None) -> list[int]:
+        sample = Sample(np.arange(2, 62), np.zeros(1, np.int32), is_target)
+        return [len(prompt) for prompt in changes.prompts_of(SampleDataset.from_samples([sample]), 3, 100)]
+
+    assert prompts(None) == [48]
+    assert prompts(np.arange(60) >= 52) == [52]
+    assert prompts(np.zeros(60, bool)) == [60]

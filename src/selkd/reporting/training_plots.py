@@ -57,16 +57,19 @@ def _loss_plots(run: RunFiles, keys: set[str]) -> list[Plot]:
         return []  # the plot of KL is that of the loss
     lines = [plots.logged(run.metrics, "loss", "loss")]
     caption = f"What training minimises: {words.criterion(dig(record, 'recipe'))} at the selected positions"
-    weight = dig(record, "recipe", "criterion", "kd_weight")
+    temperature, weight = (dig(record, "recipe", "criterion", key) for key in ("temperature", "kd_weight"))
+    if temperature not in (None, 1):
+        caption += f", at temperature {temperature:g}"
     is_mixed = weight is not None and weight < 1
     if is_mixed:
         caption += f", mixed with {formats.fraction(1 - weight)} cross-entropy on the true next token"
     caption += "."
     if draws_classes(record):
-        draws = formats.counted(dig(record, "recipe", "classes", "draws"), "class", "classes")
         at = floor(run)
-        caption += f" It compares the student with {draws} drawn from the teacher, so it is no distance: "
-        if at is None:
+        caption += f" It compares the student with {words.classes(dig(record, 'recipe'))}, so it is no distance: "
+        if dig(record, "recipe", "classes", "tail"):
+            caption += "a student equal to its teacher would have zero, but so would others."
+        elif at is None:
             caption += "a student equal to its teacher would not have a loss of zero."
         else:
             caption += f"a student equal to its teacher would have about {formats.nats(at)} nats here on average."

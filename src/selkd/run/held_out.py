@@ -33,6 +33,7 @@ from selkd.tokens.changes import (
 
 _logger = logging.getLogger(__name__)
 _NO_TEACHER = "evaluation.suite has no fidelity, so the teacher was not loaded"
+_NOT_HERE = "the teacher’s model is not here"
 _SUMS = {"cross_entropy_nats": 1, "kl_nats": 3, "top1_agreement": 4}  # the columns of Fidelity.sums
 _FIGURES = {"perplexity": ("exp_ratio", 1), "kl_nats": ("ratio", 3), "top1_agreement": ("ratio", 4)}
 
@@ -108,7 +109,7 @@ def write_held_out(work: Workspace, run: RunDirectory, saved_student: Callable[[
         "cut_at": MAPPED_TOKENS if is_cut else None,
         "new_tokens": NEW_TOKENS,
         "continuations": side_by_side(work.tokenizer, prompts, answers),
-        "why_no_teacher": None if with_teacher else _NO_TEACHER,
+        "why_no_teacher": None if with_teacher else _NOT_HERE if recipe.teacher.is_foreign else _NO_TEACHER,
         "why_not_written": failed[0] if failed else None,
     }
     write_whole(run.path / HELD_OUT, json.dumps(content) + "\n")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selkd.data.collate import collate
+from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
 from selkd.evaluation.shown import MAPPED_TEXTS, MAPPED_TOKENS, NEW_TOKENS, PROMPT_TOKENS
 from selkd.models.generation import Decoding, generate, stop_ids
@@ -135,9 +135,6 @@ def written(
     max_length: int,
 ) -> list[list[int]]:
     """What a model writes after each prompt, greedily: at most ``NEW_TOKENS`` tokens, as ``max_length`` lets."""
-    if not prompts:
-        return []
-    room = max(1, min(NEW_TOKENS, max_length - max(map(len, prompts))))
     decoding = Decoding(
         temperature=0.0,
         top_p=1.0,
@@ -145,7 +142,17 @@ def written(
         pad_token_id=0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id),
         vocab_size=vocab_size,
     )
-    return generate(model, prompts, np.zeros((len(prompts), room)), decoding)
+    answers: dict[int, list[int]] = {}
+    for group in _at_once(prompts):
+        asked = [prompts[index] for index in group]
+        room = max(1, min(NEW_TOKENS, max_length - max(map(len, asked))))
+        answers |= zip(group, generate(model, asked, np.zeros((len(asked), room)), decoding), strict=True)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _at_once(prompts: Sequence[np.ndarray]) -> list[list[int]]:
+    """The prompts in batches of ``TOKENS_AT_ONCE`` tokens with their answers: many long ones would fill the memory."""
+    return group_by_tokens([len(prompt) + NEW_TOKENS for prompt in prompts], TOKENS_AT_ONCE)
 
 
 def tokens_run(texts: Sequence[Sample], prompts: Sequence[np.ndarray], answers: Sequence[Sequence[int]] | None) -> int:
@@ -153,10 +160,13 @@ def tokens_run(texts: Sequence[Sample], prompts: Sequence[np.ndarray], answers: 
 
     An answer's last token is not run on: nothing is asked of it.
     """
-    seen = sum(len(sample.token_ids) for sample in texts)
-    if not prompts or answers is None:
-        return seen
-    return seen + len(prompts) * (max(map(len, prompts)) + max(map(len, answers)) - 1)
+    tokens = sum(len(sample.token_ids) for sample in texts)
+    if answers is None:
+        return tokens
+    for group in _at_once(prompts):
+        width = max(len(prompts[index]) for index in group) + max(len(answers[index]) for index in group) - 1
+        tokens += len(group) * width
+    return tokens
 
 
 def side_by_side(
