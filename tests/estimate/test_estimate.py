@@ -18,7 +18,7 @@ from selkd.maths.chunked import CHUNK_BYTES, chunk_size
 from selkd.models.head import hidden_states
 from selkd.needs.architecture import describe
 from selkd.needs.body import inference_peak, training_memory, why_rough
-from selkd.needs.cache_size import BYTES_OF_SCALARS, MEASURED, bytes_of_draws
+from selkd.needs.cache_size import BYTES_OF_OTHER_TEMPERATURE, BYTES_OF_SCALARS, MEASURED, bytes_of_draws
 from selkd.needs.memory import memory, weights_bytes
 from selkd.needs.optimiser import optimiser_bytes
 from selkd.needs.plan import Plan
@@ -324,4 +324,7 @@ def test_cache_bytes_without_a_probe_are_near_the_measured_ones() -> None:
 def test_the_answer_says_whose_cache_bytes_they_are(tmp_path: Path) -> None:
     answer = estimate(recipe_of(tmp_path, classes={"sampler": "top_k", "draws": 64}))
     assert answer["teacher_cache"]["bytes_per_position"] == pytest.approx(126.7 + BYTES_OF_SCALARS)
+    warm = estimate(recipe_of(tmp_path, classes={"sampler": "top_k", "draws": 64}, criterion={"temperature": 2.0}))
+    more = warm["teacher_cache"]["bytes_per_position"] - answer["teacher_cache"]["bytes_per_position"]
+    assert more == pytest.approx(BYTES_OF_OTHER_TEMPERATURE)
     assert any("as measured of SmolLM2-135M over textbooks" in note for note in answer["notes"])

@@ -16,14 +16,17 @@ SOURCE = "SmolLM2-135M over textbooks"
 
 
 BYTES_OF_SCALARS = 0.9  # more at U = 64 with scalars, whose format codes classes in groups, than without
+BYTES_OF_OTHER_TEMPERATURE = 1.7  # more with those at the draws' temperature, too, coded as those at temperature 1 are
 
 
 def typical_bytes(recipe: Recipe) -> float:
     """Bytes a position of the recipe's cache."""
     assert recipe.cache is not None, "a live teacher has no cache"
     assert recipe.classes.draws is not None, "a cache holds drawn classes"
-    pairs = 0 if not recipe.cache.scalars else 1 if recipe.criterion.temperature == 1.0 else 2
-    return bytes_of_draws(recipe.classes.sampler, recipe.classes.draws) + BYTES_OF_SCALARS * pairs
+    size = bytes_of_draws(recipe.classes.sampler, recipe.classes.draws)
+    if not recipe.cache.scalars:
+        return size
+    return size + BYTES_OF_SCALARS + (BYTES_OF_OTHER_TEMPERATURE if recipe.criterion.temperature != 1.0 else 0)
 
 
 def bytes_of_draws(sampler: str, draws: int) -> float:

@@ -121,8 +121,8 @@ def check_cached_metric(
     if not has_scalars:
         raise ValueError(
             f"{key}: {metric.name} needs the teacher's entropy and its log p(y), and this cache holds drawn classes "
-            "alone; build a cache with scalars (in a recipe, cache.scalars: true), take a metric of the student "
-            f"(student_entropy, student_ce), or {_LIVE}"
+            "alone; build one with scalars from a model here (in a recipe, cache.scalars: true), take a metric of the "
+            f"student (student_entropy, student_ce), or {_LIVE}"
         )
     if not metric.uses_draws:
         return
