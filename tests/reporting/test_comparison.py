@@ -51,6 +51,19 @@ def test_runs_of_one_recipe_stand_together_whatever_their_seed_and_paths(tmp_pat
     assert comparison.baseline == "full_kd"
 
 
+def test_a_served_teacher_is_the_same_at_another_address(tmp_path: Path) -> None:
+    runs = []
+    for seed, changes in enumerate(
+        ({}, {"server": "http://elsewhere:1/v1"}, {"requests": {"parallel": 2}}, {"model": "y"})
+    ):
+        record = demo_record()
+        record["recipe"]["seed"] = seed
+        served = {"model": "x", "server": "https://here/v1", "api_key_env": None, "requests": {"parallel": 8}}
+        record["recipe"]["teacher"] |= served | changes
+        runs.append(write_run(tmp_path / str(seed), record))
+    assert [len(group.members) for group in compare(runs).groups] == [3, 1]
+
+
 def test_means_deviations_and_paired_differences(tmp_path: Path) -> None:
     content = as_json(compare(make_runs(tmp_path)))
     full, narrow, half = (recipe["figures"]["perplexity"] for recipe in content["recipes"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from selkd.errors import InputError
 from selkd.recipe.choices import PositionOptions, SampleOptions
+from selkd.recipe.foreign import without_address
 from selkd.reporting.formats import dig
 from selkd.reporting.measures import Record, ReportedMeasure, Summary, measures_of, paired, summarise
 from selkd.reporting.run_files import read_record, require_run
@@ -148,8 +149,10 @@ def compare(runs: Sequence[Path], baseline: str | None = None, failed: dict[str,
 
 
 def comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved recipe without name, seed and the paths of scores and cache; they change results only by chance."""
+    """The resolved recipe without name, seed, the paths of scores and cache, and how a teacher's server is reached."""
     kept: dict[str, Any] = json.loads(json.dumps(recipe))
+    if isinstance(kept.get("teacher"), dict):
+        kept["teacher"] = without_address(kept["teacher"])
     for name, part in (("positions", PositionOptions), ("samples", SampleOptions)):
         if kept.get(name):  # a run may be older than a key's name
             kept[name] = part.with_current_names(kept[name])
