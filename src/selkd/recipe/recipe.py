@@ -121,15 +121,15 @@ class Recipe(Part):
         except ValueError as error:
             raise ValueError(f"training.{error}") from None
         check_whole_steps(self.positions, self.training.get("gradient_accumulation_steps", 1))
+        if self.teacher.is_foreign:  # first, as what a cache of another teacher could do is no way out
+            check_foreign(self)
+            self._settle(evaluation=evaluation_of(self.evaluation))
         if self.cache is not None:
             self._check_cache(self.cache)
         elif self.positions.scoring_draws is not None:
             raise ValueError("positions.scoring_draws: a live teacher scores by its whole distribution; leave it out")
         elif self.samples is not None and self.samples.from_cache and self.samples.path is None:
             raise ValueError("samples.from_cache: there is no cache; set cache: {}, give samples.path, or leave it out")
-        if self.teacher.is_foreign:
-            check_foreign(self)
-            self._settle(evaluation=evaluation_of(self.evaluation))
         if self.data.is_prompt_only and self.samples is not None:
             raise ValueError(
                 "samples: a sample is scored on its completion, and prompts alone have none; give "
