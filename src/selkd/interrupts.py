@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from selkd.errors import Interrupted, RunError
+from selkd.errors import InputError, Interrupted, RunError
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
@@ -42,7 +42,7 @@ def stop_if_asked() -> None:
         raise interrupted()
 
 
-def raise_together(error: RunError | Interrupted | None) -> None:
+def raise_together(error: InputError | RunError | Interrupted | None) -> None:
     """Raises the first error of any process, once every process has come here with its own, or with None."""
     from accelerate import PartialState
     from accelerate.utils import gather_object

@@ -96,6 +96,12 @@ class Handler(BaseHTTPRequestHandler):
         content = json.dumps(self.completion(body, settings.get("shift", 0))).encode()
         if fault == "truncated":
             content = content[: len(content) // 2]
+        if fault == "nested":
+            content = b"[" * 100_000
+        if fault == "garbled":
+            return self.answer(200, content, {"Content-Encoding": "gzip"})
+        if fault == "huge":
+            content = b" " * 5_000_000 + content
         if fault == "dripping":
             self.answer(200, content[:1], {}, length=len(content))
             for _ in range(200):

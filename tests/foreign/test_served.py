@@ -174,7 +174,7 @@ def dense(cache: TeacherCache, sample_id: bytes) -> torch.Tensor:
 
 
 def test_faults_change_no_byte(served: Served, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    names = ["reset", "429", "500", "truncated", "cut", "503", "slow", "dripping"]
+    names = ["reset", "429", "500", "truncated", "cut", "503", "slow", "dripping", "nested", "garbled"]
     faults = {str(number): names[number // 3 % len(names)] for number in range(7, 80, 3)}
     url = served.set(faults=faults, slow_seconds=3)
     cache_only(recipe(served, url, requests={"timeout_seconds": 2.0}), tmp_path)
@@ -236,6 +236,8 @@ def test_what_a_server_refuses_is_told_without_a_word_of_the_text(served: Served
     assert len(served.requests()) == 5
     with pytest.raises(RunError, match="ConnectError"):
         cache_only(recipe(served, "http://127.0.0.1:1/v1"), tmp_path / "nobody")
+    with pytest.raises(InputError, match=r"more than [\d,]+ bytes"):
+        cache_only(recipe(served, served.set(faults={"12": "huge"})), tmp_path / "huge")
     # A probe is selkd's own text, so what the server says of it may be told.
     with pytest.raises(InputError, match=r"status 400.*no: The quick"):
         cache_only(recipe(served, served.set(always="400")), tmp_path / "probe")
@@ -251,7 +253,8 @@ def test_retry_after_is_waited_for(served: Served, tmp_path: Path, monkeypatch: 
     assert all(0.5 * 0.01 * 2**n <= wait <= 0.01 * 2**n for n, wait in enumerate(waits[1:], start=1))
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
     assert 90 < client._seconds(date) <= 100
-    for unreadable in ("soon", "nan", "-3", None):
+    far = "Fri, 31 Dec 99999999999 23:59:59 GMT"
+    for unreadable in ("soon", "nan", "-3", None, far):
         assert client._seconds(unreadable) == 0
 
 

@@ -7,9 +7,12 @@ import email.utils
 import json
 import os
 import random
+import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import httpx2
 
@@ -19,6 +22,7 @@ from selkd.recipe.models import RequestOptions, TeacherOptions
 PASSING = {408, 409, 425, 429}  # besides 5xx, what is gone after a while
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds; the wait doubles, and a part of it is drawn
 LONGEST_TOLD = 600.0  # the longest Retry-After that is waited for
+BYTES_A_CLASS, SPARE_BYTES = 1024, 2**20  # an answer has at most so many for each class at each token, and so many more
 
 
 def require_key(teacher: TeacherOptions) -> str | None:
@@ -54,7 +58,8 @@ class CompletionsClient:
         headers = {"User-Agent": "selkd"}
         if (key := require_key(teacher)) is not None:
             headers["Authorization"] = f"Bearer {key}"
-        self._stopped = threading.Event()
+        self._stopped, self._lock = threading.Event(), threading.Lock()
+        self._sockets: WeakSet[socket.socket] = WeakSet()
         self._http = httpx2.Client(
             headers=headers,
             timeout=self.options.timeout_seconds,
@@ -63,21 +68,35 @@ class CompletionsClient:
         )
 
     def close(self) -> None:
-        """End waiting requests with ``Stopped``, and close the connections."""
-        self._stopped.set()
+        """End waiting requests with ``Stopped``, and close all connections, also where an answer is awaited."""
+        with self._lock:
+            self._stopped.set()
+            for connection in self._sockets:
+                with suppress(OSError):  # it has ended
+                    connection.shutdown(socket.SHUT_RDWR)
         self._http.close()
 
-    def post(self, body: dict[str, Any], *, is_probe: bool = False) -> Any:
+    def _note_socket(self, event: str, info: dict[str, Any]) -> None:
+        """Keep each connection's socket: closing the client alone does not wake a thread that reads from it."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            with self._lock:
+                if self._stopped.is_set():
+                    raise Stopped
+                self._sockets.add(info["return_value"].get_extra_info("socket"))
+
+    def post(self, body: dict[str, Any], *, classes: int, is_probe: bool = False) -> Any:
         """The parsed answer to one request.
 
         Args:
+            classes: how many the body asks for at each token; a much larger answer is not read to its end.
             is_probe: nothing of the user's is in the request, so the server's own words may stand in an error.
 
         Raises:
-            InputError: the server refuses the request, or sends it elsewhere.
+            InputError: the server refuses the request, sends it elsewhere, or answers at a length that no answer has.
             RunError: no whole answer came in ``requests.attempts`` attempts.
             Stopped: ``close`` was called meanwhile.
         """
+        largest = SPARE_BYTES + len(body["prompt"]) * (classes + 2) * BYTES_A_CLASS
         reason, told = "", 0.0
         for attempt in range(self.options.attempts):
             if attempt:
@@ -86,8 +105,8 @@ class CompletionsClient:
             if self._stopped.is_set():
                 raise Stopped
             try:
-                status, headers, content = self._exchange(body)
-            except httpx2.TransportError as error:
+                status, headers, content = self._exchange(body, largest)
+            except httpx2.RequestError as error:  # of the network, or a body that can't be unpacked
                 if self._stopped.is_set():
                     raise Stopped from None
                 reason, told = type(error).__name__, 0.0
@@ -95,7 +114,7 @@ class CompletionsClient:
             if status == 200:
                 try:
                     return json.loads(content)
-                except ValueError:  # cut off on the way
+                except (ValueError, RecursionError):  # cut off on the way, or no answer at all
                     reason, told = "its JSON is not whole", 0.0
                     continue
             if status in PASSING or status >= 500:
@@ -108,13 +127,20 @@ class CompletionsClient:
             "teacher.requests.timeout_seconds or attempts, if it is overloaded."
         )
 
-    def _exchange(self, body: dict[str, Any]) -> tuple[int, httpx2.Headers, bytes]:
+    def _exchange(self, body: dict[str, Any], largest: int) -> tuple[int, httpx2.Headers, bytes]:
         """One attempt. Its time is limited as a whole: a server may send a byte now and then for ever."""
         deadline = time.monotonic() + self.options.timeout_seconds
-        with self._http.stream("POST", f"{self.server}/completions", json=body) as response:
-            parts = []
+        noting = {"trace": self._note_socket}
+        with self._http.stream("POST", f"{self.server}/completions", json=body, extensions=noting) as response:
+            parts, size = [], 0
             for part in response.iter_bytes():
                 parts.append(part)
+                size += len(part)
+                if size > largest:
+                    raise InputError(
+                        f"teacher.server: {self.server} answers with more than {largest:,} bytes, which no answer to "
+                        "the request has; nothing more of it was read."
+                    )
                 if time.monotonic() > deadline:
                     raise httpx2.ReadTimeout("the whole answer took too long")
                 if self._stopped.is_set():
@@ -153,6 +179,6 @@ def _seconds(retry_after: str | None) -> float:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0.0
     return min(LONGEST_TOLD, max(0.0, seconds)) if seconds == seconds else 0.0

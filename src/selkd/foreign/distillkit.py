@@ -92,6 +92,7 @@ def read_compression(path: Path) -> Compression | LegacyCompression:
 def decode(config: Compression, values: np.ndarray, ids: np.ndarray) -> Decoded:
     """The present codec's uint8 [n, b] values and ids."""
     left = torch.from_numpy(np.array(values))
+    class_ids = _unpack(ids, int(np.ceil(np.log2(np.float32(config.d)))), config.k)  # in float32, as it is written
     if left.shape[1] < config.value_bytes:
         raise InputError(
             f"DistillKit: a position has {left.shape[1]} bytes of values, and by the configuration "
@@ -129,8 +130,7 @@ def decode(config: Compression, values: np.ndarray, ids: np.ndarray) -> Decoded:
     whole = torch.cat([exact, approximate], dim=1)
     if config.delta_encoding:
         whole = whole.float().cumsum(dim=1).to(out)
-    bits = int(np.ceil(np.log2(np.float32(config.d))))  # in float32, as it is written
-    return _unpack(ids, bits, config.k), whole.double().numpy()
+    return class_ids, whole.double().numpy()
 
 
 def decode_legacy(config: LegacyCompression, packed: np.ndarray, exact: np.ndarray, terms: np.ndarray) -> Decoded:

@@ -32,6 +32,8 @@ ROWS_AT_ONCE = 8
 _DISTILLKIT = {"compressed_logprobs", "bytepacked_indices"}
 _LEGACY = {"packed_indices", "exact_values", "coeffs"}
 _AXOLOTL = {"target_token_ids", "target_logprobs"}
+# What is raised where JSON or a column is not of the expected types: UnreadableAnswer and InputError are ValueErrors.
+_NOT_AS_EXPECTED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -118,25 +120,40 @@ def _opened(path: Path, names: TokenNames, options: ReadOptions) -> Source:
 
 def _distillkit(path: Path, config: Compression | LegacyCompression, is_logits: bool) -> Iterator[Scored]:
     columns = ["input_ids", *sorted(_DISTILLKIT if isinstance(config, Compression) else _LEGACY)]
-    for row in _parquet(path, columns):
+
+    def read(row: Mapping[str, Any]) -> Scored:
+        token_ids = _tokens(row["input_ids"].as_py())
+        if not len(row[columns[1]].values):  # a text of one token
+            return _of_next_tokens(token_ids, (np.zeros((0, 1), np.int64), np.zeros((0, 1))), False)
         if isinstance(config, Compression):
-            decoded = decode(
-                config, _table(row, "compressed_logprobs", np.uint8), _table(row, "bytepacked_indices", np.uint8)
-            )
-        else:
-            words = _table(row, "packed_indices", np.uint64)
-            decoded = decode_legacy(config, words, _table(row, "exact_values"), _table(row, "coeffs"))
-        yield _of_next_tokens(row["input_ids"].values.to_numpy(), decoded, is_logits)
+            packed, ids = _table(row, "compressed_logprobs", np.uint8), _table(row, "bytepacked_indices", np.uint8)
+            return _of_next_tokens(token_ids, decode(config, packed, ids), is_logits)
+        words = _table(row, "packed_indices", np.uint64)
+        decoded = decode_legacy(config, words, _table(row, "exact_values"), _table(row, "coeffs"))
+        return _of_next_tokens(token_ids, decoded, is_logits)
+
+    return _parquet(path, columns, read)
 
 
 def _axolotl(path: Path, own_rows: bool) -> Iterator[Scored]:
-    for row in _parquet(path, ["input_ids", *sorted(_AXOLOTL)]):
+    def read(row: Mapping[str, Any]) -> Scored:
         decoded = _table(row, "target_token_ids", np.int64), _table(row, "target_logprobs", np.float64)
-        yield _axolotl_row(row["input_ids"].values.to_numpy(), decoded, own_rows)
+        return _axolotl_row(_tokens(row["input_ids"].as_py()), decoded, own_rows)
+
+    return _parquet(path, ["input_ids", *sorted(_AXOLOTL)], read)
+
+
+def _tokens(values: Any) -> np.ndarray:
+    """A text's token ids, int64. Raises InputError where they are none."""
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**31 for value in values):
+        raise InputError("input_ids is no list of token ids")
+    return np.array(values, np.int64)
 
 
 def _axolotl_row(token_ids: np.ndarray, decoded: Decoded, own_rows: bool) -> Scored:
     class_ids, values = decoded
+    if class_ids.shape != values.shape or ((class_ids < 0) & (values > -1e4)).any():
+        raise InputError("expected as many target_token_ids as target_logprobs at each position")
     # A padded place has a large negative number.
     decoded = class_ids, np.where(values <= -1e4, -np.inf, values)
     return Scored(token_ids.astype(np.int64), *decoded) if own_rows else _of_next_tokens(token_ids, decoded, False)
@@ -145,6 +162,8 @@ def _axolotl_row(token_ids: np.ndarray, decoded: Decoded, own_rows: bool) -> Sco
 def _of_next_tokens(token_ids: np.ndarray, decoded: Decoded, is_logits: bool) -> Scored:
     """``Scored`` of rows that are of the token after each."""
     class_ids, values = decoded
+    if class_ids.shape != values.shape:
+        raise InputError(f"it has class ids of {len(class_ids)} positions and values of {len(values)}")
     if is_logits:
         values = values - np.logaddexp.reduce(values, axis=1, keepdims=True)
     first = np.full((1, class_ids.shape[1]), -1, np.int64), np.full((1, class_ids.shape[1]), -np.inf)
@@ -152,15 +171,20 @@ def _of_next_tokens(token_ids: np.ndarray, decoded: Decoded, is_logits: bool) ->
     return Scored(token_ids.astype(np.int64), *both)
 
 
-def _parquet(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a file as Arrow scalars, a few of them in memory at a time."""
+def _parquet(path: Path, columns: list[str], read: Callable[[Mapping[str, Any]], Scored]) -> Iterator[Scored]:
+    """The texts of a file, a few of them in memory at a time. ``read`` makes each of its columns, as Arrow scalars."""
+    row = 0
     try:
         file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns, use_threads=False):
             for number in range(len(batch)):
-                yield {name: batch.column(name)[number] for name in columns}
+                row += 1
+                yield read({name: batch.column(name)[number] for name in columns})
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: can't be read as Parquet ({error}).") from None
+    except _NOT_AS_EXPECTED as error:
+        reason = error if isinstance(error, InputError) else "its columns are not of the types that they should be"
+        raise InputError(f"{path}, row {row}: {reason}.") from None
 
 
 def _table(row: Mapping[str, Any], column: str, dtype: Any = np.float64) -> np.ndarray:
@@ -179,7 +203,7 @@ def _table(row: Mapping[str, Any], column: str, dtype: Any = np.float64) -> np.n
 
 def _first_keys(path: Path) -> set[str]:
     """The keys of a file's first line; what is none is told when it is read."""
-    with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
+    with suppress(OSError, ValueError, RecursionError), path.open(encoding="utf-8") as file:
         content = json.loads(file.readline())
         return set(content) if isinstance(content, dict) else set()
     return set()
@@ -202,11 +226,11 @@ def _json_row(line: str, place: str, names: TokenNames, options: ReadOptions) ->
             content = content["response"].get("body") or content["response"]
         if isinstance(content, dict) and content.keys() >= _AXOLOTL | {"input_ids"}:
             decoded = _filled(content["target_token_ids"], -1, np.int64), _filled(content["target_logprobs"], -np.inf)
-            return _axolotl_row(np.asarray(content["input_ids"]), decoded, options.own_rows)
+            return _axolotl_row(_tokens(content["input_ids"]), decoded, options.own_rows)
         if isinstance(content, dict) and isinstance(content.get("logprobs"), list) and "input_ids" in content:
             return _last_tokens(content["input_ids"], content["logprobs"], names)
         return scored(content, names)
-    except (UnreadableAnswer, ValueError, TypeError, KeyError) as error:
+    except _NOT_AS_EXPECTED as error:
         reason = error if isinstance(error, UnreadableAnswer | InputError) else "it is no JSON of a known shape"
         raise InputError(f"{place}: {reason}.") from None
 
@@ -214,6 +238,8 @@ def _json_row(line: str, place: str, names: TokenNames, options: ReadOptions) ->
 def _filled(lists: Sequence[Sequence[float]], missing: float, dtype: Any = np.float64) -> np.ndarray:
     table = np.full((len(lists), max(map(len, lists), default=0)), missing, dtype)
     for number, row in enumerate(lists):
+        if dtype is np.int64 and not all(type(value) is int for value in row):
+            raise InputError("target_token_ids has a class that is no token id")
         table[number, : len(row)] = row
     return table
 

@@ -15,6 +15,8 @@ from selkd.foreign.scored import Scored
 from selkd.models.tokenizers import vocab_size
 
 NOTHING = -9999.0  # what servers write for a probability of 0, where JSON has no infinity
+LARGEST = 1e30  # no log-probability is beyond it
+LONGEST_ID = 9  # digits of a token's id
 _PREFIX = "token_id:"
 
 
@@ -36,9 +38,11 @@ class TokenNames:
             ids_of_text.setdefault(text, []).append(token_id)
         return ids_of_text
 
-    def ids(self, name: str) -> list[int]:
+    def ids(self, name: Any) -> list[int]:
         """The ids that a name may mean: one if it is an id or an unmistakable text, none if it is no token's."""
-        if name.startswith(_PREFIX) and name[len(_PREFIX) :].isdigit():
+        if not isinstance(name, str):
+            raise UnreadableAnswer("the name of a token is no text")
+        if name.startswith(_PREFIX) and _is_id(name[len(_PREFIX) :]):
             return [int(name[len(_PREFIX) :])]
         return self._ids_of_text.get(name, [])
 
@@ -156,7 +160,7 @@ def _scored(token_ids: Sequence[int], rows: Sequence[Mapping[int, float]]) -> Sc
     for number, row in enumerate(rows):
         class_ids[number, : len(row)] = list(row.keys())
         logs[number, : len(row)] = list(row.values())
-    logs[(logs <= NOTHING) | np.isnan(logs)] = -np.inf
+    logs[logs <= NOTHING] = -np.inf
     return Scored(np.asarray(token_ids, np.int64), class_ids, logs)
 
 
@@ -165,16 +169,20 @@ def _number(value: Any) -> float:
         value = value.get("logprob")
     if value is None:
         return -np.inf
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value < LARGEST:  # nor is NaN
         raise UnreadableAnswer("a log-probability is no number")
-    return float(value)
+    return float(max(value, -LARGEST))
 
 
 def _id(name: Any) -> int:
     text = str(name).removeprefix(_PREFIX)
-    if not text.isdigit():
+    if not _is_id(text):
         raise UnreadableAnswer("prompt_logprobs has a class that is no token id")
     return int(text)
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= LONGEST_ID
 
 
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:

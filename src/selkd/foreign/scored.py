@@ -83,13 +83,16 @@ class Truncation:
         teaches nothing: the loss and its gradient are 0 there.
 
         Raises:
-            InputError: probabilities of a row sum to more than 1, or nothing is known of a row and no tail is kept.
+            InputError: a row has a NaN, a class twice, or probabilities that sum to more than 1; or nothing is known of
+                it and no tail is kept.
         """
+        if np.isnan(log_probabilities).any():
+            raise InputError("a log-probability is NaN, which no teacher means")
         logs = np.where((class_ids >= 0) & (class_ids < self.vocab_size), log_probabilities, -np.inf)
         order = np.lexsort((class_ids, -logs))[:, : self.classes]  # of equal ones the lower id, as top_k does
         logs = np.take_along_axis(logs, order, axis=1)
         ids = np.where(logs > -np.inf, np.take_along_axis(class_ids, order, axis=1), self.vocab_size + 1)
-        probabilities = np.exp(logs)
+        probabilities = np.exp(np.minimum(logs, 1.0))  # what is larger is refused, and needs no overflow
         sums = probabilities.sum(axis=1, keepdims=True)
         if sums.size and sums.max() > 1 + ROUNDING:
             raise InputError(
@@ -99,7 +102,10 @@ class Truncation:
         if not self.keeps_tail and sums.size and sums.min() == 0:
             raise InputError("of a position no class is known: with classes.tail it would be stored as unknown")
         order = np.argsort(ids, axis=1, kind="stable")
-        known = torch.from_numpy(np.take_along_axis(ids, order, axis=1))
+        ids = np.take_along_axis(ids, order, axis=1)
+        if ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] <= self.vocab_size)).any():
+            raise InputError("a class is listed twice at one position, and which of the two counts is not known")
+        known = torch.from_numpy(ids)
         masses = torch.from_numpy(np.take_along_axis(probabilities / np.maximum(sums, 1), order, axis=1))
         if self.keeps_tail:
             known, masses = with_tail(known, masses, self.vocab_size)

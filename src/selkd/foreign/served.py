@@ -35,7 +35,8 @@ class ServedTeacher:
         self.options, self.names, self.truncation = teacher, names, truncation
         self.client = CompletionsClient(teacher)
         address = urlsplit(self.client.server)
-        if teacher.api_key_env and address.scheme == "http" and address.hostname not in ("127.0.0.1", "localhost"):
+        is_open = address.scheme == "http" and address.hostname not in ("127.0.0.1", "::1", "localhost")
+        if teacher.api_key_env and is_open:
             _logger.warning("teacher.server: over http:// the key and the text travel unencrypted; use https://.")
 
     def check(self) -> None:
@@ -49,7 +50,7 @@ class ServedTeacher:
         _logger.warning("teacher.server: the text's tokens go to %s%s.", self.client.server, key)
         for text in PROBES:
             expected = self.names.tokenizer(text)["input_ids"]
-            answer = self.client.post(self._request(text), is_probe=True)
+            answer = self.client.post(self._request(text), classes=self.truncation.classes, is_probe=True)
             try:
                 scored(answer, self.names, expected)
             except UnreadableAnswer as error:
@@ -86,7 +87,7 @@ class ServedTeacher:
 
     def _ask(self, sample: Sample, piece: Piece) -> StoredRows:
         token_ids = sample.token_ids[piece.begin : piece.end].tolist()
-        answer = self.client.post(self._request(token_ids))
+        answer = self.client.post(self._request(token_ids), classes=self.truncation.classes)
         try:
             return stored_piece(scored(answer, self.names, token_ids), piece, self.truncation)
         except (UnreadableAnswer, InputError) as error:

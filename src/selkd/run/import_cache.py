@@ -140,6 +140,8 @@ def _read(
 def _keep(known: Scored, wanted: Wanted, spool: Spool, cut: Truncation, counts: Counts, source: Source) -> bool:
     """Keep the rows of each document that this text is. Returns whether it is one."""
     is_one = False
+    if not len(known.class_ids):
+        return False
     for place in wanted.of(known.token_ids):
         _, piece = wanted.piece(*place[1:])
         ids, logs, is_known = _at(known, piece)
@@ -175,7 +177,7 @@ def _at(known: Scored, piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _is_round_trip(work: Workspace, token_ids: np.ndarray) -> bool:
     ids = token_ids.tolist()
-    if max(ids, default=0) >= work.vocab_size:
+    if max(ids, default=0) >= work.vocab_size or min(ids, default=0) < 0:
         return False
     text = work.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return bool(work.tokenizer(text, add_special_tokens=False)["input_ids"] == ids)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from selkd.data.collate import TOKENS_AT_ONCE, collate, group_by_tokens
 from selkd.data.samples import Sample, SampleDataset
-from selkd.errors import Interrupted, RunError
+from selkd.errors import InputError, Interrupted, RunError
 from selkd.interrupts import raise_together, stop_if_asked
 from selkd.teacher.live import LiveTeacher
 from selkd_cache.manifest import Fingerprint, n_scalars
@@ -61,6 +61,7 @@ class CacheBuild:
             RunError: the disk refused.
         """
         self._state, self._samples, self._with_scalars = PartialState(), samples, n_scalars(fingerprint) > 0
+        self._reads_all = repair
         shards = plan_shards(samples)
         with self._state.main_process_first():  # the first one claims the folder
             shard_ids = [[samples.ids[i] for i in shard] for shard in shards]
@@ -88,14 +89,15 @@ class CacheBuild:
             on_shard: called after each shard that this process has written.
 
         Raises:
+            InputError: a teacher's server refused, or answered otherwise than expected; finished shards stay.
             RunError: the disk refused; finished shards stay.
             Interrupted: a process was asked to end; finished shards stay.
         """
-        error: RunError | Interrupted | None = None
+        error: InputError | RunError | Interrupted | None = None
         try:
             self._write_own_share(teacher, pad_token_id, on_shard)
-        except (RunError, Interrupted) as raised:  # told to the other processes first, which would wait for this one
-            error = raised
+        except (InputError, RunError, Interrupted) as raised:
+            error = raised  # told to the other processes first, which would wait for this one
         raise_together(error)
         if self._state.is_main_process:
             self._writer.finish()
@@ -133,7 +135,12 @@ class CacheBuild:
                 return source.rows(chosen)
             return draw_rows(source, chosen, pad_token_id, with_scalars=self._with_scalars)
 
-        for _ in _written(self._writer, batches, draw):
+        def write(number: int, rows: list[SampleRows]) -> None:
+            # A server's answers may vary in their last bits. Where another build was faster, its shard stays.
+            if isinstance(source, LiveTeacher) or self._writer.missing_shards([number], blocks=self._reads_all):
+                self._writer.write_shard(number, rows)
+
+        for _ in _written(write, batches, draw):
             on_shard()
 
 
@@ -206,7 +213,9 @@ def draw_rows(
 
 
 def _written(
-    writer: CacheWriter, shards: dict[int, list[list[int]]], draw: Callable[[list[int]], list[SampleRows]]
+    write: Callable[[int, list[SampleRows]], None],
+    shards: dict[int, list[list[int]]],
+    draw: Callable[[list[int]], list[SampleRows]],
 ) -> Iterator[int]:
     """Draw and write these shards: number -> batches of samples. Yields the number of each that is on disk.
 
@@ -227,7 +236,7 @@ def _written(
                 yield writing[0]
             # The samples of a shard are in the data's order, which is that of their indices.
             ordered = [rows[index] for index in sorted(rows)]
-            writing = number, pool.submit(writer.write_shard, number, ordered)
+            writing = number, pool.submit(write, number, ordered)
         if writing is not None:
             writing[1].result()
             yield writing[0]
