@@ -1,6 +1,7 @@
 """Tasks of the user's own, by path, by folder, in a recipe; and how quickly an unknown name is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,11 @@ process_results: !function scoring.lengths
 metric_list:
   - {{metric: letters, aggregation: mean, higher_is_better: true}}
 """
-SCORING = 'def lengths(doc, results):\n    return {"letters": len(doc["answer"])}\n'
+SCORING = """\
+EACH = 1
+def lengths(doc, results):
+    return {"letters": EACH * len(doc["answer"])}
+"""
 
 
 @pytest.fixture
@@ -61,6 +66,11 @@ def test_own_tasks_are_measured_by_path_name_and_group(selkd_eval: Run, own: Pat
         for task in answer["tasks"].values():
             assert task["metrics"]["letters"]["value"] == pytest.approx(2.5)
             assert task["shots"] == 1  # of its file
+    (own / "scoring.py").write_text(SCORING.replace("EACH = 1", "EACH = 2"))  # what was kept is not found again
+    for module in [name for name, loaded in sys.modules.items() if str(own) in str(getattr(loaded, "__file__", ""))]:
+        del sys.modules[module]  # as in a new process
+    code, out, _ = selkd_eval(model, "--suite", own / "mine.yaml", "--json")
+    assert json.loads(out)["models"][0]["tasks"]["mine"]["metrics"]["letters"]["value"] == pytest.approx(5)
     code, _, err = selkd_eval(model, "--suite", own / "mine.yaml", "--no-plugins")
     assert code == 2
     assert "--no-plugins refuses it" in err
@@ -71,6 +81,10 @@ def test_what_is_no_task_of_ones_own_is_refused(own: Path, tmp_path: Path) -> No
         (own / "mine.yaml").read_text().replace("task: mine", "task: runs\nunsafe_code: true")
     )
     (tmp_path / "empty").mkdir()
+    for name in ("pipe", "link"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipe" / "x.yaml")  # the harness would wait for a writer
+    (tmp_path / "link" / "x.yaml").symlink_to(tmp_path / "nowhere")
     (tmp_path / "plain.yaml").write_text("a: 1\n")
     hidden = tmp_path / "hidden"
     hidden.mkdir()
@@ -81,6 +95,8 @@ def test_what_is_no_task_of_ones_own_is_refused(own: Path, tmp_path: Path) -> No
         ({"suite": [str(tmp_path / "plain.yaml")]}, "is no task of lm-evaluation-harness"),
         ({"suite": ["mine"], "include_path": str(tmp_path / "empty")}, "evaluation.include_path: no .yaml file"),
         ({"suite": ["mine"], "include_path": "nowhere"}, "evaluation.include_path: no folder 'nowhere'"),
+        ({"suite": ["x"], "include_path": str(tmp_path / "pipe")}, "has the name of a task's file and is none"),
+        ({"suite": ["x"], "include_path": str(tmp_path / "link")}, "has the name of a task's file and is none"),
         ({"suite": ["piqa"], "include_path": str(hidden)}, "a task is called 'piqa', as one of selkd's is"),
         ({"include_path": str(own)}, "evaluation.include_path: only benchmarks have include_path"),
     ):

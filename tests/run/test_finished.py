@@ -66,8 +66,20 @@ def test_no_command_changes_a_finished_run(run: Path, recipe: dict[str, Any], se
     for stage in (distill, score_only, cache_only):
         assert stage(parse_part(Recipe, recipe), run).record == record
     assert selkd("report", run)[0] == selkd("verify", run)[0] == 0
-    assert selkd("cache", "verify", run / "teacher_cache", "--rescore", 2)[0] == 0
-    assert contents(run) == before
+    looks: list[tuple[object, ...]] = [
+        ("distill", run / "recipe.yaml", "--out", run),
+        ("score", run / "recipe.yaml", "--out", run),
+        ("cache", "build", run / "recipe.yaml", "--out", run),
+        ("cache", "verify", run / "teacher_cache", "--rescore", 2),
+        ("cache", "verify", run),
+        ("cache", "inspect", run, "--json"),
+        ("eval", run, "--text", recipe["data"]["path"], "--limit", 1, "--out", run.parent / "evals"),
+        ("tokens", run / "student", "w2 w3 w4 w5 w6 w7", "--json"),
+    ]
+    for command in looks:
+        code, _, said = selkd(*command)
+        assert code == 0, (command, said)
+        assert contents(run) == before, command
 
 
 def test_a_record_says_what_it_is_a_digest_of(run: Path) -> None:

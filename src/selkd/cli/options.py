@@ -80,7 +80,7 @@ def own_code(no_plugins: bool) -> Iterator[None]:
         if no_plugins:
             raise ValueError(f"{name!r} is code to run, and --no-plugins refuses it")
         if name not in told and os.environ.get("RANK", "0") == "0":
-            typer.echo(f"selkd: {key} runs your own code, {name}", err=True)
+            typer.echo(f"selkd: {key} runs your own code, {name if name.isprintable() else repr(name)}", err=True)
         told.add(name)
         return True
 

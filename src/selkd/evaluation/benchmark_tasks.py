@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from selkd.errors import InputError
 from selkd.evaluation.benchmarks import KNOWN
 from selkd.evaluation.evaluated_model import EvaluatedModel
@@ -14,6 +16,7 @@ from selkd.evaluation.harness import load_tasks, require_answerable, run_task, s
 from selkd.evaluation.options import BenchmarkOptions
 from selkd.evaluation.results import Measured, TaskResult, digest, find_or_measure
 from selkd.recipe.evaluation import benchmarks_of
+from selkd.recipe.harness_names import has_own_task, is_task_file
 
 
 def load_benchmarks(options: BenchmarkOptions) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def measure_benchmarks(
             "requests": digest([[request.doc_id, request.doc, list(request.args)] for request in task.instances]),
             "rows": digest(list(rows)),
             "chat_template": model.tokenizer.chat_template if options.chat_template else None,
+            **_own_code(name, options),
         }
         measure = partial(_measure, name, task, rows, model, options)
         results[name] = find_or_measure(folder, name, fingerprint, measure, reuse)
@@ -84,6 +88,16 @@ def _measure(name: str, task: Any, rows: Sequence[int], model: EvaluatedModel, o
         "described": benchmark.described if benchmark else None,
     }
     return replace(measured, details={**details, **measured.details})
+
+
+def _own_code(name: str, options: BenchmarkOptions) -> dict[str, str]:
+    """The digest of the Python files beside a task of the user, of which the harness tells single functions alone."""
+    files = [str(Path(entry).parent) for entry in options.suite if is_task_file(entry)]
+    folders = [*(options.include_path or ()), *files]
+    if not has_own_task(folders, name):
+        return {}
+    paths = sorted({path for folder in folders for path in Path(folder).expanduser().rglob("*.py") if path.is_file()})
+    return {"own": digest([xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in paths])}
 
 
 def _scoring(task: Any) -> dict[str, Any]:

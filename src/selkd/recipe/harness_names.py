@@ -91,15 +91,26 @@ def _names_below(folder: Path) -> Iterator[str]:
         for name in files:
             if name.endswith(".yaml"):
                 yield from _names_in(Path(where, name))
-            elif "." not in name or "yaml" in name or name.endswith(".yml"):  # a template: its tags are its tasks'
+            elif ("." not in name or "yaml" in name or name.endswith(".yml")) and Path(where, name).is_file():
+                # A template: its tags are its tasks'.
                 yield from _names_in(Path(where, name), keys=(b"tag",))
 
 
 def _names_in(path: Path, keys: tuple[bytes, ...] = (b"task", b"tag")) -> Iterator[str]:
-    found: dict[bytes, bytes] = dict(_NAME.findall(path.read_bytes()))
+    found: dict[bytes, bytes] = dict(_NAME.findall(_content(path)))
     for key in (b"group",) if b"group" in found and b"class" not in found else keys:
         if key in found:
             yield from _texts(found[key])
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file. Raises InputError for what the harness would fail at, or wait for, as a pipe."""
+    if not path.is_file():
+        raise InputError(f"{path} has the name of a task's file and is none. Move it away.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}).") from None
 
 
 def _texts(value: bytes) -> Iterator[str]:
