@@ -28,7 +28,7 @@ def test_what_this_machine_lacks_is_refused_before_loading(tmp_path: Path, monke
     with pytest.raises(InputError, match="a student is not cut from quantised layers"):
         distill(recipe | {"teacher": teacher}, tmp_path / "run")
     recipe["student"] = {"model": recipe["teacher"]["model"]}
-    monkeypatch.setattr(quantisation, "find_spec", lambda _: None)
+    monkeypatch.setattr(quantisation, "is_installed", lambda _: False)
     with pytest.raises(InputError, match=r"bitsandbytes_8bit needs the package bitsandbytes: pip install 'selkd\[bits"):
         distill(recipe | {"teacher": teacher}, tmp_path / "run")
     with pytest.raises(InputError, match=r"teacher.device: cuda:1, but there are 0 CUDA devices"):

@@ -65,7 +65,12 @@ def test_a_run_writes_what_the_contract_names(tmp_path: Path) -> None:
         assert key in record
         assert inner is None or inner <= record[key].keys()
     for when in ("before", "after"):
-        assert record["fidelity"][when].keys() == {"perplexity", "kl_nats", "top1_agreement"}
+        assert record["fidelity"][when].keys() == {
+            "perplexity",
+            "kl_nats",
+            "top1_agreement",
+            "calibration_error",
+        }
     assert record["fidelity"]["after"]["kl_nats"] < record["fidelity"]["before"]["kl_nats"]
 
     overlap = record["data"]["held_out_overlap"]

@@ -17,6 +17,8 @@ from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 
 _PRECISION = ("bf16", "use_cpu")
+# Keys that earlier versions did not have count where they are set, so that a study begun then finds what it wrote.
+_LATER = ("server", "api_key_env", "requests", "imported", "from_cache")
 
 
 def with_shared_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -26,13 +28,14 @@ def with_shared_paths(recipe: Recipe, folder: Path) -> Recipe:
         content["samples"]["path"] = str(folder / "scores" / f"{_digest(parts)}.parquet")
     if recipe.cache is not None and recipe.cache.path is None:
         depends = {
-            "teacher": content["teacher"],
+            "teacher": _as_before(content["teacher"]),
             "data": content["data"],
             "classes": content["classes"],
             "temperature": content["criterion"]["temperature"],
             "seed": recipe.seed,
             "classes_shared_with": _vocabulary(recipe.student.model),
             "use_cpu": recipe.training.get("use_cpu"),  # it decides the teacher's precision
+            "scalars": recipe.cache.scalars,
             # A cache holds certain samples.
             "samples": None if recipe.samples is None else [parts, content["samples"]["fraction"]],
         }
@@ -62,12 +65,17 @@ def _what_scores_depend_on(recipe: Recipe) -> dict[str, Any]:
     samples = recipe.samples
     # By former names, so that a study that was begun under them finds its scores.
     former = {name: key for key, name in SampleOptions.renamed.items()}
-    options = {former.get(k, k): v for k, v in (content["samples"] or {}).items() if k not in ("fraction", "path")}
-    depends = {key: content[key] for key in ("teacher", "student", "data")}
+    options = _as_before(content["samples"] or {})
+    options = {former.get(k, k): v for k, v in options.items() if k not in ("fraction", "path")}
+    depends = {"teacher": _as_before(content["teacher"])} | {key: content[key] for key in ("student", "data")}
     depends |= {"samples": options, "precision": {key: recipe.training.get(key) for key in _PRECISION}}
     if samples is None or Metric.find(samples.metric).is_noise or samples.scoring == "approximate":
         depends["seed"] = recipe.seed
     return depends
+
+
+def _as_before(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if value or key not in _LATER}
 
 
 def _digest(content: Any) -> str:
