@@ -1,3 +1,4 @@
+import tracemalloc
 from contextlib import suppress
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from properties import examples
 from second_reader import frequencies, read_block, read_model
 
+from selkd_cache import codec
 from selkd_cache.codec import decode, encode, fit
 from selkd_cache.errors import InputError
 from selkd_cache.frequency_model import Model
@@ -35,7 +37,7 @@ def as_dicts(rows: Rows) -> list[Row]:
 
 
 def through_bytes(model: Model) -> Model:
-    return Model.from_bytes(model.to_bytes())
+    return Model.from_bytes(model.to_bytes(), has_scalars=bool(model.largest_codes))
 
 
 def assert_round_trip(samples: list[Rows]) -> None:
@@ -313,6 +315,21 @@ def test_a_sample_of_too_many_rows_is_refused() -> None:
     rows = Rows(np.zeros(2**24 + 1, np.uint16), np.zeros(0, np.uint32), np.zeros(0, np.uint16))
     with pytest.raises(InputError, match="at most 16777216 positions; got 16777217"):
         encode(fit([make_rows(1)]), rows)
+
+
+def test_a_block_that_claims_many_rows_takes_little_memory_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No table is copied for all rows at once, of a few bytes that claim millions of rows or of a long sample."""
+    model = through_bytes(fit([make_rows(1)]))
+    claimed = 2**20
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="damaged"):
+            decode(model, np.array([claimed, 12_345, 99_999], "<u4").tobytes())
+        assert tracemalloc.get_traced_memory()[1] < 130 * claimed
+    finally:
+        tracemalloc.stop()
+    monkeypatch.setattr(codec, "_AT_ONCE", 7)
+    assert_round_trip([with_scalars(make_rows(number), number) for number in range(2)])
 
 
 def test_classes_in_a_shard_without_any_are_refused() -> None:

@@ -26,6 +26,7 @@ NAME_WITH_SCALARS: Final = "grouped-gaps-ans"
 GROUPS: Final = 2  # of classes, where scalars are stored, too (docs/results/cache.md)
 
 _LARGEST_ROWS: Final = 2**24
+_AT_ONCE: Final = 2**16  # values, for each of which a copy of its context's weights is made
 _HEADER = struct.Struct("<I")
 _CATEGORICAL = constriction.stream.model.Categorical(perfect=False)
 _UNIFORM = constriction.stream.model.Uniform()
@@ -269,7 +270,10 @@ class _Decoder:
         if not len(context):
             return context
         buckets = self.model.buckets[table]
-        symbols = self.coder.decode(_CATEGORICAL, self.model.weights[table].take(context, axis=0))
+        weights, decode = self.model.weights[table], self.coder.decode
+        parts = range(0, len(context), _AT_ONCE)
+        decoded = [decode(_CATEGORICAL, weights.take(context[at : at + _AT_ONCE], axis=0)) for at in parts]
+        symbols = decoded[0] if len(decoded) == 1 else np.concatenate(decoded)
         values: np.ndarray = buckets.first.take(symbols, mode="clip")
         sizes = buckets.size.take(symbols, mode="clip")
         (is_wide,) = (sizes > 1).nonzero()
