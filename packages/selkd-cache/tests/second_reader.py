@@ -5,6 +5,8 @@ What the README says a reader refuses is an assertion here.
 
 import json
 import struct
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 
 import xxhash
@@ -16,8 +18,7 @@ Row = dict[int, int]
 def read_cache(folder: Path) -> tuple[dict, dict[str, list[Row]]]:
     """The fingerprint, and the rows of every sample by the hex digits of its id, in the stored order."""
     plan, manifest = read_json(folder / "plan.json"), read_json(folder / "manifest.json")
-    assert manifest["complete"] is True
-    assert manifest["plan"] == plan["checksum"]
+    assert (manifest["complete"], manifest["plan"]) == (True, plan["checksum"])
     assert all(manifest[key] == plan[key] for key in ("fingerprint", "n_samples"))
     places = read_index(folder / "index.selkd", manifest)
     samples: dict[str, list[Row]] = {}
@@ -96,10 +97,8 @@ def read_model(data: bytes, version: int = 2) -> dict:
         frames.append(zstandard.decompress(data[at + 4 : end]))
         at = end
     assert at == len(data)
-    ids, previous = [], -1
-    for lowest, second, third, highest in zip(*frames[:4], strict=True):
-        previous += 1 + lowest + (second << 8) + (third << 16) + (highest << 24)
-        ids.append(previous)
+    gaps = [sum(part << 8 * at for at, part in enumerate(parts)) for parts in zip(*frames[:4], strict=True)]
+    ids = [end - 1 for end in accumulate(gap + 1 for gap in gaps)]
     groups = frames.pop(5) if version == 3 else bytes(n_classes)
     ranked = sorted(range(n_classes), key=lambda place: (-frames[4][place], ids[place]))
     classes = [[ids[place] for place in ranked if groups[place] == group] for group in range(n_groups)]
@@ -128,12 +127,6 @@ def log2(number: int) -> int:
     return (number**16).bit_length() - 1 if number else 0
 
 
-def scalar(code: int) -> float:
-    if code >= 672:
-        return 1 + (code - 672) / 32
-    return (32 + code % 32) * 2.0 ** (code // 32 - 26) if code >= 32 else code * 2.0**-25
-
-
 def bucket(mantissa_bits: int, value: int) -> int:
     octave = max(0, value.bit_length() - 1 - mantissa_bits)
     return octave * 2**mantissa_bits + value // 2**octave
@@ -151,100 +144,93 @@ def frequencies(cells: bytes) -> list[int]:
 
 class Ans:
     def __init__(self, data: bytes) -> None:
-        self.stack = [unsigned(data[at : at + 4]) for at in range(0, len(data), 4)]
-        self.state = 0
-        for _ in range(2):
-            self.refill()
+        self.stack, self.state = list(struct.unpack(f"<{len(data) // 4}I", data)), 0
+        self.refill()
+        self.refill()
 
     def refill(self) -> None:
-        if self.stack:
+        if self.state < 2**32 and self.stack:
             self.state = self.state * 2**32 + self.stack.pop()
 
     def symbol(self, freqs: list[int]) -> int:
-        quantile, below, found = self.state % 2**24, 0, 0
-        while below + freqs[found] <= quantile:
-            below += freqs[found]
-            found += 1
-        self.step(quantile, below, freqs[found])
-        return found
+        below = [0, *accumulate(freqs)]
+        found = bisect_right(below, self.state % 2**24) - 1
+        return self.take(found, below[found], freqs[found])
 
     def low_bits(self, n_bits: int) -> int:
-        quantile, each = self.state % 2**24, 2 ** (24 - n_bits)
-        self.step(quantile, quantile // each * each, each)
-        return quantile // each
+        found, each = self.state % 2**24 >> 24 - n_bits, 2 ** (24 - n_bits)
+        return self.take(found, found * each, each)
 
-    def step(self, quantile: int, below: int, frequency: int) -> None:
-        self.state = self.state // 2**24 * frequency + quantile - below
-        if self.state < 2**32:
-            self.refill()
+    def take(self, found: int, below: int, frequency: int) -> int:
+        self.state = self.state // 2**24 * frequency + self.state % 2**24 - below
+        self.refill()
+        return found
 
 
 def read_block(model: dict, data: bytes) -> list:
     """The rows of a block: each maps class ids to counts; with scalars, each row is that and a list of numbers."""
-    n, ans, groups = unsigned(data[:4]), Ans(data[4:]), len(model["classes"])
+    n, ans, groups, total = unsigned(data[:4]), Ans(data[4:]), len(model["classes"]), model["total"]
 
     def values(table: str, mantissa_bits: int, contexts: list[int]) -> list[int]:
-        buckets = [ans.symbol(frequencies(model["tables"][table][context])) for context in contexts]
-        found = []
-        for each in buckets:
-            octave = max(0, each // 2**mantissa_bits - 1)
-            found.append((each - octave * 2**mantissa_bits) * 2**octave + (ans.low_bits(octave) if octave else 0))
-        return found
+        found = [ans.symbol(frequencies(model["tables"][table][context])) for context in contexts]
+        octaves = [max(0, (each >> mantissa_bits) - 1) for each in found]
+        firsts = [each - (octave << mantissa_bits) << octave for each, octave in zip(found, octaves, strict=True)]
+        return [first + (ans.low_bits(octave) if octave else 0) for first, octave in zip(firsts, octaves, strict=True)]
 
     def parts(kind: int, left: list[int]) -> list[int]:
-        found, width = [], bucket(3, model["total"]) + 1
+        found, width = [], bucket(3, total) + 1
         for group in range(groups - 1):
             contexts = [(kind * (groups - 1) + group) * width + bucket(3, each) for each in left]
-            found += values("parts", 3, contexts)
-            left = [all_ - each for all_, each in zip(left, found[-n:], strict=True)] if n else []
+            found += (part := values("parts", 3, contexts))
+            left = [all_ - each for all_, each in zip(left, part, strict=True)]
         return found + left
+
+    def active(sizes: list[int], column: int) -> list[int]:
+        return sorted((each for each, size in enumerate(sizes) if size > column), key=lambda k: (-sizes[k], k))
 
     singles = values("singles", 3, [0] * n)
     heavies = values("heavies", 3, [bucket(3, each) for each in singles])
     of_singles = parts(1, singles)
     sizes = parts(0, heavies) + of_singles
-    lists: list[list[int]] = [[] for _ in sizes]
+    lists = [[-1] for _ in sizes]
     for column in range(max(sizes, default=0)):
-        active = sorted((each for each in range(len(sizes)) if sizes[each] > column), key=lambda k: (-sizes[k], k))
-        contexts = []
-        for each in active:
-            octave = (lists[each][-1] + 1).bit_length() if lists[each] else 0
-            contexts.append((each // n * model["octaves"] + octave) * 16 + min(sizes[each] - column, 16) - 1)
-        for each, gap in zip(active, values("gaps", 1, contexts), strict=True):
-            lists[each].append((lists[each][-1] if lists[each] else -1) + gap + 1)
-    excess = [model["total"] - one - 2 * more for one, more in zip(singles, heavies, strict=True)]
+        open_lists, contexts = active(sizes, column), []
+        for each in open_lists:
+            context = each // n * model["octaves"] + (lists[each][-1] + 1).bit_length()
+            contexts.append(context * 16 + min(sizes[each] - column, 16) - 1)
+        for each, gap in zip(open_lists, values("gaps", 1, contexts), strict=True):
+            lists[each].append(lists[each][-1] + gap + 1)
+    excess = [total - one - 2 * more for one, more in zip(singles, heavies, strict=True)]
     beyond: list[list[int]] = [[] for _ in range(n)]
     for column in range(max(heavies, default=0) - 1):
-        active = sorted((row for row in range(n) if heavies[row] > column + 1), key=lambda k: (-heavies[k], k))
-        contexts = [bucket(1, excess[row]) * 16 + min(heavies[row] - column, 16) - 1 for row in active]
-        for row, value in zip(active, values("counts", 1, contexts), strict=True):
+        open_rows = active(heavies, column + 1)
+        contexts = [bucket(1, excess[row]) * 16 + min(heavies[row] - column, 16) - 1 for row in open_rows]
+        for row, value in zip(open_rows, values("counts", 1, contexts), strict=True):
             beyond[row].append(value)
             excess[row] -= value
     rows = []
     for row in range(n):
         counts = [2 + value for value in [*beyond[row], excess[row]][: heavies[row]]] + [1] * singles[row]
-        ids = [model["classes"][k // n % groups][rank] for k in range(row, len(lists), n) for rank in lists[k]]
+        ids = [model["classes"][k // n % groups][rank] for k in range(row, len(lists), n) for rank in lists[k][1:]]
         rows.append(dict(sorted(zip(ids, counts, strict=True))))
+    flat = [(total * log2(total) - sum(c * log2(c) for c in row.values())) // total // 4 if row else 0 for row in rows]
+    most = [max(row.values(), default=0) for row in rows]
     codes: list[list[int]] = []
-    for number in range(len(model["largest"])):
-        nats, contexts = model["largest"][number] // 32 + 1, []
-        for row, drawn in enumerate(rows):
-            own = sum(count * log2(count) for count in drawn.values())
-            uncertainty = (model["total"] * log2(model["total"]) - own) // model["total"] // 4 if drawn else 0
-            most = max(drawn.values(), default=0)
-            if number % 2:
-                eighths, sixteenths = (parts * most // max(model["total"], 1) for parts in (8, 16))
-                contexts.append((codes[number - 1][row] // 32 * 9 + eighths, sixteenths * nats))
-            else:
-                contexts.append((uncertainty, uncertainty * nats))
-        high = [ans.symbol(frequencies(model["tables"][f"nats {number}"][first])) for first, _ in contexts]
-        table = model["tables"][f"quarters {number}"]
-        quarters = [
-            ans.symbol(frequencies(table[second + nat])) for (_, second), nat in zip(contexts, high, strict=True)
-        ]
-        codes.append([32 * nat + 8 * quarter + ans.low_bits(3) for nat, quarter in zip(high, quarters, strict=True)])
-        assert max(codes[-1], default=0) <= model["largest"][number]
+    for number, largest in enumerate(model["largest"]):
+        first, second = flat, flat
+        if number % 2:
+            first = [code // 32 * 9 + 8 * each // max(total, 1) for code, each in zip(codes[-1], most, strict=True)]
+            second = [16 * each // max(total, 1) for each in most]
+        nats = values(f"nats {number}", 16, first)  # below 2^16 a bucket is its value
+        contexts = [each * (largest // 32 + 1) + nat for each, nat in zip(second, nats, strict=True)]
+        quarters = values(f"quarters {number}", 16, contexts)
+        codes.append([32 * nat + 8 * quarter + ans.low_bits(3) for nat, quarter in zip(nats, quarters, strict=True)])
+        assert max(codes[-1], default=0) <= largest
     assert (ans.state, ans.stack) == (0, [])
-    if codes:
-        return [(row, [scalar(column[at]) for column in codes]) for at, row in enumerate(rows)]
-    return rows
+    return [(row, [scalar(column[at]) for column in codes]) for at, row in enumerate(rows)] if codes else rows
+
+
+def scalar(code: int) -> float:
+    if code >= 672:
+        return 1 + (code - 672) / 32
+    return (32 + code % 32) * 2.0 ** (code // 32 - 26) if code >= 32 else code * 2.0**-25
