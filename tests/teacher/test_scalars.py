@@ -23,8 +23,9 @@ from selkd.recipe.choices import ClassOptions
 from selkd.selection.classes import ClassSampler, class_sampler, split_draws, split_evenly
 from selkd.teacher.build_cache import build_cache
 from selkd.teacher.cached import CachedTeacher, ScoringDraws
-from selkd.teacher.live import LiveTeacher
+from selkd.teacher.live import LiveTargets, LiveTeacher
 from selkd.teacher.recheck_cache import compare_again
+from selkd.teacher.targets import DrawnClasses
 from selkd.training.trainer import DistillTrainer
 from selkd_cache.reader import TeacherCache
 from selkd_cache.scalars import LARGEST_ERROR, bound_of
@@ -324,6 +325,35 @@ def test_evaluation_of_a_cache_with_scalars_is_the_true_kl(tmp_path: Path) -> No
     kl = reference.importance("kl", dense(1, 2, batch), dense(0, 3, batch), batch["targets"])[batch["valid_mask"]]
     assert metrics["eval_loss"] == metrics["eval_kl_nats"] == pytest.approx(float(kl.mean()), abs=0.05)
     assert "eval_cross_entropy_to_draws_nats" not in metrics
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_class_that_the_teacher_rules_out_adds_nothing(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    """Its logit is -inf. What is stored and what live draws know of the entropy are of the classes that are left."""
+    batch, ruled_out = batch_of(make_samples(4)), 5
+    valid = batch["valid_mask"].flatten().nonzero().flatten()
+    logits_of = LiveTargets.logits
+
+    def without_one(targets: LiveTargets, rows: slice) -> Tensor:
+        return logits_of(targets, rows).index_fill_(-1, torch.tensor([ruled_out]), -torch.inf)
+
+    monkeypatch.setattr(LiveTargets, "logits", without_one)
+    live = LiveTeacher(make_model(0, 3), ClassOptions(sampler="rs_kd", draws=32), temperature, SEED, V)
+    (_, stored), *others = live.draws_to_store(batch, with_scalars=True)
+    assert not others
+    kept = dense(0, 3, batch).flatten(0, 1)[valid][:, [v for v in range(V) if v != ruled_out]]
+    for column, at in enumerate(dict.fromkeys((1.0, temperature))):
+        log_p = (kept / at).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        torch.testing.assert_close(stored[:, 2 * column].double(), entropy, atol=1e-5, rtol=1e-5)
+        if at == temperature == 1.0:
+            target = live.targets(batch, 0).at(valid).chunk(slice(0, len(valid)))
+            assert isinstance(target, DrawnClasses)
+            assert target.entropy is not None
+            torch.testing.assert_close(target.entropy.double(), entropy, atol=1e-5, rtol=1e-5)
+    is_ruled_out = batch["targets"].flatten()[valid] == ruled_out
+    assert (stored[~is_ruled_out] < 100).all()
+    assert (stored[is_ruled_out, 1] > 1e30).all()
 
 
 @pytest.mark.parametrize("metric", ["kl", "ce_ratio"])

@@ -84,7 +84,9 @@ class LiveTeacher:
 
     def _scalars(self, logits: Tensor, targets: Tensor) -> Tensor:
         names, temperatures = ("teacher_entropy", "teacher_ce"), dict.fromkeys((1.0, self.temperature))
-        return torch.cat([statistics(names, logits, logits / each, targets) for each in temperatures], dim=-1)
+        least = torch.finfo(logits.dtype).min  # a class that the teacher rules out by -inf adds nothing to the entropy
+        parts = [statistics(names, logits, (logits / each).clamp_(min=least), targets) for each in temperatures]
+        return torch.cat(parts, dim=-1)
 
     def _uniforms(self, batch: Batch, *stream: int | str) -> Tensor | None:
         return class_uniforms(self.sampler, batch, self.seed, *stream)
@@ -155,7 +157,8 @@ class Drawing:
 def _entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
     """H(p) in nats, [n], of logits [n, V] and their softmax; no logarithm of all classes is taken again."""
     highest, at = probabilities.max(dim=-1, keepdim=True)
-    mean_log_p = (logits - logits.gather(-1, at)).mul_(probabilities).sum(dim=-1) + highest.squeeze(-1).log()
+    # A class that is ruled out by -inf gives NaN here and counts as 0; `Drawing` checks for other NaN.
+    mean_log_p = (logits - logits.gather(-1, at)).mul_(probabilities).nansum(dim=-1) + highest.squeeze(-1).log()
     return mean_log_p.neg_().clamp_(min=0)
 
 
