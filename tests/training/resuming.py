@@ -59,6 +59,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "accumulated": {"positions": ENTROPY, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "bfloat16": {"positions": ENTROPY, "bf16": True},
+    "a head kept for two micro-batches": {
+        "positions": ENTROPY, "bf16": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
+    },
+    "a head kept beside adapters": {
+        "positions": ENTROPY, "bf16": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
+        "lora": {"rank": 4},
+    },
     "dropout": {"positions": ENTROPY, "attention_dropout": 0.3},
     "adapters": {"positions": ENTROPY, "lora": {"dropout": 0.2, "rank": 4}},
     "on-policy": {"on_policy": {"max_new_tokens": 6, "fraction": 0.6}, "criterion": {"name": "reverse_kl"}},

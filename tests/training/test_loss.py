@@ -276,3 +276,9 @@ def test_a_number_that_is_not_finite_is_told_with_its_place() -> None:
     hidden[1, 4] = torch.nan
     with pytest.raises(RunError, match="position 4 of row 1 of the batch gives nan"):
         selkd.distillation_loss(hidden, case.head, case.live, case.targets, case.valid)
+
+
+def test_targets_on_another_device_are_refused() -> None:
+    hidden, weight = torch.zeros(1, 4, 8, device="meta"), torch.zeros(11, 8, device="meta")
+    with pytest.raises(InputError, match="targets: expected on meta, where hidden_states are; got cpu"):
+        selkd.distillation_loss(hidden, weight, {"logits": torch.zeros(1, 4, 11)}, torch.zeros(1, 4, dtype=torch.int64))

@@ -194,6 +194,10 @@ def as_batch(
         raise InputError(f"hidden_states: expected [B, T, D]; got {_form(hidden_states)}.")
     shape = hidden_states.shape[:2]
     require_shape("targets", targets, shape)
+    if targets.device != hidden_states.device:
+        raise InputError(
+            f"targets: expected on {hidden_states.device}, where hidden_states are; got {targets.device}. Move them."
+        )
     if targets.is_floating_point():
         raise InputError(f"targets: expected token ids, int64; got {_form(targets)}.")
     if valid_mask is None:
