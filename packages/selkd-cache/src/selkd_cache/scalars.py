@@ -37,7 +37,10 @@ def codes_of(values: np.ndarray) -> np.ndarray:
     """
     exact = np.asarray(values, dtype=np.float64)
     if not (exact >= 0).all():
-        raise InputError(f"scalars are numbers from 0, in nats; got {exact[~(exact >= 0)][0]}")
+        raise InputError(
+            f"scalars are numbers from 0, in nats; got {exact[~(exact >= 0)][0]}. Infinite logits give no "
+            "finite entropy: cache.scalars: false stores no scalars"
+        )
     above = np.searchsorted(_VALUES, exact).clip(1, LARGEST_CODE)
     is_lower = exact - _VALUES[above - 1] <= _VALUES[above].astype(np.float64) - exact
     return (above - is_lower).astype(np.uint16)
