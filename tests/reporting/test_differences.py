@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,18 @@ def test_a_study_has_its_forest_and_its_frontier(tmp_path: Path) -> None:
     assert "KL to the teacher against time" in (tmp_path / "out" / "report.html").read_text()
     one, _ = study(tmp_path / "one", (1,))
     assert "With one seed" in next(plot for plot in comparison_plots(one) if plot.name == "differences").caption
+
+
+def test_the_names_of_near_points_stand_apart(tmp_path: Path) -> None:
+    recipes = {"cheap": (1.0, 50.0), "near": (0.99, 100.0), "nearer": (0.9899, 100.0), "nearest": (0.9898, 100.0)}
+    paths = [run(tmp_path, name, 1, DIFFICULTY * factor, cost) for name, (factor, cost) in recipes.items()]
+    drawn = {plot.name: plot for plot in comparison_plots(compare(paths))}
+    figure = drawn["frontier-total_seconds"].figure
+    figure.draw_without_rendering()
+    names = figure.axes[0].texts
+    assert {text.get_text() for text in names} == recipes.keys()
+    boxes = [text.get_window_extent() for text in names]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 300])

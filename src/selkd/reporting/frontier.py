@@ -26,6 +26,7 @@ from selkd.reporting.measures import KL, MEASURES, ReportedMeasure
 
 _COSTS = {"total_seconds": "time", "teacher_tokens": "teacher tokens", "cache_bytes": "bytes of the cache"}
 _NAMED = 14  # more recipes than these have their names under the pointer alone
+_NAMES_APART = (0.25, 0.12)  # points nearer than these shares of the axes have their names stacked
 _LOG_FROM = 8.0  # the ratio of the dearest to the cheapest from which on costs are on a logarithmic axis
 _ALIKE = 0.02  # costs that differ by less than this share make no axis
 
@@ -92,7 +93,9 @@ def _frontier_plot(
         axes.margins(0.18, 0.18)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.form(value)))
         middle = sum(axes.get_xlim()) / 2 if axes.get_xscale() == "linear" else 0.0
-        for number, point in enumerate(sorted(points, key=lambda point: point.cost)):
+        in_axes = axes.transScale + axes.transLimits
+        placed: list[tuple[float, float]] = []
+        for point in sorted(points, key=lambda point: (point.cost, point.figure)):
             span = "" if point.interval is None else f" ({_span(point.interval, quality)})"
             tip(
                 axes,
@@ -102,8 +105,12 @@ def _frontier_plot(
             )
             if len(points) <= _NAMED:
                 is_right = middle > 0 and point.cost > middle
+                at = in_axes.transform((point.cost, point.figure))
+                beside = sum(abs(at[0] - x) < _NAMES_APART[0] and abs(at[1] - y) < _NAMES_APART[1] for x, y in placed)
+                placed.append((at[0], at[1]))
+                place = (-6 if is_right else 6, 12 * beside - 6 if beside else -12)
                 axes.annotate(
-                    _short(point.name), (point.cost, point.figure), (-6 if is_right else 6, 6 if number % 2 else -12),
+                    _short(point.name), (point.cost, point.figure), place,
                     textcoords="offset points", ha="right" if is_right else "left", fontsize=9,
                     color=INK if point in best else MUTED,
                     bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
