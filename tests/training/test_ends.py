@@ -1,5 +1,6 @@
 """How a training ends, and goes on: no step too many, the same logs, the checkpoint that was just written."""
 
+import multiprocessing
 import os
 import subprocess
 from contextlib import suppress
@@ -164,3 +165,14 @@ def test_a_signal_to_all_processes_leaves_a_runs_data_loader_its_samples(tmp_pat
             read(is_run=False)
     finally:
         interrupts.leave_to_parent(False)
+
+
+def test_persistent_workers_end_with_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's workers ignore signals, so the process that leaves would wait for them for ever."""
+    monkeypatch.setattr(interrupts._Asked, "is_left_to_parent", True)
+    held = trained(tmp_path, dataloader_num_workers=2, dataloader_persistent_workers=True)
+    left = multiprocessing.active_children()
+    for worker in left:
+        worker.kill()
+    assert left == []
+    assert held.state.global_step == 5

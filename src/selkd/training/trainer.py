@@ -89,6 +89,7 @@ class DistillTrainer(ResumingTrainer):
     """
 
     data_collator: Callable[[list[Sample]], Batch]
+    _loader: Any = None  # the newest data loader with workers
 
     def __init__(
         self,
@@ -232,6 +233,7 @@ class DistillTrainer(ResumingTrainer):
         if loader.num_workers:
             inner = getattr(loader, "base_dataloader", loader)  # Accelerate's stands around the one that forks
             inner.worker_init_fn = partial(_ignoring_signals, inner.worker_init_fn)
+            self._loader = inner
         return loader
 
     def _fill_train_dataset(self) -> None:
@@ -283,7 +285,17 @@ class DistillTrainer(ResumingTrainer):
         if self.model is not None and not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError("model: none of its weights is trained; set requires_grad on those that are to learn.")
         self._fill_train_dataset()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._end_workers()
+
+    def _end_workers(self) -> None:
+        """End persistent workers: they ignore signals, so a process that leaves would wait for them for ever."""
+        iterator = None if self._loader is None else getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
 
     def _hp_search_setup(self, trial: Any) -> None:
         if trial is None:
