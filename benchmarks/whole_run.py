@@ -51,7 +51,7 @@ class PlainTrainer(DistillTrainer):
             teacher_logits: Tensor = self.teacher_model(**given, use_cache=False).logits
         student_logits: Tensor = model(**given, use_cache=False).logits
         sums = (plain_kl(student_logits, teacher_logits) * valid).sum(dim=-1) / valid.sum(dim=-1).clamp(min=1)
-        self._selected.append(valid.sum())
+        self._step.add({"positions_selected": valid.sum()}, [], None)
         return sums.sum() / num_items_in_batch
 
 

@@ -429,19 +429,20 @@ def how_made() -> str:
 
 
 def step_table() -> str:
-    """A row for each variant of a step: time as a multiple of the floor, memory above it."""
-    step, step_amx = (measurements()[name] for name in ("step", "step_amx"))
-    here, amx = step["figures"], step_amx["figures"]
-    rows = [["floor", str(here["floor"]), "", str(amx["floor"]), "", ""]]
-    for name, ratio in here.items():
+    """A row for each variant of a step: time as a multiple of the floor and memory above it, on each machine."""
+    known = measurements()
+    steps = [known[name] for name in ("step", "step_float32", "step_xeon", "step_amx") if name in known]
+    heads = [head for step in steps for head in (f"{step['column']}: x floor", "memory above floor")]
+    rows = [["floor", *(cell for step in steps for cell in (str(step["figures"]["floor"]), "")), ""]]
+    for name, ratio in steps[0]["figures"].items():
         if ratio.unit != "x":
             continue
         cells = [f"`{name}`"]
-        for figures in (here, amx):
+        for figures in (step["figures"] for step in steps):
             memory = figures.get(f"{name}_memory")
             cells += [figures[name].value if name in figures else "", f"+{memory}" if memory else ""]
-        rows.append([*cells, step["aims"].get(name, "")])
-    return table("variant | no AMX: x floor | memory above floor | AMX: x floor | memory above floor | aim", rows)
+        rows.append([*cells, steps[0]["aims"].get(name, "")])
+    return table(" | ".join(["variant", *heads, "aim"]), rows)
 
 
 def selection_table() -> str:

@@ -107,8 +107,8 @@ def test_bad_input_exits_with_2_and_one_message(run_selkd, tmp_path: Path) -> No
         ("distill", recipe, "--set", "data.max_length=128"): "has positions for 64",
         ("distill", recipe, "--set", "data.tokens=8"): "fewer than one sample",
         ("distill", recipe, "--set", "student.prune_from_teacher.layers=4"): "1 to 3 can be kept",
-        ("distill", recipe, "--set", "training.report_to=wandb"): "training: Transformers refuses it",
-        ("distill", recipe, "--set", "training.optim=adamw_bnb_8bit"): "training: Transformers refuses it",
+        ("distill", recipe, "--set", "training.report_to=wandb"): "needs the package wandb: pip install",
+        ("distill", recipe, "--set", "training.optim=adamw_bnb_8bit"): "needs the package bitsandbytes: pip install",
         ("cache", "inspect", tmp_path): "not a teacher cache",
         ("cache", "build", recipe, "--set", "cache=null"): "keeps the teacher live",
     }

@@ -150,7 +150,7 @@ def test_chunks_of_float32_logits_count_twice(tmp_path: Path, monkeypatch: pytes
     device = torch.device("cpu")
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 2 * V * 5)
     recipe = recipe_of(tmp_path, classes={"sampler": "all"}, cache=None)
-    plan = Plan(recipe, make_arguments(tmp_path), 1, 8, 8, 800, 700, 100, 10, 1.0)
+    plan = Plan(recipe, make_arguments(tmp_path), 1, 8, 8, 800, 700, 100, 2, 10, 1.0)
     model = describe(make_model(0).config)
     narrow, whole = (
         memory(model, model, plan, (dtype, dtype), is_cpu=True).parts["loss"]

@@ -65,7 +65,10 @@ def test_a_family_that_can_not_be_counted_ends_no_run(
     def unknown(*_: object) -> None:
         raise TypeError("a size for each layer")
 
-    work: Any = SimpleNamespace(state=SimpleNamespace(is_main_process=True))
+    teacher = SimpleNamespace(is_foreign=False)
+    work: Any = SimpleNamespace(
+        state=SimpleNamespace(is_main_process=True), recipe=SimpleNamespace(teacher=teacher)
+    )
     monkeypatch.setattr("selkd.run.enough._needs", unknown)
     with caplog.at_level(logging.WARNING, "selkd.run.enough"):
         warn_if_short(work, "score")

@@ -587,6 +587,9 @@ NOT_OURS = {
     "local_rank": (3, "torch.distributed.launch of old; a process finds its rank in the environment"),
 }
 
+# Proved in a file of its own, where the package is installed.
+ELSEWHERE = {"deepspeed": "test_zero.py"}
+
 
 def names_of(arguments: type) -> set[str]:
     return {each.name for each in fields(arguments) if each.init}
@@ -599,7 +602,7 @@ def default_of(name: str) -> Any:
 
 
 def test_every_field_is_decided() -> None:
-    decided = HONOURED.keys() | REFUSED.keys() | NOT_OURS.keys()
+    decided = HONOURED.keys() | REFUSED.keys() | NOT_OURS.keys() | ELSEWHERE.keys()
     new = names_of(TrainingArguments) - decided
     assert not new, (
         f"transformers.TrainingArguments has fields that nobody decided about: {sorted(new)}. Add each to HONOURED "
