@@ -340,7 +340,7 @@ def saves() -> str:
 
 
 def bytes_by_text(cache: dict[str, Figure]) -> str:
-    return f"{cache['textbooks'].number:.0f} to {cache['web'].number:.0f}"
+    return f"{cache['textbooks'].number:.0f} to {cache['web'].number:.0f}, about 1 more with entropy and log p(y)"
 
 
 def demo_printed() -> str:

@@ -66,9 +66,7 @@ def test_a_family_that_can_not_be_counted_ends_no_run(
         raise TypeError("a size for each layer")
 
     teacher = SimpleNamespace(is_foreign=False)
-    work: Any = SimpleNamespace(
-        state=SimpleNamespace(is_main_process=True), recipe=SimpleNamespace(teacher=teacher)
-    )
+    work: Any = SimpleNamespace(state=SimpleNamespace(is_main_process=True), recipe=SimpleNamespace(teacher=teacher))
     monkeypatch.setattr("selkd.run.enough._needs", unknown)
     with caplog.at_level(logging.WARNING, "selkd.run.enough"):
         warn_if_short(work, "score")
