@@ -55,7 +55,7 @@ def test_a_dozen_kills_in_every_stage_lose_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_rank_of_two_is_killed_and_nothing_is_lost(tmp_path: Path) -> None:
-    assert kills("--runs", 3, "--processes", 2, "--recipes", "cached", "--out", tmp_path)["kills"] >= 3
+    assert kills("--kills", 3, "--processes", 2, "--recipes", "cached", "--out", tmp_path)["kills"] >= 3
 
 
 def test_every_window_of_a_write_is_struck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

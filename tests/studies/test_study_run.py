@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from page import compared, tables_of, write_page
+from page import compared, pictures_of, tables_of, write_page
+from plots import file_names
 from prepare import DOMAINS, LONGEST, SHARES, SHORTEST, TASK, prepare
 from records import read_lines
 from run import main
@@ -93,7 +94,17 @@ def test_a_table_end_to_end(
     assert record.read_bytes().startswith(before)
     assert len([line for line in read_lines(record) if line["table"] == "one"]) == 6
     shown = tables_of(StudyTables.read(tables, tmp_path, tmp_path), read_lines(record))
-    assert [row.split("|")[1].strip(" `") for row in shown["one"].splitlines() if row.startswith("| `")] == list(by_arm)
+    rows = [row.split("|")[1].strip(" `") for row in shown["one"].splitlines() if row.startswith("| `")]
+    assert rows == [*by_arm, *by_arm], "compared, and what each spent"
+    drawn = pictures_of(
+        StudyTables.read(tables, tmp_path, tmp_path), read_lines(record), {"dense": 2.0, "even_20": 1.5}
+    )
+    assert [f"![{title}]({file})" for file, title in file_names("one").items()] == [
+        line for line in shown["one"].splitlines() if line.startswith("!")
+    ]
+    assert list(drawn) == list(file_names("one"))
+    for picture in drawn.values():
+        assert all(f">{arm}</text>" in picture.decode() for arm in ("even_20", "cached"))
     page = tmp_path / "study.md"
     page.write_text("Before.\n\n<!-- study: one -->\n\nold\n\n<!-- end of study -->\n\nAfter.\n")
     write_page(page, shown)

@@ -1,0 +1,141 @@
+"""The arms of one table side by side: each against the table's first one, on the same seeds and documents.
+
+Arms are compared at equal student tokens (the first arm's last step), at equal work counted, and at equal seconds,
+where an arm's seconds of a step on an idle machine are known. Between two measured steps each document's sum is
+interpolated.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from inference import Difference, paired
+from records import Line
+
+SHARE_OF_COST = 0.75  # the cost at which arms are compared, as a share of the first arm's whole cost
+WAYS = ("equal tokens", "equal work", "equal seconds")
+Seconds = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm's lines by seed; the noise floor's seed 101 stands beside seed 1."""
+
+    name: str
+    lines: Mapping[int, Line]
+
+    @property
+    def any_line(self) -> Line:
+        return next(iter(self.lines.values()))
+
+    @property
+    def steps(self) -> int:
+        return int(self.any_line["steps"])
+
+    @property
+    def measured(self) -> list[int]:
+        """The steps that every seed was measured at."""
+        return sorted(set.intersection(*({int(step) for step in line["kl_nats"]} for line in self.lines.values())))
+
+    def cost_of_step(self, key: str) -> float:
+        """The mean of the seeds of a cost that grows with the steps, such as ``work_in_steps``, of one step."""
+        return statistics.fmean(line["cost"][key] / line["steps"] for line in self.lines.values())
+
+    def kl(self, step: float) -> float:
+        """The mean of the seeds at ``step``, in nats a position."""
+        of_seeds = [at_step(line, step) for line in self.lines.values()]
+        positions = sum(self.any_line["positions"])
+        return float(np.mean([one.sum() / positions for one in of_seeds if one is not None]))
+
+    def figure(self, name: str) -> float:
+        """The mean of the seeds of a figure after training, such as ``perplexity``."""
+        return statistics.fmean(line["figures"][name] for line in self.lines.values())
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The arms of a table that have a line, in the table's order; the first is what the others are compared with."""
+
+    arms: Mapping[str, Arm]
+    seconds: Seconds
+
+    @classmethod
+    def of(cls, names: Sequence[str], lines: Sequence[Line], seconds: Seconds) -> "Compared | None":
+        """None where the first arm of ``names`` has no line yet."""
+        by_name: dict[str, dict[int, Line]] = {}
+        for line in lines:
+            by_name.setdefault(line["arm"], {})[line["seed"] % 100] = line
+        if names[0] not in by_name:
+            return None
+        return cls({name: Arm(name, by_name[name]) for name in names if name in by_name}, seconds)
+
+    @property
+    def first(self) -> Arm:
+        return next(iter(self.arms.values()))
+
+    @property
+    def others(self) -> list[Arm]:
+        return list(self.arms.values())[1:]
+
+    @cached_property
+    def differences(self) -> dict[str, dict[str, Difference]]:
+        """Way of equal cost -> arm -> its difference to the first; an arm that can't be compared so has none."""
+        found: dict[str, dict[str, Difference]] = {}
+        for way, steps_of in zip(WAYS, (self._equal_tokens, self._equal_work, self._equal_seconds), strict=True):
+            all_arms = {arm.name: _difference(self.first.lines, arm.lines, steps_of) for arm in self.others}
+            found[way] = {name: one for name, one in all_arms.items() if one is not None}
+        return found
+
+    def _equal_tokens(self, _: Line) -> float:
+        return float(self.first.steps)
+
+    def _equal_work(self, line: Line) -> float | None:
+        return self._steps_for(line, work_of_step)
+
+    def _equal_seconds(self, line: Line) -> float | None:
+        return self._steps_for(line, lambda one: self.seconds.get(one["arm"]))
+
+    def _steps_for(self, line: Line, cost_of_step: Callable[[Line], float | None]) -> float | None:
+        """The steps of ``line`` that cost as much as ``SHARE_OF_COST`` of the first arm's steps."""
+        base = self.first.lines.get(line["seed"] % 100, self.first.any_line)
+        ours, theirs = cost_of_step(line), cost_of_step(base)
+        return None if not ours or not theirs else SHARE_OF_COST * base["steps"] * theirs / ours
+
+
+def work_of_step(line: Line) -> float:
+    return float(line["cost"]["work_in_steps"] / line["steps"])
+
+
+def at_step(line: Line, step: float) -> np.ndarray | None:
+    """The documents' sums at ``step``, interpolated between measured ones; None after the last."""
+    measured = {int(name): np.array(values) for name, values in line["kl_nats"].items()}
+    known = sorted(measured)
+    if step > known[-1] + 1e-9:
+        return None
+    above = next(one for one in known if one >= step - 1e-9)
+    below = max((one for one in known if one <= step), default=above)
+    share = 0.0 if above == below else (step - below) / (above - below)
+    return np.asarray((1 - share) * measured[below] + share * measured[above])
+
+
+def _difference(
+    first: Mapping[int, Line], arm: Mapping[int, Line], steps_of: Callable[[Line], float | None]
+) -> Difference | None:
+    """``arm`` less ``first`` on the seeds that both have, at the steps that ``steps_of`` gives for a line."""
+    pairs: list[list[np.ndarray]] = []
+    for seed in sorted(first.keys() & arm.keys()):
+        lines = (arm[seed], first[seed])
+        if lines[0]["held_out"] != lines[1]["held_out"]:
+            raise ValueError(f"seed {seed}: {lines[0]['arm']} was measured on other documents")
+        steps = [steps_of(line) for line in lines]
+        sums = [None if step is None else at_step(line, step) for line, step in zip(lines, steps, strict=True)]
+        both = [one for one in sums if one is not None]
+        if len(both) < 2:
+            return None
+        pairs.append(both)
+    if not pairs:
+        return None
+    ours, theirs = (np.stack(column) for column in zip(*pairs, strict=True))
+    return paired(ours, theirs, np.array(next(iter(first.values()))["positions"], dtype=float))

@@ -1,0 +1,110 @@
+"""The study's pictures: KL against cost beside the first arm's own way, a forest of differences, and curves of k."""
+
+from compare import WAYS, Compared
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from selkd.reporting.figure import ACCENT, DASHED, INK, MUTED, PAPER, QUIET, SERIES, Plot, lying, one_plot, unit
+
+TITLES = {
+    "frontier": "KL after all steps against their work; the first arm on its way is dashed; bars: paired 95% intervals",
+    "differences": "Paired differences in KL with 95% intervals over seeds and documents",
+    "curve": "KL by the share of positions, ranked and random",
+}
+CURVES = ("entropy", "random")  # the names of arms before their percentage
+WORK = "work_in_steps"
+
+
+def pictures(name: str, table: Compared) -> dict[str, bytes]:
+    """File name -> SVG, of a table with at least two arms."""
+    draw = {"frontier": frontier, "differences": forest, "curve": curve}
+    return {
+        f"study-{name}-{kind}.svg": draw[kind](name, table).pictures()[f"study-{name}-{kind}.svg"]
+        for kind in _kinds(name)
+    }
+
+
+def file_names(name: str) -> dict[str, str]:
+    """File name -> title, of a table's pictures."""
+    return {f"study-{name}-{kind}.svg": TITLES[kind] for kind in _kinds(name)}
+
+
+def frontier(table_name: str, table: Compared) -> Plot:
+    """Each arm at its last step, and the first arm at each measured step, joined: what is below it is better."""
+    first = table.first
+    with one_plot(height=380, width=560) as (figure, axes):
+        whole = first.steps * first.cost_of_step(WORK)
+        way = [(step / first.steps, first.kl(step)) for step in first.measured if step]
+        axes.plot(*zip(*way, strict=True), zorder=1.5, **DASHED)
+        for number, (name, arm) in enumerate(table.arms.items()):
+            x, y = arm.steps * arm.cost_of_step(WORK) / whole, arm.kl(arm.steps)
+            found = next((table.differences[way][name] for way in WAYS if name in table.differences[way]), None)
+            bar = None if found is None else [[found.value - found.low], [found.high - found.value]]
+            colour = INK if arm is first else MUTED if found is None or found.high > 0 else ACCENT
+            axes.errorbar(
+                [x], [y], yerr=bar, color=colour, ecolor=QUIET, elinewidth=1.2, marker="o", markersize=6,
+                markeredgecolor=PAPER,
+            )  # fmt: skip
+            place = (7, -4 if number % 2 else 5)
+            axes.annotate(name, (x, y), place, textcoords="offset points", fontsize=9, color=colour)
+        axes.margins(0.15, 0.12)
+        axes.grid(visible=True, axis="both")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel(f"multiply-adds of all steps, as a share of those of {first.name}")
+        unit(axes, "KL to the teacher, nats a position")
+    return _plot(table_name, "frontier", figure)
+
+
+def forest(name: str, table: Compared) -> Plot:
+    """The differences to the first arm at each kind of equal cost, a row an arm."""
+    arms = [arm.name for arm in table.others]
+    ways = [way for way in WAYS if table.differences[way]]
+    with one_plot(height=110 + 34 * len(arms), width=560) as (figure, axes):
+        axes.axvline(0, **DASHED)
+        for shift, way in enumerate(ways):
+            is_named = False
+            for row, arm in enumerate(arms):
+                found = table.differences[way].get(arm)
+                if found is None:
+                    continue
+                y = row + (shift - (len(ways) - 1) / 2) * 0.22
+                colour = SERIES[shift]
+                axes.plot([found.low, found.high], [y, y], color=colour, linewidth=1.5)
+                axes.plot(
+                    [found.value], [y], marker="s", markersize=4.5, color=colour, markeredgewidth=0,
+                    label=None if is_named else way, linestyle="none",
+                )  # fmt: skip
+                is_named = True
+        axes.set_yticks(range(len(arms)), arms)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(len(arms) - 0.5, -0.6)
+        lying(axes, lambda value: f"{value:+.3f}")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel("nats a position; left of zero is nearer to the teacher")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+        unit(axes, f"KL, difference to {table.first.name}")
+    return _plot(name, "differences", figure)
+
+
+def curve(name: str, table: Compared) -> Plot:
+    """KL at the last step by the fraction of positions, ranked and random; the first arm has them all."""
+    with one_plot(height=300, width=480) as (figure, axes):
+        for number, before in enumerate(CURVES):
+            arms = {int(arm.rpartition("_")[2]): arm for arm in table.arms if arm.startswith(f"{before}_")}
+            points = [(share / 100, table.arms[arm].kl(table.arms[arm].steps)) for share, arm in sorted(arms.items())]
+            points.append((1.0, table.first.kl(table.first.steps)))
+            axes.plot(*zip(*points, strict=True), marker="o", color=SERIES[number], label=before)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel("positions selected")
+        axes.legend(frameon=False)
+        unit(axes, "KL to the teacher, nats a position")
+    return _plot(name, "curve", figure)
+
+
+def _plot(table: str, kind: str, figure: Figure) -> Plot:
+    return Plot(f"study-{table}-{kind}", TITLES[kind], "", figure)
+
+
+def _kinds(table: str) -> list[str]:
+    return [kind for kind in TITLES if kind != "curve" or table == "positions"]
