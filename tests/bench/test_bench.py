@@ -154,6 +154,15 @@ def test_each_measurement_is_told_and_a_stopped_bench_keeps_them(
     ], "turns, then memory"
 
 
+def test_a_bench_that_is_stopped_while_it_compares_selections_keeps_its_times(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_agreement", lambda *_: signal.raise_signal(signal.SIGTERM))
+    answer = bench(recipe, repeats=1, variants=["se_kd_exact"])
+    assert all(each["seconds"] > 0 for each in answer["variants"])
+    assert answer["notes"][-1] == "stopped: no memory, and the agreement of some variants was not measured"
+
+
 def test_a_quick_bench_is_one_turn_of_the_main_variants_with_few_samples(recipe: Recipe) -> None:
     answer = bench(recipe, quick=True)
     assert [each["name"] for each in answer["variants"]] == list(QUICK)

@@ -69,7 +69,15 @@ def bench(
             answer = _answer(subject, timings, None, {})
             answer["notes"].append(_what_is_missing(names, timings, repeats))
             return answer
-        agreements = {name: agreement for name in names if (agreement := _agreement(name, subject)) is not None}
+        agreements: dict[str, tuple[float, float]] = {}
+        with progress.until_stopped():
+            for name in names:
+                if (agreement := _agreement(name, subject)) is not None:
+                    agreements[name] = agreement
+        if progress.stopped:
+            answer = _answer(subject, timings, None, agreements)
+            answer["notes"].append("stopped: no memory, and the agreement of some variants was not measured")
+            return answer
 
         def memory_of(job: str, measured: Sequence[str]) -> dict[str, Any]:
             found = {}
