@@ -76,6 +76,21 @@ def test_own_tasks_are_measured_by_path_name_and_group(selkd_eval: Run, own: Pat
     assert "--no-plugins refuses it" in err
 
 
+@pytest.mark.parametrize("template", ["{{question.", "{{nothing.here}}"])
+def test_a_template_that_cannot_be_applied_is_told_with_the_task(
+    template: str,
+    selkd_eval: Run,  # noqa: F811
+    own: Path,
+    tmp_path: Path,
+) -> None:
+    text = (own / "mine.yaml").read_text()
+    (own / "mine.yaml").write_text(text.replace("Q: {{question}} A:", template))
+    code, _, err = selkd_eval(save_model(tmp_path / "model"), "--suite", own / "mine.yaml")
+    assert code == 2
+    assert "mine" in err
+    assert "the harness can't make a" in err
+
+
 def test_what_is_no_task_of_ones_own_is_refused(own: Path, tmp_path: Path) -> None:
     (own / "run.yaml").write_text(
         (own / "mine.yaml").read_text().replace("task: mine", "task: runs\nunsafe_code: true")

@@ -12,7 +12,7 @@ import xxhash
 from selkd.errors import InputError
 from selkd.evaluation.benchmarks import KNOWN
 from selkd.evaluation.evaluated_model import EvaluatedModel
-from selkd.evaluation.harness import load_tasks, require_answerable, run_task, spread_rows
+from selkd.evaluation.harness import build_requests, load_tasks, require_answerable, run_task, spread_rows
 from selkd.evaluation.options import BenchmarkOptions
 from selkd.evaluation.results import Measured, TaskResult, digest, find_or_measure
 from selkd.recipe.evaluation import benchmarks_of
@@ -54,7 +54,7 @@ def measure_benchmarks(
             measured again.
 
     Raises:
-        InputError: as ``require_answerable``.
+        InputError: as ``require_answerable`` and ``build_requests``.
         RunError: memory or disk refused.
     """
     require_answerable(tasks, model, options.chat_template)
@@ -62,7 +62,7 @@ def measure_benchmarks(
     for name, task in tasks.items():
         limit = options.limit or (KNOWN[name].rows if name in KNOWN else None)
         rows = spread_rows(len(task.eval_docs), limit)
-        task.build_all_requests(samples=rows)
+        build_requests(name, task, rows)
         fingerprint = {
             "model": model.identity,
             "dtype": model.dtype_name,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from selkd.errors import InputError, RunError
@@ -110,15 +111,37 @@ def _own_tasks(name: str, include_path: Sequence[str]) -> dict[str, Any]:
     try:
         tasks: dict[str, Any] = _task_manager(folders, with_harness=False).load([name])["tasks"]
         is_whole = bool(tasks) and not any("::" in task for task in tasks)  # so it names what it does not find
+    except TemplateError as error:
+        raise _no_task(name, error) from error
     except (KeyError, ValueError, TypeError):
         is_whole = False
     if is_whole:
         return tasks
     try:
         tasks = _task_manager(folders).load([name])["tasks"]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:  # what a task's file lacks shows in every way
-        raise InputError(f"{name}: the harness can't make a task of it ({type(error).__name__}: {error}).") from error
+    # What a task's file lacks shows in all of these ways.
+    except (KeyError, ValueError, TypeError, AttributeError, TemplateError) as error:
+        raise _no_task(name, error) from error
     return tasks
+
+
+def _no_task(name: str, error: Exception) -> InputError:
+    return InputError(f"{name}: the harness can't make a task of it ({type(error).__name__}: {error}).")
+
+
+def build_requests(name: str, task: Any, rows: Sequence[int]) -> None:
+    """Have the harness make the task's requests of these rows, by the task's templates.
+
+    Raises:
+        InputError: a template, or a function of the task, can't be applied to a row.
+    """
+    try:
+        task.build_all_requests(samples=rows)
+    except (TemplateError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{name}: the harness can't make a request of a row ({type(error).__name__}: {error}). Compare "
+            "doc_to_text, doc_to_target and doc_to_choice of the task's file with the names in its rows."
+        ) from error
 
 
 @cache
