@@ -33,6 +33,7 @@ PACKAGES = (SOURCE, ROOT / "packages" / "selkd-cache" / "src" / "selkd_cache")
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "null": "null"}
 SIGNS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+SCORING_SAMPLES = "all draws, which are then trained on, too"
 
 
 def pages() -> list[Path]:
@@ -65,7 +66,7 @@ def generated(name: str) -> str:
         ),
         "metrics": lambda: table(
             "`metric` | score u, at temperature 1 | needs the teacher | from a cache with scalars",
-            [[*cells(m), yes(m.needs_teacher), from_cache(m)] for m in entries(Metric)],
+            [[*cells(m), yes(m.needs_teacher), from_cache(m, "some of the draws")] for m in entries(Metric)],
         ),
         "choices": choices,
         "policies": lambda: table("`policy` | coefficients a", [cells(policy) for policy in entries(Policy)]),
@@ -73,7 +74,7 @@ def generated(name: str) -> str:
         "sample metrics": lambda: table(
             "`metric` | score of a sample | needs the teacher | from a cache with scalars",
             [
-                [f"`{m.name}`", escape(m.of_sample or ""), yes(m.needs_teacher), from_cache(m)]
+                [f"`{m.name}`", escape(m.of_sample or ""), yes(m.needs_teacher), from_cache(m, SCORING_SAMPLES)]
                 for m in Metric.of_samples().values()
             ],
         ),
@@ -149,11 +150,11 @@ def options_of(criterion: Criterion) -> str:
     return ", ".join(options + ["between 0 and 1"] * criterion.mixes)
 
 
-def from_cache(metric: Metric) -> str:
-    """How a metric is had where the teacher is a cache with its entropy and log p(y)."""
+def from_cache(metric: Metric, draws: str) -> str:
+    """How a metric is had where the teacher is a cache with its entropy and log p(y); ``draws`` says by which draws."""
     if not metric.is_from_draws:
         return "no"
-    return "estimated without bias from some of the draws" if metric.uses_draws else "exact"
+    return f"estimated without bias from {draws}" if metric.uses_draws else "exact"
 
 
 def yes(answer: bool) -> str:
@@ -331,9 +332,12 @@ def saves() -> str:
     variants = ("full_kd_plain", "se_kd_exact", "se_kd_cached")
     reused = f"{run['run'].value}; {run['reused'].value} once scores and file are there"
     rows = [
-        ["a training step, as a multiple of both models' bodies", *(step[name].value for name in variants)],
+        [
+            "a training step; 1 is running both models without their heads and without a loss worth the name",
+            *(step[name].value for name in variants),
+        ],
         ["memory for its loss", *(str(step.get(f"{name}_memory", "")) for name in variants)],
-        ["a whole run's processor time", "1", "", reused],
+        ["a whole run's processor time, with `samples.scoring: approximate`", "1", "", reused],
         ["the teacher on disk, bytes a position", cache["full_logits"].value, "", bytes_by_text(cache)],
     ]
     return table(" | Full KD, full logits | SE-KD, teacher in memory | SE-KD 3X, teacher in a file", rows)

@@ -1,8 +1,7 @@
 """The arms of one table side by side: each against the table's first one, on the same seeds and documents.
 
-Arms are compared at equal student tokens (the first arm's last step), at equal work counted, and at equal seconds,
-where an arm's seconds of a step on an idle machine are known. Between two measured steps each document's sum is
-interpolated.
+Arms are compared at equal steps (the first arm's last one), at equal work counted, and at equal seconds, where an arm's
+seconds of a step on an idle machine are known. Between two measured steps each document's sum is interpolated.
 """
 
 import statistics
@@ -14,8 +13,8 @@ import numpy as np
 from inference import Difference, paired
 from records import Line
 
-SHARE_OF_COST = 0.75  # the cost at which arms are compared, as a share of the first arm's whole cost
-WAYS = ("equal tokens", "equal work", "equal seconds")
+SHARE_OF_COST = 0.7  # the cost at which arms are compared, as a share of the first arm's whole cost
+WAYS = ("equal steps", "equal work", "equal seconds")
 Seconds = Mapping[str, float]
 
 
@@ -43,6 +42,10 @@ class Arm:
         """The mean of the seeds of a cost that grows with the steps, such as ``work_in_steps``, of one step."""
         return statistics.fmean(line["cost"][key] / line["steps"] for line in self.lines.values())
 
+    def cost_once(self, key: str) -> float:
+        """The mean of the seeds of what is spent before the first step, such as ``work``, and can be shared by runs."""
+        return statistics.fmean(line["cost"][key] - line["cost"][f"{key}_in_steps"] for line in self.lines.values())
+
     def kl(self, step: float) -> float:
         """The mean of the seeds at ``step``, in nats a position."""
         of_seeds = [at_step(line, step) for line in self.lines.values()]
@@ -69,6 +72,7 @@ class Compared:
             by_name.setdefault(line["arm"], {})[line["seed"] % 100] = line
         if names[0] not in by_name:
             return None
+        _require_alike([line for line in lines if line["arm"] in names])
         return cls({name: Arm(name, by_name[name]) for name in names if name in by_name}, seconds)
 
     @property
@@ -83,12 +87,20 @@ class Compared:
     def differences(self) -> dict[str, dict[str, Difference]]:
         """Way of equal cost -> arm -> its difference to the first; an arm that can't be compared so has none."""
         found: dict[str, dict[str, Difference]] = {}
-        for way, steps_of in zip(WAYS, (self._equal_tokens, self._equal_work, self._equal_seconds), strict=True):
+        for way, steps_of in zip(WAYS, (self._equal_steps, self._equal_work, self._equal_seconds), strict=True):
             all_arms = {arm.name: _difference(self.first.lines, arm.lines, steps_of) for arm in self.others}
             found[way] = {name: one for name, one in all_arms.items() if one is not None}
         return found
 
-    def _equal_tokens(self, _: Line) -> float:
+    @property
+    def gain(self) -> Difference:
+        """The first arm at its last step less before its first."""
+        first = self.first
+        sums = [[at_step(line, step) for line in first.lines.values()] for step in (first.steps, 0)]
+        after, before = (np.stack([one for one in of_seeds if one is not None]) for of_seeds in sums)
+        return paired(after, before, np.array(first.any_line["positions"], dtype=float))
+
+    def _equal_steps(self, _: Line) -> float:
         return float(self.first.steps)
 
     def _equal_work(self, line: Line) -> float | None:
@@ -102,6 +114,23 @@ class Compared:
         base = self.first.lines.get(line["seed"] % 100, self.first.any_line)
         ours, theirs = cost_of_step(line), cost_of_step(base)
         return None if not ours or not theirs else SHARE_OF_COST * base["steps"] * theirs / ours
+
+
+def _require_alike(lines: Sequence[Line]) -> None:
+    """Check that all began with one student, measured on the same documents, and each arm with one recipe.
+
+    Raises:
+        ValueError: naming the arms that differ.
+    """
+    first = lines[0]
+    recipes = {line["arm"]: line["recipe"] for line in lines}
+    for line in lines:
+        if line["held_out"] != first["held_out"]:
+            raise ValueError(f"seed {line['seed']}: {line['arm']} was measured on other documents than {first['arm']}")
+        if line["kl_nats"]["0"] != first["kl_nats"]["0"]:
+            raise ValueError(f"seed {line['seed']}: {line['arm']} began with another student than {first['arm']}")
+        if line["recipe"] != recipes[line["arm"]]:
+            raise ValueError(f"seed {line['seed']}: {line['arm']} has another recipe than its other seeds")
 
 
 def work_of_step(line: Line) -> float:
@@ -127,8 +156,6 @@ def _difference(
     pairs: list[list[np.ndarray]] = []
     for seed in sorted(first.keys() & arm.keys()):
         lines = (arm[seed], first[seed])
-        if lines[0]["held_out"] != lines[1]["held_out"]:
-            raise ValueError(f"seed {seed}: {lines[0]['arm']} was measured on other documents")
         steps = [steps_of(line) for line in lines]
         sums = [None if step is None else at_step(line, step) for line, step in zip(lines, steps, strict=True)]
         both = [one for one in sums if one is not None]

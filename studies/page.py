@@ -12,17 +12,19 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from compare import WAYS, Compared, Seconds
-from inference import Difference, holm, verdict
+from inference import Difference, holm, holm_level, verdict
 from plots import file_names, pictures
-from records import Line, read_lines
+from records import Line, rates_of, read_lines
 from tables import RATES, TABLES, StudyTables
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-MARGIN = 0.02  # of the first arm's KL: what counts as good
+MARGIN = 0.1  # of what the first arm gained: what counts as good
 EMPTY = "No run yet."
 AGAIN = "dense_again"  # the first arm with other seeds: what is found there is noise, and no hypothesis
+WORK = "work_in_steps"
 COSTS = ("teacher_queries_in_steps", "head_passes_in_steps", "work_in_steps")
 FIGURES = {"perplexity": "perplexity", "top1_agreement": "top-1 agreement", "calibration_error": "calibration error"}
 
@@ -60,7 +62,7 @@ def filled(text: str, shown: Mapping[str, str]) -> str:
     return begin.join(parts)
 
 
-def tables_of(tables: StudyTables, lines: Sequence[Line], seconds: Seconds | None = None) -> dict[str, str]:
+def tables_of(tables: StudyTables, lines: Sequence[Line], seconds: Mapping[str, Seconds]) -> dict[str, str]:
     """Table -> Markdown, of all tables and tables of rates; of a start what each epoch gave."""
     shown = {}
     for name in tables.names:
@@ -68,63 +70,92 @@ def tables_of(tables: StudyTables, lines: Sequence[Line], seconds: Seconds | Non
         if not of_table:
             shown[name] = f"{EMPTY}\n"
         elif name in tables.content["tables"]:
-            arms = tables.content["tables"][name]["arms"]
-            shown[name] = compared(arms, of_table, seconds or {}) + spent(arms, of_table, seconds or {})
-            shown[name] += "".join(f"\n![{title}]({file})\n" for file, title in file_names(name).items())
+            shown[name] = _of_arms(name, tables.content["tables"][name], of_table, seconds.get(name, {}))
         else:
             shown[name] = _of_steps(of_table, is_rates=name.startswith(RATES))
     return shown
 
 
-def pictures_of(tables: StudyTables, lines: Sequence[Line], seconds: Seconds) -> dict[str, bytes]:
+def pictures_of(tables: StudyTables, lines: Sequence[Line], seconds: Mapping[str, Seconds]) -> dict[str, bytes]:
     """File name -> SVG, of all tables that have lines."""
     made: dict[str, bytes] = {}
     for name, content in tables.content["tables"].items():
-        table = Compared.of(content["arms"], [line for line in lines if line["table"] == name], seconds)
+        of_table = [line for line in lines if line["table"] == name]
+        table = Compared.of(content["arms"], of_table, seconds.get(name, {}))
         if table is not None and table.others:
             made |= pictures(name, table)
     return made
 
 
-def compared(arms: Sequence[str], lines: Sequence[Line], seconds: Seconds) -> str:
-    """The table of arms that have a line, each compared with the first."""
-    table = Compared.of(arms, lines, seconds)
+def _of_arms(name: str, content: Mapping[str, Any], lines: Sequence[Line], seconds: Seconds) -> str:
+    """Everything about one table: all arms against the first, some against others, what they spent, pictures."""
+    table = Compared.of(content["arms"], lines, seconds)
     if table is None:
         return f"{EMPTY}\n"
-    steps, found = table.first.steps, table.differences
-    rows = [["arm", "seeds", f"KL at step {steps}, nats", *WAYS, "p (Holm)", "at equal tokens", "could have found"]]
+    runs, planned = len(lines), len(content["arms"]) * len(content["seeds"])
+    parts = [] if runs == planned else [f"Unfinished: {runs} of {planned} runs are done.\n"]
+    parts.append(compared(table))
+    for arms in content.get("against", []):
+        among = Compared.of(arms, lines, seconds)
+        if among is not None and among.others:
+            parts.append(compared(among))
+    parts.append(spent(table))
+    if table.others:
+        parts += [f"![{title}]({file})\n" for file, title in file_names(name).items()]
+    return "\n".join(parts)
+
+
+def compared(table: Compared) -> str:
+    """Each arm compared with the first."""
+    steps, found, gain = table.first.steps, table.differences, table.gain
+    rows = [["arm", "seeds", f"KL at step {steps}, nats", *WAYS, "p (Holm)", "at equal steps", "could have found"]]
     rows.append(["---"] * len(rows[0]))
-    tokens = {arm: one for arm, one in found["equal tokens"].items() if arm != AGAIN}
-    adjusted = dict(zip(tokens, holm([one.p for one in tokens.values()]), strict=True))
-    margin = MARGIN * table.first.kl(steps)
+    rows.append(["before training", "", f"{table.first.kl(0):.4f}", *[""] * (len(rows[0]) - 3)])
+    tested = {arm: one for arm, one in found[WAYS[0]].items() if arm != AGAIN}
+    p_values = [one.p for one in tested.values()]
+    adjusted = dict(zip(tested, holm(p_values), strict=True))
+    margin = MARGIN * -gain.value if gain.high < 0 else None
+    noise = found[WAYS[0]].get(AGAIN)
     for name, arm in table.arms.items():
         row = [f"`{name}`", str(len(arm.lines)), f"{arm.kl(min(steps, arm.steps)):.4f}"]
         row += [_shown(found[way].get(name)) for way in WAYS]
-        if name in tokens:
-            one = tokens[name]
-            row += [f"{adjusted[name]:.3f}", verdict(one, adjusted[name], margin), f"{one.detectable:.4f}"]
+        if name in tested:
+            one, level = tested[name], holm_level(p_values, list(tested).index(name))
+            found_so = verdict(one, adjusted[name], margin)
+            if noise is not None and found_so in ("better", "worse") and abs(one.value) <= abs(noise.value):
+                found_so = "within the noise"
+            is_known = one.seeds > 1
+            row += (
+                [f"{adjusted[name]:.3f}", found_so, f"{one.detectable(level):.4f}"] if is_known else ["", found_so, ""]
+            )
         else:
             row += ["", "noise: other seeds" if name == AGAIN else "", ""]
         rows.append(row)
     return _table(rows)
 
 
-def spent(arms: Sequence[str], lines: Sequence[Line], seconds: Seconds) -> str:
-    """What each arm's steps cost, as multiples of the first arm's, and the other figures at its last step."""
-    table = Compared.of(arms, lines, seconds)
-    if table is None:
-        return ""
-    rows = [["arm", "steps", "teacher queries", "head passes", "work a step", "seconds a step", *FIGURES.values()]]
-    rows.append(["---"] * len(rows[0]))
-    first = table.first
+def spent(table: Compared) -> str:
+    """What each arm cost, as multiples of the first arm's steps, and the other figures at its last step."""
+    heads = ["arm", "steps", "positions a step", "teacher queries", "head passes", "work a step", "seconds a step"]
+    heads += ["once: work, in steps", "once: queries, in steps", "runs to break even", *FIGURES.values()]
+    rows, first = [heads, ["---"] * len(heads)], table.first
     for name, arm in table.arms.items():
-        costs = [arm.cost_of_step(key) / first.cost_of_step(key) for key in COSTS]
-        times = [seconds.get(one) for one in (name, first.name)]
-        row = [f"`{name}`", str(arm.steps), *(f"{cost:.2f}" for cost in costs)]
-        row.append(f"{times[0] / times[1]:.2f}" if times[0] and times[1] else "")
+        row = [f"`{name}`", str(arm.steps), f"{arm.cost_of_step('positions'):.0f}"]
+        row += [_times(arm.cost_of_step(key), first.cost_of_step(key)) for key in COSTS]
+        row.append(_times(table.seconds.get(name), table.seconds.get(first.name)))
+        once = arm.cost_once("work")
+        saved = first.cost_of_step(WORK) * first.steps - arm.cost_of_step(WORK) * arm.steps
+        row += [_times(once, first.cost_of_step(WORK)) if once else ""]
+        queries = arm.cost_once("teacher_queries")
+        row += [_times(queries, first.cost_of_step("teacher_queries_in_steps")) if queries else ""]
+        row.append(f"{once / saved:.1f}" if once and saved > 0 else "")
         row += [_form(figure, arm.figure(figure)) for figure in FIGURES]
         rows.append(row)
-    return "\n" + _table(rows)
+    return _table(rows)
+
+
+def _times(cost: float | None, of_first: float | None) -> str:
+    return f"{cost / of_first:.2f}" if cost is not None and of_first else ""
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -145,7 +176,14 @@ def _of_steps(lines: Sequence[Line], is_rates: bool) -> str:
         total = sum(line["positions"])
         by_step = ", ".join(f"{step}: {sum(values) / total:.4f}" for step, values in line["kl_nats"].items())
         rows.append(f"| `{line['arm']}` | {line['learning_rate']:g} | {by_step} |\n")
-    return "".join(rows) + ("\nThe lowest KL at the last step is each family's rate.\n" if is_rates else "")
+    if not is_rates:
+        return "".join(rows)
+    rates = rates_of(lines, lines[0]["table"])
+    grid = [line["learning_rate"] for line in lines]
+    ends = [family for family, rate in rates.items() if rate in (min(grid), max(grid))]
+    told = ", ".join(f"{family} {rate:g}" for family, rate in rates.items())
+    at_end = f" At an end of the grid: {', '.join(ends)}." if ends else ""
+    return "".join(rows) + f"\nThe lowest KL at the last step is each family's rate: {told}.{at_end}\n"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from selkd.reporting.figure import ACCENT, DASHED, INK, MUTED, PAPER, QUIET, SERIES, Plot, lying, one_plot, unit
 
 TITLES = {
-    "frontier": "KL after all steps against their work; the first arm on its way is dashed; bars: paired 95% intervals",
+    "frontier": "KL after all steps against their work; dashed: the first arm on its way; green: better at equal work",
     "differences": "Paired differences in KL with 95% intervals over seeds and documents",
     "curve": "KL by the share of positions, ranked and random",
 }
@@ -38,9 +38,11 @@ def frontier(table_name: str, table: Compared) -> Plot:
         axes.plot(*zip(*way, strict=True), zorder=1.5, **DASHED)
         for number, (name, arm) in enumerate(table.arms.items()):
             x, y = arm.steps * arm.cost_of_step(WORK) / whole, arm.kl(arm.steps)
-            found = next((table.differences[way][name] for way in WAYS if name in table.differences[way]), None)
+            # The bar is of the step that is drawn; the colour says what is below the dashed line beyond doubt.
+            found = table.differences["equal steps"].get(name) if arm.steps == first.steps else None
+            of_work = table.differences["equal work"].get(name)
             bar = None if found is None else [[found.value - found.low], [found.high - found.value]]
-            colour = INK if arm is first else MUTED if found is None or found.high > 0 else ACCENT
+            colour = INK if arm is first else MUTED if of_work is None or of_work.high > 0 else ACCENT
             axes.errorbar(
                 [x], [y], yerr=bar, color=colour, ecolor=QUIET, elinewidth=1.2, marker="o", markersize=6,
                 markeredgecolor=PAPER,

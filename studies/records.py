@@ -15,7 +15,7 @@ import xxhash
 from selkd.maths.importance import OF_TEACHER
 from selkd.models.sources import default_cache_dir
 from selkd.needs.architecture import find_files, teacher_and_student
-from selkd.plugins import Metric
+from selkd.plugins import Criterion, Metric
 from selkd.recipe.files import stored_recipe
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.comparison import comparable
@@ -29,7 +29,8 @@ def line_of(run: Path, table: str, arm: str, seed: int) -> dict[str, Any]:
     record = json.loads((run / "record.json").read_text(encoding="utf-8"))
     sums = json.loads((run / "fidelity.json").read_text(encoding="utf-8"))
     recipe, steps, after = stored_recipe(run / "recipe.yaml"), record["train"]["steps"], record["fidelity"]["after"]
-    on_the_way = [json.loads(text) for text in (run / "fidelity_steps.jsonl").read_text(encoding="utf-8").splitlines()]
+    way = run / "fidelity_steps.jsonl"
+    on_the_way = [json.loads(text) for text in way.read_text(encoding="utf-8").splitlines()] if way.exists() else []
     kl = {0: sums["before"]["kl_nats"]} | {line["step"]: line["kl_nats"] for line in on_the_way}
     kl[steps] = sums["after"]["kl_nats"]
     return {
@@ -67,29 +68,34 @@ def digest(recipe: Recipe) -> str:
 def costs(recipe: Recipe, record: Mapping[str, Any]) -> dict[str, float]:
     """What was spent, counted, so the same on every machine; ``..._in_steps`` is the part that grows with the steps.
 
-    ``positions``: the student trained on. ``teacher_queries``: the teacher's body ran over. ``head_passes``: a head (of
-    either model) made or used logits of: one to score, three to compare (forward, and the gradients of states and
-    weight), one of the teacher's. ``work``: multiply-adds of bodies and heads, in billions; a step takes three passes
-    of the student's body.
+    ``positions``: the student trained on. ``teacher_queries``: the teacher's body ran over (prompts, too, which
+    nothing is learnt from). ``head_passes``: a head (of either model) made or used logits of: one to score, three to
+    compare (forward, and the gradients of states and weight), one of the teacher's, and another where the criterion
+    weighs positions by it. ``work``: multiply-adds of bodies and heads, in billions; a step takes three passes of the
+    student's body.
     """
     counts, data, samples = record["counts"], record["data"], recipe.samples
     valid, selected = counts["positions_valid"], counts["positions_selected"]
     metric = None if recipe.positions.metric is None else Metric.find(recipe.positions.metric)
     is_cached = recipe.cache is not None
     of_student = 3 * selected + (valid if metric is not None and set(metric.statistics) - OF_TEACHER else 0)
-    of_teacher = (0 if is_cached else selected) + (valid if metric is not None and metric.needs_teacher else 0)
-    queries = 0 if is_cached else valid
+    weighs = Criterion.find(recipe.criterion.name).position_weights is not None
+    of_teacher = (0 if is_cached else selected * (2 if weighs else 1)) + (
+        valid if metric is not None and metric.needs_teacher else 0
+    )
+    tokens = data["train_tokens"] / data["train_positions"]  # that a body runs over, for each position
+    queries = 0 if is_cached else round(valid * tokens)
     scored = data["train_positions"] if samples is not None and not Metric.find(samples.metric).is_noise else 0
     scored_by_teacher = scored if samples is not None and samples.needs_teacher else 0
-    cached = round(data["train_positions"] * counts["samples_kept"] / counts["samples"]) if is_cached else 0
+    cached = record["teacher_cache"]["positions"] if is_cached else 0
     body, head = _multiply_adds(recipe)
-    in_steps = valid * 3 * body["student"] + queries * body["teacher"]
+    in_steps = valid * tokens * 3 * body["student"] + queries * body["teacher"]
     in_steps += of_student * head["student"] + of_teacher * head["teacher"]
-    before = scored * (body["student"] + head["student"])
-    before += (scored_by_teacher + cached) * (body["teacher"] + head["teacher"])
+    before = scored * (tokens * body["student"] + head["student"])
+    before += (scored_by_teacher + cached) * (tokens * body["teacher"] + head["teacher"])
     return {
         "positions": valid,
-        "teacher_queries": queries + scored_by_teacher + cached,
+        "teacher_queries": queries + round((scored_by_teacher + cached) * tokens),
         "teacher_queries_in_steps": queries,
         "head_passes": of_student + of_teacher + scored + scored_by_teacher + cached,
         "head_passes_in_steps": of_student + of_teacher,

@@ -21,10 +21,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from records import Line, append, line_of, rates_of, read_lines, seconds_of_step
+from records import Line, append, digest, line_of, rates_of, read_lines, seconds_of_step
 from tables import RATES, TABLES, StudyRun, StudyTables
 
 from selkd.errors import InputError
+from selkd.recipe.choices import FractionSchedule
 from selkd.recipe.files import to_yaml
 from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
@@ -64,18 +65,18 @@ def _run_table(given: argparse.Namespace) -> int:
         runs = [run for run in runs if run.seed % 100 <= given.seeds]
     first, every = map(int, given.share.split("/"))
     runs = runs[first - 1 :: every]
-    done = {(line["table"], line["arm"], line["seed"]) for line in lines}
+    done = _done(runs, lines)
     if given.recipes is not None:
         given.recipes.mkdir(parents=True, exist_ok=True)
         for run in runs:
             (given.recipes / f"{run.recipe.name}.yaml").write_text(to_yaml(run.recipe), encoding="utf-8")
     if given.list or given.recipes is not None:
         for run in runs:
-            print(f"{run.id}: {'done' if (run.table, run.arm, run.seed) in done else 'to do'}")
+            print(f"{run.id}: {'done' if run.id in done else 'to do'}")
         return 0
     if given.time:
         return _time([run for run in runs if run.seed == runs[0].seed], given)
-    failed = [run.id for run in runs if (run.table, run.arm, run.seed) not in done and not _run(run, given)]
+    failed = [run.id for run in runs if run.id not in done and not _run(run, given)]
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
     if given.table.startswith(RATES) and not failed:
@@ -83,36 +84,59 @@ def _run_table(given: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _done(runs: Sequence[StudyRun], lines: Sequence[Line]) -> set[str]:
+    """The ids of the runs that have a line.
+
+    Raises:
+        InputError: a line is of another recipe than the run that it should be of.
+    """
+    by_id = {(line["table"], line["arm"], line["seed"]): line for line in lines}
+    found = {run.id: line for run in runs if (line := by_id.get((run.table, run.arm, run.seed))) is not None}
+    other = [run.id for run in runs if run.id in found and found[run.id]["recipe"] != digest(run.recipe)]
+    if other:
+        raise InputError(
+            f"{', '.join(other)}: the record has a line of another recipe. Take the lines out, with those of all that "
+            "began with its student, or undo the change of tables.yaml."
+        )
+    return set(found)
+
+
 def _rates(tables: StudyTables, table: str, lines: Sequence[Line]) -> Mapping[str, float] | None:
     """The learning rate of each family, as the table of rates of the table's start found it."""
     if tables.scale is not None or table not in tables.content["tables"]:
         return None
-    start = tables.content["tables"][table]["start"]
-    rates = rates_of(lines, f"{RATES}{start}")
-    if missing := set(tables.content["families"]) - rates.keys():
-        raise InputError(f"{table}: no learning rate of {', '.join(sorted(missing))} yet; run {RATES}{start} first")
-    return rates
+    name = f"{RATES}{tables.content['tables'][table]['start']}"
+    runs = tables.runs(name)
+    if missing := sorted({run.id for run in runs} - _done(runs, lines)):
+        raise InputError(f"{table}: no learning rate yet; run {name} first. Missing: {', '.join(missing)}")
+    arms = {run.arm for run in runs}
+    return rates_of([line for line in lines if line["arm"] in arms], name)
 
 
 def _time(runs: Sequence[StudyRun], given: argparse.Namespace) -> int:
-    """Seconds of a step of each arm: the least of two turns' medians over a few steps, all arms in each turn."""
+    """Seconds of a step of each arm: the least of two turns' medians over a few steps, all arms in each turn.
+
+    A scheduled fraction has steps of several costs, so that arm is not timed.
+    """
+    runs = [run for run in runs if not isinstance(run.recipe.positions.fraction, FractionSchedule)]
     path = given.record.with_name("study_seconds.json")
-    seconds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    of_tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    seconds = of_tables.setdefault(given.table, {})
     for turn in (1, 2):
         for run in runs:
             content = run.recipe.resolved()
             content["training"] |= {"max_steps": TIMED_STEPS}
             content["evaluation"] |= {"suite": [], "every_steps": None}
             recipe = with_shared_paths(parse_part(Recipe, content), (given.out / "shared").absolute())
-            folder = given.out / "timing" / run.arm / str(turn)
-            if why := run_apart(recipe, folder, given.out / "logs" / f"timing-{run.arm}.log"):
+            folder = given.out / "timing" / run.id / str(turn)
+            if why := run_apart(recipe, folder, given.out / "logs" / f"timing-{given.table}-{run.arm}.log"):
                 print(f"{run.arm}: failed: {why}", file=sys.stderr)
                 return 1
             shutil.rmtree(folder / "student")
             found = seconds_of_step(folder)
             seconds[run.arm] = found if turn == 1 else min(found, seconds[run.arm])
             print(f"{run.arm}: {found} s a step", file=sys.stderr, flush=True)
-    path.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(of_tables, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

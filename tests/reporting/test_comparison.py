@@ -177,9 +177,7 @@ def test_budgets_are_shown_on_validation_rows_where_there_are_some(suites: tuple
         runs.append(write_run(tmp_path / f"{fraction}", record))
     budget, perplexity = [plot for plot in comparison_plots(compare(runs)) if plot.name.startswith("budget-")]
     assert budget.name == f"budget-positions-accuracy_{suites[-1]}"
-    rows = (
-        "On validation rows, to choose by." if "validation" in suites else "On test rows, to report and not to choose"
-    )
+    rows = "On validation rows, to choose by." if "validation" in suites else "On the rows to report, not to choose by"
     assert budget.caption.startswith(rows)
     assert perplexity.caption.startswith("On the held-out text.")
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from page import compared, pictures_of, tables_of, write_page
+from compare import Compared
+from page import compared, pictures_of, spent, tables_of, write_page
 from plots import file_names
 from prepare import DOMAINS, LONGEST, SHARES, SHORTEST, TASK, prepare
 from records import read_lines
@@ -44,6 +45,10 @@ TOY = {
 }  # fmt: skip
 
 
+def lines_of_one(record: Path) -> list[dict[str, Any]]:
+    return [line for line in read_lines(record) if line["table"] == "one"]
+
+
 def test_a_table_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,12 +68,15 @@ def test_a_table_end_to_end(
         return main([table, *map(str, options), *more])
 
     assert run("one") == 2
-    assert "no learning rate of unbiased yet; run rates_made first" in capsys.readouterr().err
+    assert "no learning rate yet; run rates_made first" in capsys.readouterr().err
     assert run("made") == 0
     assert (tmp_path / "runs" / "made" / "student" / "model.safetensors").exists()
+    assert run("rates_made", "--share", "1/2") == 0
+    assert run("one") == 2
+    assert "Missing: rates_made/unbiased_0.01/seed-1" in capsys.readouterr().err
     assert run("rates_made") == 0
     assert run("one", "--seeds", "1") == 0
-    by_arm = {line["arm"]: line for line in read_lines(record) if line["table"] == "one"}
+    by_arm = {line["arm"]: line for line in lines_of_one(record)}
     assert list(by_arm) == ["dense", "even_20", "cached"]
     assert {line["learning_rate"] for line in by_arm.values()} <= {1e-6, 1e-2}
     assert len({line["held_out"] for line in by_arm.values()}) == 1, "all are measured on the same documents"
@@ -81,10 +89,20 @@ def test_a_table_end_to_end(
     body = 3 * 2 + 4  # layers: the student's three times, the teacher's once
     weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32  # of a layer
     norms = 4 * 32  # three passes of the student's last norm, one of the teacher's
-    expected = dense["cost"]["positions"] * (body * weights + norms + 4 * 83 * 32) / 1e9
+    tokens, positions = dense["cost"]["teacher_queries_in_steps"], dense["cost"]["positions"]
+    assert tokens == pytest.approx(positions + 4 * 4, abs=4), "a body runs over the first token, too, of each sample"
+    expected = (tokens * (body * weights + norms) + positions * 4 * 83 * 32) / 1e9
     assert dense["cost"]["work_in_steps"] == pytest.approx(expected, rel=1e-4)
     assert cached["cost"]["teacher_queries_in_steps"] == 0 < cached["cost"]["teacher_queries"]
     assert not list((tmp_path / "runs" / "runs").rglob("*.safetensors"))
+
+    # A line of another recipe is no line of this run.
+    changed = json.loads(json.dumps(content))
+    changed["arms"]["cached"]["positions"] = {"policy": "random", "fraction": 0.5}
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(changed))
+    assert run("one", "--seeds", "1", "--tables", str(other)) == 2
+    assert "one/cached/seed-1: the record has a line of another recipe" in capsys.readouterr().err
 
     # What is done is not done again: the record stays as it is, and the second seed is added.
     before = record.read_bytes()
@@ -92,17 +110,19 @@ def test_a_table_end_to_end(
     assert record.read_bytes() == before
     assert run("one") == 0
     assert record.read_bytes().startswith(before)
-    assert len([line for line in read_lines(record) if line["table"] == "one"]) == 6
-    shown = tables_of(StudyTables.read(tables, tmp_path, tmp_path), read_lines(record))
+    assert len(lines_of_one(record)) == 6
+    seconds = {"one": {"dense": 2.0, "even_20": 1.5}}
+    shown = tables_of(StudyTables.read(tables, tmp_path, tmp_path), read_lines(record), seconds)
     rows = [row.split("|")[1].strip(" `") for row in shown["one"].splitlines() if row.startswith("| `")]
     assert rows == [*by_arm, *by_arm], "compared, and what each spent"
-    drawn = pictures_of(
-        StudyTables.read(tables, tmp_path, tmp_path), read_lines(record), {"dense": 2.0, "even_20": 1.5}
-    )
+    drawn = pictures_of(StudyTables.read(tables, tmp_path, tmp_path), read_lines(record), seconds)
     assert [f"![{title}]({file})" for file, title in file_names("one").items()] == [
         line for line in shown["one"].splitlines() if line.startswith("!")
     ]
     assert list(drawn) == list(file_names("one"))
+    from_cached = Compared.of(["cached", "dense"], lines_of_one(record), {})
+    assert from_cached is not None
+    assert spent(from_cached).count("| `") == 2, "whose first arm asks no teacher in its steps"
     for picture in drawn.values():
         assert all(f">{arm}</text>" in picture.decode() for arm in ("even_20", "cached"))
     page = tmp_path / "study.md"
@@ -139,12 +159,19 @@ def made_up(arm: str, seed: int, *, slope: float, work: float, effect: float = 0
     kl = {step: (2 - slope * step + (effect + noise) * (step >= 16)) * positions for step in (0, 8, 16, 24)}
     return {
         "table": "t", "arm": arm, "seed": seed, "steps": 24, "held_out": "x", "positions": positions.tolist(),
-        "kl_nats": {str(step): values.tolist() for step, values in kl.items()}, "cost": {"work_in_steps": 24 * work},
+        "recipe": arm, "kl_nats": {str(step): values.tolist() for step, values in kl.items()},
+        "cost": {"work_in_steps": 24 * work},
     }  # fmt: skip
 
 
+def made_table(arms: list[str], lines: list[dict[str, Any]]) -> Compared:
+    table = Compared.of(arms, lines, {})
+    assert table is not None
+    return table
+
+
 def test_tables_of_made_up_records_have_the_known_answers() -> None:
-    """The cheap arm is worse a step, but takes 24 steps for the work of the first arm's 18."""
+    """The cheap arm is worse a step, but takes 24 steps for the work of the first arm's 18: 22.4 for 16.8."""
     lines = []
     for seed in (1, 2, 3, 4, 5):
         lines += [
@@ -155,7 +182,8 @@ def test_tables_of_made_up_records_have_the_known_answers() -> None:
             made_up("like", seed, slope=0.02, work=4.0),
         ]
     rows = [
-        row.split(" | ") for row in compared(["dense", "better", "cheap", "like", "dense_again"], lines, {}).split("\n")
+        row.split(" | ")
+        for row in compared(made_table(["dense", "better", "cheap", "like", "dense_again"], lines)).split("\n")
     ]
     by_arm = {row[0].strip("|` "): row for row in rows[2:-1]}
 
@@ -164,17 +192,22 @@ def test_tables_of_made_up_records_have_the_known_answers() -> None:
 
     assert value(by_arm["better"][3]) == pytest.approx(-0.03, abs=0.003)
     assert value(by_arm["cheap"][3]) == pytest.approx(0.002 * 24, abs=0.003)
-    # At the first arm's 18 steps, three quarters from 16 to 24; the cheap arm has taken 24 by then.
-    assert value(by_arm["cheap"][4]) == pytest.approx(-0.018 * 24 + 0.02 * 18, abs=0.004)
-    assert [by_arm[arm][7] for arm in by_arm] == ["", "better", "worse", "as good", "noise: other seeds"]
+    # At the first arm's 16.8 steps, between 16 and 24; the cheap arm has taken 22.4 by then.
+    assert value(by_arm["cheap"][4]) == pytest.approx(-0.018 * 22.4 + 0.02 * 16.8, abs=0.004)
+    assert [by_arm[arm][7] for arm in by_arm] == ["", "", "better", "worse", "as good", "noise: other seeds"]
     assert by_arm["better"][5] == "", "no seconds were measured"
     # Holm: the two true effects stay, and the noise floor is no hypothesis.
     assert float(by_arm["like"][6]) > 0.05
     assert float(by_arm["better"][6]) < 0.001
     assert abs(value(by_arm["dense_again"][3])) < 0.004
-    other = dict(lines[2], held_out="y")
-    with pytest.raises(ValueError, match="seed 1: better was measured on other documents"):
-        compared(["dense", "better"], [lines[0], other], {})
+    other_kl = lines[2]["kl_nats"] | {"0": [1.0] * 34}
+    for changed, message in (
+        ({"held_out": "y"}, "seed 1: better was measured on other documents"),
+        ({"kl_nats": other_kl}, "seed 1: better began with another student"),
+        ({"arm": "dense", "seed": 2, "recipe": "y"}, "has another recipe than its other seeds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made_table(["dense", "better"], [lines[0], lines[2] | changed])
 
 
 def test_every_recipe_of_the_study_is_valid_at_both_scales(tmp_path: Path) -> None:

@@ -70,11 +70,13 @@ def bench(
             answer["notes"].append(_what_is_missing(names, timings, repeats))
             return answer
         agreements: dict[str, tuple[float, float]] = {}
+        is_compared = False
         with progress.until_stopped():
             for name in names:
                 if (agreement := _agreement(name, subject)) is not None:
                     agreements[name] = agreement
-        if progress.stopped:
+            is_compared = True
+        if not is_compared:
             answer = _answer(subject, timings, None, agreements)
             answer["notes"].append("stopped: no memory, and the agreement of some variants was not measured")
             return answer

@@ -1,7 +1,8 @@
 """The command line. Every command imports its modules when it runs, so that ``selkd --help`` is quick.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input, 75 interrupted (the same command continues). ``--json`` prints
-the answer to standard output; progress and messages go to standard error.
+Exit codes: 0 done, 1 failed while running, 2 bad input, 75 interrupted, 130 ended at once by a second Ctrl-C; after the
+last two the same command continues. ``--json`` prints the answer to standard output; progress and messages go to
+standard error.
 """
 
 import json
@@ -312,7 +313,7 @@ def estimate(
     no_plugins: NoPlugins = False,
     json_output: Json = False,
 ) -> None:
-    """Estimate a recipe's memory, teacher queries, cache and time before they are spent."""
+    """Estimate a recipe's memory, teacher queries and cache before they are spent; with --probe, time, too."""
     loaded = load(recipe, overrides, no_plugins)
     from selkd.estimate.estimate import estimate as estimated
     from selkd.reporting.tables import estimate_tables
@@ -329,7 +330,9 @@ def estimate(
 
 @app.command("sweep")
 def sweep_command(
-    study: Annotated[str, Argument(metavar="STUDY", help="A named study (demo_positions) or a YAML file.")],
+    study: Annotated[
+        str, Argument(metavar="STUDY", help="A named study (demo_positions, demo_budgets) or a YAML file.")
+    ],
     out: Annotated[
         Path | None, Option(callback=possible, help="The study's folder; runs/<study name> if not given.")
     ] = None,

@@ -89,7 +89,7 @@ def accuracy(name: str) -> ReportedMeasure:
     return ReportedMeasure(key, f"accuracy ({name})", read, formats.percent, conditions=conditions, rows=rows)
 
 
-_TEST_ROWS = "On test rows, to report and not to choose by; evaluation.suite has validation for that."
+_TEST_ROWS = "On the rows to report, not to choose by; evaluation.suite has validation for that."
 VALIDATION = accuracy("validation suite")
 PERPLEXITY = _fidelity("perplexity", "perplexity", formats.perplexity)
 KL = _fidelity("kl_nats", "KL to the teacher, nats", formats.nats)
