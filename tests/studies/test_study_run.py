@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import page
 import pytest
 import yaml
 from compare import Compared
@@ -208,6 +209,10 @@ def test_tables_of_made_up_records_have_the_known_answers() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             made_table(["dense", "better"], [lines[0], lines[2] | changed])
+
+
+def test_the_page_and_its_pictures_are_what_the_record_says() -> None:
+    assert page.main(["--check"]) == 0
 
 
 def test_every_recipe_of_the_study_is_valid_at_both_scales(tmp_path: Path) -> None:
