@@ -26,6 +26,7 @@ def selkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["selkd", *map(str, arguments)])
+        capsys.readouterr()  # what the making of models said
         with pytest.raises(SystemExit) as stop:
             main()
         return int(stop.value.code or 0), capsys.readouterr().err
@@ -99,6 +100,7 @@ def commands(folder: Path, module: str) -> list[tuple[object, ...]]:
         ("distill", recipe),
         ("score", recipe),
         ("cache", "build", recipe),
+        ("cache", "import", recipe, folder),
         ("cache", "verify", folder / "cache", "--rescore", "1", "--recipe", recipe),
         ("sweep", study),
         ("bench", recipe),
