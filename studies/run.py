@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--tables", type=Path, default=TABLES, help="the file of the tables (studies/tables.yaml)")
     options.add_argument("--scale", help="a part of scales, such as paper")
     options.add_argument("--seeds", type=int, help="only the first so many seeds")
+    options.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms of the table")
     options.add_argument("--share", default="1/1", metavar="K/N", help="only each Nth run, from the Kth on")
     options.add_argument("--list", action="store_true", help="print the runs, and do none")
     options.add_argument("--time", action="store_true", help="time a step of each arm instead, twice in turns")
@@ -60,7 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_table(given: argparse.Namespace) -> int:
     tables = StudyTables.read(given.tables, given.data, given.out, given.scale)
     lines = read_lines(given.record)
-    runs = tables.runs(given.table, _rates(tables, given.table, lines))
+    runs = [
+        run
+        for run in tables.runs(given.table, _rates(tables, given.table, given.arms, lines))
+        if given.arms is None or run.arm in given.arms
+    ]
+    if unknown := set(given.arms or ()) - {run.arm for run in runs}:
+        raise InputError(f"--arms: {given.table} has no {', '.join(sorted(unknown))}")
     if given.seeds is not None:
         runs = [run for run in runs if run.seed % 100 <= given.seeds]
     first, every = map(int, given.share.split("/"))
@@ -101,16 +108,21 @@ def _done(runs: Sequence[StudyRun], lines: Sequence[Line]) -> set[str]:
     return set(found)
 
 
-def _rates(tables: StudyTables, table: str, lines: Sequence[Line]) -> Mapping[str, float] | None:
-    """The learning rate of each family, as the table of rates of the table's start found it."""
+def _rates(
+    tables: StudyTables, table: str, arms: Sequence[str] | None, lines: Sequence[Line]
+) -> Mapping[str, float] | None:
+    """The learning rate of each family of ``arms``, as the table of rates of the table's start found it; of the other
+    families any."""
     if tables.scale is not None or table not in tables.content["tables"]:
         return None
     name = f"{RATES}{tables.content['tables'][table]['start']}"
-    runs = tables.runs(name)
+    needed = {tables.family(arm) for arm in arms or tables.content["tables"][table]["arms"] if arm in tables.arms}
+    runs = [run for run in tables.runs(name) if run.arm.rpartition("_")[0] in needed]
     if missing := sorted({run.id for run in runs} - _done(runs, lines)):
         raise InputError(f"{table}: no learning rate yet; run {name} first. Missing: {', '.join(missing)}")
-    arms = {run.arm for run in runs}
-    return rates_of([line for line in lines if line["arm"] in arms], name)
+    of_grid = {run.arm for run in runs}
+    any_rate = dict.fromkeys(tables.content["families"], tables.content["rates"][0])
+    return any_rate | rates_of([line for line in lines if line["arm"] in of_grid], name)
 
 
 def _time(runs: Sequence[StudyRun], given: argparse.Namespace) -> int:

@@ -77,6 +77,11 @@ class StudyTables:
         table = self.content["tables"][name]
         return [self._run(name, table, arm, seed, rates) for seed in table["seeds"] for arm in table["arms"]]
 
+    @property
+    def arms(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.content["arms"]
+        return found
+
     def family(self, arm: str) -> str:
         return str(self.content["arms"][arm]["family"])
 
