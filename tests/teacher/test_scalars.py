@@ -28,7 +28,7 @@ from selkd.teacher.recheck_cache import compare_again
 from selkd.teacher.targets import DrawnClasses
 from selkd.training.trainer import DistillTrainer
 from selkd_cache.reader import TeacherCache
-from selkd_cache.scalars import LARGEST_ERROR, bound_of
+from selkd_cache.scalars import LARGEST_CODE, LARGEST_ERROR, bound_of
 
 SEED = 11
 SCALAR_METRICS = ("teacher_entropy", "teacher_ce", "ce_ratio", "ce_ratio_plus_student_entropy")
@@ -394,3 +394,15 @@ def test_rechecking_compares_the_scalars(tmp_path: Path) -> None:
         head_of(model).weight.mul_(1.02)
     live = LiveTeacher(model, options, 1.0, SEED, V)
     assert not all(each.is_within_bound for each in compare_again(live, cached, samples, range(4), 1).values())
+
+
+def test_rechecking_compares_what_storing_cuts_with_the_largest_stored_number(tmp_path: Path) -> None:
+    """At a low temperature a class may cost more nats than a code stands for; what is stored is the largest code."""
+    samples, temperature = make_samples(4), 1e-3
+    cache = make_cache(tmp_path, samples, temperature, scalars=4)
+    assert max(cache.get(sample_id).scalars.max() for sample_id in samples.ids) == LARGEST_CODE
+    live = LiveTeacher(make_model(0, 3), ClassOptions(sampler="rs_kd", draws=32), temperature, SEED, V)
+    for each in compare_again(live, CachedTeacher(cache), samples, range(4), 1).values():
+        assert (each.same_draws == 1).all()
+        assert each.is_within_bound
+        assert each.scalar_errors.max() <= LARGEST_ERROR * 1.001

@@ -10,7 +10,7 @@ from selkd.teacher.build_cache import draw_rows, plan_batches, plan_shards
 from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.live import LiveTeacher
 from selkd_cache.rows import Rows, row_sums
-from selkd_cache.scalars import bound_of, values_of
+from selkd_cache.scalars import LARGEST_CODE, bound_of, values_of
 
 
 class Again(NamedTuple):
@@ -58,8 +58,9 @@ def compare_again(
 def _scalar_errors(stored: Rows, again: np.ndarray | None) -> tuple[np.ndarray | None, bool]:
     if again is None or stored.scalars is None:
         return None, True
-    errors = np.abs(values_of(stored.scalars).astype(np.float64) - again)
-    return errors, bool((errors <= bound_of(again)).all())
+    storable = np.minimum(again, values_of(np.array(LARGEST_CODE)))  # storing cuts what is larger
+    errors = np.abs(values_of(stored.scalars).astype(np.float64) - storable)
+    return errors, bool((errors <= bound_of(storable)).all())
 
 
 def same_draws(stored: Rows, again: Rows) -> np.ndarray:
