@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import make_samples
+from tiny import V, make_model, make_samples
 from tiny_run import make_recipe
 
 from selkd import distill, plugins
@@ -25,7 +25,10 @@ from selkd.reporting import words
 from selkd.selection.classes import class_sampler, top_k
 from selkd.selection.position_scores import choose_positions
 from selkd.selection.positions import StepContext, select
+from selkd.teacher.build_cache import build_cache
+from selkd.teacher.live import LiveTeacher
 from selkd.tokens.policy import check_metric, require_teacher
+from selkd_cache.reader import TeacherCache
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_parts"
 
@@ -98,6 +101,30 @@ def test_a_samplers_answer_is_checked(name: str, monkeypatch: pytest.MonkeyPatch
     draw = class_sampler(ClassOptions.model_validate({"sampler": "bad", "draws": 4}))
     with pytest.raises(RunError, match=f"classes.sampler: bad returned .*{message}"):
         draw(torch.full((2, 5), 0.2), torch.zeros(2, 4, dtype=torch.float64))
+
+
+def test_a_samplers_classes_may_come_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What selkd has of them ascends, each class with its own count, and padding is last."""
+    answer = torch.tensor([[7, 7, 2, 5], [3, 9, 1, 0]]), torch.tensor([[0, 1, 2, 1], [4, 0, 0, 0]])
+    know(monkeypatch, Sampler, "unsorted", lambda: answer)
+    options = ClassOptions.model_validate({"sampler": "unsorted", "draws": 4})
+    class_ids, counts = class_sampler(options)(torch.full((2, 10), 0.1), torch.zeros(2, 4, dtype=torch.float64))
+    assert class_ids[0, :3].tolist() == [2, 5, 7]
+    assert counts.tolist() == [[2, 1, 1, 0], [4, 0, 0, 0]]
+    assert class_ids[1, 0] == 3
+
+
+def test_a_sampler_whose_classes_descend_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def backwards(probabilities: torch.Tensor, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
+        likeliest = probabilities.topk(3).indices.sort(descending=True).values
+        return likeliest, torch.tensor([1, 2, draws - 3]).expand_as(likeliest)
+
+    know(monkeypatch, Sampler, "backwards", backwards)
+    options, samples = ClassOptions.model_validate({"sampler": "backwards", "draws": 8}), make_samples(2)
+    live = LiveTeacher(make_model(0), options, 1.0, 0, V)
+    build_cache(tmp_path, {"draws": 8, "vocabulary": V}, samples, lambda: live, 1)
+    rows = TeacherCache.open(tmp_path).get(samples.ids[0])
+    assert rows.counts.reshape(-1, 3).tolist() == [[5, 2, 1]] * len(rows.row_lengths)
 
 
 def test_faults_are_told_by_key_and_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -399,7 +399,8 @@ class Sampler(Entry):
     least_same_draws: tuple[float, float] | None = None
 
     def drawn(self, probabilities: "Tensor", uniforms: "Tensor", draws: int) -> "tuple[Tensor, Tensor]":
-        """The checked class ids and counts, int64 [n, C], that a user's own sampler draws."""
+        """The checked class ids and counts, int64 [n, C], that a user's own sampler draws, by ascending id, as a
+        cache has them; padding, whose count is 0, is last."""
         answer = self.answer(probabilities=probabilities, uniforms=uniforms, draws=draws)
         if not (isinstance(answer, tuple | list) and len(answer) == 2):
             raise self.fault(f"returned {type(answer).__name__}, expected class ids and counts")
@@ -415,8 +416,9 @@ class Sampler(Entry):
         elif (counts < 0).any() or (counts.sum(dim=-1) != draws).any():
             fault = f"counts that are negative or don't sum to draws = {draws}"
         else:
-            ordered = class_ids.masked_fill(counts == 0, -1).sort(dim=-1).values
-            if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+            ordered, order = class_ids.masked_fill(counts == 0, vocab_size).sort(dim=-1)
+            class_ids, counts = class_ids.gather(-1, order), counts.gather(-1, order)
+            if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < vocab_size)).any():
                 fault = "a class twice in one row"
         if fault is not None:
             raise self.fault(f"returned {fault}")
