@@ -6,10 +6,11 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from cache_samples import (
     FINGERPRINT,
@@ -21,11 +22,14 @@ from cache_samples import (
     sample_id,
     shard_samples,
 )
+from tiny import make_samples
 
 from selkd import files
+from selkd.data.samples import Sample
 from selkd.errors import InputError, RunError
+from selkd.teacher.build_cache import CacheBuild
 from selkd_cache.reader import TeacherCache
-from selkd_cache.shard import shard_name
+from selkd_cache.shard import shard_name, write_shard
 from selkd_cache.writer import CacheWriter, SampleRows
 
 
@@ -414,3 +418,52 @@ def test_a_lock_that_fails_leaves_no_remnant(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(RunError, match=r"plan.json in .* could not be finished"):
         build(tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+class Counting(NamedTuple):
+    """Gives every position two classes, the first of them drawn so often."""
+
+    count: int
+
+    def rows(self, samples: Sequence[Sample]) -> list[SampleRows]:
+        return [
+            (
+                sample.id,
+                np.full(sample.n_valid, 2),
+                np.tile([3, 5], sample.n_valid),
+                np.tile([self.count, 64 - self.count], sample.n_valid),
+            )
+            for sample in samples
+        ]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_two_builds_at_once_the_shards_that_were_first_stay(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server's answers vary. While one build encodes a shard, another writes its own and completes the cache."""
+    if not has_links:
+
+        def no_links(*_: object) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", no_links)
+    samples, opened = make_samples(4), []
+    first, second = (CacheBuild(tmp_path, FINGERPRINT, samples) for _ in range(2))
+
+    def overtaken(*given: Any) -> None:
+        monkeypatch.setattr("selkd_cache.writer.write_shard", write_shard)
+        first.run(lambda: Counting(60), 1)
+        opened.append(TeacherCache.open(tmp_path))
+        write_shard(*given)
+
+    monkeypatch.setattr("selkd_cache.writer.write_shard", overtaken)
+    second.run(lambda: Counting(61), 1)
+    for cache in (*opened, TeacherCache.open(tmp_path)):
+        assert cache.verify() == []
+        assert {count for rows in cache for count in rows.counts.tolist()} == {60, 4}
+    assert not list(tmp_path.glob("*.tmp"))
+    shard = tmp_path / shard_name(0)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    CacheBuild(tmp_path, FINGERPRINT, samples).run(lambda: Counting(61), 1)
+    assert 61 in TeacherCache.open(tmp_path)[0].counts  # a damaged one does not stay

@@ -61,7 +61,6 @@ class CacheBuild:
             RunError: the disk refused.
         """
         self._state, self._samples, self._with_scalars = PartialState(), samples, n_scalars(fingerprint) > 0
-        self._reads_all = repair
         shards = plan_shards(samples)
         with self._state.main_process_first():  # the first one claims the folder
             shard_ids = [[samples.ids[i] for i in shard] for shard in shards]
@@ -135,12 +134,7 @@ class CacheBuild:
                 return source.rows(chosen)
             return draw_rows(source, chosen, pad_token_id, with_scalars=self._with_scalars)
 
-        def write(number: int, rows: list[SampleRows]) -> None:
-            # A server's answers may vary in their last bits. Where another build was faster, its shard stays.
-            if isinstance(source, LiveTeacher) or self._writer.missing_shards([number], blocks=self._reads_all):
-                self._writer.write_shard(number, rows)
-
-        for _ in _written(write, batches, draw):
+        for _ in _written(self._writer.write_shard, batches, draw):
             on_shard()
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +18,7 @@ from selkd_cache.errors import RunError
 # What file systems without locks, or without syncing of folders, answer.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 
 
@@ -33,8 +34,11 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, stays: Callable[[], bool] | None = None) -> Iterator[BinaryIO]:
     """A file to write that takes ``path``'s place once the block ends, and leaves nothing behind if the block raises.
+
+    Args:
+        stays: asked where a file has the name by then: whether that one stays, and the new one goes.
 
     Raises:
         RunError: the operating system refused (disk full, no permission, …).
@@ -46,7 +50,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                temporary.replace(path)
+                if stays is None or not _is_named(temporary, path, stays):
+                    temporary.replace(path)
                 sync(path.parent)
             except BaseException:
                 temporary.unlink(missing_ok=True)
@@ -80,6 +85,22 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _is_named(temporary: Path, path: Path, stays: Callable[[], bool]) -> bool:
+    """Gives a file the name unless another has it that ``stays``. Answers False where it is to take that one's place.
+
+    A link, unlike a rename, is refused in the moment in which another has the name.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, *_NO_LINKS):
+            raise
+        if not (path.exists() and stays()):
+            return False
+    temporary.unlink()
+    return True
 
 
 def _new_temporary(path: Path) -> BinaryIO:

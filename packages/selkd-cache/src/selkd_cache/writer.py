@@ -111,6 +111,9 @@ class CacheWriter:
     def write_shard(self, number: int, samples: Iterable[SampleRows]) -> None:
         """Writes one shard, which appears under its name once it is whole and on disk.
 
+        Where another build was faster, its whole shard stays: its manifest may list it already, and what gives the rows
+        may vary, as a server's answers do in their last bits.
+
         Args:
             number: which shard of the plan.
             samples: (sample_id, row_lengths, class_ids, counts) of each planned sample in the planned order, the arrays
@@ -124,7 +127,7 @@ class CacheWriter:
         """
         if not 0 <= number < len(self._shard_ids):
             raise InputError(f"shard {number} is not planned: there are shards 0 to {len(self._shard_ids) - 1}")
-        with replacing(self.directory / shard_name(number)) as file:
+        with replacing(self.directory / shard_name(number), lambda: not self.missing_shards([number])) as file:
             write_shard(file, number, self._plan_checksum, self._as_planned(number, samples))
 
     def finish(self) -> None:
