@@ -30,7 +30,7 @@ from selkd.teacher import build_cache as building
 from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.live import LiveTeacher
 from selkd.teacher.recheck_cache import compare_again
-from selkd_cache.manifest import SCALARS
+from selkd_cache.fingerprint import SCALARS
 from selkd_cache.reader import TeacherCache
 
 SEED = 1

@@ -67,6 +67,7 @@ def read_shard(folder: Path, shard: int, manifest: dict) -> dict[str, list[Row]]
     assert data[-24:] == digest + b"SELKDEND"
     entries = list(struct.iter_unpack("<16sQQIII", data[end:-40]))
     model, samples, positions, classes = read_model(data[36:begin], version), {}, 0, 0
+    check_model(model, entries, manifest["fingerprint"])
     for sample_id, checksum, offset, *sizes in entries:
         block = data[offset : offset + sizes[0]]
         rows = samples[sample_id.hex()] = read_block(model, block)
@@ -79,6 +80,14 @@ def read_shard(folder: Path, shard: int, manifest: dict) -> dict[str, list[Row]]
     counted = {"bytes": len(data), "samples": n_samples, "positions": positions, "classes": classes}
     assert listed == {"name": listed["name"], "digest": digest.hex(), "ids_digest": ids_digest, **counted}
     return samples
+
+
+def check_model(model: dict, entries: list, fingerprint: dict) -> None:
+    """The fingerprint says how many scalars there are, the total of a row that is not empty, and the classes."""
+    assert len(model["largest"]) == fingerprint.get("scalars", 0)
+    assert model["total"] == fingerprint.get("count_total", fingerprint["draws"]) or not any(e[-1] for e in entries)
+    n_classes = fingerprint["vocabulary"] + ("tail" in fingerprint)
+    assert all(each < n_classes for group in model["classes"] for each in group)
 
 
 def unsigned(data: bytes) -> int:

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,11 @@ from cache_samples import FINGERPRINT, assert_same_rows, build, contents, make_r
 from second_reader import read_cache
 
 from selkd_cache.errors import InputError, RunError
-from selkd_cache.manifest import MANIFEST, render
+from selkd_cache.manifest import MANIFEST, PLAN, make_manifest, read_plan, render, write_document
 from selkd_cache.reader import TeacherCache
-from selkd_cache.sample_index import INDEX_FILE
-from selkd_cache.shard import INDEX, shard_name, write_shard
+from selkd_cache.rows import Rows
+from selkd_cache.sample_index import INDEX_FILE, describe_index, write_sample_index
+from selkd_cache.shard import INDEX, read_shard, shard_name, write_shard
 from selkd_cache.verify import verify_cache
 from selkd_cache.writer import CacheWriter
 
@@ -491,3 +493,77 @@ def test_samples_are_read_by_their_place_in_the_stored_order(folder: Path) -> No
     assert [each for each, _ in cache.items()] == cache.sample_ids()
     for rows, number in zip(cache, range(12), strict=True):
         assert_same_rows(rows, make_rows(number))
+
+
+def forge(folder: Path, fingerprint: dict[str, str | int | float], samples: list[tuple[bytes, Rows]]) -> None:
+    """A complete cache of one shard, as a writer makes it that compares nothing with the fingerprint."""
+    CacheWriter(folder, fingerprint, [[each for each, _ in samples]])
+    planned, checksum = read_plan(folder / PLAN)
+    with (folder / shard_name(0)).open("wb") as file:
+        write_shard(file, 0, checksum, samples)
+    shard = read_shard(folder, 0, checksum)
+    write_sample_index(folder, checksum, [shard.index["sample_id"]])
+    index = describe_index(folder / INDEX_FILE)
+    write_document(folder / MANIFEST, make_manifest(planned, checksum, [shard.entry], index))
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "n_scalars", "message"),
+    [
+        ({"scalars": 2}, 0, "0 scalars a position, expected 2"),
+        ({"scalars": 4}, 2, "2 scalars a position, expected 4"),
+        ({}, 2, "2 scalars a position, expected 0"),
+        ({"draws": 63}, 0, "rows whose counts sum to 64, expected 63"),
+        ({"draws": 12, "count_total": 65}, 0, "rows whose counts sum to 64, expected 65"),
+        ({"vocabulary": 1000}, 0, r"class \d+, expected classes below 1000"),
+        ({"vocabulary": 1000, "tail": "one class"}, 0, r"class \d+, expected classes below 1001"),
+    ],
+)
+def test_a_shard_that_does_not_hold_what_the_fingerprint_says_is_refused(
+    tmp_path: Path, fingerprint: dict[str, str | int], n_scalars: int, message: str
+) -> None:
+    """By this reader and by one that was written from the document. All digests are right."""
+    samples = []
+    for number in range(4):
+        rows = make_rows(number)
+        codes = np.full((len(rows.row_lengths), n_scalars), 700, np.uint16) if n_scalars else None
+        samples.append((sample_id(number), rows._replace(scalars=codes)))
+    forge(tmp_path / "right", FINGERPRINT | ({"scalars": n_scalars} if n_scalars else {}), samples)
+    assert verify_cache(tmp_path / "right") == []
+    read_cache(tmp_path / "right")
+
+    folder = tmp_path / "wrong"
+    forge(folder, FINGERPRINT | fingerprint, samples)
+    message = rf"shard-00000\.selkd has {message}"
+    for decode in (True, False):
+        (problem,) = verify_cache(folder, decode=decode)
+        assert re.match(message, problem)
+    with pytest.raises(InputError, match=message):
+        TeacherCache.open(folder).get(sample_id(0))
+    with pytest.raises(AssertionError):
+        read_cache(folder)
+    writer = CacheWriter(folder, FINGERPRINT | fingerprint, plan(1))
+    assert writer.missing_shards() == [0]
+    (folder / MANIFEST).unlink()  # what it lists is not read again
+    with pytest.raises(RunError, match=message):
+        writer.finish()
+
+
+def test_a_manifest_of_another_fingerprint_than_its_plans_is_found_and_mended(folder: Path) -> None:
+    path = folder / MANIFEST
+    intact = path.read_bytes()
+    manifest = json.loads(intact)
+    path.write_bytes(render(manifest | {"fingerprint": FINGERPRINT | {"seed": 1338}})[0])
+    for blocks in (True, False):
+        (problem,) = verify_cache(folder, blocks=blocks)
+        assert "manifest.json" in problem
+        assert "another fingerprint than plan.json" in problem
+    with pytest.raises(AssertionError):
+        read_cache(folder)
+    build(folder)
+    assert path.read_bytes() == intact
+    path.write_bytes(render(manifest | {"version": 3, "codec": "grouped-gaps-ans"})[0])
+    with pytest.raises(InputError, match=r"manifest\.json in .* does not describe a complete teacher cache"):
+        TeacherCache.open(folder)
+    build(folder)
+    assert path.read_bytes() == intact

@@ -20,7 +20,8 @@ from selkd.selection.classes import class_sampler
 from selkd.teacher.build_cache import CacheBuild, build_cache
 from selkd.teacher.live import LiveTeacher
 from selkd_cache.cost import add_cost, read_cost
-from selkd_cache.manifest import MANIFEST, PLAN, SCALARS, TAIL, Fingerprint, check_same_fingerprint, read_plan
+from selkd_cache.fingerprint import SCALARS, TAIL, Fingerprint, check_same_fingerprint
+from selkd_cache.manifest import MANIFEST, PLAN, read_plan
 from selkd_cache.reader import TeacherCache
 from selkd_cache.verify import verify_cache
 from selkd_cache.writer import require_claimable

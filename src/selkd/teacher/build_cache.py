@@ -20,7 +20,7 @@ from selkd.data.samples import Sample, SampleDataset
 from selkd.errors import InputError, Interrupted, RunError
 from selkd.interrupts import raise_together, stop_if_asked
 from selkd.teacher.live import LiveTeacher
-from selkd_cache.manifest import Fingerprint, n_scalars
+from selkd_cache.fingerprint import Fingerprint, n_scalars
 from selkd_cache.writer import CacheWriter, SampleRows
 
 # A shard stores how often each class was drawn, some 30 kB at 50,000 classes: too much for a small shard.

@@ -17,7 +17,7 @@ from selkd.selection.classes import split_draws, split_evenly
 from selkd.selection.host import on_host, to_device
 from selkd.teacher.live import draw_uniforms_of
 from selkd.teacher.targets import Batch, DrawnClasses, StoredTargets, TeacherScalars, TruncatedDistribution
-from selkd_cache.manifest import TAIL, count_total, n_scalars
+from selkd_cache.fingerprint import TAIL, count_total, n_scalars
 from selkd_cache.reader import TeacherCache
 from selkd_cache.rows import Rows
 from selkd_cache.scalars import values_of
@@ -127,7 +127,8 @@ class CachedTeacher:
                 place = np.arange(len(position)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
                 class_ids[sample, position, place] = rows.class_ids
                 counts[sample, position, place] = rows.counts
-                if rows.scalars is not None:
+                if self.has_scalars:
+                    assert rows.scalars is not None, "the reader compared the shard with the fingerprint"
                     scalars[:, sample, valid] = values_of(rows.scalars).T
         names = (ENTROPY, CROSS_ENTROPY, ENTROPY + _AT_TEMPERATURE, CROSS_ENTROPY + _AT_TEMPERATURE)
         read = {"teacher_class_ids": class_ids, "teacher_counts": counts} | dict(zip(names, scalars, strict=False))

@@ -11,7 +11,7 @@ from transformers import default_data_collator
 from selkd.data.samples import ID_BYTES, Sample
 from selkd.errors import InputError
 from selkd.teacher.cached import CachedTeacher
-from selkd_cache.manifest import TAIL
+from selkd_cache.fingerprint import TAIL
 from selkd_cache.reader import TeacherCache
 
 Example = Mapping[str, Any]

@@ -21,7 +21,7 @@ from selkd.teacher.targets import Teacher
 from selkd.training.arguments import DistillArguments
 from selkd.training.sampling import FilledDataset
 from selkd.training.splitting import require_whole
-from selkd_cache.manifest import TAIL
+from selkd_cache.fingerprint import TAIL
 from selkd_cache.reader import TeacherCache
 
 

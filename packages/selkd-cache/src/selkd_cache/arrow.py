@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from selkd_cache.errors import InputError
 from selkd_cache.files import replacing
-from selkd_cache.manifest import n_scalars
+from selkd_cache.fingerprint import n_scalars
 from selkd_cache.reader import TeacherCache
 from selkd_cache.rows import Rows
 from selkd_cache.scalars import values_of

@@ -1,7 +1,6 @@
 """The two JSON files of a cache: ``plan.json`` says what it is to hold, ``manifest.json`` that it holds it."""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ import xxhash
 from selkd_cache import codec
 from selkd_cache.errors import InputError
 from selkd_cache.files import replacing
-from selkd_cache.rows import LARGEST_COUNT
+from selkd_cache.fingerprint import Fingerprint, check_fingerprint, n_scalars
 from selkd_cache.sample_index import INDEX_FILE
 from selkd_cache.shard import ids_digest, shard_name
 
@@ -21,11 +20,7 @@ FORMAT = "selkd-teacher-cache"
 VERSIONS = {2: codec.NAME, 3: codec.NAME_WITH_SCALARS}  # without scalars, and with them
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
-SCALARS = "scalars"  # a fingerprint's field: how many scalars each position has, 2 or 4
-TAIL = "tail"  # a fingerprint's field: class V stands for all classes that a row leaves out
 _NO_CHECKSUM = b"0" * 32
-
-Fingerprint = Mapping[str, str | int | float]
 
 
 def make_plan(fingerprint: Fingerprint, shard_ids: Sequence[Sequence[bytes]]) -> dict[str, Any]:
@@ -80,9 +75,10 @@ def read_plan(path: Path) -> tuple[dict[str, Any], str]:
     content, checksum = _read_document(path)
     shards = content.get("shards")
     if (
-        not isinstance(content.get("fingerprint"), dict)
+        not _has_fingerprint(content)
         or not isinstance(shards, list)
         or not all(isinstance(shard, dict) and _is_digest(shard.get("ids_digest")) for shard in shards)
+        or not all(_is_count(shard.get("samples")) for shard in shards)
         or not _is_count(content.get("n_samples"))
     ):
         raise InputError(f"{path.name} in {path.parent} does not describe the plan of a teacher cache")
@@ -96,12 +92,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         InputError: as ``read_plan``, or it does not describe a complete cache.
     """
     content, _ = _read_document(path)
-    shards, fingerprint, index = (content.get(key) for key in ("shards", "fingerprint", "index"))
+    shards, index = content.get("shards"), content.get("index")
     if (
         content.get("complete") is not True
         or not _is_digest(content.get("plan"))
-        or not isinstance(fingerprint, dict)
-        or not all(_is_count(fingerprint.get(field)) for field in ("draws", "vocabulary"))
+        or not _has_fingerprint(content)
         or not isinstance(shards, list)
         or not shards
         or not isinstance(index, dict)
@@ -130,6 +125,14 @@ def read_complete(directory: Path) -> dict[str, Any]:
     return read_manifest(directory / MANIFEST)
 
 
+def contradictions(manifest: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+    """The keys of a manifest that say otherwise than its plan; values are compared as JSON."""
+    planned = [{key: entry[key] for key in ("samples", "ids_digest")} for entry in manifest["shards"]]
+    said = {**manifest, "shards": planned}
+    keys = ("fingerprint", "n_samples", "shards")
+    return [key for key in keys if json.dumps(said[key], sort_keys=True) != json.dumps(plan[key], sort_keys=True)]
+
+
 def settled_files(directory: Path, manifest: Mapping[str, Any]) -> set[str]:
     """The shards and the index that have the manifest's sizes and were last written before it was, by name.
 
@@ -147,58 +150,6 @@ def settled_files(directory: Path, manifest: Mapping[str, Any]) -> set[str]:
                 if file.st_size == size and file.st_mtime_ns < written:
                     settled.add(name)
     return settled
-
-
-def check_fingerprint(fingerprint: Fingerprint) -> None:
-    """Raises InputError unless all values are strings, integers or finite floats, and the sizes can be stored.
-
-    ``draws`` and ``vocabulary`` are integers of at least 1; the counts of a row sum to at most 65,535.
-    """
-    for field, value in fingerprint.items():
-        if not isinstance(field, str) or isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise InputError(f"a fingerprint maps names to strings, integers or floats; got {field!r}: {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"fingerprint field {field} must be finite; got {value}")
-    for field in ("draws", "vocabulary", *(["count_total"] if "count_total" in fingerprint else [])):
-        count = fingerprint.get(field)
-        if not isinstance(count, int) or count < 1:
-            raise InputError(f"fingerprint field {field} must be an integer of at least 1; got {count!r}")
-    if fingerprint.get(SCALARS, 2) not in (2, 4):
-        raise InputError(f"fingerprint field {SCALARS} must be 2 or 4, or left out; got {fingerprint[SCALARS]!r}")
-    if (total := count_total(fingerprint)) > LARGEST_COUNT:
-        raise InputError(f"the counts of a row sum to at most {LARGEST_COUNT}; got {total} as draws or count_total")
-
-
-def count_total(fingerprint: Fingerprint) -> int:
-    """The sum of the counts of a stored row: ``count_total``, or ``draws`` where the fingerprint has none."""
-    return int(fingerprint.get("count_total", fingerprint["draws"]))
-
-
-def n_scalars(fingerprint: Fingerprint) -> int:
-    """How many scalars each position has; see ``selkd_cache.rows.Rows``. 0 in a cache without scalars."""
-    return int(fingerprint.get(SCALARS, 0))
-
-
-def n_stored_classes(fingerprint: Fingerprint) -> int:
-    """How many classes a stored row may name: those of the vocabulary, and with ``TAIL`` one after them."""
-    return int(fingerprint["vocabulary"]) + (TAIL in fingerprint)
-
-
-def check_same_fingerprint(stored: Fingerprint, expected: Fingerprint, folder: Path) -> None:
-    """Raises InputError, which names each field that differs or is missing, with both values, unless they agree."""
-    differences = []
-    for field in sorted(stored.keys() | expected.keys()):
-        # Values are compared as JSON: 1 and 1.0 are equal in Python and yet not the same fingerprint.
-        values = [json.dumps(side[field]) if field in side else "none" for side in (stored, expected)]
-        if values[0] != values[1]:
-            differences.append(f"{field}: stored {values[0]}, expected {values[1]}")
-    if differences:
-        lacks_scalars = SCALARS in expected and SCALARS not in stored
-        way_out = " (cache.scalars: false reads a cache without scalars)" if lacks_scalars else ""
-        raise InputError(
-            f"the teacher cache in {folder} was built for something else ({'; '.join(differences)}): "
-            f"set these back{way_out}, or use another cache.path"
-        )
 
 
 def _read_document(path: Path) -> tuple[dict[str, Any], str]:
@@ -233,8 +184,24 @@ def _read_document(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _document(**content: Any) -> dict[str, Any]:
-    version = 3 if n_scalars(content["fingerprint"]) else 2
+    version = _version(content["fingerprint"])
     return {"format": FORMAT, "version": version, "codec": VERSIONS[version], **content}
+
+
+def _version(fingerprint: Fingerprint) -> int:
+    return 3 if n_scalars(fingerprint) else 2
+
+
+def _has_fingerprint(content: Mapping[str, Any]) -> bool:
+    """Whether the content has a fingerprint that a cache may have, and its version."""
+    fingerprint = content.get("fingerprint")
+    if not isinstance(fingerprint, dict):
+        return False
+    try:
+        check_fingerprint(fingerprint)
+    except InputError:
+        return False
+    return content["version"] == _version(fingerprint)
 
 
 def _is_shard_entry(entry: object, number: int) -> bool:

@@ -11,14 +11,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from selkd_cache.errors import InputError
-from selkd_cache.manifest import (
-    MANIFEST,
-    PLAN,
-    Fingerprint,
-    check_fingerprint,
-    check_same_fingerprint,
-    read_complete,
-)
+from selkd_cache.fingerprint import Fingerprint, check_fingerprint, check_same_fingerprint
+from selkd_cache.manifest import MANIFEST, PLAN, read_complete
 from selkd_cache.rows import Rows
 from selkd_cache.sample_index import INDEX_FILE, SampleIndex, describe_index
 from selkd_cache.shard import ID_BYTES, Shard, read_shard
@@ -245,7 +239,7 @@ class TeacherCache:
     def _shard(self) -> Callable[[int], Shard]:
         def read(number: int) -> Shard:
             shard = read_shard(self.directory, number, self._manifest["plan"])
-            shard.check(self._manifest["shards"][number])
+            shard.check(self._manifest, number)
             return shard
 
         return lru_cache(SHARDS_IN_MEMORY)(read)

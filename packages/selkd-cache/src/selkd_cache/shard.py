@@ -14,6 +14,7 @@ import xxhash
 
 from selkd_cache import codec
 from selkd_cache.errors import InputError
+from selkd_cache.fingerprint import Fingerprint, count_total, n_scalars, n_stored_classes
 from selkd_cache.frequency_model import Model
 from selkd_cache.rows import Rows
 
@@ -77,13 +78,14 @@ class Shard:
             "ids_digest": ids_digest([self.index["sample_id"].tobytes()]),
         }
 
-    def check(self, expected: Mapping[str, Any]) -> None:
-        """Raises InputError unless the shard is the expected one.
+    def check(self, document: Mapping[str, Any], number: int) -> None:
+        """Raises InputError unless the shard is the expected one, and holds what the fingerprint says.
 
         Args:
-            expected: the shard's entry in the manifest, or in the plan, which has fewer fields.
+            document: the cache's manifest, or its plan, in which a shard has fewer fields.
+            number: which shard it is.
         """
-        entry = self.entry
+        entry, expected = self.entry, document["shards"][number]
         if entry["ids_digest"] != expected["ids_digest"]:
             raise InputError(f"{self.name} holds other samples than planned, or in another order")
         if differences := [
@@ -92,6 +94,19 @@ class Shard:
             if expected.get(field, value) != value
         ]:
             raise InputError(f"{self.name} is not the shard that the manifest lists: {'; '.join(differences)}")
+        self._check_content(document["fingerprint"])
+
+    def _check_content(self, fingerprint: Fingerprint) -> None:
+        scalars, total, n_classes = n_scalars(fingerprint), count_total(fingerprint), n_stored_classes(fingerprint)
+        found = None
+        if len(self.model.largest_codes) != scalars:
+            found = f"{len(self.model.largest_codes)} scalars a position, expected {scalars}"
+        elif self.model.total != total and self.index["classes"].any():
+            found = f"rows whose counts sum to {self.model.total}, expected {total}"
+        elif self.model.ids.max(initial=0) >= n_classes:
+            found = f"class {self.model.ids.max()}, expected classes below {n_classes}"
+        if found is not None:
+            raise InputError(f"{self.name} has {found}: it is not of its cache's fingerprint")
 
     def read(self, path: Path, row: int) -> Rows:
         """The rows of the sample at ``row`` of the index.
@@ -182,12 +197,12 @@ def read_shard(folder: Path, number: int, plan_checksum: str) -> Shard:
 
 
 def shard_problem(
-    folder: Path, number: int, plan_checksum: str, expected: Mapping[str, Any], *, blocks: bool, decode: bool
+    folder: Path, number: int, plan_checksum: str, document: Mapping[str, Any], *, blocks: bool, decode: bool
 ) -> str | None:
     """What is wrong with a shard, or None.
 
     Args:
-        expected: as ``Shard.check`` takes it.
+        document: as ``Shard.check`` takes it.
         blocks: read every byte and compare all checksums; else header, model, index and footer alone, and the size. A
             block is compared with its checksum in the index whenever it is read.
         decode: also decode every block.
@@ -199,7 +214,7 @@ def shard_problem(
                 block = shard.block(file, row)
                 if decode:
                     shard.decode(row, block)
-        shard.check(expected)
+        shard.check(document, number)
     except InputError as error:
         return str(error)
     return None

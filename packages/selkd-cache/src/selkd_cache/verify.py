@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from selkd_cache.errors import InputError
-from selkd_cache.manifest import PLAN, read_complete, read_plan, settled_files
+from selkd_cache.manifest import MANIFEST, PLAN, contradictions, read_complete, read_plan, settled_files
 from selkd_cache.sample_index import INDEX_FILE, SampleIndex, describe_index
 from selkd_cache.shard import read_shard, shard_name, shard_problem
 
@@ -32,19 +32,21 @@ def verify_cache(directory: str | Path, *, blocks: bool = True, decode: bool = T
         plan, checksum = read_plan(directory / PLAN)
         if manifest is not None and checksum != manifest["plan"]:
             problems.append(f"{PLAN} in {directory} is another cache's")
+        elif manifest is not None and (keys := contradictions(manifest, plan)):
+            problems.append(f"{MANIFEST} in {directory} has another {' and '.join(keys)} than {PLAN}")
     except InputError as error:
         problems.append(str(error))
-    if manifest is not None:
-        checksum, shards = manifest["plan"], manifest["shards"]
-    elif plan is not None:  # the plan, too, says which samples each shard is to hold
-        shards = plan["shards"]
-    else:
+    document = plan if manifest is None else manifest  # the plan, too, says which samples each shard is to hold
+    if document is None:
         return problems
+    shards = document["shards"]
+    if manifest is not None:
+        checksum = manifest["plan"]
     settled = set() if blocks or manifest is None else settled_files(directory, manifest)
-    for number, entry in enumerate(shards):
+    for number in range(len(shards)):
         if shard_name(number) in settled:
             continue
-        if problem := shard_problem(directory, number, checksum, entry, blocks=blocks, decode=decode):
+        if problem := shard_problem(directory, number, checksum, document, blocks=blocks, decode=decode):
             problems.append(problem)
     try:
         if manifest is not None:

@@ -11,17 +11,20 @@ import numpy as np
 
 from selkd_cache.errors import InputError, RunError
 from selkd_cache.files import is_temporary, remove_temporary_files, replacing
-from selkd_cache.manifest import (
-    MANIFEST,
-    PLAN,
+from selkd_cache.fingerprint import (
     Fingerprint,
     check_fingerprint,
     check_same_fingerprint,
     count_total,
-    make_manifest,
-    make_plan,
     n_scalars,
     n_stored_classes,
+)
+from selkd_cache.manifest import (
+    MANIFEST,
+    PLAN,
+    contradictions,
+    make_manifest,
+    make_plan,
     read_manifest,
     read_plan,
     render,
@@ -91,13 +94,13 @@ class CacheWriter:
                 ``verify_cache`` says.
         """
         manifest = self._manifest()
-        entries = self._plan["shards"] if manifest is None else manifest["shards"]
+        document = self._plan if manifest is None else manifest
         settled = set() if blocks or manifest is None else settled_files(self.directory, manifest)
         return [
             number
-            for number in (range(len(entries)) if among is None else among)
+            for number in (range(len(self._shard_ids)) if among is None else among)
             if shard_name(number) not in settled
-            and shard_problem(self.directory, number, self._plan_checksum, entries[number], blocks=blocks, decode=False)
+            and shard_problem(self.directory, number, self._plan_checksum, document, blocks=blocks, decode=False)
         ]
 
     def require_writable(self) -> None:
@@ -146,10 +149,10 @@ class CacheWriter:
             remove_temporary_files(self.directory)
             return
         shards, sample_ids, problems = [], [], []
-        for number, planned in enumerate(self._plan["shards"]):
+        for number in range(len(self._shard_ids)):
             try:
                 shard = read_shard(self.directory, number, self._plan_checksum)
-                shard.check(planned)
+                shard.check(self._plan, number)
             except InputError as error:
                 problems.append(str(error))
                 continue
@@ -168,10 +171,11 @@ class CacheWriter:
             write_document(path, content)
 
     def _manifest(self) -> dict[str, Any] | None:
-        """The folder's manifest; None where it has none that can be read, or another cache's."""
+        """The folder's manifest; None where it has none that can be read, another cache's, or one against the plan."""
         with suppress(InputError):
             manifest = read_manifest(self.directory / MANIFEST)
-            return manifest if manifest["plan"] == self._plan_checksum else None
+            if manifest["plan"] == self._plan_checksum and not contradictions(manifest, self._plan):
+                return manifest
         return None
 
     def _claim_folder(self, repair: bool) -> None:
