@@ -70,7 +70,7 @@ def read_shard(folder: Path, shard: int, manifest: dict) -> dict[str, list[Row]]
     check_model(model, entries, manifest["fingerprint"])
     for sample_id, checksum, offset, *sizes in entries:
         block = data[offset : offset + sizes[0]]
-        rows = samples[sample_id.hex()] = read_block(model, block)
+        rows = samples[sample_id.hex()] = read_block(model, block, sizes[2])
         assert (offset, checksum) == (begin, xxhash.xxh3_64_intdigest(sample_id + block))
         drawn = [row for row, _ in rows] if version == 3 else rows
         assert sizes == [len(block), sum(bool(row) for row in drawn), sum(map(len, drawn))]
@@ -176,8 +176,10 @@ class Ans:
         return found
 
 
-def read_block(model: dict, data: bytes) -> list:
-    """The rows of a block: each maps class ids to counts; with scalars, each row is that and a list of numbers."""
+def read_block(model: dict, data: bytes, n_classes: int | None = None) -> list:
+    """The rows of a block: each maps class ids to counts; with scalars, each row is that and a list of numbers.
+
+    ``n_classes`` is what the index says; it is compared before there is room for the classes."""
     n, ans, groups, total = unsigned(data[:4]), Ans(data[4:]), len(model["classes"]), model["total"]
 
     def values(table: str, mantissa_bits: int, contexts: list[int]) -> list[int]:
@@ -199,8 +201,12 @@ def read_block(model: dict, data: bytes) -> list:
 
     singles = values("singles", 3, [0] * n)
     heavies = values("heavies", 3, [bucket(3, each) for each in singles])
+    assert n <= 2**24
+    assert sum(singles + heavies) <= 2**26
+    assert n_classes in (None, sum(singles + heavies))
     of_singles = parts(1, singles)
     sizes = parts(0, heavies) + of_singles
+    assert all(size <= len(model["classes"][at // n % groups]) for at, size in enumerate(sizes))
     lists = [[-1] for _ in sizes]
     for column in range(max(sizes, default=0)):
         open_lists, contexts = active(sizes, column), []

@@ -400,3 +400,52 @@ def test_a_shard_with_scalars_groups_its_classes_alike_on_every_run() -> None:
     assert fit(samples).to_bytes() == fit(samples).to_bytes()
     with pytest.raises(InputError, match="damaged"):
         Model.from_bytes(fit(samples).to_bytes())  # of a version without scalars
+
+
+def cheap_rows(n: int) -> Rows:
+    """Rows that are all alike, of which a shard's model lets any number take next to no bytes."""
+    ids = np.tile(np.arange(8, dtype=np.uint32), n)
+    return Rows(np.full(n, 8, np.uint16), ids, np.ones(8 * n, np.uint16))
+
+
+def narrowed(model: Model) -> Model:
+    """The same tables in a model of two classes, in which a list of eight has no room."""
+    narrow = Model(8, model.ids[:2], model.octaves[:2])
+    narrow.codes = model.codes | {"gaps": np.zeros(narrow.shape("gaps"), np.uint8)}
+    return narrow
+
+
+def test_a_few_bytes_of_many_classes_take_no_memory_before_the_index_is_compared() -> None:
+    n = 2**15
+    rows = cheap_rows(n)
+    model = fit([rows])
+    block = encode(model, rows)
+    assert len(block) < 40
+    assert_same_rows(decode(model, block, 8 * n), rows)
+    for of, n_classes, message in (
+        (model, 8 * n - 1, f"its rows do not agree with the index: {8 * n} classes, expected {8 * n - 1}"),
+        (narrowed(model), 8 * n, "a list of classes is longer than its group"),
+    ):
+        tracemalloc.start()
+        try:
+            with pytest.raises(InputError, match=message):
+                decode(of, block, n_classes)
+            assert tracemalloc.get_traced_memory()[1] < 200 * n
+        finally:
+            tracemalloc.stop()
+    few = cheap_rows(50)
+    model = fit([few])
+    for of, n_classes in ((model, 399), (narrowed(model), 400)):
+        with pytest.raises(AssertionError):
+            read_block(read_model(of.to_bytes()), encode(model, few), n_classes)
+
+
+def test_a_sample_of_too_many_classes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = cheap_rows(3)
+    model = fit([rows])
+    block = encode(model, rows)
+    monkeypatch.setattr(codec, "_LARGEST_CLASSES", 23)
+    with pytest.raises(InputError, match="at most 23 classes in all rows; got 24"):
+        encode(model, rows)
+    with pytest.raises(InputError, match="damaged: 24 classes in all rows"):
+        decode(model, block)

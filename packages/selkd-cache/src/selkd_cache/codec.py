@@ -26,6 +26,7 @@ NAME_WITH_SCALARS: Final = "grouped-gaps-ans"
 GROUPS: Final = 2  # of classes, where scalars are stored, too (docs/results/cache.md)
 
 _LARGEST_ROWS: Final = 2**24
+_LARGEST_CLASSES: Final = 2**26  # of one sample
 _AT_ONCE: Final = 2**16  # values, for each of which a copy of its context's weights is made
 _HEADER = struct.Struct("<I")
 _CATEGORICAL = constriction.stream.model.Categorical(perfect=False)
@@ -68,10 +69,12 @@ def encode(model: Model, rows: Rows) -> bytes:
         rows: rows that ``rows.checked_rows`` has checked.
 
     Raises:
-        InputError: the sample has more than 2^24 rows.
+        InputError: the sample has more than 2^24 rows, or more than 2^26 classes in all of them.
     """
     if len(rows.row_lengths) > _LARGEST_ROWS:
         raise InputError(f"a sample has at most {_LARGEST_ROWS} positions; got {len(rows.row_lengths)}")
+    if len(rows.counts) > _LARGEST_CLASSES:
+        raise InputError(f"a sample has at most {_LARGEST_CLASSES} classes in all rows; got {len(rows.counts)}")
     coder = constriction.stream.stack.AnsCoder()
     for column in reversed(_columns(model, rows)):
         buckets = model.buckets[column.table]
@@ -85,8 +88,12 @@ def encode(model: Model, rows: Rows) -> bytes:
     return _HEADER.pack(len(rows.row_lengths)) + coder.get_compressed().astype("<u4").tobytes()
 
 
-def decode(model: Model, data: bytes) -> Rows:
+def decode(model: Model, data: bytes, n_classes: int | None = None) -> Rows:
     """The rows that these bytes were encoded from.
+
+    Args:
+        n_classes: how many classes all rows together have, by the shard's index; None: not known. A few bytes may hold
+            millions of classes, so this is compared before there is room for them.
 
     Raises:
         InputError: these are not the bytes of a sample encoded with this model.
@@ -99,7 +106,7 @@ def decode(model: Model, data: bytes) -> Rows:
         raise InputError(f"an encoded sample is damaged: {n_rows} rows")
     try:
         words = np.frombuffer(data, "<u4", offset=_HEADER.size).astype(np.uint32)
-        return _Decoder(model, constriction.stream.stack.AnsCoder(words)).rows(n_rows)
+        return _Decoder(model, constriction.stream.stack.AnsCoder(words)).rows(n_rows, n_classes)
     except (ValueError, IndexError) as error:  # IndexError: the bytes have classes, their shard has none
         raise InputError(f"an encoded sample is damaged: {error}") from error
 
@@ -214,10 +221,15 @@ class _Decoder:
         self.model = model
         self.coder = coder
 
-    def rows(self, n_rows: int) -> Rows:
+    def rows(self, n_rows: int, n_classes: int | None) -> Rows:
         model = self.model
         singles = self.values("singles", np.zeros(n_rows, np.int64))
         heavies = self.values("heavies", model.buckets["singles"].of(singles))
+        found = int(singles.sum() + heavies.sum())
+        if n_classes not in (None, found):
+            raise ValueError(f"its rows do not agree with the index: {found} classes, expected {n_classes}")
+        if found > _LARGEST_CLASSES:
+            raise ValueError(f"{found} classes in all rows")
         excess = model.total - singles - 2 * heavies
         is_empty = (singles == 0) & (heavies == 0)
         if (excess[~is_empty] < 0).any() or (excess[(heavies == 0) & ~is_empty] > 0).any():
@@ -284,6 +296,8 @@ class _Decoder:
     def places(self, sizes: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
         """The list of each class and its place among the model's, in the order of the lists, ascending in a list."""
         model = self.model
+        if (sizes.reshape(2, model.n_groups, n_rows).max(axis=(0, 2), initial=0) > model.group_sizes).any():
+            raise ValueError("a list of classes is longer than its group")
         order, active = _longest_first(sizes), _active(sizes, 0)
         number, place = _places(active)
         kind = order // max(n_rows, 1)

@@ -143,10 +143,10 @@ class Shard:
         entry = self.index[row]
         where = f"{self.name} is damaged at sample {entry['sample_id'].tobytes().hex()}"
         try:
-            rows = codec.decode(self.model, block)
+            rows = codec.decode(self.model, block, int(entry["classes"]))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        if np.count_nonzero(rows.row_lengths) != entry["positions"] or len(rows.counts) != entry["classes"]:
+        if np.count_nonzero(rows.row_lengths) != entry["positions"]:
             raise InputError(f"{where}: its rows do not agree with the index")
         return rows
 
