@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from selkd.recipe.files import load_recipe
-from selkd.run.pipeline import cache_only, score_only
+from selkd.run.pipeline import before_cache, cache_only
 from selkd.run.shards import CacheShards
 
 
@@ -31,7 +31,7 @@ class TeacherActor:
 
 def main(recipe: str, out: str, workers: int = 2, gpus: float = 0) -> Path:
     loaded = load_recipe(recipe)
-    score_only(loaded, Path(out))
+    before_cache(loaded, Path(out))
     missing = CacheShards(loaded, Path(out)).missing
     if missing:
         shards = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))

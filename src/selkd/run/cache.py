@@ -11,6 +11,7 @@ from selkd.errors import InputError
 from selkd.foreign.responses import TokenNames
 from selkd.foreign.scored import Truncation
 from selkd.foreign.served import ServedTeacher
+from selkd.recipe.recipe import Recipe
 from selkd.run.directory import RunDirectory
 from selkd.run.enough import warn_if_short
 from selkd.run.fetch_cache import fetch_cache, is_remote
@@ -35,7 +36,7 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     recipe = work.recipe
     if recipe.cache is None:
         return None
-    if recipe.samples is not None and recipe.samples.from_cache:
+    if is_scored_from(recipe):
         samples = work.splits.train  # one cache scores the samples and trains on the kept ones
     with timed(run, "cache"):
         fingerprint, path = cache_fingerprint(work), recipe.cache.path
@@ -45,7 +46,7 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
             opened, cost = _imported(work, cache_directory(work, run), samples), None
         else:
             directory = cache_directory(work, run)
-            larger = _larger(work, directory, fingerprint, samples)
+            larger = larger_cache(work, directory, fingerprint, samples)
             opened = _built(work, run, directory, fingerprint, samples) if larger is None else larger
             # The cost of a larger cache is not that of these samples, which nobody measured.
             cost = read_cost(directory) if larger is None else None
@@ -56,10 +57,14 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     return opened
 
 
+def is_scored_from(recipe: Recipe) -> bool:
+    """Whether the samples are scored from the recipe's cache, which then holds the whole text."""
+    return recipe.samples is not None and recipe.samples.from_cache
+
+
 def all_cached(work: Workspace, run: RunDirectory) -> TeacherCache | None:
     """The cache of the whole text, built if need be, where samples are scored from it; else None."""
-    is_scored_from = work.recipe.samples is not None and work.recipe.samples.from_cache
-    return cache(work, run, work.splits.train) if is_scored_from else None
+    return cache(work, run, work.splits.train) if is_scored_from(work.recipe) else None
 
 
 def open_cache(work: Workspace) -> TeacherCache | None:
@@ -68,8 +73,8 @@ def open_cache(work: Workspace) -> TeacherCache | None:
     Raises:
         InputError: there is none, or it can't be used.
     """
-    samples, options = work.recipe.samples, work.recipe.cache
-    if samples is None or options is None or not samples.from_cache:
+    options = work.recipe.cache
+    if options is None or not is_scored_from(work.recipe):
         return None
     return TeacherCache.open(
         Path(options.path or work.run_path / "teacher_cache").expanduser(), cache_fingerprint(work)
@@ -90,7 +95,9 @@ def require_own_cache(work: Workspace, run: RunDirectory) -> None:
     check_same_fingerprint(plan["fingerprint"], cache_fingerprint(work) | told_of(plan["fingerprint"]), directory)
 
 
-def _larger(work: Workspace, directory: Path, fingerprint: Fingerprint, samples: SampleDataset) -> TeacherCache | None:
+def larger_cache(
+    work: Workspace, directory: Path, fingerprint: Fingerprint, samples: SampleDataset
+) -> TeacherCache | None:
     """A complete cache in ``directory`` that was built for more samples, these among them; None if there is none.
 
     Raises:
@@ -158,10 +165,19 @@ def _cost_noted(work: Workspace, directory: Path, teacher_tokens: int) -> Callab
 
 def build(work: Workspace, directory: Path, samples: SampleDataset, *, repair: bool = False) -> int:
     """Build or finish the recipe's cache of ``samples``. Returns the tokens that the teacher ran on."""
-    if work.recipe.teacher.imported:
-        raise _only_imported("it is built")
+    require_built_here(work.recipe)
     fingerprint, pad_token_id = cache_fingerprint(work), work.models.pad_token_id
     return build_cache(directory, fingerprint, samples, lambda: row_source(work), pad_token_id, repair=repair)
+
+
+def require_built_here(recipe: Recipe) -> None:
+    """Raises InputError unless the recipe has a cache that its teacher builds, in a folder of this machine."""
+    if recipe.cache is None:
+        raise InputError("cache: this recipe keeps its teacher live, so there is no cache to build; set cache: {}")
+    if recipe.cache.path is not None and is_remote(recipe.cache.path):
+        raise InputError(f"cache.path: a cache is built in a local folder, and {recipe.cache.path} is an address")
+    if recipe.teacher.imported:
+        raise _only_imported("it is built")
 
 
 def row_source(work: Workspace) -> LiveTeacher | ServedTeacher:

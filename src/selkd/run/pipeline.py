@@ -16,7 +16,7 @@ from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.reporting.publish import require_login
 from selkd.run.benchmarks import require_benchmarks
-from selkd.run.cache import cache
+from selkd.run.cache import cache, is_scored_from
 from selkd.run.directory import RunDirectory
 from selkd.run.evaluate import evaluate, is_measured
 from selkd.run.finish import finish, publish
@@ -89,6 +89,15 @@ def score_only(recipe: Recipe, out: Path | None = None) -> Run:
         prepare(work, run)
         if not run.is_left_as_it_is:
             score(work, run)
+    return Run(run.path, run.record)
+
+
+def before_cache(recipe: Recipe, out: Path | None = None) -> Run:
+    """Run what comes before the cache: the scoring stage, or, where the cache scores the samples, what precedes it."""
+    if not is_scored_from(recipe):
+        return score_only(recipe, out)
+    with start(recipe, out) as (work, run):
+        prepare(work, run)
     return Run(run.path, run.record)
 
 

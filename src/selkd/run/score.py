@@ -11,7 +11,7 @@ from selkd.data.samples import SampleDataset
 from selkd.evaluation.sample_scores import score_samples
 from selkd.plugins import Metric
 from selkd.recipe.choices import SampleOptions
-from selkd.run.cache import all_cached, open_cache
+from selkd.run.cache import all_cached, is_scored_from, open_cache
 from selkd.run.directory import RunDirectory
 from selkd.run.enough import warn_if_short
 from selkd.run.record import cost_of, count_teacher_tokens, note_shared, timed
@@ -60,6 +60,11 @@ def kept_samples(work: Workspace) -> SampleDataset:
         return train
     scores = stored_scores(work) or scored(work, open_cache(work))
     return train.select(np.flatnonzero(scores.kept))
+
+
+def cached_samples(work: Workspace) -> SampleDataset:
+    """The samples that the recipe's cache is built of: the kept ones, or all where it scores them."""
+    return work.splits.train if is_scored_from(work.recipe) else kept_samples(work)
 
 
 def stored_scores(work: Workspace) -> SampleScores | None:

@@ -16,7 +16,7 @@ from selkd.recipe.recipe import Recipe
 from selkd.run.cache import build, cache_directory, cache_fingerprint, live_teacher
 from selkd.run.inputs import held_inputs
 from selkd.run.pipeline import start
-from selkd.run.score import kept_samples
+from selkd.run.score import cached_samples
 from selkd.run.workspace import Workspace
 from selkd.teacher.cached import CachedTeacher
 from selkd.teacher.recheck_cache import Again, compare_again
@@ -165,5 +165,4 @@ def _kept(directory: Path, recipe: Recipe, run_path: Path | None) -> Iterator[tu
                 f"give --recipe with --set cache.path={directory}"
             )
         held_inputs(work, run)
-        is_whole = recipe.samples is not None and recipe.samples.from_cache
-        yield work, work.splits.train if is_whole else kept_samples(work)
+        yield work, cached_samples(work)
