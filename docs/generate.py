@@ -154,7 +154,9 @@ def from_cache(metric: Metric, draws: str) -> str:
     """How a metric is had where the teacher is a cache with its entropy and log p(y); ``draws`` says by which draws."""
     if not metric.is_from_draws:
         return "no"
-    return f"estimated without bias from {draws}" if metric.uses_draws else "exact"
+    if not metric.uses_draws:
+        return "exact"
+    return f"estimated{'' if metric.is_scaled else ' without bias'} from {draws}"
 
 
 def yes(answer: bool) -> str:

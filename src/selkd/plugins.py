@@ -250,6 +250,8 @@ class Metric(Entry):
         unit: the unit of its values; empty if they have none.
         of_batch: whether its values depend on the other samples of a micro-batch, so that it goes only with optimiser
             steps of one micro-batch.
+        is_scaled: whether its statistics are scaled by the highest of them, so that it is not estimated without bias
+            where they are.
         of_sample: how it scores a sample, from the means of its statistics over the valid positions, for the
             documentation's table; None if it scores no samples.
     """
@@ -262,6 +264,7 @@ class Metric(Entry):
     needs_teacher: bool = False
     unit: str = ""
     of_batch: bool = False
+    is_scaled: bool = False
     of_sample: str | None = None
 
     @classmethod
@@ -311,6 +314,7 @@ class Policy(Entry):
         uniforms: whether it needs a random number for each of its draws, for each position, or none.
         picks_counts: whether it picks K positions of each sample, whatever the scores are; with a threshold, gls does
             not.
+        is_corrected: whether it is Full KD in expectation over its own draws, as long as every score is above 0.
         options: the keys of the recipe's positions that it has, with their defaults.
     """
 
@@ -325,6 +329,7 @@ class Policy(Entry):
     reductions: tuple[Literal["per_sample", "per_position"], ...] = ("per_sample",)
     uniforms: Literal["of draws", "of positions"] | None = None
     picks_counts: bool = False
+    is_corrected: bool = False
     options: Mapping[str, float | None] = field(default_factory=dict)
 
     @classmethod

@@ -69,6 +69,7 @@ REFUSED = {
     "criterion={name: jsd, beta: 1.0}": "criterion.beta: jsd mixes two distributions; give a share between 0 and 1",
     "criterion.beta=0.5": "criterion.beta: forward_kl has no beta",
     "positions.metric=reverse_kl": "positions.metric: reverse_kl needs the teacher.s full .* set cache: null",
+    "positions={policy: pps, metric: kl}": "positions.policy: pps is Full KD in expectation only where every score is",
     "positions.metric=os.path:nothing": "positions.metric: 'os.path:nothing': os.path has no function 'nothing'",
     "positions.metric=no_such_module:f": "positions.metric: .*no_such_module can't be imported",
     "positions.metric=os.path:join": "a metric may ask for student_logits, .* but this one asks for a, p",

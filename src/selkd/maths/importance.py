@@ -125,6 +125,7 @@ Metric.add(
     lambda of, valid_mask: soft_or(of["student_entropy"], of["kl"], valid_mask),
     statistics=("student_entropy", "kl"),
     needs_teacher=True,
+    is_scaled=True,
     label="the soft-or of the student’s entropy and the divergence",
     description="1 - (1 - H(q)/max H(q)) · (1 - KL(p ‖ q)/max KL(p ‖ q)), maxima over the sample's valid positions",
 )
@@ -155,6 +156,7 @@ Metric.add(
     statistics=("student_entropy", "kl"),
     needs_teacher=True,
     of_batch=True,
+    is_scaled=True,
     label="TIP’s soft-or of the student’s entropy and the divergence",
     description="h + d - h · d; h and d are H(q) and KL(p ‖ q), each cut at its 98th percentile and scaled to [0, 1] "
     "over the micro-batch, which must be the whole optimiser step",

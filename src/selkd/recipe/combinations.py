@@ -1,6 +1,6 @@
 """Which choices of one training go together: one check for recipes and for ``DistillArguments``."""
 
-from selkd.plugins import Metric, Sampler
+from selkd.plugins import Metric, Policy, Sampler
 from selkd.recipe.choices import ClassOptions, CriterionOptions, OnPolicyOptions, PositionOptions
 from selkd.recipe.data import RowOptions
 from selkd.recipe.part import LARGEST_COUNT
@@ -86,7 +86,7 @@ def check_cached(positions: PositionOptions, classes: ClassOptions, temperature:
         has_scalars: whether the cache has the teacher's entropy and log p(y).
 
     Raises:
-        ValueError: the metric can't be computed from it, or not with ``positions.scoring_draws``.
+        ValueError: the metric can't be computed from it, or not with ``positions.scoring_draws`` or the policy.
     """
     metric = None if positions.metric is None else Metric.find(positions.metric)
     if metric is not None and metric.needs_teacher:
@@ -100,6 +100,12 @@ def check_cached(positions: PositionOptions, classes: ClassOptions, temperature:
         raise ValueError(
             f"positions.scoring_draws: expected fewer than the {classes.draws} draws of a position "
             f"(classes.draws), as the loss uses the others; raise classes.draws, or take {_LIVE}"
+        )
+    elif Policy.find(positions.policy).is_corrected:
+        raise ValueError(
+            f"positions.policy: {positions.policy} is Full KD in expectation only where every score is above 0, and "
+            f"{metric.name} of a cache is an estimate, which chance may put below: such a position could never be "
+            f"drawn, and nothing would stand for it; take positions.metric: student_entropy, or {_LIVE}"
         )
 
 

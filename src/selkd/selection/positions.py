@@ -223,6 +223,7 @@ Policy.add(
     label="a {share} draw of the positions in proportion to {metric}, corrected to stay unbiased",
     description="c/(K · n · r), the same draws. In expectation Full KD",
     uniforms="of draws",
+    is_corrected=True,
     options=MITIGATIONS,
 )
 

@@ -70,5 +70,6 @@ Policy.add(
     "add up to K, by one random start and equal steps; 1/(n · pi). In expectation Full KD. `power: 0`: evenly spaced "
     "positions with 1/K, and no metric",
     uniforms="of draws",
+    is_corrected=True,
     options={"power": 1.0},
 )
