@@ -32,7 +32,7 @@ def drawn(sample: Sample) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
     return sample.id, np.array([len(row[0]) for row in rows], np.int64), ids, counts
 
 
-def write(folder: Path, **fields: str) -> TeacherCache:
+def write(folder: Path, **fields: str | float) -> TeacherCache:
     writer = CacheWriter(folder, {"draws": U, "vocabulary": V, **fields}, [[sample.id for sample in SAMPLES]])
     writer.write_shard(0, map(drawn, SAMPLES))
     writer.finish()
@@ -87,3 +87,13 @@ def test_what_would_stand_elsewhere_is_refused(cache: TeacherCache, tmp_path: Pa
         TeacherDataset([SAMPLES[0], Sample(np.arange(4), np.array([0]))], cache)
     with pytest.raises(InputError, match=r"keeps the tail as one more class.*DistillTrainer"):
         TeacherCollator(write(tmp_path / "tail", tail="one class"))
+
+
+def test_how_a_cache_was_drawn_is_handed_on_and_its_temperature_compared(cache: TeacherCache, tmp_path: Path) -> None:
+    warm = write(tmp_path / "warm", sampler="top_k", temperature=2.0)
+    with pytest.raises(InputError, match=r"drawn at temperature 2\.0, and this collator is for 1\. Give .*2\.0"):
+        TeacherCollator(warm)
+    assert TeacherCollator(warm, temperature=2.0).classes == {"sampler": "top_k", "draws": U}
+    assert TeacherCollator(cache).classes is None  # it does not say
+    own = write(tmp_path / "own", sampler="some.module:sampler", temperature=1.0)
+    assert TeacherCollator(own).classes is None  # nobody's module is imported because a cache names it

@@ -101,6 +101,46 @@ def test_draws_of_a_teacher_are_its_target() -> None:
     torch.testing.assert_close(live.loss, stored.loss)
 
 
+RS_KD, TOP_K = {"sampler": "rs_kd", "draws": 12}, {"sampler": "top_k", "draws": 4}
+
+
+def with_scalars(case: Case, classes: dict[str, Any]) -> dict[str, Tensor]:
+    """What is drawn of the case's teacher, with its entropy and log p(y) beside."""
+    log_p = case.teacher_logits.log_softmax(-1)
+    scalars = {
+        "entropy_nats": -(log_p.exp() * log_p).sum(-1),
+        "ce_nats": -log_p.gather(-1, case.targets.unsqueeze(-1)).squeeze(-1),
+    }
+    return selkd.sample_classes(case.live, classes, sample_ids=case.ids) | scalars
+
+
+def test_counts_that_are_told_to_be_unbiased_draws_give_kl() -> None:
+    case = Case()
+    teacher = with_scalars(case, RS_KD)
+    given = (case.hidden, case.head, teacher, case.targets, case.valid)
+    result = selkd.distillation_loss(*given, classes=RS_KD, positions={"policy": "all"})
+    log_q = case.logits.log_softmax(-1).gather(-1, teacher["class_ids"])
+    kl = (-teacher["entropy_nats"] - (teacher["counts"] / 12 * log_q).sum(-1))[case.valid]
+    torch.testing.assert_close(result.sums["kl_nats"].double(), kl.sum().detach())
+    scored = selkd.distillation_loss(*given, classes=RS_KD, positions={"metric": "kl", "fraction": 0.3})
+    assert scored.scores[case.valid].ne(0).all()
+    assert "kl_nats" in scored.sums
+
+
+@pytest.mark.parametrize("classes", [None, TOP_K])
+def test_counts_that_are_not_known_to_be_unbiased_draws_give_no_kl(classes: dict[str, Any] | None) -> None:
+    """A renormalised top_k looks like draws, and its estimate of KL is too low at every position."""
+    case = Case()
+    given = (case.hidden, case.head, with_scalars(case, classes or RS_KD), case.targets, case.valid)
+    for metric in ("student_entropy", "teacher_entropy", "ce_ratio"):
+        result = selkd.distillation_loss(*given, classes=classes, positions={"metric": metric})
+        assert "kl_nats" not in result.sums
+    with pytest.raises(InputError, match=r"positions\.metric: kl is estimated from unbiased draws, and (counts|those)"):
+        selkd.distillation_loss(*given, classes=classes, positions={"metric": "kl"})
+    with pytest.raises(InputError, match="pps is Full KD in expectation only where"):
+        selkd.distillation_loss(*given, classes=RS_KD, positions={"metric": "kl", "policy": "pps"})
+
+
 def test_a_teachers_top_classes_keep_the_mass_of_all_others() -> None:
     case = Case()
     log_p = case.teacher_logits.log_softmax(-1)
@@ -249,6 +289,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "teacher.class_ids: expected classes below 37",
     ),
     "float targets": ({"targets": torch.zeros(B, T)}, "targets: expected token ids"),
+    "a tail that counts can't tell": (
+        {
+            "teacher": {"class_ids": torch.zeros(B, T, 1, dtype=torch.int64), "counts": torch.ones(B, T, 1)},
+            "classes": {"sampler": "top_k", "draws": 1, "tail": True},
+        },
+        "classes: these tell how counts were drawn, without a tail",
+    ),
     "two-stage alone": ({"positions": {"scoring": "two_stage"}}, "two_stage needs token_counts"),
 }
 

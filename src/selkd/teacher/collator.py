@@ -10,6 +10,7 @@ from transformers import default_data_collator
 
 from selkd.data.samples import ID_BYTES, Sample
 from selkd.errors import InputError
+from selkd.plugins import Sampler
 from selkd.teacher.cached import CachedTeacher
 from selkd_cache.fingerprint import TAIL
 from selkd_cache.reader import TeacherCache
@@ -34,10 +35,12 @@ class TeacherCollator:
     Args:
         cache: holds every example.
         collate: the trainer's own collator; it may pad on either side.
+        temperature: the criterion's, which must be that at which the cache's classes were drawn.
     """
 
     cache: TeacherCache
     collate: Callable[[Any], Any] = default_data_collator
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if TAIL in self.cache.fingerprint:
@@ -45,6 +48,21 @@ class TeacherCollator:
                 f"{self.cache.directory}: this cache keeps the tail as one more class, which counts can't tell. "
                 "Read it by selkd.DistillTrainer."
             )
+        drawn_at = self.cache.fingerprint.get("temperature", self.temperature)
+        if drawn_at != self.temperature:
+            raise InputError(
+                f"{self.cache.directory}: its classes were drawn at temperature {drawn_at}, and this collator is for "
+                f"{self.temperature:g}. Give TeacherCollator temperature={drawn_at}, and the criterion the same."
+            )
+
+    @property
+    def classes(self) -> dict[str, Any] | None:
+        """How the cache's classes were drawn, as ``selkd.distillation_loss`` takes it; None if no built-in sampler did.
+
+        Only of unbiased draws can KL(p || q) be estimated, to score positions by it and to log it.
+        """
+        fields = {name: self.cache.fingerprint.get(name) for name in ("sampler", "draws")}
+        return fields if fields["sampler"] in Sampler.builtin() else None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         samples = [sample_of(example) for example in examples]  # before a collator takes keys out of them

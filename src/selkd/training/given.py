@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from selkd.errors import InputError, nearest
 from selkd.maths.head import Head
 from selkd.models.head import head_of
-from selkd.plugins import Metric, Policy
+from selkd.plugins import Metric, Policy, Sampler
 from selkd.recipe.choices import ClassOptions, CriterionOptions, PositionOptions
 from selkd.recipe.combinations import check_cached, check_loss, n_scoring_draws
-from selkd.selection.classes import class_sampler
+from selkd.selection.classes import ClassSampler, class_sampler
 from selkd.selection.host import keep_on_host, on_host, to_device
 from selkd.teacher.cached import ScoringDraws
 from selkd.teacher.live import Drawing, LiveTargets, LogitsTargets, WholeTargets, class_uniforms
@@ -46,15 +46,17 @@ class GivenTeacher:
         shape: B and T.
         device: where its tensors are.
         n_classes: how many classes it has; None if only some are known.
+        classes: which of them are drawn; where it has counts, how these were drawn (``all``: it is not told).
     """
 
     given: Mapping[str, Any]
     shape: torch.Size
     device: torch.device
     n_classes: int | None
+    classes: ClassOptions
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], shape: torch.Size | None = None) -> "GivenTeacher":
+    def of(cls, given: Mapping[str, Any], classes: ClassOptions, shape: torch.Size | None = None) -> "GivenTeacher":
         """The teacher that a caller gave. Raises InputError unless it has one of the forms and, if told, the shape."""
         with_scalars = [{*form, *SCALARS} for form in FORMS if "class_ids" in form]
         if not isinstance(given, Mapping) or set(given) not in [*map(set, FORMS), *with_scalars]:
@@ -74,14 +76,23 @@ class GivenTeacher:
         for name in SCALARS:
             if name in given:
                 require_shape(f"teacher.{name}", given[name], shape)
-        classes = given["logits"].shape[-1] if "logits" in given else None
+        n_classes = given["logits"].shape[-1] if "logits" in given else None
         if "lm_head" in given:
-            classes = as_head(given["lm_head"], "teacher.lm_head", given["hidden_states"]).vocab_size
-        return cls(given, shape, first.device, classes)
+            n_classes = as_head(given["lm_head"], "teacher.lm_head", given["hidden_states"]).vocab_size
+        return cls(given, shape, first.device, n_classes, classes)
 
     @property
     def has_scalars(self) -> bool:
         return SCALARS[0] in self.given
+
+    @property
+    def has_counts(self) -> bool:
+        return "counts" in self.given
+
+    @property
+    def sampler(self) -> ClassSampler | None:
+        """What draws classes from it; None: it is compared as it is given."""
+        return None if self.n_classes is None or self.classes.sampler == "all" else class_sampler(self.classes)
 
     def targets(
         self, drawing: Drawing, vocab_size: int, split: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
@@ -106,30 +117,47 @@ class GivenTeacher:
         scalars = None
         if self.has_scalars:
             entropy, cross_entropy = (flat[name].float() for name in SCALARS)
-            scalars = TeacherScalars(entropy, cross_entropy, drawing.temperature == 1.0)
-        if "counts" in self.given:
+            goes_with_draws = drawing.temperature == 1.0 and Sampler.find(self.classes.sampler).is_unbiased
+            scalars = TeacherScalars(entropy, cross_entropy, goes_with_draws)
+        if self.has_counts:
             scoring, counts = (None, flat["counts"]) if split is None else split(flat["counts"])
             return StoredTargets(DrawnClasses, flat["class_ids"], counts, scalars, scoring)
         return StoredTargets(TruncatedDistribution, flat["class_ids"], flat["log_probabilities"], scalars)
 
 
-def require_possible(
-    criterion: CriterionOptions, positions: PositionOptions, classes: ClassOptions, teacher: GivenTeacher
-) -> None:
+def require_possible(criterion: CriterionOptions, positions: PositionOptions, teacher: GivenTeacher) -> None:
     """Raises InputError for parts that do not go together, or not with the form of the teacher."""
     require_stateless(positions)
     try:
-        check_loss(criterion, classes)
+        check_loss(criterion, teacher.classes)
         if teacher.n_classes is None:
-            if classes.sampler != "all":
-                raise ValueError("classes: the teacher's classes are given; leave it out")
             check_loss(criterion, ClassOptions(sampler="rs_kd"))
-            drawn = ClassOptions(sampler="rs_kd" if "counts" in teacher.given else "top_k", draws=65_535)
-            check_cached(positions, drawn, criterion.temperature, has_scalars=teacher.has_scalars)
+            known = _known_classes(positions, teacher)
+            check_cached(positions, known, criterion.temperature, has_scalars=teacher.has_scalars)
         elif positions.scoring_draws is not None:
             raise ValueError("positions.scoring_draws: the teacher is given in full and scores so; leave it out")
     except ValueError as error:
         raise InputError(f"{error}.") from None
+
+
+def _known_classes(positions: PositionOptions, teacher: GivenTeacher) -> ClassOptions:
+    """How a teacher's given classes were picked. Raises ValueError where that must be told, or is and can't be."""
+    if teacher.classes.sampler == "all":
+        if teacher.has_counts and teacher.has_scalars and _uses_draws(positions):
+            raise ValueError(
+                f"positions.metric: {positions.metric} is estimated from unbiased draws, and counts alone don't tell "
+                "how they came about; give it as classes, such as {'sampler': 'rs_kd', 'draws': 64} (a TeacherCollator "
+                "has its cache's as .classes), or take a metric of the student (student_entropy, student_ce)"
+            )
+        return ClassOptions(sampler="top_k")
+    if not teacher.has_counts or teacher.classes.tail:
+        raise ValueError("classes: these tell how counts were drawn, without a tail; leave it out")
+    return teacher.classes
+
+
+def _uses_draws(positions: PositionOptions) -> bool:
+    """Whether the metric is estimated from the draws of a teacher whose classes are given."""
+    return positions.metric is not None and Metric.find(positions.metric).uses_draws
 
 
 def require_stateless(positions: PositionOptions) -> None:
@@ -228,11 +256,11 @@ def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def is_drawn(positions: PositionOptions, classes: ClassOptions, teacher: GivenTeacher) -> bool:
+def is_drawn(positions: PositionOptions, teacher: GivenTeacher) -> bool:
     """Whether random numbers of each sample are needed."""
-    metric = None if positions.metric is None else Metric.find(positions.metric)
-    is_metric_drawn = metric is not None and (metric.is_noise or (metric.uses_draws and "counts" in teacher.given))
-    return is_metric_drawn or Policy.find(positions.policy).uniforms is not None or classes.sampler != "all"
+    is_noise = positions.metric is not None and Metric.find(positions.metric).is_noise
+    is_metric_drawn = is_noise or (teacher.has_counts and _uses_draws(positions))
+    return is_metric_drawn or Policy.find(positions.policy).uniforms is not None or teacher.sampler is not None
 
 
 def split_of(teacher: GivenTeacher, positions: PositionOptions, batch: Batch, seed: int, step: int) -> Split | None:
@@ -241,7 +269,7 @@ def split_of(teacher: GivenTeacher, positions: PositionOptions, batch: Batch, se
     Raises:
         InputError: there are too few draws.
     """
-    if "counts" not in teacher.given or positions.metric is None or not Metric.find(positions.metric).uses_draws:
+    if not teacher.has_counts or not _uses_draws(positions):
         return None
     draws = int(teacher.given["counts"].sum(dim=-1).max())
     scoring = n_scoring_draws(positions, draws)
@@ -250,8 +278,8 @@ def split_of(teacher: GivenTeacher, positions: PositionOptions, batch: Batch, se
     return lambda counts: ScoringDraws(scoring, seed).split(counts, batch, step, draws)
 
 
-def drawing_of(classes: ClassOptions, temperature: float, batch: Batch, seed: int, step: int) -> Drawing:
-    sampler = None if classes.sampler == "all" else class_sampler(classes)
+def drawing_of(teacher: GivenTeacher, temperature: float, batch: Batch, seed: int, step: int) -> Drawing:
+    sampler = teacher.sampler
     return Drawing(sampler, temperature, batch, class_uniforms(sampler, batch, seed, "classes", step))
 
 

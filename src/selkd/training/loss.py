@@ -59,7 +59,7 @@ class DistillationLoss(NamedTuple):
         values: the criterion at the selected positions in nats, [B, T], 0 elsewhere.
         sums: for logging: ``positions_selected``, and over these positions ``divergence_nats`` and, if the criterion
             has it, ``cross_entropy_nats``. Where it can be had, ``kl_nats``, the sum of KL(p || q) at temperature 1
-            over ``kl_positions`` of them; of drawn classes an unbiased estimate.
+            over ``kl_positions`` of them; of unbiased draws an unbiased estimate, of other drawn classes none.
     """
 
     loss: Tensor
@@ -119,15 +119,17 @@ def distillation_loss(
               temperature; all others count as one class with the mass that is left. Rows are padded with -inf.
 
             Beside ``class_ids`` may stand ``entropy_nats`` and ``ce_nats`` [B, T], the teacher's H(p) and -log p(y) at
-            temperature 1: with them its metrics can be taken, and the true KL is known. A metric with KL is estimated
-            from ``positions.scoring_draws`` of the draws, taken at random, and the loss has the others. Those of
+            temperature 1: with them its metrics can be taken and, where ``classes`` says that counts are unbiased draws
+            (``rs_kd`` or ``systematic``), the true KL is known. A metric with KL is then estimated from
+            ``positions.scoring_draws`` of the draws, taken at random, and the loss has the others. Those of
             ``systematic`` are better split by ``DistillTrainer``, which spaces them evenly.
         targets: the true next tokens, int64 [B, T]: ``input_ids`` moved to the left by one.
         valid_mask: bool [B, T], on any device, the positions that may be selected; None: those whose target is not
             -100.
         criterion: the recipe's part of that name; None: forward KL.
         positions: the recipe's part; None: the 20% with the highest student entropy.
-        classes: the recipe's part, for a teacher that is given in full; None: all classes.
+        classes: the recipe's part: the classes that are drawn of a teacher that is given in full, None: all; or how
+            given ``counts`` were drawn (``TeacherCollator.classes``), None: it is not known.
         vocab_size: how many classes both models share, where one of them has padded its vocabulary.
         divisor: what the sum over samples (with ``reduction: per_position``, over positions) is divided by; None: how
             many this micro-batch has. To accumulate gradients, give the number of the whole step on all ranks.
@@ -147,13 +149,13 @@ def distillation_loss(
     positions = parse_part(PositionOptions, positions or {}, "positions")
     classes = parse_part(ClassOptions, classes or {"sampler": "all"}, "classes")
     batch = as_batch(hidden_states, targets, valid_mask, position_ids, skips=bool(positions.skip_first))
-    given = GivenTeacher.of(teacher, batch["valid_mask"].shape)
-    require_possible(criterion, positions, classes, given)
+    given = GivenTeacher.of(teacher, classes, batch["valid_mask"].shape)
+    require_possible(criterion, positions, given)
     head = as_head(lm_head, "lm_head", hidden_states)
     head = head.slice_vocab(shared_classes(head.vocab_size, given, vocab_size))
     if sample_ids is not None:
         batch = with_ids(batch, sample_ids)
-    elif is_drawn(positions, classes, given):  # only then, as reading the targets makes the host wait for the device
+    elif is_drawn(positions, given):  # only then, as reading the targets makes the host wait for the device
         batch = with_ids(batch, ids_of_content(batch))
     if positions.scoring == "two_stage" and token_counts is None:
         raise InputError("positions.scoring: two_stage needs token_counts [V], how often the text has each class.")
@@ -161,7 +163,7 @@ def distillation_loss(
     objective, context = Objective(criterion, positions, seed, frequent), step_context(positions, step, total_steps)
     if divisor is None:
         divisor = objective.normaliser(batch, context)
-    drawing = drawing_of(classes, criterion.temperature, batch, seed, step)
+    drawing = drawing_of(given, criterion.temperature, batch, seed, step)
     split = split_of(given, positions, batch, seed, step)
     teacher_targets = given.targets(drawing, head.vocab_size, split)
     outputs = objective(hidden_states, head, batch, teacher_targets, context=context, normaliser=divisor)
@@ -251,12 +253,12 @@ def sample_classes(
     options = parse_part(ClassOptions, classes, "classes")
     if options.sampler == "all":
         raise InputError("classes.sampler: all draws nothing; name a sampler, as {'sampler': 'rs_kd', 'draws': 64}.")
-    given = GivenTeacher.of(teacher)
+    given = GivenTeacher.of(teacher, options)
     if given.n_classes is None:
         raise InputError("teacher: these classes are drawn already; give hidden_states and lm_head, or logits.")
     everywhere = torch.ones(given.shape, dtype=torch.bool, device=given.device)
     batch = {"valid_mask": everywhere, "sample_ids": numbered(len(everywhere)) if sample_ids is None else sample_ids}
-    targets = given.targets(drawing_of(options, temperature, batch, seed, step), given.n_classes)
+    targets = given.targets(drawing_of(given, temperature, batch, seed, step), given.n_classes)
     parts = [targets.chunk(rows) for rows in chunks(everywhere.numel(), chunk_size(given.n_classes, given.device))]
     drawn = {name: [getattr(part, name) for part in parts] for name in vars(parts[0]) if name != "entropy"}
     require_all_finite(targets.checks)
