@@ -141,6 +141,18 @@ def test_counts_that_are_not_known_to_be_unbiased_draws_give_no_kl(classes: dict
         selkd.distillation_loss(*given, classes=RS_KD, positions={"metric": "kl", "policy": "pps"})
 
 
+def test_a_batch_of_draws_without_a_valid_position_adds_zero() -> None:
+    """So a process or a micro-batch that has only padding takes part in the step."""
+    case = Case()
+    teacher = with_scalars(case, RS_KD) | {"counts": torch.zeros(B, T, 3), "class_ids": torch.zeros(B, T, 3).long()}
+    nowhere = torch.zeros_like(case.valid)
+    result = selkd.distillation_loss(
+        case.hidden, case.head, teacher, case.targets, nowhere, classes=RS_KD, positions={"metric": "kl"}, divisor=4.0
+    )
+    assert result.loss.item() == 0
+    assert not any(gradient.any() for gradient in case.gradients(result.loss))
+
+
 def test_a_teachers_top_classes_keep_the_mass_of_all_others() -> None:
     case = Case()
     log_p = case.teacher_logits.log_softmax(-1)

@@ -267,11 +267,13 @@ def split_of(teacher: GivenTeacher, positions: PositionOptions, batch: Batch, se
     """What splits a teacher's draws into those that score positions and the others; None if the metric needs none.
 
     Raises:
-        InputError: there are too few draws.
+        InputError: there are draws, but too few.
     """
     if not teacher.has_counts or not _uses_draws(positions):
         return None
     draws = int(teacher.given["counts"].sum(dim=-1).max())
+    if draws == 0:  # no position of the batch has any, and so none is valid: nothing is scored
+        return None
     scoring = n_scoring_draws(positions, draws)
     if scoring >= draws:
         raise InputError(f"positions.scoring_draws: {scoring}, but teacher.counts has {draws} draws. Leave some.")
