@@ -241,6 +241,19 @@ def test_axolotls_columns_are_renormalised_and_aligned_as_told(
             assert (dense(imported, sample_id) - dense(in_memory[False], sample_id)).abs().max() <= 1
 
 
+def test_axolotls_lines_are_known_wherever_they_stand(toy: Toy, tmp_path: Path) -> None:
+    """Their probabilities were divided by their sum, so that with a tail they would be wrong and seem right."""
+    path, (answer, *_), lines = tmp_path / "lines.jsonl", answers(toy, "echo"), answers(toy, "axolotl")
+    write_lines(path, lines)
+    path.write_text("\n  \n" + path.read_text())
+    with pytest.raises(InputError, match=r"\(axolotl\): .*divided by their sum.*classes\.tail: false"):
+        import_cache(toy.recipe(), [path], ReadOptions(), tmp_path / "blank")
+    write_lines(path, [answer, *lines])
+    for tail in (True, False):
+        with pytest.raises(InputError, match=r"lines\.jsonl, line 2: it has axolotl's columns.*files of their own"):
+            import_cache(toy.recipe(tail=tail), [path], ReadOptions(), tmp_path / f"mixed-{tail}")
+
+
 def test_the_legacy_codecs_logits_are_told_from_log_probabilities(
     toy: Toy, in_memory: dict[bool, TeacherCache], tmp_path: Path
 ) -> None:

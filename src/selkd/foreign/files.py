@@ -92,7 +92,7 @@ def _opened(path: Path, names: TokenNames, options: ReadOptions) -> Source:
             raise InputError(f"{path}: --logits is of DistillKit's files alone; servers give log-probabilities.")
         is_axolotl = _first_keys(path) >= _AXOLOTL
         kind, knows_tail = ("axolotl", False) if is_axolotl else ("answers of a server", True)
-        return Source(path, kind, knows_tail, partial(_json_lines, path, names, options))
+        return Source(path, kind, knows_tail, partial(_json_lines, path, names, options, is_axolotl=is_axolotl))
     if path.suffix != ".parquet":
         raise InputError(f"{path}: expected a name that ends in .parquet or .jsonl.")
     try:
@@ -202,31 +202,38 @@ def _table(row: Mapping[str, Any], column: str, dtype: Any = np.float64) -> np.n
 
 
 def _first_keys(path: Path) -> set[str]:
-    """The keys of a file's first line; what is none is told when it is read."""
+    """The keys of a file's first line that is not blank; what is none is told when it is read."""
     with suppress(OSError, ValueError, RecursionError), path.open(encoding="utf-8") as file:
-        content = json.loads(file.readline())
+        content = json.loads(next(filter(str.strip, file), ""))
         return set(content) if isinstance(content, dict) else set()
     return set()
 
 
-def _json_lines(path: Path, names: TokenNames, options: ReadOptions) -> Iterator[Scored]:
+def _json_lines(path: Path, names: TokenNames, options: ReadOptions, *, is_axolotl: bool) -> Iterator[Scored]:
+    own_rows = options.own_rows if is_axolotl else None
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _json_row(line, f"{path}, line {number}", names, options)
+                    yield _json_row(line, f"{path}, line {number}", names, own_rows)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read ({error}).") from None
 
 
-def _json_row(line: str, place: str, names: TokenNames, options: ReadOptions) -> Scored:
+def _json_row(line: str, place: str, names: TokenNames, own_rows: bool | None) -> Scored:
+    """A line's text. ``own_rows`` is as in ``ReadOptions``; None: it is a file of answers, which know their tail."""
     try:
         content = json.loads(line)
         if isinstance(content, dict) and isinstance(content.get("response"), dict):  # a batch's output
             content = content["response"].get("body") or content["response"]
         if isinstance(content, dict) and content.keys() >= _AXOLOTL | {"input_ids"}:
+            if own_rows is None:
+                raise InputError(
+                    "it has axolotl's columns, whose probabilities were divided by their sum, and the file's first "
+                    "line is an answer of a server, whose were not; keep the two in files of their own"
+                )
             decoded = _filled(content["target_token_ids"], -1, np.int64), _filled(content["target_logprobs"], -np.inf)
-            return _axolotl_row(_tokens(content["input_ids"]), decoded, options.own_rows)
+            return _axolotl_row(_tokens(content["input_ids"]), decoded, own_rows)
         if isinstance(content, dict) and isinstance(content.get("logprobs"), list) and "input_ids" in content:
             return _last_tokens(content["input_ids"], content["logprobs"], names)
         return scored(content, names)
