@@ -254,6 +254,20 @@ def test_axolotls_lines_are_known_wherever_they_stand(toy: Toy, tmp_path: Path) 
             import_cache(toy.recipe(tail=tail), [path], ReadOptions(), tmp_path / f"mixed-{tail}")
 
 
+def test_another_temperature_is_refused_of_files_that_are_at_1(toy: Toy, tmp_path: Path) -> None:
+    """axolotl divides by a temperature of its own, so its files are taken to be at the recipe's."""
+    kit, legacy = write_distillkit(toy, tmp_path / "kit"), write_distillkit(toy, tmp_path / "legacy", legacy=True)
+    lines = write_lines(tmp_path / "answers.jsonl", answers(toy, "echo"))
+    for number, (path, tail) in enumerate(((kit, True), (kit, False), (legacy, False), (lines, True))):
+        recipe = toy.recipe(tail=tail, criterion={"temperature": 2.0})
+        with pytest.raises(InputError, match=r"at temperature 1, and at criterion\.temperature: 2 they need"):
+            import_cache(recipe, [path], ReadOptions(logits=path == legacy), tmp_path / f"run{number}")
+        assert not (tmp_path / f"run{number}" / "teacher_cache").exists()
+    own = write_lines(tmp_path / "axolotl.jsonl", answers(toy, "axolotl"))
+    import_cache(toy.recipe(tail=False, criterion={"temperature": 2.0}), [own], ReadOptions(), tmp_path / "run")
+    assert TeacherCache.open(tmp_path / "run" / "teacher_cache").fingerprint["temperature"] == 2.0
+
+
 def test_the_legacy_codecs_logits_are_told_from_log_probabilities(
     toy: Toy, in_memory: dict[bool, TeacherCache], tmp_path: Path
 ) -> None:

@@ -101,6 +101,12 @@ def _imported(
                 f"{source.path} ({source.kind}{', logits' if options.logits else ''}): its probabilities were divided "
                 "by their sum, so the mass of the other classes is not known. Set classes.tail: false."
             )
+        temperature = work.recipe.criterion.temperature
+        if temperature != 1 and (source.knows_tail or options.logits):
+            raise InputError(
+                f"{source.path} ({source.kind}): its distributions are at temperature 1, and at criterion.temperature: "
+                f"{temperature:g} they need the classes that it does not list. Set criterion.temperature: 1.0."
+            )
     digest = xxhash.xxh3_128_hexdigest("".join(file_digest(source.path) for source in sources).encode())
     kinds = ", ".join(dict.fromkeys(source.kind for source in sources))
     fingerprint = cache_fingerprint(work) | {SOURCE: kinds, SOURCE_DIGEST: digest}
