@@ -13,7 +13,7 @@ from selkd.run.directory import RunDirectory
 from selkd.run.evaluate import measure_fidelity, write_overlaps
 from selkd.run.finish import saved_student, write_card, write_examples
 from selkd.run.held_out import write_held_out, write_sums
-from selkd.run.score import scored, stored_scores
+from selkd.run.score import scored, shared_scores
 from selkd.run.workspace import Workspace
 from selkd.sealed import CACHE_COST, CARD, EXAMPLES, FIDELITY, FILES, HELD_OUT, OVERLAP, REPORT, SCORES, differences
 
@@ -71,8 +71,7 @@ def _make(work: Workspace, run: RunDirectory, lost: dict[str, str]) -> set[str]:
 
 def _scores(work: Workspace, run: RunDirectory) -> None:
     """From a file that several runs share, or by the initial student again."""
-    is_shared = work.recipe.samples is not None and work.recipe.samples.path is not None
-    scores = (stored_scores(work) if is_shared else None) or scored(work, open_cache(work))
+    scores = shared_scores(work) or scored(work, open_cache(work))
     if work.state.is_main_process:
         scores.write(run.path / SCORES)
 

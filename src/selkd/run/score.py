@@ -1,11 +1,14 @@
 """The stage that scores the samples with the initial student and keeps the highest."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 
 from selkd.data.samples import SampleDataset
 from selkd.evaluation.sample_scores import score_samples
@@ -33,20 +36,16 @@ def score(work: Workspace, run: RunDirectory) -> SampleDataset:
         run.record["counts"]["samples_kept"] = len(train)
         run.save()
         return train
-    whole = all_cached(work, run) if stored_scores(work) is None else None  # its time is the cache's
+    place = _as_main_finds(_scores_files(work))
+    whole = all_cached(work, run) if place is None else None  # its time is the cache's
     with timed(run, "score"):
-        path, own = _scores_path(work), work.run_path / SCORES
-        scores, is_new = stored_scores(work), False
-        work.state.wait_for_everyone()  # all have looked for the file before the main process writes it
-        if scores is None:
-            scores, is_new = _scored_and_counted(work, run, whole), True
+        scores = _scored_and_counted(work, run, whole) if place is None else _read(work, options, place)
         if options.path:
             note_shared(run, "score", scores.cost)
         if work.state.is_main_process:
-            if is_new:
-                scores.write(path)
-            if own != path and not _holds(own, scores):  # a shared file keeps the choice of the run that wrote it
-                scores.write(own)
+            for path in _scores_files(work):
+                if not path.exists():  # a file keeps the choice of the run that wrote it
+                    scores.write(path)
         work.state.wait_for_everyone()
     run.record["counts"]["samples_kept"] = int(scores.kept.sum())
     run.save()
@@ -68,16 +67,45 @@ def cached_samples(work: Workspace) -> SampleDataset:
 
 
 def stored_scores(work: Workspace) -> SampleScores | None:
-    """The scores in the recipe's file, with the samples that this recipe keeps; None if there is no file.
+    """The scores in the run's own file, or in the one that the recipe shares; None if there is neither.
 
     Raises:
         InputError: the file is damaged, or its scores are of another text, student or metric.
     """
-    options, path = work.recipe.samples, _scores_path(work)
-    if options is None or not path.exists():
-        return None
+    options, place = work.recipe.samples, _first_there(_scores_files(work))
+    return None if options is None or place is None else _read(work, options, place)
+
+
+def shared_scores(work: Workspace) -> SampleScores | None:
+    """Those in the file that the recipe shares, for all processes if the main one finds it; None if it has none.
+
+    Raises:
+        InputError: as ``stored_scores``.
+    """
+    options, place = work.recipe.samples, _as_main_finds(_scores_files(work)[1:])
+    return None if options is None or place is None else _read(work, options, place)
+
+
+def _read(work: Workspace, options: SampleOptions, path: Path) -> SampleScores:
+    """The scores in a file, with the samples that this recipe keeps."""
     stored = SampleScores.read(path, _fingerprint(work, options))
     return replace(stored, kept=_kept(stored.scores, options))
+
+
+def _scores_files(work: Workspace) -> list[Path]:
+    """The run's own file of scores, which is as the run began, and the one that it shares with others, if it does."""
+    shared = None if work.recipe.samples is None else work.recipe.samples.path
+    return [work.run_path / SCORES, *([Path(shared).expanduser()] if shared else [])]
+
+
+def _first_there(paths: Sequence[Path]) -> Path | None:
+    return next((path for path in paths if path.exists()), None)
+
+
+def _as_main_finds(paths: Sequence[Path]) -> Path | None:
+    """The first of the files that is there, as the main process sees it: another run may write one between two looks,
+    and processes that score wait for each other."""
+    return cast(Path | None, broadcast_object_list([_first_there(paths)])[0])
 
 
 def _scored_and_counted(work: Workspace, run: RunDirectory, cache: TeacherCache | None) -> SampleScores:
@@ -110,20 +138,6 @@ def _kept(scores: np.ndarray, options: SampleOptions) -> np.ndarray:
     kept = np.zeros(len(scores), dtype=bool)
     kept[highest(scores, options.fraction)] = True
     return kept
-
-
-def _scores_path(work: Workspace) -> Path:
-    """Where the recipe keeps its scores."""
-    shared = work.recipe.samples.path if work.recipe.samples is not None else None
-    return Path(shared).expanduser() if shared else work.run_path / SCORES
-
-
-def _holds(path: Path, scores: SampleScores) -> bool:
-    """Whether a run's own file of scores holds these already."""
-    if not path.exists():
-        return False
-    stored = SampleScores.read(path, scores.fingerprint)
-    return bool((stored.kept == scores.kept).all() and (stored.scores == scores.scores).all())
 
 
 def _fingerprint(work: Workspace, options: SampleOptions) -> dict[str, str]:
