@@ -25,7 +25,9 @@ from selkd.recipe.part import parse_part
 from selkd.recipe.recipe import Recipe
 from selkd.run.import_cache import import_cache
 from selkd.run.pipeline import cache_only, distill
+from selkd.run.teacher_dataset import TeacherDataset
 from selkd.teacher import build_cache
+from selkd.teacher.collator import TeacherCollator
 from selkd_cache.reader import TeacherCache
 
 K = 12  # classes in the files; the recipe keeps 8
@@ -239,6 +241,9 @@ def test_axolotls_columns_are_renormalised_and_aligned_as_told(
         imported = TeacherCache.open(tmp_path / f"run-{own}" / "teacher_cache")
         for sample_id in in_memory[False].sample_ids():
             assert (dense(imported, sample_id) - dense(in_memory[False], sample_id)).abs().max() <= 1
+        opened = TeacherDataset.open(tmp_path / f"run-{own}")
+        batch = TeacherCollator(opened.cache)([opened[0]])
+        assert (batch["teacher_counts"].sum(-1) == 65535 * batch["valid_mask"]).all()
 
 
 def test_axolotls_lines_are_known_wherever_they_stand(toy: Toy, tmp_path: Path) -> None:

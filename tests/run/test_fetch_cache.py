@@ -6,10 +6,15 @@ from pathlib import Path
 import fsspec
 import pytest
 from cache_samples import FINGERPRINT, assert_same_rows, build, contents, make_rows, sample_id
+from tiny_run import make_recipe
 
 from selkd.errors import InputError, RunError
+from selkd.recipe.part import parse_part
+from selkd.recipe.recipe import Recipe
 from selkd.run import fetch_cache as remote_module
 from selkd.run.fetch_cache import fetch_cache, is_remote
+from selkd.run.pipeline import cache_only
+from selkd.run.teacher_dataset import TeacherDataset
 from selkd_cache.reader import TeacherCache
 
 URL = "memory://bucket/cache"
@@ -154,3 +159,21 @@ def test_a_copy_whose_manifest_was_damaged_is_refused(tmp_path: Path) -> None:
     (copy / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"is damaged: .*manifest.json.*Remove it to copy anew"):
         fetch_cache(URL, tmp_path / "copies")
+
+
+def test_a_runs_samples_are_read_with_the_cache_at_its_address(
+    tmp_path: Path, remote: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a trainer of one's own, with the scores on disk and without: these then come from the same cache."""
+    monkeypatch.setenv("SELKD_CACHE", str(tmp_path / "selkd"))
+    recipe = make_recipe(tmp_path, samples={"metric": "ce_ratio", "fraction": 0.3, "from_cache": True})
+    cache_only(parse_part(Recipe, recipe), tmp_path / "built")
+    for path in (tmp_path / "built" / "teacher_cache").iterdir():
+        remote.pipe_file(f"/bucket/of_run/{path.name}", path.read_bytes())
+    cache_only(parse_part(Recipe, recipe | {"cache": {"path": "memory://bucket/of_run"}}), tmp_path / "run")
+    expected = [sample.id for sample in TeacherDataset.open(tmp_path / "built").samples]
+    for _ in range(2):
+        opened = TeacherDataset.open(tmp_path / "run")
+        assert [sample.id for sample in opened.samples] == expected
+        assert expected[0] in opened.cache
+        (tmp_path / "run" / "selection" / "samples.parquet").unlink(missing_ok=True)

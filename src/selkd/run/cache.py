@@ -39,13 +39,11 @@ def cache(work: Workspace, run: RunDirectory, samples: SampleDataset) -> Teacher
     if is_scored_from(recipe):
         samples = work.splits.train  # one cache scores the samples and trains on the kept ones
     with timed(run, "cache"):
-        fingerprint, path = cache_fingerprint(work), recipe.cache.path
-        if path is not None and is_remote(path):
-            opened, cost = _copied(work, path, fingerprint, samples), None
-        elif recipe.teacher.imported:
-            opened, cost = _imported(work, cache_directory(work, run), samples), None
+        path, directory = recipe.cache.path, cache_directory(work, run)
+        if recipe.teacher.imported or (path is not None and is_remote(path)):
+            opened, cost = _with_all(existing_cache(work), samples, path or str(directory)), None
         else:
-            directory = cache_directory(work, run)
+            fingerprint = cache_fingerprint(work)
             larger = larger_cache(work, directory, fingerprint, samples)
             opened = _built(work, run, directory, fingerprint, samples) if larger is None else larger
             # The cost of a larger cache is not that of these samples, which nobody measured.
@@ -73,12 +71,28 @@ def open_cache(work: Workspace) -> TeacherCache | None:
     Raises:
         InputError: there is none, or it can't be used.
     """
-    options = work.recipe.cache
-    if options is None or not is_scored_from(work.recipe):
+    if work.recipe.cache is None or not is_scored_from(work.recipe):
         return None
-    return TeacherCache.open(
-        Path(options.path or work.run_path / "teacher_cache").expanduser(), cache_fingerprint(work)
-    )
+    return existing_cache(work)
+
+
+def existing_cache(work: Workspace) -> TeacherCache:
+    """The recipe's cache as it is: built here, imported, or built elsewhere and copied to this machine.
+
+    Raises:
+        InputError: there is none, or it is not whole or of something else.
+    """
+    assert work.recipe.cache is not None
+    path = work.recipe.cache.path
+    directory = Path(path or work.run_path / "teacher_cache").expanduser()
+    if path is not None and is_remote(path):
+        with work.state.main_process_first():
+            directory = fetch_cache(path, work.cache_dir / "teacher_caches")
+    elif work.recipe.teacher.imported and not (directory / MANIFEST).exists():
+        raise _only_imported(f"there is no whole cache in {directory}, and it is built")
+    opened = TeacherCache.open(directory)
+    check_same_fingerprint(opened.fingerprint, cache_fingerprint(work) | told_of(opened.fingerprint), directory)
+    return opened
 
 
 def require_own_cache(work: Workspace, run: RunDirectory) -> None:
@@ -212,25 +226,6 @@ def _only_imported(what: str) -> InputError:
 def told_of(stored: Fingerprint) -> Fields:
     """What a stored fingerprint says of the files that it was imported from, which no recipe names."""
     return {field: value for field, value in stored.items() if field in (SOURCE, SOURCE_DIGEST)}
-
-
-def _imported(work: Workspace, directory: Path, samples: SampleDataset) -> TeacherCache:
-    """The cache that was imported. Raises InputError unless it is there and holds every sample."""
-    if not (directory / MANIFEST).exists():
-        raise _only_imported(f"there is no whole cache in {directory}, and it is built")
-    opened = TeacherCache.open(directory)
-    check_same_fingerprint(opened.fingerprint, cache_fingerprint(work) | told_of(opened.fingerprint), directory)
-    return _with_all(opened, samples, str(directory))
-
-
-def _copied(
-    work: Workspace, url: str, fingerprint: dict[str, str | int | float], samples: SampleDataset
-) -> TeacherCache:
-    """A cache that was built elsewhere, copied to this machine. Raises InputError unless it holds every sample."""
-    with work.state.main_process_first():
-        opened = TeacherCache.open(fetch_cache(url, work.cache_dir / "teacher_caches"))
-    check_same_fingerprint(opened.fingerprint, fingerprint | told_of(opened.fingerprint), opened.directory)
-    return _with_all(opened, samples, url)
 
 
 def _with_all(opened: TeacherCache, samples: SampleDataset, place: str) -> TeacherCache:

@@ -9,7 +9,7 @@ from selkd.data.samples import Sample
 from selkd.errors import InputError
 from selkd.files import RECIPE
 from selkd.recipe.files import load_recipe
-from selkd.run.cache import cache_directory, cache_fingerprint
+from selkd.run.cache import existing_cache
 from selkd.run.pipeline import start
 from selkd.run.score import kept_samples
 from selkd_cache.reader import TeacherCache
@@ -41,7 +41,9 @@ class TeacherDataset(Dataset[dict[str, list[int]]]):
 
     @classmethod
     def open(cls, run: str | Path) -> "TeacherDataset":
-        """The samples that a run keeps, with its cache, which ``selkd cache build`` or ``distill`` has built.
+        """The samples that a run keeps, with its cache, which ``distill`` or ``selkd cache build`` or ``import`` made.
+
+        A cache at an address is copied to this machine.
 
         Raises:
             InputError: there is no run in the folder, or its cache is not there, not complete or of something else.
@@ -52,8 +54,8 @@ class TeacherDataset(Dataset[dict[str, list[int]]]):
         recipe = load_recipe(path / RECIPE)
         if recipe.cache is None:
             raise InputError(f"{path}: this run keeps its teacher live, so there is no cache to train from.")
-        with start(recipe, path) as (work, directory):
-            cache = TeacherCache.open(cache_directory(work, directory), cache_fingerprint(work))
+        with start(recipe, path) as (work, _):
+            cache = existing_cache(work)  # before samples are scored, should their scores be lost
             return cls(list(kept_samples(work)), cache)
 
     def __len__(self) -> int:
