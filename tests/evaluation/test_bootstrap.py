@@ -20,6 +20,13 @@ def test_a_means_error_is_the_known_one() -> None:
     assert found.standard_error == pytest.approx(right.std() / np.sqrt(400), rel=0.08)
 
 
+def test_the_error_of_few_examples_is_that_of_their_mean() -> None:
+    """Resamples of 4 examples scatter by the root of 3/4 less than their means do about the truth."""
+    few = np.random.default_rng(1).standard_normal(4)
+    found = estimate(ExampleMeasures("ratio", few, np.ones(4)))
+    assert found.standard_error == pytest.approx(few.std(ddof=1) / np.sqrt(4), rel=0.08)
+
+
 def test_a_perplexity_is_the_exponential_of_all_tokens_mean() -> None:
     """Its error is, to first order, the perplexity times that of the weighted mean."""
     tokens = GENERATOR.integers(5, 50, 300).astype(np.float64)

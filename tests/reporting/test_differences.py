@@ -23,6 +23,7 @@ from selkd.reporting.comparison_tables import as_json
 from selkd.reporting.comparison_terminal import print_comparison
 from selkd.reporting.differences import Sums, difference_in_kl
 from selkd.reporting.frontier import Point, on_frontier
+from selkd.reporting.measures import KL
 
 POSITIONS = np.full(40, 255)
 DIFFICULTY = np.random.default_rng(0).gamma(4.0, 0.2, 40)  # nats a position of each sample, the same for all students
@@ -34,7 +35,8 @@ def run(folder: Path, name: str, seed: int, by_sample: np.ndarray, seconds: floa
     record["fidelity"]["after"]["kl_nats"] = float(by_sample.mean())
     record["seconds"]["train"] = seconds
     path = write_run(folder / f"{name}-{seed}", record)
-    sums = {"positions": POSITIONS.tolist(), "after": {"kl_nats": (by_sample * POSITIONS).tolist()}}
+    positions = POSITIONS[: len(by_sample)]
+    sums = {"positions": positions.tolist(), "after": {"kl_nats": (by_sample * positions).tolist()}}
     (path / "fidelity.json").write_text(json.dumps(sums))
     return path
 
@@ -89,6 +91,35 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         mean = (difference * positions).sum() / positions.sum()
         covered += abs(mean - 0.1) < 1.96 * error
     assert 920 <= covered <= 970
+
+
+def test_few_samples_widen_the_interval_so_that_it_covers_the_truth() -> None:
+    """Students' t, which is exact here: with 1.96 in its place, 86% of the intervals would."""
+    noise, positions, covered = np.random.default_rng(3), np.full(4, 300.0), 0
+    for _ in range(1000):
+        pair = [(Sums(positions, noise.normal(0.1, 0.4, 4) * positions), Sums(positions, 0 * positions))]
+        half = differences._half(differences._error_over_samples(pair), 4)
+        assert half is not None
+        covered += abs(pair[0][0].kl.sum() / positions.sum() - 0.1) < half
+    assert 930 <= covered <= 970
+
+
+def test_intervals_of_few_samples_have_students_t(tmp_path: Path) -> None:
+    few = np.array([0.30, 0.34, 0.29, 0.41])
+    paths = [
+        run(tmp_path, name, 1, by_sample)
+        for name, by_sample in {"base": DIFFICULTY[:4], "other": few + DIFFICULTY[:4]}.items()
+    ]
+    comparison = compare(paths, "base")
+    row, other = difference_in_kl(comparison, comparison.groups[1]), comparison.groups[1]
+    assert row is not None
+    assert row.high - row.mean == pytest.approx(3.182 * few.std(ddof=1) / math.sqrt(4))  # t of three degrees of freedom
+    record = other.members[0].record
+    for samples, t in ((4, 3.182), (3, 4.303), (400, 1.96), (None, 1.96)):
+        record["data"]["held_out_samples"] = samples
+        alone = differences.interval(other, KL)
+        assert alone is not None
+        assert alone.high - alone.mean == pytest.approx(t * record["fidelity"]["standard_errors"]["after"]["kl_nats"])
 
 
 def test_a_damaged_file_of_sums_is_named(tmp_path: Path) -> None:

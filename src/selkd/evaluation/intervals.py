@@ -1,8 +1,9 @@
 """Standard errors and paired differences, by the bootstrap over examples.
 
-Each resample of the examples gives a figure, and the standard error is the deviation of these figures. Two models are
-compared on the same resamples of the same examples: an example that is hard for both cancels out, so a paired
-difference has a smaller error than either figure.
+Each resample of the examples gives a figure. The standard error is the deviation of these figures, times the root of
+N / (N - 1), as resamples scatter about the examples' mean, and so a little less than examples about the truth. Two
+models are compared on the same resamples of the same examples: an example that is hard for both cancels out, so a
+paired difference has a smaller error than either figure.
 
 Legend: N examples, R resamples.
 """
@@ -66,7 +67,7 @@ class Estimate:
 
 
 def estimate(measures: ExampleMeasures) -> Estimate:
-    """The figure over all examples; its standard error is the deviation over R = 1,000 resamples."""
+    """The figure over all examples; its standard error is had from R = 1,000 resamples."""
     return _estimate(measures.figures, len(measures))
 
 
@@ -105,7 +106,9 @@ def _estimate(figures: Callable[[np.ndarray], np.ndarray], n_examples: int) -> E
             counts = np.stack([np.bincount(row, minlength=n_examples) for row in drawn])
             resampled.append(figures(counts.astype(np.float64)))
         deviation = np.concatenate(resampled).std(ddof=1)  # not finite where one of them is not
-    return Estimate(_finite(value), _finite(deviation) if n_examples > 1 else None)
+    if n_examples < 2:
+        return Estimate(_finite(value), None)
+    return Estimate(_finite(value), _finite(deviation * np.sqrt(n_examples / (n_examples - 1))))
 
 
 def _finite(value: np.floating) -> float | None:

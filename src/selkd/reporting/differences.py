@@ -1,7 +1,7 @@
 """95% intervals of recipes' figures and of their paired differences, over held-out samples and over seeds.
 
 Two students that are measured on the same samples differ by less than either is known: what a sample does to both falls
-away. The uncertainty over the samples and that over the seeds add in squares; the seeds' has Student's t, as there are
+away. The uncertainty over the samples and that over the seeds add in squares, each with Student's t, as both may be
 few. With one seed the interval is that of these two students, and not of their recipes.
 """
 
@@ -53,10 +53,11 @@ def difference_in_kl(comparison: RunComparison, group: Group) -> Interval | None
     mine = {member.seed: member for member in group.members}
     pairs = [(mine[base.seed], base) for base in other.members if base.seed in mine]
     sums = [(_sums(first), _sums(second)) for first, second in pairs]
-    of_samples = None
+    over_samples = None
     if sums and all(first is not None and second is not None for first, second in sums):
-        of_samples = _error_over_samples([(first, second) for first, second in sums if first and second])
-    return _interval(difference.mean, difference.deviation, difference.n, of_samples)
+        known = [(first, second) for first, second in sums if first and second]
+        over_samples = _half(_error_over_samples(known), len(known[0][0].positions))
+    return _interval(difference.mean, difference.deviation, difference.n, over_samples)
 
 
 def _error_over_samples(pairs: Sequence[tuple["Sums", "Sums"]]) -> float | None:
@@ -78,16 +79,26 @@ def interval(group: Group, measure: ReportedMeasure) -> Interval | None:
     errors = [dig(member.record, "fidelity", "standard_errors", "after", measure.key) for member in group.members]
     known = [error for error in errors if error is not None]
     # The samples are the same for all seeds, so more seeds make this part no smaller.
-    of_samples = statistics.fmean(known) if len(known) == len(errors) else None
-    return _interval(summary.mean, summary.deviation, summary.n, of_samples)
+    error = statistics.fmean(known) if len(known) == len(errors) else None
+    counts = [dig(member.record, "data", "held_out_samples") for member in group.members]
+    over_samples = _half(error, min((count for count in counts if count is not None), default=None))
+    return _interval(summary.mean, summary.deviation, summary.n, over_samples)
 
 
-def _interval(mean: float, deviation: float | None, n: int, of_samples: float | None) -> Interval | None:
+def _half(error: float | None, n: int | None) -> float | None:
+    """Half the 95% interval of a mean of ``n`` values (None: unknown, taken for many) with this standard error."""
+    if error is None or (n is not None and n < 2):
+        return None
+    return error * (_NORMAL if n is None or n - 2 >= len(_T) else _T[n - 2])
+
+
+def _interval(mean: float, deviation: float | None, n: int, over_samples: float | None) -> Interval | None:
+    """The interval over the samples, whose half is ``over_samples``, and over ``n`` seeds with this deviation."""
     parts = {}
-    if of_samples is not None:
-        parts["held-out samples"] = _NORMAL * of_samples
-    if deviation is not None:
-        parts["seeds"] = (_T[n - 2] if n - 2 < len(_T) else _NORMAL) * deviation / math.sqrt(n)
+    if over_samples is not None:
+        parts["held-out samples"] = over_samples
+    if (over_seeds := None if deviation is None else _half(deviation / math.sqrt(n), n)) is not None:
+        parts["seeds"] = over_seeds
     if not parts:
         return None
     half = math.hypot(*parts.values())
