@@ -46,6 +46,12 @@ class Arm:
         """The mean of the seeds of what is spent before the first step, such as ``work``, and can be shared by runs."""
         return statistics.fmean(line["cost"][key] - line["cost"][f"{key}_in_steps"] for line in self.lines.values())
 
+    @property
+    def seconds_as_run(self) -> float | None:
+        """The median of the seeds' medians; None if a run was too short to tell."""
+        times = [line["seconds_of_step"] for line in self.lines.values() if line["seconds_of_step"] is not None]
+        return statistics.median(times) if times else None
+
     def kl(self, step: float) -> float:
         """The mean of the seeds at ``step``, in nats a position."""
         of_seeds = [at_step(line, step) for line in self.lines.values()]

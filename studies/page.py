@@ -143,14 +143,27 @@ def compared(table: Compared) -> str:
 
 
 def spent(table: Compared) -> str:
-    """What each arm cost, as multiples of the first arm's steps, and the other figures at its last step."""
-    heads = ["arm", "steps", "positions a step", "teacher queries", "head passes", "work a step", "seconds a step"]
+    """What each arm cost, as multiples of the first arm's steps, and the other figures at its last step.
+
+    ``as run``: the seconds of a step in the runs themselves, beside whatever else the machine did.
+    """
+    heads = [
+        "arm",
+        "steps",
+        "positions a step",
+        "teacher queries",
+        "head passes",
+        "work a step",
+        "seconds a step",
+        "as run",
+    ]
     heads += ["once: work, in steps", "once: queries, in steps", "runs to break even", *FIGURES.values()]
     rows, first = [heads, ["---"] * len(heads)], table.first
     for name, arm in table.arms.items():
         row = [f"`{name}`", str(arm.steps), f"{arm.cost_of_step('positions'):.0f}"]
         row += [_times(arm.cost_of_step(key), first.cost_of_step(key)) for key in COSTS]
         row.append(_times(table.seconds.get(name), table.seconds.get(first.name)))
+        row.append(_times(arm.seconds_as_run, first.seconds_as_run))
         once = arm.cost_once("work")
         saved = first.cost_of_step(WORK) * first.steps - arm.cost_of_step(WORK) * arm.steps
         row += [_times(once, first.cost_of_step(WORK)) if once else ""]
