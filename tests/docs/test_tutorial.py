@@ -40,15 +40,15 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     here = tmp_path / "examples" / "tutorial"
     shutil.copytree(EXAMPLE, here, ignore=shutil.ignore_patterns("*.jsonl", "runs"))
     (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "docs" / "index.md", tmp_path / "docs")
-    shutil.copy(ROOT / "docs" / "python.md", tmp_path / "docs")
+    for page in ("index", "python", "recipe", "scaling", "evaluation", "troubleshooting"):
+        shutil.copy(ROOT / "docs" / f"{page}.md", tmp_path / "docs")
     monkeypatch.chdir(here)
     (line,) = re.findall(r"^python (.*)$", "\n".join(blocks(TUTORIAL, "sh")), re.MULTILINE)
     subprocess.run([sys.executable, *line.split()], check=True, capture_output=True)
     make_teacher(here / "toy")
     recipe = yaml.safe_load((here / "recipe.yaml").read_text(encoding="utf-8"))
     recipe["student"]["prune_from_teacher"]["layers"] = 2
-    recipe["data"] |= {"max_length": 32}
+    recipe["data"] |= {"max_length": 32, "held_out_fraction": 0.3}  # few documents, of which chance may choose none
     recipe["training"] |= {"use_cpu": True, "bf16": False, "max_steps": 2}
     (here / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"teacher": {"model": "toy", "dtype": "float32"}}))
     for path in (here / "pages.jsonl", here / "next_sentence" / "questions.jsonl"):
