@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_distributed import WORKER, torchrun
 from tiny import make_samples
 
+from selkd import TeacherCache
 from selkd.errors import InputError
 from selkd.training.sampling import FilledDataset
 from selkd.training.sealing import last_complete_checkpoint
@@ -136,6 +137,29 @@ def test_another_number_of_processes_goes_on_with_the_same_samples_or_is_refused
         make_trainer("dropout", tmp_path / "one" / "dropout", tmp_path, **ways["one"]).train(
             resume_from_checkpoint=True
         )
+
+
+def test_another_teacher_than_the_cache_that_it_began_with_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_trainer("cached", tmp_path / "run", tmp_path)
+    kill_at(first, 5, "step")
+    with pytest.raises(Killed):
+        first.train()
+    live = make_trainer("cached", tmp_path / "run", tmp_path, cached=False)
+    with pytest.raises(
+        InputError, match=r"teacher_cache = '.*', this one None: .* give the cache, or the live teacher"
+    ):
+        live.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    other = make_trainer("cached", tmp_path / "run", tmp_path)
+    drawn_otherwise = dict(other.teacher.cache.fingerprint) | {"seed": 12}
+    with monkeypatch.context() as changed:
+        changed.setattr(TeacherCache, "fingerprint", drawn_otherwise)
+        with pytest.raises(InputError, match="teacher_cache = "):
+            other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    same = make_trainer("cached", tmp_path / "run", tmp_path)
+    same.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert same.state.global_step == same.state.max_steps
 
 
 @pytest.mark.parametrize(

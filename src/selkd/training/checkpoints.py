@@ -49,13 +49,14 @@ class ScheduleKept(TrainerCallback, ExportableState):
     """What the steps of a training see and learn; a resumed training must agree with it. Part of every checkpoint.
 
     Args:
-        stored: ``data``, the digest of the samples in their order; ``samples_per_step``, over all micro-batches and
-            processes; ``samples_per_epoch``, fewer than the data set's where its last ones are dropped; ``order_seed``,
-            which shuffles the samples (None: the data's order); ``seed``, of all other randomness; the recipe's parts
-            that decide the loss, as plain data; ``precision`` of products; ``sharding``, how FSDP writes checkpoints
-            (None: nothing is sharded); ``cut``, how a step is cut into micro-batches (None where it decides nothing,
-            as the student's forward draws no random numbers); ``processes``, whose number may change; ``is_sealed``,
-            whether the checkpoint is complete only with its digests.
+        stored: ``data``, the digest of the samples in their order; ``teacher_cache``, that of the cache's fingerprint
+            (None: the teacher is live); ``samples_per_step``, over all micro-batches and processes;
+            ``samples_per_epoch``, fewer than the data set's where its last ones are dropped; ``order_seed``, which
+            shuffles the samples (None: the data's order); ``seed``, of all other randomness; the recipe's parts that
+            decide the loss, as plain data; ``precision`` of products; ``sharding``, how FSDP writes checkpoints (None:
+            nothing is sharded); ``cut``, how a step is cut into micro-batches (None where it decides nothing, as the
+            student's forward draws no random numbers); ``processes``, whose number may change; ``is_sealed``, whether
+            the checkpoint is complete only with its digests.
     """
 
     def __init__(self, stored: dict[str, Any] | None = None) -> None:
@@ -80,6 +81,7 @@ class ScheduleKept(TrainerCallback, ExportableState):
 _FREE = ("processes", "is_sealed")  # may differ
 _ADVICE = {
     "data": "give the data that it began with",
+    "teacher_cache": "give the cache, or the live teacher, that it began with",
     "samples_per_step": "start as many processes as then, or set per_device_train_batch_size and "
     "gradient_accumulation_steps so that their product with the number of processes is what it was",
     "samples_per_epoch": "set dataloader_drop_last, per_device_train_batch_size and the number of processes to what "

@@ -1,15 +1,18 @@
 """Saving and resuming: checkpoints are sealed and checked, and a training keeps the schedule that it began with."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from selkd.errors import InputError, RunError
 from selkd.files import saving
+from selkd.teacher.cached import CachedTeacher
 from selkd.training.arguments import DistillArguments
 from selkd.training.checkpoints import ScheduleKept, stored_schedule
 from selkd.training.evaluation import EvaluatingTrainer
@@ -20,6 +23,7 @@ from selkd.training.sealing import checkpoints_in, fault_of, last_complete_check
 class ResumingTrainer(EvaluatingTrainer):
     """The saving and resuming of ``DistillTrainer``."""
 
+    teacher: Any
     train_dataset: Any  # a FilledDataset, once its rows have become samples
     _train_batch_size: int  # from the arguments, or the size that auto_find_batch_size arrived at
     _believed: Path | None = None  # the checkpoint that `last_checkpoint` found, so that it is not read twice
@@ -46,6 +50,7 @@ class ResumingTrainer(EvaluatingTrainer):
         return ScheduleKept(
             {
                 "data": self.train_dataset.samples.digest,
+                "teacher_cache": _cache_digest(self.teacher),
                 **_arguments_schedule(args, self._train_batch_size),
                 "samples_per_epoch": min(len(sampler), len(self.train_dataset)),
                 "order_seed": sampler.seed,
@@ -153,6 +158,13 @@ class ResumingTrainer(EvaluatingTrainer):
             super().save_model(output_dir)
         finally:
             plugin.set_state_dict_type(kind)
+
+
+def _cache_digest(teacher: Any) -> str | None:
+    """The digest of all that determines what a cached teacher gives; None of a live one, or of none."""
+    if not isinstance(teacher, CachedTeacher):
+        return None
+    return xxhash.xxh3_128_hexdigest(json.dumps(dict(teacher.cache.fingerprint), sort_keys=True).encode())
 
 
 def _draws_in_forward(model: nn.Module) -> bool:
