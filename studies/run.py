@@ -72,7 +72,7 @@ def _run_table(given: argparse.Namespace) -> int:
         runs = [run for run in runs if run.seed % 100 <= given.seeds]
     first, every = map(int, given.share.split("/"))
     runs = runs[first - 1 :: every]
-    done = _done(runs, lines)
+    done = _done(runs, lines, is_own_scale=given.scale is None)
     if given.recipes is not None:
         given.recipes.mkdir(parents=True, exist_ok=True)
         for run in runs:
@@ -91,8 +91,8 @@ def _run_table(given: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _done(runs: Sequence[StudyRun], lines: Sequence[Line]) -> set[str]:
-    """The ids of the runs that have a line.
+def _done(runs: Sequence[StudyRun], lines: Sequence[Line], *, is_own_scale: bool) -> set[str]:
+    """The ids of the runs that have a line. At another scale the lines of other recipes are passed over.
 
     Raises:
         InputError: a line is of another recipe than the run that it should be of.
@@ -100,12 +100,12 @@ def _done(runs: Sequence[StudyRun], lines: Sequence[Line]) -> set[str]:
     by_id = {(line["table"], line["arm"], line["seed"]): line for line in lines}
     found = {run.id: line for run in runs if (line := by_id.get((run.table, run.arm, run.seed))) is not None}
     other = [run.id for run in runs if run.id in found and found[run.id]["recipe"] != digest(run.recipe)]
-    if other:
+    if other and is_own_scale:
         raise InputError(
             f"{', '.join(other)}: the record has a line of another recipe. Take the lines out, with those of all that "
             "began with its student, or undo the change of tables.yaml."
         )
-    return set(found)
+    return set(found) - set(other)
 
 
 def _rates(
@@ -118,7 +118,7 @@ def _rates(
     name = f"{RATES}{tables.content['tables'][table]['start']}"
     needed = {tables.family(arm) for arm in arms or tables.content["tables"][table]["arms"] if arm in tables.arms}
     runs = [run for run in tables.runs(name) if run.arm.rpartition("_")[0] in needed]
-    if missing := sorted({run.id for run in runs} - _done(runs, lines)):
+    if missing := sorted({run.id for run in runs} - _done(runs, lines, is_own_scale=True)):
         raise InputError(f"{table}: no learning rate yet; run {name} first. Missing: {', '.join(missing)}")
     of_grid = {run.arm for run in runs}
     any_rate = dict.fromkeys(tables.content["families"], tables.content["rates"][0])

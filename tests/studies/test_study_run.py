@@ -105,6 +105,11 @@ def test_a_table_end_to_end(
     assert run("one", "--seeds", "1", "--tables", str(other)) == 2
     assert "one/cached/seed-1: the record has a line of another recipe" in capsys.readouterr().err
 
+    content["scales"] = {"other": {"training": {"max_steps": 5}}}
+    other.write_text(yaml.safe_dump(content))
+    assert run("one", "--tables", str(other), "--scale", "other", "--list") == 0
+    assert "one/dense/seed-1: to do" in capsys.readouterr().out, "a line of this scale is none of another's"
+
     # What is done is not done again: the record stays as it is, and the second seed is added.
     before = record.read_bytes()
     assert run("one", "--seeds", "1") == 0

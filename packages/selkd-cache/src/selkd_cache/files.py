@@ -18,7 +18,6 @@ from selkd_cache.errors import RunError
 # What file systems without locks, or without syncing of folders, answer.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
-_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 
 
@@ -94,9 +93,7 @@ def _is_named(temporary: Path, path: Path, stays: Callable[[], bool]) -> bool:
     """
     try:
         os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, *_NO_LINKS):
-            raise
+    except OSError:  # another file has the name, or there are no links here
         if not (path.exists() and stays()):
             return False
     temporary.unlink()
