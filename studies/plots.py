@@ -80,7 +80,7 @@ def forest(name: str, table: Compared) -> Plot:
         axes.set_yticks(range(len(arms)), arms)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(arms) - 0.5, -0.6)
-        lying(axes, lambda value: f"{value:+.3f}")
+        lying(axes, lambda value: f"{value:+.4f}")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel("nats a position; left of zero is nearer to the teacher")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
