@@ -4,7 +4,8 @@
     python studies/page.py --check    # exit code 1 if the page is not what the record says
 
 A table stands between ``<!-- study: NAME -->`` and ``<!-- end of study -->``, its pictures beside the page. Arms are
-compared as ``compare.py`` says; ``docs/results/study_seconds.json`` has their seconds of a step on an idle machine.
+compared as ``compare.py`` says. Beside the record ``study_seconds.json`` has their seconds of a step on an idle
+machine, and ``study_tasks.json`` what ``tasks.py`` measured.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from inference import Difference, holm, holm_level, verdict
 from plots import file_names, pictures
 from records import Line, rates_of, read_lines
 from tables import RATES, TABLES, StudyTables
+from tasks import TASKS
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 MARGIN = 0.1  # of what the first arm gained: what counts as good
@@ -34,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--check", action="store_true")
     given = options.parse_args(arguments)
-    seconds_file, page = RESULTS / "study_seconds.json", RESULTS / "study.md"
-    seconds = json.loads(seconds_file.read_text(encoding="utf-8")) if seconds_file.exists() else {}
+    page = RESULTS / "study.md"
+    seconds, tasks = (_content(RESULTS / file) for file in ("study_seconds.json", "study_tasks.json"))
     before = page.read_text(encoding="utf-8")
     tables = StudyTables.read(TABLES, Path(), Path())
     lines = read_lines(RESULTS / "study.jsonl")
-    after = filled(before, tables_of(tables, lines, seconds))
+    after = filled(before, tables_of(tables, lines, seconds) | {"tasks": tasks_of(tasks)})
     drawn = {RESULTS / file: content for file, content in pictures_of(tables, lines, seconds).items()}
     if given.check:
         return int(before != after or not all(file.exists() and _alike(file, drawn[file]) for file in drawn))
@@ -47,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for file, content in drawn.items():
         file.write_bytes(content)
     return 0
+
+
+def _content(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return content
 
 
 def _alike(file: Path, picture: bytes) -> bool:
@@ -189,6 +196,25 @@ def _form(figure: str, value: float) -> str:
 
 def _shown(one: Difference | None) -> str:
     return "" if one is None else f"{one.value:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
+
+
+def tasks_of(tasks: Mapping[str, Any]) -> str:
+    """What ``tasks.py`` measured, with standard errors; in brackets the paired difference to the table's first arm."""
+    parts = []
+    for name, measured in tasks.items():
+        rows = [["students", *TASKS], ["---"] * (len(TASKS) + 1)]
+        for student, figures in measured["rows"].items():
+            rows.append([f"`{student}`", *(_score(figures[task]) for task in TASKS)])
+        limit = "all rows" if measured["limit"] is None else f"at most {measured['limit']} rows"
+        parts.append(f"`{name}`, seed {measured['seed']}, {limit} of each, zero-shot, per cent:\n\n{_table(rows)}")
+    return "\n".join(parts) or f"{EMPTY}\n"
+
+
+def _score(figure: Mapping[str, float]) -> str:
+    shown = f"{100 * figure['value']:.1f} ± {100 * figure['standard_error']:.1f}"
+    if "difference" not in figure:
+        return shown
+    return f"{shown} ({100 * figure['difference']:+.1f} ± {100 * figure['difference_error']:.1f})"
 
 
 def _of_steps(lines: Sequence[Line], is_rates: bool) -> str:

@@ -7,10 +7,10 @@
     python studies/run.py headline --data TEXTS --out RUNS --scale paper --list
 
 The same command goes on where it was interrupted. A run is done when its line is in the record; its folder stays,
-without the student's weights. ``--list`` prints the runs and whether they are done; with ``--scale`` it checks the
-recipes of another size, which ``selkd estimate`` takes from ``--recipes DIR``. ``--time`` times a step of each arm, on
-an idle machine, into docs/results/study_seconds.json. On two cores, two commands with ``OMP_NUM_THREADS=1`` and
-``--share 1/2`` and ``2/2`` are faster than one after another with both.
+without the student's weights unless ``--keep`` is given. ``--list`` prints the runs and whether they are done; with
+``--scale`` it checks the recipes of another size, which ``selkd estimate`` takes from ``--recipes DIR``. ``--time``
+times a step of each arm, on an idle machine, into docs/results/study_seconds.json. On two cores, two commands with
+``OMP_NUM_THREADS=1`` and ``--share 1/2`` and ``2/2`` are faster than one after another with both.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms of the table")
     options.add_argument("--share", default="1/1", metavar="K/N", help="only each Nth run, from the Kth on")
     options.add_argument("--list", action="store_true", help="print the runs, and do none")
+    options.add_argument("--keep", action="store_true", help="keep the students' weights, for tasks.py")
     options.add_argument("--time", action="store_true", help="time a step of each arm instead, twice in turns")
     options.add_argument("--recipes", type=Path, help="write the runs' recipes into this folder, and do none")
     given = options.parse_args(arguments)
@@ -164,7 +165,7 @@ def _run(run: StudyRun, given: argparse.Namespace) -> bool:
         return False
     line: dict[str, Any] = line_of(path, run.table, run.arm, run.seed)
     append(given.record, line)
-    if not is_start:
+    if not is_start and not given.keep:
         for weights in (path / "student").glob("*.safetensors"):
             weights.unlink()
     print(f"{run.id}: KL {line['figures']['kl_nats']:.4f} nats", file=sys.stderr, flush=True)

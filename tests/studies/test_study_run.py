@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import page
 import pytest
+import tasks
 import yaml
 from compare import Compared
-from page import compared, pictures_of, spent, tables_of, write_page
+from page import compared, pictures_of, spent, tables_of, tasks_of, write_page
 from plots import file_names
 from prepare import DOMAINS, LONGEST, SHARES, SHORTEST, TASK, prepare
 from records import read_lines
 from run import main
 from tables import TABLES, StudyTables
+from tiny_benchmarks import write_rows
 from tiny_run import make_teacher, make_text
 
 from selkd.data.splits import is_held_out
+from selkd.evaluation.benchmarks import KNOWN
 
 TOY = {
     "base": {
@@ -114,9 +117,25 @@ def test_a_table_end_to_end(
     before = record.read_bytes()
     assert run("one", "--seeds", "1") == 0
     assert record.read_bytes() == before
-    assert run("one") == 0
+    assert run("one", "--keep") == 0
     assert record.read_bytes().startswith(before)
     assert len(lines_of_one(record)) == 6
+
+    # The students that were kept, and only those, are measured by benchmarks, each beside the table's first arm.
+    write_rows(tmp_path / "rows", *(KNOWN[task].file for task in tasks.TASKS))
+    results = tmp_path / "tasks.json"
+    given = ["one", "--out", tmp_path / "runs", "--tables", tables, "--data", tmp_path / "rows", "--results", results]
+    assert tasks.main([*map(str, given), "--seed", "1"]) == 2
+    assert "no weights of dense with seed 1; run it with --keep" in capsys.readouterr().err
+    assert tasks.main([*map(str, given), "--seed", "2", "--limit", "3"]) == 0
+    measured = json.loads(results.read_text())["one"]
+    assert list(measured["rows"]) == ["dense", "even_20", "cached", "before training", "teacher"]
+    first, other = (measured["rows"][name]["piqa"] for name in ("dense", "teacher"))
+    assert "difference" not in first
+    assert other["difference"] == pytest.approx(other["value"] - first["value"], abs=1e-4)
+    shown_tasks = tasks_of({"one": measured})
+    assert shown_tasks.startswith("`one`, seed 2, at most 3 rows of each")
+    assert shown_tasks.count("| `") == 5
     seconds = {"one": {"dense": 2.0, "even_20": 1.5}}
     shown = tables_of(StudyTables.read(tables, tmp_path, tmp_path), read_lines(record), seconds)
     rows = [row.split("|")[1].strip(" `") for row in shown["one"].splitlines() if row.startswith("| `")]
