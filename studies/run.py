@@ -6,11 +6,12 @@
     python studies/run.py headline --data TEXTS --out RUNS           # a table, one seed after another
     python studies/run.py headline --data TEXTS --out RUNS --scale paper --list
 
-The same command goes on where it was interrupted. A run is done when its line is in the record; its folder stays,
-without the student's weights unless ``--keep`` is given. ``--list`` prints the runs and whether they are done; with
-``--scale`` it checks the recipes of another size, which ``selkd estimate`` takes from ``--recipes DIR``. ``--time``
-times a step of each arm, on an idle machine, into docs/results/study_seconds.json. On two cores, two commands with
-``OMP_NUM_THREADS=1`` and ``--share 1/2`` and ``2/2`` are faster than one after another with both.
+The same command goes on where it was interrupted. A run is done when its line is in the record, which it takes over
+from another table that had the same run; its folder stays, without the student's weights unless ``--keep`` is given.
+``--list`` prints the runs and whether they are done; with ``--scale`` it checks the recipes of another size, which
+``selkd estimate`` takes from ``--recipes DIR``. ``--time`` times a step of each arm, on an idle machine, into
+docs/results/study_seconds.json. On two cores, two commands with ``OMP_NUM_THREADS=1`` and ``--share 1/2`` and ``2/2``
+are faster than one after another with both.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def _run_table(given: argparse.Namespace) -> int:
         return 0
     if given.time:
         return _time([run for run in runs if run.seed == runs[0].seed], given)
-    failed = [run.id for run in runs if run.id not in done and not _run(run, given)]
+    failed = [run.id for run in runs if run.id not in done and not (_take_over(run, lines, given) or _run(run, given))]
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
     if given.table.startswith(RATES) and not failed:
@@ -151,6 +152,17 @@ def _time(runs: Sequence[StudyRun], given: argparse.Namespace) -> int:
             print(f"{run.arm}: {found} s a step", file=sys.stderr, flush=True)
     path.write_text(json.dumps(of_tables, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _take_over(run: StudyRun, lines: Sequence[Line], given: argparse.Namespace) -> bool:
+    """Add the line of a run of another table, which had the same recipe and seed; False if there is none."""
+    own = digest(run.recipe)
+    for line in lines:
+        if (line["recipe"], line["seed"]) == (own, run.seed):
+            append(given.record, {**line, "table": run.table, "arm": run.arm})
+            print(f"{run.id}: the same as {line['table']}/{line['arm']}", file=sys.stderr)
+            return True
+    return False
 
 
 def _run(run: StudyRun, given: argparse.Namespace) -> bool:

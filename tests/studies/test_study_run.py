@@ -121,6 +121,16 @@ def test_a_table_end_to_end(
     assert record.read_bytes().startswith(before)
     assert len(lines_of_one(record)) == 6
 
+    # Another table with one of the same runs takes its line over.
+    content["tables"]["two"] = {"start": "made", "text": "study", "seeds": [2], "arms": ["dense"]}
+    tables.write_text(yaml.safe_dump(content))
+    assert run("two") == 0
+    taken = read_lines(record)[-1]
+    assert "two/dense/seed-2: the same as one/dense" in capsys.readouterr().err
+    assert taken == next(line for line in lines_of_one(record) if (line["arm"], line["seed"]) == ("dense", 2)) | {
+        "table": "two"
+    }
+
     # The students that were kept, and only those, are measured by benchmarks, each beside the table's first arm.
     write_rows(tmp_path / "rows", *(KNOWN[task].file for task in tasks.TASKS))
     results = tmp_path / "tasks.json"
