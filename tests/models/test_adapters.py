@@ -66,7 +66,7 @@ def test_training_moves_the_adapters_alone_and_merging_computes_the_same(tmp_pat
     trainer = DistillTrainer(
         model=student,
         teacher=make_model(0),
-        args=make_arguments(tmp_path, max_steps=3, positions={"fraction": 0.5}),
+        args=make_arguments(tmp_path, max_steps=3, positions={"metric": "student_entropy", "fraction": 0.5}),
         train_dataset=make_samples(),
         processing_class=make_tokenizer(),
     )
@@ -87,7 +87,7 @@ def trained_student(tmp_path: Path, **config: object) -> PreTrainedModel:
     DistillTrainer(
         model=student,
         teacher=make_model(0),
-        args=make_arguments(tmp_path, max_steps=3, positions={"fraction": 0.5}),
+        args=make_arguments(tmp_path, max_steps=3, positions={"metric": "student_entropy", "fraction": 0.5}),
         train_dataset=make_samples(),
         processing_class=make_tokenizer(),
     ).train()

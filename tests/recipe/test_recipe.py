@@ -39,13 +39,9 @@ def test_the_named_recipes_are_there() -> None:
     assert {*wanted.split(), *by_metric} <= named_recipes().keys()
 
 
-def test_the_minimal_recipe_is_se_kd_with_a_live_teacher() -> None:
+def test_the_minimal_recipe_is_full_kd_with_a_live_teacher() -> None:
     recipe = parse_part(Recipe, MINIMAL)
-    assert (recipe.positions.metric, recipe.positions.policy, recipe.positions.fraction) == (
-        "student_entropy",
-        "top_k",
-        0.2,
-    )
+    assert recipe.positions.policy == "all"
     assert (recipe.classes.sampler, recipe.samples, recipe.cache) == ("all", None, None)
 
 
@@ -192,6 +188,21 @@ def test_what_a_choice_needs_is_filled_in() -> None:
         part = recipe.resolved()["criterion" if changes[0].startswith("criterion") else "positions"]
         assert {key: part[key] for key in expected} == expected
         assert parse_part(Recipe, recipe.resolved()) == recipe, "reading the resolved recipe gives an equal one"
+
+
+def test_what_is_given_of_positions_tells_the_policy() -> None:
+    for given, expected in (
+        ({}, ("all", None, None)),
+        ({"policy": None}, ("all", None, None)),
+        ({"fraction": 0.3}, ("random", None, 0.3)),
+        ({"metric": "kl"}, ("top_k", "kl", 0.2)),
+        ({"metric": "kl", "fraction": 0.3}, ("top_k", "kl", 0.3)),
+        ({"scoring": "two_stage"}, ("top_k", "student_entropy", 0.2)),
+        ({"policy": "gls"}, ("gls", "student_entropy", 0.2)),
+    ):
+        options = parse_part(PositionOptions, given)
+        assert (options.policy, options.metric, options.fraction) == expected
+        assert parse_part(PositionOptions, options.model_dump()) == options
 
 
 def test_yaml_tags_build_no_objects(tmp_path: Path) -> None:

@@ -497,7 +497,8 @@ def test_a_search_over_learning_rates_minimises_the_held_out_loss(evaluated: dic
 def test_a_search_over_positions_trains_by_each_of_them(tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     fractions, found = [0.1, 1.0], {}
-    trainer = searched(tmp_path / "a", positions={"fraction": 0.5}, learning_rate=0.05)
+    by_entropy: dict[str, Any] = {"metric": "student_entropy"}
+    trainer = searched(tmp_path / "a", positions=by_entropy | {"fraction": 0.5}, learning_rate=0.05)
 
     def objective(metrics: dict[str, float]) -> float:
         found[trainer.args.positions.fraction] = (metrics["eval_loss"], trainer.totals.positions_selected)
@@ -506,13 +507,13 @@ def test_a_search_over_positions_trains_by_each_of_them(tmp_path: Path) -> None:
     # By position, as the Trainer takes it.
     pytest.importorskip("optuna").logging.set_verbosity(optuna.logging.ERROR)
     best = trainer.hyperparameter_search(
-        lambda trial: {"positions": {"fraction": trial.suggest_categorical("fraction", fractions)}},
+        lambda trial: {"positions": by_entropy | {"fraction": trial.suggest_categorical("fraction", fractions)}},
         objective, 2, "minimize", "optuna", sampler=optuna.samplers.GridSampler({"fraction": fractions}),
     )  # fmt: skip
     expected = {}
     for fraction in fractions:
         alone = make_trainer(
-            tmp_path / "b", learning_rate=0.05, positions={"fraction": fraction}, max_steps=2,
+            tmp_path / "b", learning_rate=0.05, positions=by_entropy | {"fraction": fraction}, max_steps=2,
             eval_dataset=make_samples(5, seed=3),
         )  # fmt: skip
         alone.train()
@@ -524,7 +525,7 @@ def test_a_search_over_positions_trains_by_each_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"positions": {"fraction": 3.0}}, "positions.fraction"),
+        ({"positions": {"metric": "student_entropy", "fraction": 3.0}}, "positions.fraction"),
         ({"criterion": {"name": "jsd"}, "classes": {"sampler": "rs_kd"}}, "criterion.name: jsd of drawn classes"),
         ({"data": {"max_length": 8}}, "hp_space: how rows become samples"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),

@@ -79,7 +79,7 @@ class Damage(TrainerCallback):
         self.weights = [weight.detach().clone() for weight in model.parameters()]
 student, damage = make_model(1), Damage()
 trainer = DistillTrainer(
-    student, make_model(0), make_arguments(sys.argv[1], positions={"fraction": 0.3}, max_steps=3, ddp_backend="gloo"),
+    student, make_model(0), make_arguments(sys.argv[1], max_steps=3, ddp_backend="gloo"),
     make_samples(16), processing_class=make_tokenizer(), callbacks=[damage],
 )
 try:

@@ -55,7 +55,7 @@ def test_a_training_that_ended_inside_an_epoch_makes_no_further_step(tmp_path: P
 
 def test_a_training_that_goes_on_between_two_logged_steps_logs_the_same(tmp_path: Path) -> None:
     for name, changes in (
-        ("text", {"positions": {"fraction": {"from": 1.0, "to": 0.2}}}),
+        ("text", {"positions": {"metric": "student_entropy", "fraction": {"from": 1.0, "to": 0.2}}}),
         ("answers", {"on_policy": {"max_new_tokens": 4}, "criterion": {"name": "reverse_kl"}}),
     ):
         whole = trained(tmp_path / name, max_steps=6, **changes)

@@ -53,9 +53,12 @@ def evaluator(out: Path, samples: Any, recipe: dict[str, Any] | None = None, **o
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     **RECIPES,
-    "reverse KL at 2": {"criterion": {"name": "reverse_kl", "temperature": 2.0}, "positions": {"fraction": 0.2}},
+    "reverse KL at 2": {
+        "criterion": {"name": "reverse_kl", "temperature": 2.0},
+        "positions": {"metric": "student_entropy", "fraction": 0.2},
+    },
     "dkd and text": {"criterion": {"name": "dkd", "kd_weight": 0.5}, "positions": {"metric": "kl", "fraction": 0.1}},
-    "a schedule": {"positions": {"fraction": {"from": 1.0, "to": 0.1}}},
+    "a schedule": {"positions": {"metric": "student_entropy", "fraction": {"from": 1.0, "to": 0.1}}},
     "a curriculum": {"positions": {"policy": "curriculum", "fraction": 0.3, "curriculum_steps": 5}},
     "weighted": {"positions": {"policy": "weighted"}},
     "draws of classes": {"positions": {"policy": "all"}, "classes": {"sampler": "rs_kd", "draws": 2}},
@@ -154,7 +157,10 @@ def dense_cross_entropy(cache: TeacherCache, samples: SampleDataset, temperature
 def test_from_a_cache_it_is_the_cross_entropy_to_the_draws(temperature: float, batch: int, tmp_path: Path) -> None:
     samples = make_samples(9)
     cache = cached(samples, tmp_path / "cache", temperature=temperature)
-    recipe = DRAWN | {"criterion": {"temperature": temperature}, "positions": {"fraction": 0.2}}
+    recipe = DRAWN | {
+        "criterion": {"temperature": temperature},
+        "positions": {"metric": "student_entropy", "fraction": 0.2},
+    }
     trainer = evaluator(tmp_path / "run", samples, recipe, teacher=cache, per_device_eval_batch_size=batch)
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(dense_cross_entropy(cache, samples, temperature), rel=1e-6)

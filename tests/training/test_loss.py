@@ -56,7 +56,10 @@ CHOICES: list[dict[str, Any]] = [
     {"positions": {"metric": "soft_or", "fraction": 0.4, "reduction": "per_position"}, "criterion": {"name": "jsd"}},
     {"positions": {"policy": "random", "fraction": 0.5}, "criterion": {"name": "reverse_kl"}},
     {"positions": {"policy": "pos_rs_corrected", "metric": "kl", "fraction": 0.5}},
-    {"positions": {"fraction": {"from": 0.9, "to": 0.3}, "policy": "curriculum"}, "criterion": {"name": "at_kd"}},
+    {
+        "positions": {"metric": "student_entropy", "fraction": {"from": 0.9, "to": 0.3}, "policy": "curriculum"},
+        "criterion": {"name": "at_kd"},
+    },
 ]
 
 

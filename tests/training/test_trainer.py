@@ -40,13 +40,19 @@ RECIPES: dict[str, dict[str, Any]] = {
 # Each runs as one step against the specification; together they take every metric, policy and criterion.
 COMBINATIONS: dict[str, dict[str, Any]] = {
     **RECIPES,
-    "unsquared": {"criterion": {"temperature": 2.0, "temperature_squared": False}, "positions": {"fraction": 0.5}},
+    "unsquared": {
+        "criterion": {"temperature": 2.0, "temperature_squared": False},
+        "positions": {"metric": "student_entropy", "fraction": 0.5},
+    },
     **{
         f"by {m}": {"positions": {"metric": m, "fraction": 0.3}}
         for m in (*reference.METRICS, "random")
         if m != "student_entropy"
     },
-    **{f"criterion {c}": {"criterion": {"name": c}, "positions": {"fraction": 0.5}} for c in reference.CRITERIA},
+    **{
+        f"criterion {c}": {"criterion": {"name": c}, "positions": {"metric": "student_entropy", "fraction": 0.5}}
+        for c in reference.CRITERIA
+    },
     "at-kd, temperature, text": {
         "criterion": {"name": "at_kd", "temperature": 1.5, "kd_weight": 0.7},
         "positions": {"metric": "kl", "fraction": 0.6, "reduction": "per_position"},
@@ -57,7 +63,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "criterion": {"name": "reverse_kl"},
     },
     "weighted": {"positions": {"policy": "weighted", "metric": "kl"}, "criterion": {"kd_weight": 0.5}},
-    "scheduled": {"positions": {"fraction": {"from": 0.8, "to": 0.2, "over": 0.5}}},
+    "scheduled": {"positions": {"metric": "student_entropy", "fraction": {"from": 0.8, "to": 0.2, "over": 0.5}}},
     "evenly spaced, scheduled": {
         "positions": {"policy": "pps", "fraction": {"from": 0.8, "to": 0.2, "over": 0.5}, "power": 0}
     },
@@ -165,7 +171,7 @@ def test_what_is_logged_is_what_was_selected(tmp_path: Path) -> None:
 RESUMED = {
     "drawn anew each step": {**RECIPES["random"], "classes": {"sampler": "rs_kd", "draws": 4}},
     "a queue": {"positions": {"policy": "gls", "fraction": 0.3, "queue_size": 60}},
-    "a schedule": {"positions": {"fraction": {"from": 1.0, "to": 0.1}}},
+    "a schedule": {"positions": {"metric": "student_entropy", "fraction": {"from": 1.0, "to": 0.1}}},
     "a curriculum": {"positions": {"policy": "curriculum", "fraction": 0.3, "curriculum_steps": 5}},
 }
 
@@ -294,7 +300,11 @@ def truncated(samples: SampleDataset, temperature: float) -> dict[str, Tensor]:
 def test_a_step_on_the_top_classes_with_their_tail_is_the_specifications(teacher: str, tmp_path: Path) -> None:
     """A cache rounds probabilities to 1/65,535, which moves the step as little."""
     samples, temperature = make_samples(8), 1.7
-    recipe = {"classes": TAIL, "criterion": {"temperature": temperature}, "positions": {"fraction": 0.5}}
+    recipe = {
+        "classes": TAIL,
+        "criterion": {"temperature": temperature},
+        "positions": {"metric": "student_entropy", "fraction": 0.5},
+    }
     about = {"sampler": "top_k", "draws": 8, "count_total": TOP_K_UNITS, "temperature": temperature, "vocabulary": V}
     live = LiveTeacher(make_model(0, layers=3), ClassOptions(**TAIL), temperature, 11, V)
     build_cache(tmp_path / "cache", about | {"tail": "one class"}, samples, lambda: live, 1)

@@ -18,9 +18,10 @@ from selkd.selection.host import first_marked
 from selkd.teacher.build_cache import build_cache
 from selkd.teacher.live import LiveTeacher
 
+ENTROPY = {"metric": "student_entropy", "fraction": 0.3}
 RECIPES: dict[str, dict[str, Any]] = {
     "full kd": {"positions": {"policy": "all"}},
-    "se-kd": {"positions": {"fraction": 0.3}},
+    "se-kd": {"positions": ENTROPY},
     "two-stage": {
         "positions": {
             "fraction": 0.2, "scoring": "two_stage", "rescored_share": 0.2, "frequent_classes": 20, "tail_classes": 20,
@@ -33,15 +34,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pos_rs_corrected": {"positions": {"policy": "pos_rs_corrected", "fraction": 0.3, "metric": "kl", "skip_first": 2}},
     "pps": {"positions": {"policy": "pps", "fraction": 0.3, "metric": "student_ce"}},
     "weighted": {"positions": {"policy": "weighted"}},
-    "per position": {"positions": {"fraction": 0.3, "reduction": "per_position"}},
+    "per position": {"positions": {**ENTROPY, "reduction": "per_position"}},
     "soft_or": {"positions": {"metric": "soft_or", "fraction": 0.3}},
-    "kd_weight": {"positions": {"fraction": 0.3}, "criterion": {"kd_weight": 0.6, "temperature": 2.0}},
+    "kd_weight": {"positions": ENTROPY, "criterion": {"kd_weight": 0.6, "temperature": 2.0}},
     "dkd": {"positions": {"policy": "all"}, "criterion": {"name": "dkd"}},
-    "at_kd": {"positions": {"fraction": 0.6}, "criterion": {"name": "at_kd"}},
-    "rs_kd": {"positions": {"fraction": 0.3}, "classes": {"sampler": "rs_kd", "draws": 8}},
+    "at_kd": {"positions": {**ENTROPY, "fraction": 0.6}, "criterion": {"name": "at_kd"}},
+    "rs_kd": {"positions": ENTROPY, "classes": {"sampler": "rs_kd", "draws": 8}},
     "systematic": {"positions": {"policy": "all"}, "classes": {"sampler": "systematic", "draws": 8}},
-    "top_k": {"positions": {"fraction": 0.3}, "classes": {"sampler": "top_k", "draws": 8}},
-    "tail": {"positions": {"fraction": 0.3}, "classes": {"sampler": "top_k", "draws": 8, "tail": True}},
+    "top_k": {"positions": ENTROPY, "classes": {"sampler": "top_k", "draws": 8}},
+    "tail": {"positions": ENTROPY, "classes": {"sampler": "top_k", "draws": 8, "tail": True}},
 }  # fmt: skip
 
 

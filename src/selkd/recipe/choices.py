@@ -120,7 +120,9 @@ class PositionOptions(Part):
         "student_entropy", description="The metric u: one of the table below, or your own as module:function."
     )
     policy: PolicyName = Field(
-        "top_k", description="The policy: one of the table below, or your own as module:function."
+        "all",
+        description="The policy: one of the table below, or your own as module:function. Not given: top_k where a "
+        "metric or scoring is, random where a fraction is, and else all.",
     )
     fraction: MaybeScheduled | None = Field(
         0.20, description="k: the share of the valid positions to select, or a schedule {from, to, over, shape}."
@@ -192,6 +194,17 @@ class PositionOptions(Part):
         "the loss uses the others. Default: a quarter. With rs_kd draws the two are independent, and the loss stays "
         "unbiased; with systematic it comes out some hundredths of a nat too low at the selected positions.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policy_of_what_is_given(cls, given: Any) -> Any:
+        """Nobody means all positions who gives a metric to rank them by, or the share to learn at."""
+        if not isinstance(given, dict) or given.get("policy") is not None:
+            return given
+        by_score, by_share = (
+            any(given.get(key) is not None for key in keys) for keys in (("metric", "scoring"), ("fraction",))
+        )
+        return {**given, "policy": "top_k" if by_score else "random" if by_share else "all"}
 
     @model_validator(mode="after")
     def _complete(self) -> "PositionOptions":

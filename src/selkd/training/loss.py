@@ -90,12 +90,11 @@ def distillation_loss(
 ) -> DistillationLoss:
     """The selective distillation loss of a micro-batch, from hidden states; full logits are never in memory.
 
-    Dense expression with the defaults, ``q`` and ``p`` being the softmax of the student's and the teacher's logits and
-    ``H`` the student's entropy, both [B, T, V] and [B, T]::
+    Dense expression with the defaults, ``q`` and ``p`` [B, T, V] being the softmax of the student's and the teacher's
+    logits; with ``positions`` the mean of a sample is over those that are selected::
 
         d = (p * (p.log() - q.log())).sum(-1)
-        chosen = the ceil(0.2 * n) valid positions of each sample with the highest H
-        loss = torch.stack([d[i, chosen[i]].mean() for i in range(B)]).mean()
+        loss = torch.stack([d[i, valid_mask[i]].mean() for i in range(B)]).mean()
 
     ``selkd.reference.loss`` is the dense expression for every choice. The gradient reaches ``hidden_states`` and the
     head's own parameters through autograd: where DDP or FSDP wraps the model, call it inside the model's forward.
@@ -127,7 +126,7 @@ def distillation_loss(
         valid_mask: bool [B, T], on any device, the positions that may be selected; None: those whose target is not
             -100.
         criterion: the recipe's part of that name; None: forward KL.
-        positions: the recipe's part; None: the 20% with the highest student entropy.
+        positions: the recipe's part; None: all of them.
         classes: the recipe's part: the classes that are drawn of a teacher that is given in full, None: all; or how
             given ``counts`` were drawn (``TeacherCollator.classes``), None: it is not known.
         vocab_size: how many classes both models share, where one of them has padded its vocabulary.
