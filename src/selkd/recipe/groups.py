@@ -1,9 +1,9 @@
 """What the named recipes are for: the groups in which ``selkd recipes`` lists them."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "To begin with": ("demo", "full_kd", "se_kd_3x", "se_kd_3x_systematic", "se_kd"),
-    "Baselines": ("full_kd_ce", "full_kd_t2", "random_pos", "random_samples", "weighted_kd", "at_kd", "dkd"),
-    "Which positions: by what the student shows": ("student_ce",),
+    "To begin with": ("demo", "full_kd", "random_pos", "se_kd_3x", "se_kd_3x_systematic"),
+    "Baselines": ("full_kd_ce", "full_kd_t2", "random_samples", "weighted_kd", "at_kd", "dkd"),
+    "Which positions: by what the student shows": ("se_kd", "student_ce"),
     "Which positions: by what the teacher shows, too": (
         "teacher_entropy",
         "teacher_ce",
