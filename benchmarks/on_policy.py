@@ -70,7 +70,8 @@ def main() -> None:
         args = DistillArguments(
             output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=dtype == torch.bfloat16, report_to="none",
             per_device_train_batch_size=options.batch, learning_rate=0.0, data=data, seed=0,
-            criterion={"name": "reverse_kl"}, positions={"fraction": 0.2}, on_policy=on_policy,
+            criterion={"name": "reverse_kl"}, positions={"metric": "student_entropy", "fraction": 0.2},
+            on_policy=on_policy,
         )  # fmt: skip
         made = DistillTrainer(
             model=copy.deepcopy(student), teacher=teacher, args=args,

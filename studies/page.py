@@ -202,7 +202,7 @@ def tasks_of(tasks: Mapping[str, Any]) -> str:
     """What ``tasks.py`` measured, with standard errors; in brackets the paired difference to the table's first arm."""
     parts = []
     for name, measured in tasks.items():
-        rows = [["students", *TASKS], ["---"] * (len(TASKS) + 1)]
+        rows = [["student", *TASKS], ["---"] * (len(TASKS) + 1)]
         for student, figures in measured["rows"].items():
             rows.append([f"`{student}`", *(_score(figures[task]) for task in TASKS)])
         limit = "all rows" if measured["limit"] is None else f"at most {measured['limit']} rows"

@@ -85,7 +85,7 @@ def _run_table(given: argparse.Namespace) -> int:
         return 0
     if given.time:
         return _time([run for run in runs if run.seed == runs[0].seed], given)
-    failed = [run.id for run in runs if run.id not in done and not (_take_over(run, lines, given) or _run(run, given))]
+    failed = [run.id for run in runs if run.id not in done and not (_takes_over(run, lines, given) or _run(run, given))]
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
     if given.table.startswith(RATES) and not failed:
@@ -154,15 +154,17 @@ def _time(runs: Sequence[StudyRun], given: argparse.Namespace) -> int:
     return 0
 
 
-def _take_over(run: StudyRun, lines: Sequence[Line], given: argparse.Namespace) -> bool:
-    """Add the line of a run of another table, which had the same recipe and seed; False if there is none."""
-    own = digest(run.recipe)
-    for line in lines:
-        if (line["recipe"], line["seed"]) == (own, run.seed):
-            append(given.record, {**line, "table": run.table, "arm": run.arm})
-            print(f"{run.id}: the same as {line['table']}/{line['arm']}", file=sys.stderr)
-            return True
-    return False
+def _takes_over(run: StudyRun, lines: Sequence[Line], given: argparse.Namespace) -> bool:
+    """Add the line of another table's run of the same recipe and seed; False if none is, or weights are wanted."""
+    if given.keep or run.table == run.arm:
+        return False
+    own = (digest(run.recipe), run.seed)
+    same = next((line for line in lines if (line["recipe"], line["seed"]) == own and line["table"] != run.table), None)
+    if same is None:
+        return False
+    append(given.record, {**same, "table": run.table, "arm": run.arm})
+    print(f"{run.id}: the same as {same['table']}/{same['arm']}", file=sys.stderr)
+    return True
 
 
 def _run(run: StudyRun, given: argparse.Namespace) -> bool:

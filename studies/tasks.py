@@ -70,11 +70,17 @@ def _students(tables: StudyTables, table: str, seed: int) -> dict[str, str]:
     content = tables.content["tables"].get(table)
     if content is None:
         raise InputError(f"{table}: no such table. Allowed: {', '.join(tables.content['tables'])}.")
-    runs = {arm: tables.out / "runs" / table / arm / f"seed-{seed}" for arm in content["arms"]}
+    runs = {
+        arm: tables.out / "runs" / table / arm / f"seed-{tables.arms[arm].get('seeds_from', 0) + seed}"
+        for arm in content["arms"]
+    }
     kept = {arm: str(run) for arm, run in runs.items() if list((run / "student").glob("*.safetensors"))}
     first = content["arms"][0]
     if first not in kept:
-        raise InputError(f"{table}: no weights of {first} with seed {seed}; run it with --keep.")
+        raise InputError(
+            f"{table}: no weights of {first} with seed {seed}. If the record has its line, take the line out; then run "
+            "it with --keep."
+        )
     start = tables.out / content["start"] / "student"
     before = {BEFORE: str(start)} if start.exists() else {}
     return kept | before | {"teacher": tables.content["base"]["teacher"]["model"]}

@@ -33,6 +33,7 @@ class CachedSFTTrainer(SFTTrainer):
             {"class_ids": inputs["teacher_class_ids"], "counts": inputs["teacher_counts"]},
             pad(inputs["labels"][:, 1:], (0, 1), value=-100),
             inputs["valid_mask"],
+            positions={"metric": "student_entropy", "fraction": 0.2},
             sample_ids=inputs["sample_ids"],
             step=self.state.global_step,
         )

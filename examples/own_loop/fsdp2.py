@@ -27,7 +27,8 @@ class Student(nn.Module):
 
     def forward(self, input_ids: Tensor, targets: Tensor, teacher: dict[str, Any], **options: Any) -> Tensor:
         hidden_states = self.model.get_decoder()(input_ids).last_hidden_state
-        return selkd.distillation_loss(hidden_states, self.model, teacher, targets, **options).loss
+        positions = {"metric": "student_entropy", "fraction": 0.2}
+        return selkd.distillation_loss(hidden_states, self.model, teacher, targets, positions=positions, **options).loss
 
 
 def main(teacher_path: str, student_path: str, text: str, out: str) -> list[float]:

@@ -32,6 +32,7 @@ class SelectiveSFTTrainer(SFTTrainer):
             model,
             {"hidden_states": hidden, "lm_head": self.teacher},
             targets,
+            positions={"metric": "student_entropy", "fraction": 0.2},
             step=self.state.global_step,
         )
         return (result.loss, result._asdict()) if return_outputs else result.loss

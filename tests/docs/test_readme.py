@@ -26,7 +26,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
     code = re.sub(r"Qwen/Qwen3-[\w.]+", "teacher", code).replace(
-        '"out",', '"out", max_steps=1, data={"max_length": 64}, use_cpu=True, report_to="none",'
+        '"out"', '"out", max_steps=1, data={"max_length": 64}, use_cpu=True, report_to="none"'
     )
     exec(compile(code, "README.md", "exec"), {})
 

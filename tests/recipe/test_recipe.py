@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -194,7 +195,8 @@ def test_what_is_given_of_positions_tells_the_policy() -> None:
     for given, expected in (
         ({}, ("all", None, None)),
         ({"policy": None}, ("all", None, None)),
-        ({"fraction": 0.3}, ("random", None, 0.3)),
+        ({"fraction": 0.3}, ("random", "random", 0.3)),
+        (MappingProxyType({"metric": "kl"}), ("top_k", "kl", 0.2)),
         ({"metric": "kl"}, ("top_k", "kl", 0.2)),
         ({"metric": "kl", "fraction": 0.3}, ("top_k", "kl", 0.3)),
         ({"scoring": "two_stage"}, ("top_k", "student_entropy", 0.2)),

@@ -9,6 +9,8 @@ import pytest
 from made_run import BENCHMARKS, OVERLAP, demo_metrics, held_out, write_run
 
 from selkd.errors import InputError, RunError
+from selkd.recipe.files import load_recipe
+from selkd.reporting.chosen_keys import chosen_keys
 from selkd.reporting.page import write_page
 
 HOSTILE = "<script>alert(1)</script>\"'&</style><img src=x onerror=alert(1)>"
@@ -395,6 +397,19 @@ def test_what_the_map_leaves_out_is_told(run_dir: Path) -> None:
     # Where nothing was to be written, nothing is missing; where it could not be, the reason stands.
     assert "In its own words" not in page(continuations=[], why_no_teacher="no teacher was loaded")
     assert "Something is missing here: too long." in page(continuations=[], why_not_written="too long")
+
+
+def test_the_chosen_keys_of_positions_are_told() -> None:
+    for name, expected in {
+        "full_kd": {},
+        "random_pos": {"policy": "random", "metric": "random", "fraction": "0.2"},
+        "se_kd": {"policy": "top_k", "metric": "student_entropy", "fraction": "0.2", "scoring": "exact"},
+    }.items():
+        chosen = chosen_keys(load_recipe(name).resolved())
+        of_positions = {key.split(".")[1]: value for key, value in chosen.items() if key.startswith("positions.")}
+        assert of_positions == expected
+    recipe = load_recipe("se_kd_3x", ["samples.fraction=0.3"]).resolved()
+    assert {key for key in chosen_keys(recipe) if key.startswith("samples")} == {"samples.fraction"}
 
 
 def test_the_chosen_keys_come_first_and_the_whole_recipe_is_folded(run_dir: Path) -> None:

@@ -117,7 +117,7 @@ def test_without_power_it_needs_no_metric() -> None:
     options = parse_part(PositionOptions, {"policy": "pps", "power": 0, "metric": "kl"}, "positions")
     assert (options.metric, options.scoring, options.needs_teacher) == (None, None, False)
     assert parse_part(PositionOptions, {"policy": "pps"}, "positions").power == 1.0
-    with pytest.raises(InputError, match=r"positions\.power: an option of pps, without effect on top_k"):
+    with pytest.raises(InputError, match=r"positions\.power: an option of pps, without effect on all"):
         parse_part(PositionOptions, {"power": 1.0}, "positions")
     with pytest.raises(InputError, match=r"positions\.reduction: pps gives its positions weights of their own"):
         parse_part(PositionOptions, {"policy": "pps", "reduction": "per_position"}, "positions")

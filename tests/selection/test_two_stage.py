@@ -194,7 +194,10 @@ def test_a_run_logs_how_far_it_agrees_with_exact_selection_and_resumes(tmp_path:
 
 def test_a_step_with_every_class_is_the_exact_one(tmp_path: Path) -> None:
     samples, students = make_samples(8), []
-    for name, positions in (("two", {**TWO_STAGE["positions"], "frequent_classes": V}), ("exact", {"fraction": 0.3})):
+    for name, positions in (
+        ("two", {**TWO_STAGE["positions"], "frequent_classes": V}),
+        ("exact", {"metric": "student_entropy", "fraction": 0.3}),
+    ):
         trainer = trainer_of(tmp_path / name, samples, {"positions": positions}, per_device_train_batch_size=8)
         trainer.train()
         students.append(weights(trainer.model))
@@ -222,7 +225,7 @@ def test_options_are_settled_and_read_back_equal() -> None:
     assert (options.frequent_classes, options.tail_classes, options.rescored_share) == (4096, 1024, 0.15)
     assert options.calibration_fraction == 1 / 32
     assert parse_part(PositionOptions, json.loads(options.model_dump_json(by_alias=True))) == options
-    assert parse_part(PositionOptions, {}).scoring == "exact"
+    assert parse_part(PositionOptions, {"policy": "top_k"}).scoring == "exact"
     assert parse_part(PositionOptions, {"policy": "all"}).scoring is None
 
 

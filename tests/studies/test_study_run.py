@@ -41,7 +41,8 @@ TOY = {
         "dense": {"family": "unbiased", "positions": {"policy": "all"}},
         "even_20": {"family": "unbiased", "positions": {"policy": "pps", "power": 0, "fraction": 0.2}},
         "cached": {
-            "family": "unbiased", "positions": {"fraction": 0.2}, "classes": {"sampler": "rs_kd", "draws": 8},
+            "family": "unbiased", "positions": {"metric": "student_entropy", "fraction": 0.2},
+            "classes": {"sampler": "rs_kd", "draws": 8},
             "cache": {"path": None}, "samples": {"metric": "random", "fraction": 0.5},
         },
     },
@@ -136,7 +137,7 @@ def test_a_table_end_to_end(
     results = tmp_path / "tasks.json"
     given = ["one", "--out", tmp_path / "runs", "--tables", tables, "--data", tmp_path / "rows", "--results", results]
     assert tasks.main([*map(str, given), "--seed", "1"]) == 2
-    assert "no weights of dense with seed 1; run it with --keep" in capsys.readouterr().err
+    assert "no weights of dense with seed 1" in capsys.readouterr().err
     assert tasks.main([*map(str, given), "--seed", "2", "--limit", "3"]) == 0
     measured = json.loads(results.read_text())["one"]
     assert list(measured["rows"]) == ["dense", "even_20", "cached", "before training", "teacher"]

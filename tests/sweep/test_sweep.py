@@ -30,6 +30,7 @@ BASE: dict[str, Any] = {
     "teacher": {"model": "demo"},
     "student": {"prune_from_teacher": {"layers": 20}},
     "data": {"path": "demo"},
+    "positions": {"metric": "student_entropy"},
     "classes": {"sampler": "rs_kd"},
     "samples": {"fraction": 0.5},
     "cache": {"path": None},

@@ -50,8 +50,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "chunk_size", lambda *_: 5)
 
 
+SE_KD = {"metric": "student_entropy", "fraction": 0.2}
 CHOICES: list[dict[str, Any]] = [
     {},
+    {"positions": SE_KD},
     {"positions": {"policy": "all"}, "criterion": {"temperature": 1.7, "kd_weight": 0.6}},
     {"positions": {"metric": "soft_or", "fraction": 0.4, "reduction": "per_position"}, "criterion": {"name": "jsd"}},
     {"positions": {"policy": "random", "fraction": 0.5}, "criterion": {"name": "reverse_kl"}},
@@ -91,8 +93,10 @@ def test_draws_of_a_teacher_are_its_target() -> None:
     case, classes = Case(), {"sampler": "rs_kd", "draws": 9}
     drawn = selkd.sample_classes(case.live, classes, step=4, seed=2, sample_ids=case.ids)
     assert drawn["counts"].sum(-1).unique().tolist() == [9]
-    expected = reference.loss(case.logits, case.teacher_logits, case.targets, case.valid, {"classes": classes}, **drawn)
-    given = selkd.distillation_loss(case.hidden, case.head, drawn, case.targets, case.valid)
+    expected = reference.loss(
+        case.logits, case.teacher_logits, case.targets, case.valid, {"positions": SE_KD, "classes": classes}, **drawn
+    )
+    given = selkd.distillation_loss(case.hidden, case.head, drawn, case.targets, case.valid, positions=SE_KD)
     torch.testing.assert_close(given.loss, expected)
     everywhere = torch.ones_like(case.valid)
     live, stored = (
@@ -214,9 +218,10 @@ def test_a_head_may_have_any_form(form: str) -> None:
     logits = logits_of(case).detach()
     expected = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(selkd.chunked_entropy(case.hidden, given(case)), expected)
-    result = selkd.distillation_loss(case.hidden, given(case), case.live, case.targets, case.valid)
+    result = selkd.distillation_loss(case.hidden, given(case), case.live, case.targets, case.valid, positions=SE_KD)
     torch.testing.assert_close(
-        result.loss.detach(), reference.loss(logits, case.teacher_logits, case.targets, case.valid, {})
+        result.loss.detach(),
+        reference.loss(logits, case.teacher_logits, case.targets, case.valid, {"positions": SE_KD}),
     )
 
 
@@ -228,6 +233,10 @@ def test_positions_are_the_specifications() -> None:
         fraction = None if policy in ("all", "weighted") else 0.2
         expected = reference.select(policy, scores, valid, fraction, progress=0.25, seed=3, step=1)
         torch.testing.assert_close(actual.double(), expected.double(), msg=policy)
+    for given, fraction in ((None, 0.2), ({"fraction": 0.5}, 0.5)):
+        actual = selkd.select_positions(scores, valid, given)
+        expected = reference.select("top_k", scores, valid, fraction)
+        torch.testing.assert_close(actual.double(), expected.double(), msg="who has scores means the highest")
 
 
 def test_targets_of_transformers_are_understood() -> None:
@@ -235,7 +244,7 @@ def test_targets_of_transformers_are_understood() -> None:
     case = Case()
     labels = case.targets.masked_fill(~case.valid, -100)
     masked, unmasked = (
-        selkd.distillation_loss(case.hidden, case.head, case.live, *given).loss
+        selkd.distillation_loss(case.hidden, case.head, case.live, *given, positions=SE_KD).loss
         for given in ((case.targets, case.valid), (labels,))
     )
     assert masked == unmasked
@@ -260,7 +269,7 @@ def test_it_works_without_gradient_under_checkpointing_and_around_a_compiled_bod
     inputs = case.hidden.detach()
 
     def loss_of(hidden: Tensor) -> Tensor:
-        return selkd.distillation_loss(hidden, case.head, case.live, case.targets, case.valid).loss
+        return selkd.distillation_loss(hidden, case.head, case.live, case.targets, case.valid, positions=SE_KD).loss
 
     plain = loss_of(body(inputs))
     expected = torch.autograd.grad(plain, [*body.parameters(), case.head.weight])
@@ -336,8 +345,9 @@ def test_a_number_that_is_not_finite_is_told_with_its_place() -> None:
     hidden = case.hidden.detach().clone()
     case.valid[1, 4] = True
     hidden[1, 4] = torch.nan
-    with pytest.raises(RunError, match="position 4 of row 1 of the batch gives nan"):
-        selkd.distillation_loss(hidden, case.head, case.live, case.targets, case.valid)
+    for positions in (None, SE_KD):  # found in the comparison, and while scoring
+        with pytest.raises(RunError, match="position 4 of row 1 of the batch gives nan"):
+            selkd.distillation_loss(hidden, case.head, case.live, case.targets, case.valid, positions=positions)
 
 
 def test_targets_on_another_device_are_refused() -> None:

@@ -21,6 +21,7 @@ def arguments(folder: Path) -> DistillArguments:
         save_strategy="no",
         eval_strategy="steps",
         eval_steps=1,
+        positions={"metric": "student_entropy", "fraction": 0.2},
     )
 
 

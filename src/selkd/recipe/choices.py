@@ -117,7 +117,9 @@ class PositionOptions(Part):
     renamed: ClassVar[Mapping[str, str]] = {"probed_share": "calibration_fraction"}
 
     metric: MetricName | None = Field(
-        "student_entropy", description="The metric u: one of the table below, or your own as module:function."
+        "student_entropy",
+        description="The metric u, where the policy goes by one: one of the table below, or your own as "
+        "module:function.",
     )
     policy: PolicyName = Field(
         "all",
@@ -125,7 +127,8 @@ class PositionOptions(Part):
         "metric or scoring is, random where a fraction is, and else all.",
     )
     fraction: MaybeScheduled | None = Field(
-        0.20, description="k: the share of the valid positions to select, or a schedule {from, to, over, shape}."
+        0.20,
+        description="k, where the policy picks a share of the valid positions, or a schedule {from, to, over, shape}.",
     )
     reduction: Literal["per_sample", "per_position"] | None = Field(
         None,
@@ -199,7 +202,7 @@ class PositionOptions(Part):
     @classmethod
     def _policy_of_what_is_given(cls, given: Any) -> Any:
         """Nobody means all positions who gives a metric to rank them by, or the share to learn at."""
-        if not isinstance(given, dict) or given.get("policy") is not None:
+        if not isinstance(given, Mapping) or given.get("policy") is not None:
             return given
         by_score, by_share = (
             any(given.get(key) is not None for key in keys) for keys in (("metric", "scoring"), ("fraction",))

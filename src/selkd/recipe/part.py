@@ -53,7 +53,7 @@ class Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_former_names(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
+        if not isinstance(given, Mapping):
             return given
         for former, name in cls.renamed.items():
             if given.get(former) is not None:

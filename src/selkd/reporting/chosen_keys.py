@@ -18,24 +18,34 @@ def chosen_keys(recipe: Mapping[str, Any] | None) -> dict[str, str]:
     """
     if not isinstance(recipe, Mapping):
         return {}
-    return {key: _text(value) for key, value in _chosen(Recipe, recipe) if key.split(".")[0] not in _NO_CHOICE}
+    chosen = _chosen(Recipe, recipe, _defaults(Recipe))
+    return {key: _text(value) for key, value in chosen if key.split(".")[0] not in _NO_CHOICE}
 
 
-def _chosen(part: type[Part], content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _chosen(
+    part: type[Part], content: Mapping[str, Any], defaults: Mapping[str, Any], above: str = ""
+) -> Iterator[tuple[str, Any]]:
     for name, field in part.model_fields.items():
-        value = content.get(name)
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        inner = _part_of(field)
-        if value is None or value == (default.model_dump(mode="json") if isinstance(default, Part) else default):
+        value, default, inner = content.get(name), defaults.get(name), _part_of(field)
+        if value is None or value == default:
             continue
         if isinstance(value, Mapping) and inner is not None:
-            below = list(_chosen(inner, value, f"{above}{name}."))
+            below = list(_chosen(inner, value, _defaults(inner) if default is None else default, f"{above}{name}."))
             # A part that is there although none is the default is a choice by itself.
             yield from below or ([(f"{above}{name}", value)] if default is None else [])
         elif isinstance(value, Mapping) and name == "training":
             yield from ((f"{above}{name}.{key}", entry) for key, entry in value.items())
         else:
             yield f"{above}{name}", value
+
+
+def _defaults(part: type[Part]) -> dict[str, Any]:
+    """Key -> default; of a part that is there by default all its keys, as its other choices complete them."""
+    given = {
+        name: None if field.is_required() else field.get_default(call_default_factory=True)
+        for name, field in part.model_fields.items()
+    }
+    return {name: one.model_dump(mode="json") if isinstance(one, Part) else one for name, one in given.items()}
 
 
 def _part_of(field: FieldInfo) -> type[Part] | None:

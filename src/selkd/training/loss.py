@@ -198,8 +198,8 @@ def select_positions(
     Args:
         scores: of any metric, [B, T], finite where valid; the policies ``random`` and ``all`` look at none.
         valid_mask: bool [B, T], the positions that may be selected.
-        positions: the recipe's part of that name, whose ``metric`` and ``scoring`` say nothing here; None: the 20% with
-            the highest scores.
+        positions: the recipe's part of that name, whose ``metric`` and ``scoring`` say nothing here; without a policy
+            the highest scores, and without a fraction 20%.
         step, total_steps, seed: as for ``distillation_loss``.
         sample_ids: uint8 [B, 16], of which the draws of each sample are a function; None: its number in the batch.
 
@@ -207,7 +207,9 @@ def select_positions(
         InputError: shapes do not agree, the part is refused as in a recipe, or it needs more than scores (``gls`` a
             queue over the steps, ``skip_first`` the documents' borders).
     """
-    options = parse_part(PositionOptions, positions or {}, "positions")
+    if not isinstance(positions, PositionOptions):
+        positions = {"policy": "top_k", **(positions or {})}
+    options = parse_part(PositionOptions, positions, "positions")
     require_stateless(options)
     if options.skip_first:
         raise InputError("positions.skip_first: set valid_mask to False there; documents' borders are not known here.")
