@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--out", type=Path, required=True, help="the folder of the runs")
     options.add_argument("--data", required=True, help="the folder of the benchmarks' rows (docs/evaluation.md)")
     options.add_argument("--limit", type=int, help="at most so many rows of a benchmark, spread evenly")
+    options.add_argument("--dtype", default="auto", help="the weights' precision, as of selkd eval")
     options.add_argument("--tables", type=Path, default=TABLES, help="the file of the tables (studies/tables.yaml)")
     options.add_argument("--results", type=Path, default=RESULTS, help="the file that gets the figures")
     given = options.parse_args(arguments)
@@ -48,13 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(given: argparse.Namespace) -> dict[str, Any]:
-    """``seed``, ``limit`` and ``rows``: model -> task -> its figure and its difference to the first arm's."""
+    """``seed``, ``limit``, ``dtype`` and ``rows``: model -> task -> its figure and its difference to the first arm's."""
     tables = StudyTables.read(given.tables, Path(), given.out)
     models = _students(tables, given.table, given.seed)
     answer = evaluate_models(
         [f"{name}={model}" for name, model in models.items()],
         BenchmarkOptions(TASKS, data=[given.data], limit=given.limit),
         FidelityOptions(),
+        dtype=given.dtype,
         out=given.out / "evals",
     )
     apart = {one["against"]: one["tasks"] for one in answer["comparisons"]}
@@ -62,7 +64,7 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
         model["name"]: {task: _row(task, model["tasks"], apart.get(model["name"])) for task in TASKS}
         for model in answer["models"]
     }
-    return {"seed": given.seed, "limit": given.limit, "rows": rows}
+    return {"seed": given.seed, "limit": given.limit, "dtype": given.dtype, "rows": rows}
 
 
 def _students(tables: StudyTables, table: str, seed: int) -> dict[str, str]:
