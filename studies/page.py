@@ -206,9 +206,8 @@ def tasks_of(tasks: Mapping[str, Any]) -> str:
         for student, figures in measured["rows"].items():
             rows.append([f"`{student}`", *(_score(figures[task]) for task in TASKS)])
         limit = "all rows" if measured["limit"] is None else f"at most {measured['limit']} rows"
-        parts.append(
-            f"`{name}`, seed {measured['seed']}, {limit} of each, zero-shot, {measured['dtype']}, per cent:\n\n{_table(rows)}"
-        )
+        told = f"`{name}`, seed {measured['seed']}, {limit} of each, zero-shot, {measured['dtype']}, per cent:"
+        parts.append(f"{told}\n\n{_table(rows)}")
     return "\n".join(parts) or f"{EMPTY}\n"
 
 

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(given: argparse.Namespace) -> dict[str, Any]:
-    """``seed``, ``limit``, ``dtype`` and ``rows``: model -> task -> its figure and its difference to the first arm's."""
+    """``seed``, ``limit``, ``dtype`` and ``rows``: model -> task -> figure and difference to the first arm's."""
     tables = StudyTables.read(given.tables, Path(), given.out)
     models = _students(tables, given.table, given.seed)
     answer = evaluate_models(
