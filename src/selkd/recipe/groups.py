@@ -1,7 +1,7 @@
 """What the named recipes are for: the groups in which ``selkd recipes`` lists them."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "To begin with": ("demo", "full_kd", "random_pos", "se_kd_3x", "se_kd_3x_systematic"),
+    "To begin with": ("demo", "full_kd", "random_pos", "rs_kd", "se_kd_3x"),
     "Baselines": ("full_kd_ce", "full_kd_t2", "random_samples", "weighted_kd", "at_kd", "dkd"),
     "Which positions: by what the student shows": ("se_kd", "student_ce"),
     "Which positions: by what the teacher shows, too": (
@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "top_samples_ce_ratio",
         "se_kd_top_samples",
     ),
-    "Few classes, from a cache on disk": ("rs_kd", "top_samples_rs_kd"),
+    "Few classes, from a cache on disk": ("se_kd_3x_systematic", "top_samples_rs_kd"),
     "The student answers itself (on-policy)": (
         "gsm8k_on_policy",
         "gsm8k_off_policy",
