@@ -36,8 +36,9 @@ def frontier(table_name: str, table: Compared) -> Plot:
         whole = first.steps * first.cost_of_step(WORK)
         way = [(step / first.steps, first.kl(step)) for step in first.measured if step]
         axes.plot(*zip(*way, strict=True), zorder=1.5, **DASHED)
-        for number, (name, arm) in enumerate(table.arms.items()):
-            x, y = arm.steps * arm.cost_of_step(WORK) / whole, arm.kl(arm.steps)
+        places = {name: (a.steps * a.cost_of_step(WORK) / whole, a.kl(a.steps)) for name, a in table.arms.items()}
+        for name, arm in table.arms.items():
+            x, y = places[name]
             # The bar is of the step that is drawn; the colour says what is below the dashed line beyond doubt.
             found = table.differences["equal steps"].get(name) if arm.steps == first.steps else None
             of_work = table.differences["equal work"].get(name)
@@ -47,14 +48,25 @@ def frontier(table_name: str, table: Compared) -> Plot:
                 [x], [y], yerr=bar, color=colour, ecolor=QUIET, elinewidth=1.2, marker="o", markersize=6,
                 markeredgecolor=PAPER,
             )  # fmt: skip
-            place = (7, -4 if number % 2 else 5)
-            axes.annotate(name, (x, y), place, textcoords="offset points", fontsize=9, color=colour)
+            side = -1 if _is_left_of_another((x, y), list(places.values())) else 1
+            axes.annotate(
+                name, (x, y), (7 * side, -4), textcoords="offset points", fontsize=9, color=colour,
+                ha="left" if side > 0 else "right",
+            )  # fmt: skip
         axes.margins(0.15, 0.12)
         axes.grid(visible=True, axis="both")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel(f"multiply-adds of all steps, as a share of those of {first.name}")
         unit(axes, "KL to the teacher, nats a position")
     return _plot(table_name, "frontier", figure)
+
+
+def _is_left_of_another(place: tuple[float, float], places: list[tuple[float, float]]) -> bool:
+    """Whether a name to the right of ``place`` would lie over another point's, or over the frame."""
+    width, height = (max(values) - min(values) for values in zip(*places, strict=True))
+    x, y = place
+    beside = [other for other in places if x < other[0] < x + width / 4 and abs(other[1] - y) < height / 20]
+    return bool(beside) or (len(places) > 2 and x > max(other[0] for other in places) - width / 10)
 
 
 def forest(name: str, table: Compared) -> Plot:
