@@ -93,7 +93,7 @@ def _row(task: str, figures: Mapping[str, Any], apart: Mapping[str, Any] | None)
     found = figures[task]["metrics"][metric]
     row = {"value": found["value"], "standard_error": found["standard_error"]}
     if apart is not None:  # the first arm less this one
-        row |= {"difference": -apart[task][metric]["value"], "difference_error": apart[task][metric]["standard_error"]}
+        row |= {"difference": 0.0 - apart[task][metric]["value"], "difference_error": apart[task][metric]["standard_error"]}
     return {name: round(value, 5) for name, value in row.items()}
 
 
