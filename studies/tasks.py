@@ -93,7 +93,8 @@ def _row(task: str, figures: Mapping[str, Any], apart: Mapping[str, Any] | None)
     found = figures[task]["metrics"][metric]
     row = {"value": found["value"], "standard_error": found["standard_error"]}
     if apart is not None:  # the first arm less this one
-        row |= {"difference": 0.0 - apart[task][metric]["value"], "difference_error": apart[task][metric]["standard_error"]}
+        against = apart[task][metric]
+        row |= {"difference": 0.0 - against["value"], "difference_error": against["standard_error"]}
     return {name: round(value, 5) for name, value in row.items()}
 
 
