@@ -48,7 +48,7 @@ def frontier(table_name: str, table: Compared) -> Plot:
                 [x], [y], yerr=bar, color=colour, ecolor=QUIET, elinewidth=1.2, marker="o", markersize=6,
                 markeredgecolor=PAPER,
             )  # fmt: skip
-            side = -1 if _is_left_of_another((x, y), list(places.values())) else 1
+            side = -1 if _name_goes_left((x, y), list(places.values())) else 1
             axes.annotate(
                 name, (x, y), (7 * side, -4), textcoords="offset points", fontsize=9, color=colour,
                 ha="left" if side > 0 else "right",
@@ -61,7 +61,7 @@ def frontier(table_name: str, table: Compared) -> Plot:
     return _plot(table_name, "frontier", figure)
 
 
-def _is_left_of_another(place: tuple[float, float], places: list[tuple[float, float]]) -> bool:
+def _name_goes_left(place: tuple[float, float], places: list[tuple[float, float]]) -> bool:
     """Whether a name to the right of ``place`` would lie over another point's, or over the frame."""
     width, height = (max(values) - min(values) for values in zip(*places, strict=True))
     x, y = place

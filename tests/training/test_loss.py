@@ -233,7 +233,7 @@ def test_positions_are_the_specifications() -> None:
         fraction = None if policy in ("all", "weighted") else 0.2
         expected = reference.select(policy, scores, valid, fraction, progress=0.25, seed=3, step=1)
         torch.testing.assert_close(actual.double(), expected.double(), msg=policy)
-    for given, fraction in ((None, 0.2), ({"fraction": 0.5}, 0.5)):
+    for given, fraction in ((None, 0.2), ({"fraction": 0.5}, 0.5), ({"policy": None}, 0.2)):
         actual = selkd.select_positions(scores, valid, given)
         expected = reference.select("top_k", scores, valid, fraction)
         torch.testing.assert_close(actual.double(), expected.double(), msg="who has scores means the highest")

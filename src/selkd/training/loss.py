@@ -208,7 +208,8 @@ def select_positions(
             queue over the steps, ``skip_first`` the documents' borders).
     """
     if not isinstance(positions, PositionOptions):
-        positions = {"policy": "top_k", **(positions or {})}
+        given = dict(positions or {})
+        positions = given | {"policy": given.get("policy") or "top_k"}
     options = parse_part(PositionOptions, positions, "positions")
     require_stateless(options)
     if options.skip_first:
