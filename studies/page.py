@@ -19,11 +19,15 @@ from typing import Any
 from compare import WAYS, Compared, Seconds
 from inference import Difference, holm, holm_level, verdict
 from plots import file_names, pictures
-from records import Line, rates_of, read_lines
+from records import Line, body_and_head, rates_of, read_lines
 from tables import RATES, TABLES, StudyTables
 from tasks import TASKS
+from transformers import AutoConfig
+
+from selkd.needs.architecture import describe
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+SHAPES = Path(__file__).parents[1] / "benchmarks" / "shapes"
 MARGIN = 0.1  # of what the first arm gained: what counts as good
 EMPTY = "No run yet."
 AGAIN = "dense_again"  # the first arm with other seeds: what is found there is noise, and no hypothesis
@@ -41,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = page.read_text(encoding="utf-8")
     tables = StudyTables.read(TABLES, Path(), Path())
     lines = read_lines(RESULTS / "study.jsonl")
-    after = filled(before, tables_of(tables, lines, seconds) | {"tasks": tasks_of(tasks)})
+    shown = tables_of(tables, lines, seconds) | {"tasks": tasks_of(tasks), "sizes": at_other_sizes()}
+    after = filled(before, shown)
     drawn = {RESULTS / file: content for file, content in pictures_of(tables, lines, seconds).items()}
     if given.check:
         return int(before != after or not all(file.exists() and _alike(file, drawn[file]) for file in drawn))
@@ -61,10 +66,6 @@ def _alike(file: Path, picture: bytes) -> bool:
     texts = (file.read_text(encoding="utf-8"), picture.decode())
     first, second = (re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", text) for text in texts)
     return first == second
-
-
-def write_page(page: Path, shown: Mapping[str, str]) -> None:
-    page.write_text(filled(page.read_text(encoding="utf-8"), shown), encoding="utf-8")
 
 
 def filled(text: str, shown: Mapping[str, str]) -> str:
@@ -96,18 +97,24 @@ def pictures_of(tables: StudyTables, lines: Sequence[Line], seconds: Mapping[str
     made: dict[str, bytes] = {}
     for name, content in tables.content["tables"].items():
         of_table = [line for line in lines if line["table"] == name]
-        table = Compared.of(content["arms"], of_table, seconds.get(name, {}))
+        table = Compared.of(_shown_arms(content), of_table, seconds.get(name, {}))
         if table is not None and table.others:
             made |= pictures(name, table)
     return made
 
 
+def _shown_arms(content: Mapping[str, Any]) -> list[str]:
+    """A table's arms, and those that have left the product and can't be run again: their lines stay."""
+    return [*content["arms"], *content.get("left", [])]
+
+
 def _of_arms(name: str, content: Mapping[str, Any], lines: Sequence[Line], seconds: Seconds) -> str:
     """Everything about one table: all arms against the first, some against others, what they spent, pictures."""
-    table = Compared.of(content["arms"], lines, seconds)
+    table = Compared.of(_shown_arms(content), lines, seconds)
     if table is None:
         return f"{EMPTY}\n"
-    runs, planned = len(lines), len(content["arms"]) * len(content["seeds"])
+    runs = sum(line["arm"] in content["arms"] for line in lines)
+    planned = len(content["arms"]) * len(content["seeds"])
     parts = [] if runs == planned else [f"Unfinished: {runs} of {planned} runs are done.\n"]
     parts.append(compared(table))
     for arms in content.get("against", []):
@@ -179,6 +186,29 @@ def spent(table: Compared) -> str:
         row.append(f"{once / saved:.1f}" if once and saved > 0 else "")
         row += [_form(figure, arm.figure(figure)) for figure in FIGURES]
         rows.append(row)
+    return _table(rows)
+
+
+SIZES = ("qwen3-8b", "qwen3-1.7b")  # the paper's teacher and student, of benchmarks/shapes
+SELECTIONS = {  # passes of the student's head that score a position, share of the positions
+    "all positions": (0, 1.0),
+    "random 45%": (0, 0.45),
+    "random 20%": (0, 0.2),
+    "the highest 20% by the student's entropy": (1, 0.2),
+}
+
+
+def at_other_sizes() -> str:
+    """The work of a step of the paper's models, counted as ``records.costs`` counts it; 1: all positions, live."""
+    shapes = [json.loads((SHAPES / f"{name}.json").read_text(encoding="utf-8")) for name in SIZES]
+    (teacher, of_teacher), (student, of_student) = (
+        body_and_head(describe(AutoConfig.for_model(**shape))) for shape in shapes
+    )
+    whole = teacher + of_teacher + 3 * (student + of_student)
+    rows = [["a step at", "the teacher in memory", "from a cache"], ["---"] * 3]
+    for name, (scored, share) in SELECTIONS.items():
+        cached = 3 * student + (scored + 3 * share) * of_student
+        rows.append([name, f"{(cached + teacher + share * of_teacher) / whole:.2f}", f"{cached / whole:.2f}"])
     return _table(rows)
 
 

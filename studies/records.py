@@ -14,7 +14,7 @@ import xxhash
 
 from selkd.maths.importance import OF_TEACHER
 from selkd.models.sources import default_cache_dir
-from selkd.needs.architecture import find_files, teacher_and_student
+from selkd.needs.architecture import Architecture, find_files, teacher_and_student
 from selkd.plugins import Criterion, Metric
 from selkd.recipe.files import stored_recipe
 from selkd.recipe.recipe import Recipe
@@ -55,14 +55,24 @@ def line_of(run: Path, table: str, arm: str, seed: int) -> dict[str, Any]:
 
 
 def digest(recipe: Recipe) -> str:
-    """A digest of what a recipe does: without name, seed and the places of shared files."""
+    """A digest of what a recipe does: without name, seed and the places of shared files.
+
+    Keys without a value are left out, so that an option more or less changes no recipe that does not give it.
+    """
     content = comparable(recipe.resolved())
     for part in ("run", "hub"):
         content.pop(part, None)
     content["data"]["path"] = Path(content["data"]["path"]).name
     if content["student"]["model"] is not None:
         content["student"]["model"] = Path(content["student"]["model"]).parent.name
-    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return xxhash.xxh3_64_hexdigest(json.dumps(_given(content), sort_keys=True).encode())
+
+
+def _given(content: Any) -> Any:
+    """Without the keys that have no value."""
+    if not isinstance(content, Mapping):
+        return content
+    return {key: _given(value) for key, value in content.items() if value is not None}
 
 
 def costs(recipe: Recipe, record: Mapping[str, Any]) -> dict[str, float]:
@@ -110,10 +120,14 @@ def _multiply_adds(recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
     name = recipe.student.model
     of_student = None if name is None else find_files(name, cache)
     teacher, student = teacher_and_student(recipe, find_files(recipe.teacher.model, cache), of_student)
-    models = {"teacher": teacher, "student": student}
-    head = {name: model.vocab_size * model.hidden_size for name, model in models.items()}
-    body = {n: m.parameters - head[n] * (1 if m.head_is_tied else 2) for n, m in models.items()}
-    return body, head
+    weights = {"teacher": body_and_head(teacher), "student": body_and_head(student)}
+    return {name: body for name, (body, _) in weights.items()}, {name: head for name, (_, head) in weights.items()}
+
+
+def body_and_head(model: Architecture) -> tuple[int, int]:
+    """The weights of a model's body, without its embedding, and of its head."""
+    head = model.vocab_size * model.hidden_size
+    return model.parameters - head * (1 if model.head_is_tied else 2), head
 
 
 def seconds_of_step(run: Path) -> float | None:

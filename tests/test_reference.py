@@ -123,7 +123,7 @@ def test_losses_and_gradients_are_the_oracles(case: dict[str, Any]) -> None:
 def test_the_oracle_checks_every_criterion_and_metric(case: dict[str, Any]) -> None:
     checked = {CRITERIA[name]["name"] for name in case["criteria"]} | set(case["criteria_all_valid_picked"])
     assert checked == set(reference.CRITERIA)
-    assert set(case["importance"]) | {"soft_or", "soft_or_tip"} == set(reference.METRICS)
+    assert set(case["importance"]) | {"soft_or"} == set(reference.METRICS)
 
 
 def test_kl_is_its_decoupled_parts(case: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def test_counts_use_decimal_arithmetic(fraction: float, expected: int) -> None:
     assert int((reference.select("top_k", scores, torch.ones(1, 100), fraction) > 0).sum()) == expected
 
 
-@pytest.mark.parametrize("policy", ["random", "pos_rs", "pos_rs_corrected", "pps"])
+@pytest.mark.parametrize("policy", ["random", "pos_rs", "pos_rs_corrected"])
 def test_what_is_random_depends_on_seed_id_and_step_alone(policy: str) -> None:
     ids = np.arange(32, dtype=np.uint8).reshape(2, 16)
     mask, scores = torch.ones(2, 40, dtype=torch.bool), torch.arange(1.0, 81.0).view(2, 40)

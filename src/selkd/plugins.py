@@ -56,7 +56,6 @@ F = TypeVar("F", bound=Function)
 BUILTIN_MODULES = (
     "selkd.maths.importance",
     "selkd.selection.positions",
-    "selkd.selection.survey",
     "selkd.maths.divergence",
     "selkd.selection.classes",
 )
@@ -248,8 +247,6 @@ class Metric(Entry):
         statistics: the names of the statistics that it needs.
         needs_teacher: whether it is computed from the teacher's distribution, too.
         unit: the unit of its values; empty if they have none.
-        of_batch: whether its values depend on the other samples of a micro-batch, so that it goes only with optimiser
-            steps of one micro-batch.
         is_scaled: whether its statistics are scaled by the highest of them, so that it is not estimated without bias
             where they are.
         of_sample: how it scores a sample, from the means of its statistics over the valid positions, for the
@@ -263,7 +260,6 @@ class Metric(Entry):
     statistics: tuple[str, ...] = ()
     needs_teacher: bool = False
     unit: str = ""
-    of_batch: bool = False
     is_scaled: bool = False
     of_sample: str | None = None
 

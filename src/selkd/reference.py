@@ -33,9 +33,8 @@ METRICS = (
     "ce_ratio",
     "ce_ratio_plus_student_entropy",
     "soft_or",
-    "soft_or_tip",
 )
-POLICIES = ("all", "top_k", "random", "gls", "curriculum", "pos_rs", "pos_rs_corrected", "weighted", "pps")
+POLICIES = ("all", "top_k", "random", "gls", "curriculum", "pos_rs", "pos_rs_corrected", "weighted")
 CRITERIA: dict[str, dict[str, float]] = {
     "forward_kl": {},
     "reverse_kl": {},
@@ -57,9 +56,8 @@ def importance(
 ) -> Tensor:
     """Position-importance scores u(t), [B, T], at temperature 1.
 
-    ``soft_or`` and ``soft_or_tip`` alone look at ``valid_mask`` (all positions, if not given), over a sample and over
-    the whole batch; they are 0 where not valid. ``random`` is noise of a run's seed and has no value here.
-    ``teacher_logits`` may be None where the metric needs no teacher.
+    ``soft_or`` alone looks at ``valid_mask`` (all positions, if not given); it is 0 where not valid. ``random`` is
+    noise of a run's seed and has no value here. ``teacher_logits`` may be None where the metric needs no teacher.
     """
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r} is not known. Allowed: {', '.join(METRICS)}")
@@ -116,15 +114,7 @@ def _combined(metric: str, log_q: Tensor, targets: Tensor, of_teacher: Any, vali
     if metric in values:
         return values[metric]
     valid = torch.ones_like(kl, dtype=torch.bool) if valid_mask is None else valid_mask.bool()
-    scores, doubts = torch.zeros_like(kl), []
-    if metric == "soft_or_tip":
-        for u in (student_entropy, kl):
-            known = u[valid].detach().numpy()
-            clipped = known.clip(max=np.quantile(known, 0.98)) if len(known) else known
-            span = clipped.max() - clipped.min() if len(known) else 0.0
-            doubts.append(torch.from_numpy((clipped - clipped.min()) / span if span > 0 else 0 * clipped))
-        scores[valid] = doubts[0] + doubts[1] - doubts[0] * doubts[1]
-        return scores
+    scores = torch.zeros_like(kl)
     for u in (student_entropy, kl.clamp(min=0)):  # soft_or
         highest = u.masked_fill(~valid, 0).amax(dim=-1, keepdim=True)
         scores = 1 - (1 - scores) * torch.where(highest > 0, 1 - u / highest, 1.0)
@@ -178,7 +168,6 @@ def select(
     clip: float | None = None,
     skip_first: int = 0,
     coverage: float = 0.0,
-    power: float = 1.0,
     position_ids: Tensor | None = None,
 ) -> Tensor:
     """Coefficients a_it [B, T] of ``loss_i = sum_t a_it * l_it``; rows without a valid position are 0.
@@ -188,13 +177,12 @@ def select(
     1 / (sum of ceil(k*n) over the batch, which is the step here: the loss is their sum over the samples, not the
     mean); ``top_k``'s choice while less than a tenth of ``queue_size`` has been seen. ``curriculum``: K in ascending
     order from floor((n - K) * progress). ``pos_rs``, ``pos_rs_corrected``: K draws in proportion to the scores.
-    ``pps``: K without replacement in proportion to u^power, systematically, with 1 / (n * pi). ``weighted``: u / sum u.
+    ``weighted``: u / sum u.
 
     Args:
         seed, sample_ids, step: what random choices are a function of; ``sample_ids`` uint8 [B, 16].
         queue: the recent valid scores of ``gls``.
         smoothing, clip, skip_first, coverage: the mitigations of ``pos_rs`` and ``pos_rs_corrected``.
-        power: of ``pps``; 0 needs no scores.
         position_ids: [B, T], from 0 in each document, for ``skip_first``; by default a row is one document.
     """
     if policy not in POLICIES:
@@ -217,13 +205,6 @@ def select(
             continue
         if policy == "all":
             coefficients[row, positions] = 1 / n
-            continue
-        if policy == "pps":
-            u = np.ones(n) if scores is None else scores[row, positions].detach().double().numpy().clip(min=0)
-            start = draw_uniforms(seed, sample_ids[row : row + 1], np.array([k]), "position draws", step)[0, 0]
-            taken, pi = _systematic(u**power, k, start)
-            a = np.where(taken, 1 / (n * np.where(taken, pi, 1)), 0)
-            coefficients[row, positions] = torch.from_numpy(a).to(coefficients.dtype)
             continue
         assert scores is not None, f"policy {policy} needs scores"
         u = scores[row].detach().double().numpy()
@@ -257,28 +238,6 @@ def select(
                 coefficients[row, from_highest[:n_sure]] = 1 / n if is_corrected else 1 / k
                 coefficients[row, rest] = torch.from_numpy(a).to(scores.dtype)
     return coefficients
-
-
-def _systematic(weights: np.ndarray, k: int, start: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which positions are taken, and the probabilities pi with which they are; these add up to k.
-
-    Those that reach 1 are taken for sure and pi is solved again for the rest. Where all weights of the rest are 0, the
-    rest is alike.
-    """
-    pi, sure = np.zeros(len(weights)), np.zeros(len(weights), dtype=bool)
-    while not sure.all():
-        rest = np.where(sure, 0, weights)
-        rest = rest if rest.sum() > 0 else (~sure).astype(float)
-        pi = np.where(sure, 1, rest / rest.sum() * (k - sure.sum()))
-        if not (over := ~sure & (pi > 1 - 1e-9)).any():
-            break
-        sure |= over
-    pi = np.where(sure, 1, pi)
-    taken, passed = sure.copy(), 0.0  # pi = 1 adds 1 to the running sum and moves no other position
-    for t in np.flatnonzero(~sure):
-        taken[t] = any(passed <= start + j < passed + pi[t] for j in range(math.ceil(passed + pi[t])))
-        passed += pi[t]
-    return taken, pi
 
 
 def _proportional(u: np.ndarray) -> np.ndarray:
@@ -455,7 +414,6 @@ def loss(
         clip=positions.clip,
         skip_first=positions.skip_first or 0,
         coverage=positions.coverage or 0.0,
-        power=1.0 if positions.power is None else positions.power,
         position_ids=position_ids,
     )
 

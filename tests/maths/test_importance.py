@@ -1,20 +1,16 @@
 """Statistics and metrics on chunks of logits against the specification and the oracle cases."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import make_arguments
 from torch import Tensor
 
 from selkd import reference
-from selkd.errors import InputError
 from selkd.maths.head import Head
-from selkd.maths.importance import soft_or, soft_or_tip, statistics
+from selkd.maths.importance import soft_or, statistics
 from selkd.plugins import Metric
 from selkd.recipe.choices import PositionOptions
-from selkd.recipe.combinations import check_whole_steps
 from selkd.selection.position_scores import score_positions
 
 B, T, D, V = 3, 7, 12, 41
@@ -83,29 +79,6 @@ def test_soft_or_with_a_maximum_of_zero_leaves_its_factor_at_one() -> None:
     torch.testing.assert_close(soft_or(nothing, some, mask), torch.tensor([[0.5, 1.0, 0.0]]))
     torch.testing.assert_close(soft_or(some, nothing, mask), torch.tensor([[0.5, 1.0, 0.0]]))
     torch.testing.assert_close(soft_or(nothing, nothing, mask), torch.zeros(1, 3))
-
-
-def test_soft_or_tip_is_cut_and_scaled_over_the_batch() -> None:
-    """One outlier among 101 values is cut to the 98th percentile; one sample's scores move with the other's."""
-    values = torch.arange(101.0)
-    values[100] = 1e6
-    mask = torch.ones(1, 101, dtype=torch.bool)
-    found = soft_or_tip(values[None], torch.zeros(1, 101), mask)
-    torch.testing.assert_close(found[0], values.clamp(max=98) / 98)  # nothing to add where the divergence is all alike
-    two, both = torch.tensor([[1.0, 2.0], [1.0, 4.0]]), torch.ones(2, 2, dtype=torch.bool)
-    alone = soft_or_tip(two[:1], two[:1], both[:1])
-    assert alone[0, 1] > 0.9
-    assert soft_or_tip(two, two, both)[0, 1] < 0.7
-    assert torch.equal(soft_or_tip(two, two, ~both), torch.zeros(2, 2))
-
-
-def test_soft_or_tip_goes_with_steps_of_one_micro_batch(tmp_path: Path) -> None:
-    options = {"positions": {"metric": "soft_or_tip"}}
-    make_arguments(tmp_path, **options)
-    with pytest.raises(InputError, match=r"soft_or_tip scales its scores over .*_steps: 1 \(here 2\)"):
-        make_arguments(tmp_path, **options, gradient_accumulation_steps=2)
-    with pytest.raises(ValueError, match=r"number of processes \(here 2\).*take soft_or,"):
-        check_whole_steps(PositionOptions.model_validate(options["positions"]), 1, processes=2)
 
 
 def test_random_is_noise_of_seed_and_step() -> None:

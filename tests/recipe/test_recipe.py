@@ -30,7 +30,7 @@ def test_named_recipes_read_back_to_themselves(name: str, tmp_path: Path) -> Non
 def test_the_named_recipes_are_there() -> None:
     wanted = (
         "full_kd random_pos se_kd gls curriculum pos_rs pos_rs_corrected weighted_kd dkd at_kd full_kd_t2 full_kd_ce "
-        "rs_kd top_samples random_samples top_samples_rs_kd se_kd_top_samples se_kd_3x demo pps"
+        "rs_kd top_samples random_samples top_samples_rs_kd se_kd_top_samples se_kd_3x demo"
     )
     wanted += (
         " full_kd_on_policy random_pos_on_policy se_kd_on_policy pos_rs_on_policy pos_rs_corrected_on_policy "
@@ -66,7 +66,7 @@ REFUSED = {
     "criterion={name: jsd, beta: 1.0}": "criterion.beta: jsd mixes two distributions; give a share between 0 and 1",
     "criterion.beta=0.5": "criterion.beta: forward_kl has no beta",
     "positions.metric=reverse_kl": "positions.metric: reverse_kl needs the teacher.s full .* set cache: null",
-    "positions={policy: pps, metric: kl}": "positions.policy: pps is Full KD in expectation only where every score is",
+    "positions={policy: pos_rs_corrected, metric: kl}": "pos_rs_corrected is Full KD in expectation only where every",
     "positions.metric=os.path:nothing": "positions.metric: 'os.path:nothing': os.path has no function 'nothing'",
     "positions.metric=no_such_module:f": "positions.metric: .*no_such_module can't be imported",
     "positions.metric=os.path:join": "a metric may ask for student_logits, .* but this one asks for a, p",

@@ -10,7 +10,7 @@ import pytest
 import tasks
 import yaml
 from compare import Compared
-from page import compared, pictures_of, spent, tables_of, tasks_of, write_page
+from page import compared, pictures_of, spent, tables_of, tasks_of
 from plots import file_names
 from prepare import DOMAINS, LONGEST, SHARES, SHORTEST, TASK, prepare
 from records import read_lines
@@ -39,14 +39,14 @@ TOY = {
     "families": {"unbiased": "dense"},
     "arms": {
         "dense": {"family": "unbiased", "positions": {"policy": "all"}},
-        "even_20": {"family": "unbiased", "positions": {"policy": "pps", "power": 0, "fraction": 0.2}},
+        "random_20": {"family": "unbiased", "positions": {"policy": "random", "fraction": 0.2}},
         "cached": {
             "family": "unbiased", "positions": {"metric": "student_entropy", "fraction": 0.2},
             "classes": {"sampler": "rs_kd", "draws": 8},
             "cache": {"path": None}, "samples": {"metric": "random", "fraction": 0.5},
         },
     },
-    "tables": {"one": {"start": "made", "text": "study", "seeds": [1, 2], "arms": ["dense", "even_20", "cached"]}},
+    "tables": {"one": {"start": "made", "text": "study", "seeds": [1, 2], "arms": ["dense", "random_20", "cached"]}},
 }  # fmt: skip
 
 
@@ -82,15 +82,15 @@ def test_a_table_end_to_end(
     assert run("rates_made") == 0
     assert run("one", "--seeds", "1") == 0
     by_arm = {line["arm"]: line for line in lines_of_one(record)}
-    assert list(by_arm) == ["dense", "even_20", "cached"]
+    assert list(by_arm) == ["dense", "random_20", "cached"]
     assert {line["learning_rate"] for line in by_arm.values()} <= {1e-6, 1e-2}
     assert len({line["held_out"] for line in by_arm.values()}) == 1, "all are measured on the same documents"
-    dense, even, cached = by_arm.values()
+    dense, drawn, cached = by_arm.values()
     assert list(dense["kl_nats"]) == ["0", "2", "4"]
-    assert dense["kl_nats"]["0"] == even["kl_nats"]["0"], "all begin with the same student"
+    assert dense["kl_nats"]["0"] == drawn["kl_nats"]["0"], "all begin with the same student"
     assert sum(dense["kl_nats"]["4"]) / sum(dense["positions"]) == pytest.approx(dense["figures"]["kl_nats"], rel=1e-3)
     assert dense["cost"]["head_passes"] == 4 * dense["cost"]["positions"], "the student's three and the teacher's one"
-    assert even["cost"]["head_passes"] < 1.2 * even["cost"]["positions"], "a fifth of it, and nothing is scored"
+    assert drawn["cost"]["head_passes"] < 1.2 * drawn["cost"]["positions"], "a fifth of it, and nothing is scored"
     body = 3 * 2 + 4  # layers: the student's three times, the teacher's once
     weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32  # of a layer
     norms = 4 * 32  # three passes of the student's last norm, one of the teacher's
@@ -140,14 +140,14 @@ def test_a_table_end_to_end(
     assert "no weights of dense with seed 1" in capsys.readouterr().err
     assert tasks.main([*map(str, given), "--seed", "2", "--limit", "3"]) == 0
     measured = json.loads(results.read_text())["one"]
-    assert list(measured["rows"]) == ["dense", "even_20", "cached", "before training", "teacher"]
+    assert list(measured["rows"]) == ["dense", "random_20", "cached", "before training", "teacher"]
     first, other = (measured["rows"][name]["piqa"] for name in ("dense", "teacher"))
     assert "difference" not in first
     assert other["difference"] == pytest.approx(other["value"] - first["value"], abs=1e-4)
     shown_tasks = tasks_of({"one": measured})
     assert shown_tasks.startswith("`one`, seed 2, at most 3 rows of each")
     assert shown_tasks.count("| `") == 5
-    seconds = {"one": {"dense": 2.0, "even_20": 1.5}}
+    seconds = {"one": {"dense": 2.0, "random_20": 1.5}}
     shown = tables_of(StudyTables.read(tables, tmp_path, tmp_path), read_lines(record), seconds)
     rows = [row.split("|")[1].strip(" `") for row in shown["one"].splitlines() if row.startswith("| `")]
     assert rows == [*by_arm, *by_arm], "compared, and what each spent"
@@ -160,11 +160,19 @@ def test_a_table_end_to_end(
     assert from_cached is not None
     assert spent(from_cached).count("| `") == 2, "whose first arm asks no teacher in its steps"
     for picture in drawn.values():
-        assert all(f">{arm}</text>" in picture.decode() for arm in ("even_20", "cached"))
-    page = tmp_path / "study.md"
-    page.write_text("Before.\n\n<!-- study: one -->\n\nold\n\n<!-- end of study -->\n\nAfter.\n")
-    write_page(page, shown)
-    assert page.read_text() == f"Before.\n\n<!-- study: one -->\n\n{shown['one']}\n<!-- end of study -->\n\nAfter.\n"
+        assert all(f">{arm}</text>" in picture.decode() for arm in ("random_20", "cached"))
+    before = "Before.\n\n<!-- study: one -->\n\nold\n\n<!-- end of study -->\n\nAfter.\n"
+    after = f"Before.\n\n<!-- study: one -->\n\n{shown['one']}\n<!-- end of study -->\n\nAfter.\n"
+    assert page.filled(before, shown) == after
+
+    # What an arm ran may leave the product: it can't be run again, and its lines stay in the table.
+    content["tables"]["one"] |= {"arms": ["dense", "cached"], "left": ["random_20"]}
+    del content["arms"]["random_20"]
+    tables.write_text(yaml.safe_dump(content))
+    assert run("one") == 0
+    still = tables_of(StudyTables.read(tables, tmp_path, tmp_path), read_lines(record), seconds)["one"]
+    assert "Unfinished" not in still
+    assert set(still.splitlines()) == set(shown["one"].splitlines())
 
 
 def test_each_text_has_documents_of_all_domains_to_hold_out(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_the_split_is_a_function_of_seed_sample_and_step_alone(tmp_path: Path) -
         ({}, {"metric": "student_ce", "scoring_draws": 4}, {}, "leave it out"),
         ({"sampler": "top_k", "draws": 4}, {"metric": "kl"}, {}, "unbiased draws.*rs_kd or systematic"),
         ({}, {"metric": "kl", "policy": "pos_rs_corrected"}, {}, "could never be drawn.*student_entropy"),
-        ({}, {"metric": "kl_plus_student_entropy", "policy": "pps"}, {}, r"positions\.policy: pps .*live teacher"),
+        ({}, {"metric": "soft_or", "policy": "pos_rs_corrected"}, {}, r"positions\.policy: pos_rs_.*live teacher"),
         ({"temperature": 2.0, "scalars": 4}, {"metric": "soft_or"}, {"temperature": 2.0}, "at temperature 1"),
     ],
 )

@@ -42,7 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
     "pos_rs": {"positions": {"policy": "pos_rs", "fraction": 0.4}},
     "pos_rs_corrected": {"positions": {"policy": "pos_rs_corrected", "metric": "kl", "fraction": 0.4, "skip_first": 1}},
     "weighted": {"positions": {"policy": "weighted", "metric": "kl"}},
-    "pps, cached": {"positions": {"policy": "pps", "fraction": 0.4}, "classes": DRAWN, "cached": True},
+    "pos_rs_corrected, cached": {
+        "positions": {"policy": "pos_rs_corrected", "fraction": 0.4}, "classes": DRAWN, "cached": True,
+    },
     "scheduled": {"positions": {**ENTROPY, "fraction": {"from": 1.0, "to": 0.2, "shape": "cosine"}}},
     "two_stage": {"positions": {**ENTROPY, "scoring": "two_stage", "frequent_classes": 20, "tail_classes": 20}},
     "per_position": {"positions": {**ENTROPY, "reduction": "per_position"}},

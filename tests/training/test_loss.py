@@ -144,8 +144,8 @@ def test_counts_that_are_not_known_to_be_unbiased_draws_give_no_kl(classes: dict
         assert "kl_nats" not in result.sums
     with pytest.raises(InputError, match=r"positions\.metric: kl is estimated from unbiased draws, and (counts|those)"):
         selkd.distillation_loss(*given, classes=classes, positions={"metric": "kl"})
-    with pytest.raises(InputError, match="pps is Full KD in expectation only where"):
-        selkd.distillation_loss(*given, classes=RS_KD, positions={"metric": "kl", "policy": "pps"})
+    with pytest.raises(InputError, match="pos_rs_corrected is Full KD in expectation only where"):
+        selkd.distillation_loss(*given, classes=RS_KD, positions={"metric": "kl", "policy": "pos_rs_corrected"})
 
 
 def test_a_batch_of_draws_without_a_valid_position_adds_zero() -> None:

@@ -103,7 +103,6 @@ POSITIONS: list[dict[str, Any]] = [
     {"metric": "soft_or", "fraction": 0.4, "reduction": "per_position"},
     {"policy": "weighted", "metric": "kl"},
     {"policy": "pos_rs_corrected", "metric": "ce_ratio", "fraction": 0.5, "coverage": 0.3},
-    {"policy": "pps", "metric": "student_entropy", "fraction": 0.5},
     {"policy": "curriculum", "fraction": {"from": 0.9, "to": 0.3, "over": 0.5}, "curriculum_steps": 7},
 ]
 

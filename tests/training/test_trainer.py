@@ -35,7 +35,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lambda and temperature": {"criterion": {"kd_weight": 0.6, "temperature": 2.0}, "positions": {"policy": "all"}},
     "corrected draws": {"positions": {"policy": "pos_rs_corrected", "metric": "kl", "fraction": 0.4, "skip_first": 2}},
     "gls": {"positions": {"policy": "gls", "fraction": 0.3, "queue_size": 200}},
-    "pps": {"positions": {"policy": "pps", "metric": "kl", "fraction": 0.4, "power": 0.5}},
 }
 # Each runs as one step against the specification; together they take every metric, policy and criterion.
 COMBINATIONS: dict[str, dict[str, Any]] = {
@@ -64,9 +63,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     },
     "weighted": {"positions": {"policy": "weighted", "metric": "kl"}, "criterion": {"kd_weight": 0.5}},
     "scheduled": {"positions": {"metric": "student_entropy", "fraction": {"from": 0.8, "to": 0.2, "over": 0.5}}},
-    "evenly spaced, scheduled": {
-        "positions": {"policy": "pps", "fraction": {"from": 0.8, "to": 0.2, "over": 0.5}, "power": 0}
-    },
+    "random, scheduled": {"positions": {"policy": "random", "fraction": {"from": 0.8, "to": 0.2, "over": 0.5}}},
 }
 
 

@@ -32,7 +32,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "random": {"positions": {"policy": "random", "fraction": 0.3}},
     "pos_rs": {"positions": {"policy": "pos_rs", "fraction": 0.3, "smoothing": 2.0, "clip": 0.8, "coverage": 0.3}},
     "pos_rs_corrected": {"positions": {"policy": "pos_rs_corrected", "fraction": 0.3, "metric": "kl", "skip_first": 2}},
-    "pps": {"positions": {"policy": "pps", "fraction": 0.3, "metric": "student_ce"}},
     "weighted": {"positions": {"policy": "weighted"}},
     "per position": {"positions": {**ENTROPY, "reduction": "per_position"}},
     "soft_or": {"positions": {"metric": "soft_or", "fraction": 0.3}},
@@ -46,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-SIZED_BY_SCORES = {"gls", "pos_rs", "pos_rs_corrected", "pps", "weighted"}
+SIZED_BY_SCORES = {"gls", "pos_rs", "pos_rs_corrected", "weighted"}
 
 
 MICRO_BATCHES = 6

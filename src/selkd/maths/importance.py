@@ -1,7 +1,7 @@
 """Position-importance metrics on a chunk of logits, at temperature 1 whatever the criterion's.
 
 A metric combines statistics of single positions. One pass over the chunks computes just the statistics that are needed.
-Only ``soft_or`` looks at a whole sample, and ``soft_or_tip`` at a whole batch, when their statistics are combined.
+Only ``soft_or`` looks at a whole sample, when its statistics are combined.
 
 Shapes: B batch, T positions, n positions of a chunk, V classes. Statistics are in nats, logits float32 or float64.
 """
@@ -128,38 +128,6 @@ Metric.add(
     is_scaled=True,
     label="the soft-or of the student’s entropy and the divergence",
     description="1 - (1 - H(q)/max H(q)) · (1 - KL(p ‖ q)/max KL(p ‖ q)), maxima over the sample's valid positions",
-)
-CLIPPED_AT = 0.98  # the quantile at which ``soft_or_tip`` cuts entropy and divergence
-
-
-def soft_or_tip(student_entropy: Tensor, kl: Tensor, valid_mask: Tensor) -> Tensor:
-    """h + d - h * d, [B, T], of entropy and divergence scaled to [0, 1] over the whole batch; 0 where not valid.
-
-    Each is cut at its 98th percentile over all valid positions (linear interpolation), then scaled by its minimum and
-    maximum there (TIP, arXiv 2604.14084). Where these are equal, it counts as 0 (not specified by TIP).
-    """
-
-    def scaled(values: Tensor) -> Tensor:
-        known = values.masked_fill(~valid_mask, torch.nan).flatten()
-        values = values.minimum(known.nanquantile(CLIPPED_AT).nan_to_num(nan=0.0))
-        lowest = values.masked_fill(~valid_mask, torch.inf).amin()
-        span = values.masked_fill(~valid_mask, -torch.inf).amax() - lowest
-        return torch.where(span > 0, (values - lowest) / span, 0.0)
-
-    h, d = scaled(student_entropy), scaled(kl)
-    return (h + d - h * d).masked_fill(~valid_mask, 0)
-
-
-Metric.add(
-    "soft_or_tip",
-    lambda of, valid_mask: soft_or_tip(of["student_entropy"], of["kl"], valid_mask),
-    statistics=("student_entropy", "kl"),
-    needs_teacher=True,
-    of_batch=True,
-    is_scaled=True,
-    label="TIP’s soft-or of the student’s entropy and the divergence",
-    description="h + d - h · d; h and d are H(q) and KL(p ‖ q), each cut at its 98th percentile and scaled to [0, 1] "
-    "over the micro-batch, which must be the whole optimiser step",
 )
 Metric.add(
     "random",

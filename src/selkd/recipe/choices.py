@@ -161,13 +161,6 @@ class PositionOptions(Part):
         le=1,
         description="For the same, the share of the draws that the highest scores get for sure; default 0.",
     )
-    power: float | None = Field(
-        None,
-        ge=0,
-        le=100,
-        description="For pps, positions are drawn in proportion to u^power; default 1; 0: evenly spaced ones, without "
-        "a metric.",
-    )
     scoring: Literal["exact", "two_stage"] | None = Field(
         None,
         description="exact, the default, or two_stage, which for top_k of student_entropy estimates every score and "
@@ -214,10 +207,9 @@ class PositionOptions(Part):
         policy = Policy.find(self.policy)
         if policy.is_unread:  # the recipe of a run that is only read: it was completed when the run began
             return self
-        ranks = policy.ranks and self.power != 0
-        self._settle_scoring(ranks)
+        self._settle_scoring(policy.ranks)
         self._settle_options(policy)
-        if not ranks:
+        if not policy.ranks:
             self._settle(metric=policy.metric)
         elif self.metric is None:
             raise ValueError(f"positions.policy: {policy.name} goes by a metric; give positions.metric")

@@ -53,26 +53,6 @@ def check_batch(per_device: int, data: RowOptions) -> None:
         )
 
 
-def check_whole_steps(positions: PositionOptions, accumulation_steps: int, processes: int = 1) -> None:
-    """Raises ValueError for a metric of the whole micro-batch where several make up an optimiser step.
-
-    What a step does would depend on how it is cut.
-    """
-    if positions.metric is None or not Metric.find(positions.metric).of_batch:
-        return
-    name = (
-        f"positions.metric: {positions.metric} scales its scores over the micro-batch, and a step's gradient must not"
-    )
-    remedy = "or take soft_or, which scales within each sample"
-    if accumulation_steps > 1:
-        raise ValueError(
-            f"{name} depend on how the step is cut; set gradient_accumulation_steps: 1 (here {accumulation_steps}) and "
-            f"raise per_device_train_batch_size, {remedy}"
-        )
-    if processes > 1:
-        raise ValueError(f"{name} depend on the number of processes (here {processes}); use one, {remedy}")
-
-
 SCORING_SHARE = 0.25  # of a position's draws, which score it where nothing else is said (docs/results/cache.md)
 _LIVE = "a live teacher (in a recipe, set cache: null)"
 

@@ -13,10 +13,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ce_ratio",
         "ce_ratio_plus_student_entropy",
         "soft_or",
-        "soft_or_tip",
     ),
     "Which positions: another way to pick them": (
-        "pps",
         "gls",
         "curriculum",
         "pos_rs",

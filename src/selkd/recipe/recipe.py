@@ -12,7 +12,6 @@ from selkd.recipe.combinations import (
     check_cached_metric,
     check_combination,
     check_sharded,
-    check_whole_steps,
     on_policy_criterion,
 )
 from selkd.recipe.data import DataOptions
@@ -120,7 +119,6 @@ class Recipe(Part):
             check_batch(self.training.get("per_device_train_batch_size", 1), self.data)
         except ValueError as error:
             raise ValueError(f"training.{error}") from None
-        check_whole_steps(self.positions, self.training.get("gradient_accumulation_steps", 1))
         if self.teacher.is_foreign:  # first, as what a cache of another teacher could do is no way out
             check_foreign(self)
             self._settle(evaluation=evaluation_of(self.evaluation))

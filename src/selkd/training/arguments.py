@@ -17,7 +17,6 @@ from selkd.recipe.combinations import (
     check_batch,
     check_combination,
     check_sharded,
-    check_whole_steps,
     on_policy_criterion,
 )
 from selkd.recipe.data import RowOptions
@@ -131,7 +130,6 @@ class DistillArguments(TrainingArguments):
         with _as_input_error("{}."):
             check_combination(self.criterion, self.positions, self.classes, self.on_policy, self.data)
             check_batch(self.per_device_train_batch_size, self.data)
-            check_whole_steps(self.positions, self.gradient_accumulation_steps, self.world_size)
             if self.is_sharded:
                 check_sharded(self.on_policy, has_adapters=False)  # the trainer checks again when it has the model
         require_supported_split(self)

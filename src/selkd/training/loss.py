@@ -101,7 +101,7 @@ def distillation_loss(
     Products run in autocast's dtype, or else in that of ``hidden_states``; sums in float32, or in float64.
 
     The host waits for an accelerator at the end, to raise an error before a value that is not finite is learned, and
-    where scores alone tell how many positions are selected (``pos_rs``, ``pps``, ``weighted``). What it can't know
+    where scores alone tell how many positions are selected (``gls``, ``pos_rs``, ``weighted``). What it can't know
     otherwise it reads first, which waits as well: give ``valid_mask`` on the CPU, and with draws ``sample_ids``; a
     target or a mask on the device is read once.
 
