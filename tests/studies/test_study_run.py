@@ -254,6 +254,23 @@ def test_tables_of_made_up_records_have_the_known_answers() -> None:
             made_table(["dense", "better"], [lines[0], lines[2] | changed])
 
 
+def test_the_work_of_a_step_at_other_sizes_follows_from_the_models_shapes() -> None:
+    """Of Qwen3's published sizes, in weights of matrices; norms are too small to show."""
+
+    def matrices(layers: int, hidden: int, inner: int, heads: int) -> int:
+        return layers * hidden * (2 * heads * 128 + 2 * 8 * 128 + 3 * inner)
+
+    teacher, student = matrices(36, 4096, 12288, 32), matrices(28, 2048, 6144, 16)
+    of_teacher, of_student = 151_936 * 4096, 151_936 * 2048
+    whole = teacher + of_teacher + 3 * (student + of_student)
+    entropy = teacher + 0.2 * of_teacher + 3 * student + (1 + 3 * 0.2) * of_student
+    cached = 3 * student + 3 * 0.45 * of_student
+    rows = {row.split(" | ")[0]: row.strip("| ").split(" | ")[1:] for row in page.at_other_sizes().splitlines()}
+    assert rows["| all positions"][0] == "1.00"
+    assert rows["| the highest 20% by the student's entropy"][0] == f"{entropy / whole:.2f}"
+    assert rows["| random 45%"][1] == f"{cached / whole:.2f}"
+
+
 def test_the_page_and_its_pictures_are_what_the_record_says() -> None:
     assert page.main(["--check"]) == 0
 
