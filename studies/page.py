@@ -19,7 +19,7 @@ from typing import Any
 from compare import WAYS, Compared, Seconds
 from inference import Difference, holm, holm_level, verdict
 from plots import file_names, pictures
-from records import Line, body_and_head, rates_of, read_lines
+from records import Line, bodies_and_heads, rates_of, read_lines, work_of
 from tables import RATES, TABLES, StudyTables
 from tasks import TASKS
 from transformers import AutoConfig
@@ -189,7 +189,7 @@ def spent(table: Compared) -> str:
     return _table(rows)
 
 
-SIZES = ("qwen3-8b", "qwen3-1.7b")  # the paper's teacher and student, of benchmarks/shapes
+SIZES = {"teacher": "qwen3-8b.json", "student": "qwen3-1.7b.json"}  # the paper's models
 SELECTIONS = {  # passes of the student's head that score a position, share of the positions
     "all positions": (0, 1.0),
     "random 45%": (0, 0.45),
@@ -200,15 +200,15 @@ SELECTIONS = {  # passes of the student's head that score a position, share of t
 
 def at_other_sizes() -> str:
     """The work of a step of the paper's models, counted as ``records.costs`` counts it; 1: all positions, live."""
-    shapes = [json.loads((SHAPES / f"{name}.json").read_text(encoding="utf-8")) for name in SIZES]
-    (teacher, of_teacher), (student, of_student) = (
-        body_and_head(describe(AutoConfig.for_model(**shape))) for shape in shapes
-    )
-    whole = teacher + of_teacher + 3 * (student + of_student)
+    shapes = {role: json.loads((SHAPES / file).read_text(encoding="utf-8")) for role, file in SIZES.items()}
+    of_models = bodies_and_heads({role: describe(AutoConfig.for_model(**shape)) for role, shape in shapes.items()})
+    whole = work_of(*of_models, tokens=1, queries=1, of_student=3, of_teacher=1)
     rows = [["a step at", "the teacher in memory", "from a cache"], ["---"] * 3]
     for name, (scored, share) in SELECTIONS.items():
-        cached = 3 * student + (scored + 3 * share) * of_student
-        rows.append([name, f"{(cached + teacher + share * of_teacher) / whole:.2f}", f"{cached / whole:.2f}"])
+        passes = scored + 3 * share
+        live = work_of(*of_models, tokens=1, queries=1, of_student=passes, of_teacher=share)
+        cached = work_of(*of_models, tokens=1, queries=0, of_student=passes, of_teacher=0)
+        rows.append([name, f"{live / whole:.2f}", f"{cached / whole:.2f}"])
     return _table(rows)
 
 

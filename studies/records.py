@@ -99,8 +99,7 @@ def costs(recipe: Recipe, record: Mapping[str, Any]) -> dict[str, float]:
     scored_by_teacher = scored if samples is not None and samples.needs_teacher else 0
     cached = record["teacher_cache"]["positions"] if is_cached else 0
     body, head = _multiply_adds(recipe)
-    in_steps = valid * tokens * 3 * body["student"] + queries * body["teacher"]
-    in_steps += of_student * head["student"] + of_teacher * head["teacher"]
+    in_steps = work_of(body, head, valid * tokens, queries, of_student, of_teacher)
     before = scored * (tokens * body["student"] + head["student"])
     before += (scored_by_teacher + cached) * (tokens * body["teacher"] + head["teacher"])
     return {
@@ -120,14 +119,27 @@ def _multiply_adds(recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
     name = recipe.student.model
     of_student = None if name is None else find_files(name, cache)
     teacher, student = teacher_and_student(recipe, find_files(recipe.teacher.model, cache), of_student)
-    weights = {"teacher": body_and_head(teacher), "student": body_and_head(student)}
-    return {name: body for name, (body, _) in weights.items()}, {name: head for name, (_, head) in weights.items()}
+    return bodies_and_heads({"teacher": teacher, "student": student})
 
 
-def body_and_head(model: Architecture) -> tuple[int, int]:
-    """The weights of a model's body, without its embedding, and of its head."""
-    head = model.vocab_size * model.hidden_size
-    return model.parameters - head * (1 if model.head_is_tied else 2), head
+def bodies_and_heads(models: Mapping[str, Architecture]) -> tuple[dict[str, int], dict[str, int]]:
+    """The weights of each model's body, without its embedding, and of its head."""
+    head = {name: model.vocab_size * model.hidden_size for name, model in models.items()}
+    body = {n: m.parameters - head[n] * (1 if m.head_is_tied else 2) for n, m in models.items()}
+    return body, head
+
+
+def work_of(
+    body: Mapping[str, int],
+    head: Mapping[str, int],
+    tokens: float,
+    queries: float,
+    of_student: float,
+    of_teacher: float,
+) -> float:
+    """Multiply-adds of steps over ``tokens``, with ``queries`` of the teacher and passes of both models' heads."""
+    bodies = tokens * 3 * body["student"] + queries * body["teacher"]
+    return bodies + of_student * head["student"] + of_teacher * head["teacher"]
 
 
 def seconds_of_step(run: Path) -> float | None:

@@ -13,7 +13,7 @@ from compare import Compared
 from page import compared, pictures_of, spent, tables_of, tasks_of
 from plots import file_names
 from prepare import DOMAINS, LONGEST, SHARES, SHORTEST, TASK, prepare
-from records import read_lines
+from records import digest, rates_of, read_lines
 from run import main
 from tables import TABLES, StudyTables
 from tiny_benchmarks import write_rows
@@ -269,6 +269,20 @@ def test_the_work_of_a_step_at_other_sizes_follows_from_the_models_shapes() -> N
     assert rows["| all positions"][0] == "1.00"
     assert rows["| the highest 20% by the student's entropy"][0] == f"{entropy / whole:.2f}"
     assert rows["| random 45%"][1] == f"{cached / whole:.2f}"
+
+
+def test_the_record_is_of_the_recipes_of_tables_yaml() -> None:
+    """A change of the product that changes what an arm runs would leave its lines without a meaning."""
+    tables, lines = StudyTables.read(TABLES, Path(), Path()), read_lines(page.RESULTS / "study.jsonl")
+    recorded = {(line["table"], line["arm"], line["seed"]): line["recipe"] for line in lines}
+    left = {(name, arm) for name, table in tables.content["tables"].items() for arm in table.get("left", [])}
+    for name in tables.names:
+        start = tables.content["tables"].get(name, {}).get("start")
+        rates = dict.fromkeys(tables.content["families"], 1e-4) | rates_of(lines, f"rates_{start}")
+        for run in tables.runs(name, rates):
+            found = recorded.pop((run.table, run.arm, run.seed), None)
+            assert found in (None, digest(run.recipe)), run.id
+    assert {(table, arm) for table, arm, _ in recorded} == left
 
 
 def test_the_page_and_its_pictures_are_what_the_record_says() -> None:
