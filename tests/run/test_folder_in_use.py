@@ -175,6 +175,7 @@ def test_without_locks_a_heartbeat_tells_and_no_clock_locks_for_ever(tmp_path: P
         until(lambda: is_beating(folder))
         assert f"process {first.pid} on" in refused(folder)
         os.kill(first.pid, signal.SIGSTOP)  # a machine that sleeps
+        os.waitid(os.P_PID, first.pid, os.WSTOPPED)  # kill returns before its heartbeat has stopped
         os.utime(folder / LOCK, (time.time() + 10**8,) * 2)  # as if written before a clock was set back
         with working_in(folder):
             os.kill(first.pid, signal.SIGCONT)
