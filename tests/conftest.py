@@ -1,5 +1,6 @@
 """What several tests share: oracle cases, tiny models and a tiny tokenizer, made on the spot."""
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,12 @@ def case(request: pytest.FixtureRequest) -> dict[str, Any]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that two processes end at about the same time."""
     items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("real_teacher", "slow")])
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and is not looked through whenever a run lets go of a model."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@
 case's process has imported neither torch nor Transformers; whether it did is part of its result.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -80,6 +81,7 @@ def main() -> None:
 
         torch.set_num_threads(1)
     sys.modules["selkd.recipe.files"].load_recipe("demo")  # fills what is read once in a process
+    gc.freeze()  # so that no case's process looks through, and copies, what was imported here
     for case in json.load(sys.stdin):
         print(json.dumps({"name": case["name"], **refused(case, root)}), flush=True)
 

@@ -5,6 +5,7 @@ As a script, started by torchrun: ``resuming.py OUT JOBS_JSON``. A job trains ``
 and the process by ``signal``.
 """
 
+import gc
 import json
 import os
 import random
@@ -190,6 +191,7 @@ def _train_all(out: Path, job: dict[str, Any]) -> Iterator[tuple[str, DistillTra
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # as conftest.py does
     folder = Path(sys.argv[1])
     for job in json.loads(sys.argv[2]):
         for name, done in _train_all(folder, job):

@@ -3,6 +3,7 @@
 A run called ``cut`` ends when its training has written its last checkpoint, and before its student is saved.
 """
 
+import gc
 import json
 import sys
 from contextlib import nullcontext, suppress
@@ -32,6 +33,7 @@ def on_cpus(arguments: DistillArguments) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # as conftest.py does
     DistillArguments.__post_init__ = on_cpus  # type: ignore[method-assign]
     for name, recipe in json.loads(sys.argv[2]).items():
         with patch("selkd.run.train._save", side_effect=Cut) if name == "cut" else nullcontext(), suppress(Cut):
