@@ -1,10 +1,13 @@
 """The study's pictures: KL against cost beside the first arm's own way, a forest of differences, and curves of k."""
 
+from collections.abc import Mapping
+
 from compare import WAYS, Compared
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from selkd.reporting.figure import ACCENT, DASHED, INK, MUTED, PAPER, QUIET, SERIES, Plot, lying, one_plot, unit
+from selkd.reporting.frontier import Point, on_frontier
 
 TITLES = {
     "frontier": "KL after all steps against their work; dashed: the first arm on its way; green: better at equal work",
@@ -13,6 +16,7 @@ TITLES = {
 }
 CURVES = ("entropy", "random")  # the names of arms before their percentage
 WORK = "work_in_steps"
+_NAMED = 14  # names that a frontier has room for; in one of more arms, the first arm's and the best ones'
 
 
 def pictures(name: str, table: Compared) -> dict[str, bytes]:
@@ -37,17 +41,21 @@ def frontier(table_name: str, table: Compared) -> Plot:
         way = [(step / first.steps, first.kl(step)) for step in first.measured if step]
         axes.plot(*zip(*way, strict=True), zorder=1.5, **DASHED)
         places = {name: (a.steps * a.cost_of_step(WORK) / whole, a.kl(a.steps)) for name, a in table.arms.items()}
+        named = set(places) if len(places) <= _NAMED else {first.name, *_unbeaten(places)}
         for name, arm in table.arms.items():
             x, y = places[name]
             # The bar is of the step that is drawn; the colour says what is below the dashed line beyond doubt.
             found = table.differences["equal steps"].get(name) if arm.steps == first.steps else None
             of_work = table.differences["equal work"].get(name)
             bar = None if found is None else [[found.value - found.low], [found.high - found.value]]
-            colour = INK if arm is first else MUTED if of_work is None or of_work.high > 0 else ACCENT
+            is_better = of_work is not None and of_work.seeds > 1 and of_work.high < 0  # one seed decides nothing
+            colour = INK if arm is first else ACCENT if is_better else MUTED
             axes.errorbar(
                 [x], [y], yerr=bar, color=colour, ecolor=QUIET, elinewidth=1.2, marker="o", markersize=6,
                 markeredgecolor=PAPER,
             )  # fmt: skip
+            if name not in named:
+                continue
             side = -1 if _name_goes_left((x, y), list(places.values())) else 1
             axes.annotate(
                 name, (x, y), (7 * side, -4), textcoords="offset points", fontsize=9, color=colour,
@@ -59,6 +67,12 @@ def frontier(table_name: str, table: Compared) -> Plot:
         axes.set_xlabel(f"multiply-adds of all steps, as a share of those of {first.name}")
         unit(axes, "KL to the teacher, nats a position")
     return _plot(table_name, "frontier", figure)
+
+
+def _unbeaten(places: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The arms that no other equals or beats in both work and KL."""
+    points = [Point(name, work, kl, None) for name, (work, kl) in places.items()]
+    return [point.name for point in on_frontier(points, lower_is_better=True)]
 
 
 def _name_goes_left(place: tuple[float, float], places: list[tuple[float, float]]) -> bool:
@@ -89,13 +103,13 @@ def forest(name: str, table: Compared) -> Plot:
                     label=None if is_named else way, linestyle="none",
                 )  # fmt: skip
                 is_named = True
-        axes.set_yticks(range(len(arms)), arms)
+        axes.set_yticks(range(len(arms)), [f"{a.name}{', one seed' * (len(a.lines) == 1)}" for a in table.others])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(arms) - 0.5, -0.6)
         lying(axes, lambda value: f"{value:+.4f}")
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel("nats a position; left of zero is nearer to the teacher")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
         unit(axes, f"KL, difference to {table.first.name}")
     return _plot(name, "differences", figure)
 
