@@ -89,6 +89,11 @@ class Compared:
     def others(self) -> list[Arm]:
         return list(self.arms.values())[1:]
 
+    def first_beside(self, arm: Arm) -> Arm:
+        """The first arm on the seeds of ``arm``, whose documents are the same; on all of its own where none is."""
+        same = {seed: line for seed, line in self.first.lines.items() if seed in arm.lines}
+        return Arm(self.first.name, same or self.first.lines)
+
     @cached_property
     def differences(self) -> dict[str, dict[str, Difference]]:
         """Way of equal cost -> arm -> its difference to the first; an arm that can't be compared so has none."""

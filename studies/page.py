@@ -172,8 +172,9 @@ def spent(table: Compared) -> str:
         "as run",
     ]
     heads += ["once: work, in steps", "once: queries, in steps", "runs to break even", *FIGURES.values()]
-    rows, first = [heads, ["---"] * len(heads)], table.first
+    rows = [heads, ["---"] * len(heads)]
     for name, arm in table.arms.items():
+        first = table.first_beside(arm)
         row = [f"`{name}`", str(arm.steps), f"{arm.cost_of_step('positions'):.0f}"]
         row += [_times(arm.cost_of_step(key), first.cost_of_step(key)) for key in COSTS]
         row.append(_times(table.seconds.get(name), table.seconds.get(first.name)))

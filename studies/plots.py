@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from compare import WAYS, Compared
+from compare import WAYS, Arm, Compared
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -37,10 +37,9 @@ def frontier(table_name: str, table: Compared) -> Plot:
     """Each arm at its last step, and the first arm at each measured step, joined: what is below it is better."""
     first = table.first
     with one_plot(height=380, width=560) as (figure, axes):
-        whole = first.steps * first.cost_of_step(WORK)
         way = [(step / first.steps, first.kl(step)) for step in first.measured if step]
         axes.plot(*zip(*way, strict=True), zorder=1.5, **DASHED)
-        places = {name: (a.steps * a.cost_of_step(WORK) / whole, a.kl(a.steps)) for name, a in table.arms.items()}
+        places = {name: place(table, arm) for name, arm in table.arms.items()}
         named = set(places) if len(places) <= _NAMED else {first.name, *_unbeaten(places)}
         for name, arm in table.arms.items():
             x, y = places[name]
@@ -67,6 +66,14 @@ def frontier(table_name: str, table: Compared) -> Plot:
         axes.set_xlabel(f"multiply-adds of all steps, as a share of those of {first.name}")
         unit(axes, "KL to the teacher, nats a position")
     return _plot(table_name, "frontier", figure)
+
+
+def place(table: Compared, arm: Arm) -> tuple[float, float]:
+    """The work of the arm's steps as a share of the first arm's, and its KL, as if both had all the same seeds."""
+    first, beside = table.first, table.first_beside(arm)
+    whole = beside.steps * beside.cost_of_step(WORK)
+    other_seeds = first.kl(first.steps) - beside.kl(first.steps)
+    return arm.steps * arm.cost_of_step(WORK) / whole, arm.kl(arm.steps) + other_seeds
 
 
 def _unbeaten(places: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -11,7 +11,7 @@ import tasks
 import yaml
 from compare import Compared
 from page import compared, pictures_of, spent, tables_of, tasks_of
-from plots import file_names
+from plots import file_names, pictures, place
 from prepare import DOMAINS, LONGEST, SHARES, SHORTEST, TASK, prepare
 from records import digest, rates_of, read_lines
 from run import main
@@ -252,6 +252,24 @@ def test_tables_of_made_up_records_have_the_known_answers() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             made_table(["dense", "better"], [lines[0], lines[2] | changed])
+
+
+def test_an_arm_of_fewer_seeds_stands_beside_the_first_on_those_seeds() -> None:
+    lines = [made_up("dense", seed, slope=0.02 * seed, work=4.0 * seed) for seed in (1, 2, 3)]
+    table = made_table(["dense", "few"], [*lines, made_up("few", 2, slope=0.03, work=4.0)])
+    work, kl = place(table, table.arms["few"])
+    assert work == pytest.approx(0.5), "of the work of dense with seed 2"
+    assert kl == pytest.approx(2 - 0.04 * 24 + 0.01 * 24, abs=0.003), "as much above dense as seed 2 was"
+
+
+def test_a_frontier_of_many_arms_names_the_first_and_the_best() -> None:
+    arms = ["dense", *(f"arm_{number}" for number in range(14))]
+    lines = [made_up(arm, seed, slope=0.02 - 0.0005 * number, work=4.0) for seed in (1, 2)
+             for number, arm in enumerate([arms[1], *arms[:1], *arms[2:]])]  # fmt: skip
+    drawn = pictures("many", made_table(arms, lines))
+    frontier, forest = (drawn[f"study-many-{kind}.svg"].decode() for kind in ("frontier", "differences"))
+    assert [arm for arm in arms if f">{arm}</text>" in frontier] == ["dense", "arm_0"]
+    assert [arm for arm in arms if f">{arm}</text>" in forest] == arms[1:]
 
 
 def test_the_work_of_a_step_at_other_sizes_follows_from_the_models_shapes() -> None:
