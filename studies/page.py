@@ -157,7 +157,7 @@ def compared(table: Compared) -> str:
 
 
 def spent(table: Compared) -> str:
-    """What each arm cost, as multiples of the first arm's steps, and the other figures at its last step.
+    """What each arm cost, as multiples of the first arm's steps with the same seeds, and the other figures at its last.
 
     ``as run``: the seconds of a step in the runs themselves, beside whatever else the machine did.
     """

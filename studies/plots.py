@@ -9,14 +9,15 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from selkd.reporting.figure import ACCENT, DASHED, INK, MUTED, PAPER, QUIET, SERIES, Plot, lying, one_plot, unit
 from selkd.reporting.frontier import Point, on_frontier
 
+_NAMED = 14  # names that a frontier has room for; in one of more arms, the first arm's and the best ones'
 TITLES = {
-    "frontier": "KL after all steps against their work; dashed: the first arm on its way; green: better at equal work",
+    "frontier": "KL after all steps against their work; dashed: the first arm on its way; green: better at equal work; "
+    f"of more than {_NAMED} arms the best are named",
     "differences": "Paired differences in KL with 95% intervals over seeds and documents",
     "curve": "KL by the share of positions, ranked and random",
 }
 CURVES = ("entropy", "random")  # the names of arms before their percentage
 WORK = "work_in_steps"
-_NAMED = 14  # names that a frontier has room for; in one of more arms, the first arm's and the best ones'
 
 
 def pictures(name: str, table: Compared) -> dict[str, bytes]:
