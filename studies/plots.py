@@ -143,4 +143,4 @@ def _plot(table: str, kind: str, figure: Figure) -> Plot:
 
 
 def _kinds(table: str) -> list[str]:
-    return [kind for kind in TITLES if kind != "curve" or table == "positions"]
+    return [kind for kind in TITLES if kind != "curve" or table.startswith("positions")]

@@ -100,6 +100,7 @@ class StudyTables:
         seed += keys.pop("seeds_from", 0)
         layers = [self.content["texts"][table["text"]], self._start(table["start"])]
         layers += [self.content["like"][like]] if like is not None else []
+        layers.append(table.get("changes", {}))
         if rates is not None:
             layers.append({"training": {"learning_rate": rates[family]}})
         return StudyRun(name, arm, seed, self._recipe(f"{arm}-{seed}", *layers, keys, {"seed": seed}))
