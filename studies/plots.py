@@ -123,18 +123,28 @@ def forest(name: str, table: Compared) -> Plot:
 
 
 def curve(name: str, table: Compared) -> Plot:
-    """KL at the last step by the fraction of positions, ranked and random; the first arm has them all."""
+    """KL at the first arm's last step by the fraction of positions, ranked and random; the first arm has them all."""
+    steps = table.first.steps
+    shares = {1.0}
     with one_plot(height=300, width=480) as (figure, axes):
         for number, before in enumerate(CURVES):
-            arms = {int(arm.rpartition("_")[2]): arm for arm in table.arms if arm.startswith(f"{before}_")}
-            points = [(share / 100, table.arms[arm].kl(table.arms[arm].steps)) for share, arm in sorted(arms.items())]
-            points.append((1.0, table.first.kl(table.first.steps)))
-            axes.plot(*zip(*points, strict=True), marker="o", color=SERIES[number], label=before)
+            arms = {int(arm.rpartition("_")[2]) / 100: arm for arm in table.arms if arm.startswith(f"{before}_")}
+            if not arms:
+                continue  # none of them is run yet
+            shares |= arms.keys()
+            found = {share: table.differences["equal steps"][arm] for share, arm in sorted(arms.items())}
+            points = [(share, table.arms[arms[share]].kl(steps)) for share in found]
+            axes.plot(
+                *zip(*points, (1.0, table.first.kl(steps)), strict=True), marker="o", color=SERIES[number], label=before
+            )
+            bars = [(one.value - one.low, one.high - one.value) for one in found.values()]
+            axes.errorbar(*zip(*points, strict=True), yerr=[*zip(*bars, strict=True)], color=SERIES[number], fmt="none")
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xticks(sorted(shares), [f"{share:.0%}" for share in sorted(shares)])
+        axes.minorticks_off()
         axes.set_xlabel("positions selected")
         axes.legend(frameon=False)
-        unit(axes, "KL to the teacher, nats a position")
+        unit(axes, f"KL to the teacher, nats a position; bars: 95% of the difference to {table.first.name}")
     return _plot(name, "curve", figure)
 
 

@@ -137,7 +137,7 @@ def command(recipe: Path, out: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_killed_run_continues_and_ends_the_same(tmp_path: Path) -> None:
     """SIGKILL as soon as a checkpoint is complete; the second call, after the run was moved, resumes from it."""
-    training = make_recipe(tmp_path)["training"] | {"num_train_epochs": 60}
+    training = make_recipe(tmp_path)["training"] | {"num_train_epochs": 20}
     recipe = write_recipe(tmp_path, training=training)
     process = subprocess.Popen(
         command(recipe, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

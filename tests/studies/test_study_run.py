@@ -1,6 +1,7 @@
 """One table of the study end to end, on toy models: starts, rates, runs, the record, and the page's tables."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import tasks
 import yaml
 from compare import Compared
 from page import compared, pictures_of, spent, tables_of, tasks_of
-from plots import file_names, pictures, place
+from plots import CURVES, file_names, pictures, place
 from prepare import DOMAINS, LONGEST, SHARES, SHORTEST, TASK, prepare
 from records import digest, rates_of, read_lines
 from run import main
@@ -270,6 +271,16 @@ def test_a_frontier_of_many_arms_names_the_first_and_the_best() -> None:
     frontier, forest = (drawn[f"study-many-{kind}.svg"].decode() for kind in ("frontier", "differences"))
     assert [arm for arm in arms if f">{arm}</text>" in frontier] == ["dense", "arm_0"]
     assert [arm for arm in arms if f">{arm}</text>" in forest] == arms[1:]
+
+
+def test_a_curve_has_the_fractions_that_are_run() -> None:
+    for arms, shares in ((["entropy_5"], "5%"), (["entropy_5", "random_45", "random_1"], "1% 5% 45%")):
+        lines = [made_up(arm, 1, slope=0.02, work=4.0) for arm in ("dense", *arms)]
+        drawn = pictures("positions_pruned", made_table(["dense", *arms], lines))[
+            "study-positions_pruned-curve.svg"
+        ].decode()
+        assert re.findall(r">(\d+%)</text>", drawn) == [*shares.split(), "100%"]
+        assert all((f">{name}</text>" in drawn) == any(arm.startswith(name) for arm in arms) for name in CURVES)
 
 
 def test_the_work_of_a_step_at_other_sizes_follows_from_the_models_shapes() -> None:
