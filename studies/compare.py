@@ -13,7 +13,9 @@ import numpy as np
 from inference import Difference, paired
 from records import Line
 
-SHARE_OF_COST = 0.7  # the cost at which arms are compared, as a share of the first arm's whole cost
+# Of the table's steps, those of the dearer of two arms after which they are compared at equal cost. It was measured
+# there, so only the cheaper one's sums are interpolated, later on its way, where KL is nearly straight.
+SHARE_OF_STEPS = 0.7
 WAYS = ("equal steps", "equal work", "equal seconds")
 Seconds = Mapping[str, float]
 
@@ -78,7 +80,7 @@ class Compared:
             by_name.setdefault(line["arm"], {})[line["seed"] % 100] = line
         if names[0] not in by_name:
             return None
-        _require_alike([line for line in lines if line["arm"] in names])
+        require_alike([line for line in lines if line["arm"] in names])
         return cls({name: Arm(name, by_name[name]) for name in names if name in by_name}, seconds)
 
     @property
@@ -111,23 +113,24 @@ class Compared:
         after, before = (np.stack([one for one in of_seeds if one is not None]) for of_seeds in sums)
         return paired(after, before, np.array(first.any_line["positions"], dtype=float))
 
-    def _equal_steps(self, _: Line) -> float:
-        return float(self.first.steps)
+    def _equal_steps(self, *_: Line) -> tuple[float, float]:
+        return float(self.first.steps), float(self.first.steps)
 
-    def _equal_work(self, line: Line) -> float | None:
-        return self._steps_for(line, work_of_step)
+    def _equal_work(self, *pair: Line) -> tuple[float, float] | None:
+        return self._of_equal_cost(*(work_of_step(line) for line in pair))
 
-    def _equal_seconds(self, line: Line) -> float | None:
-        return self._steps_for(line, lambda one: self.seconds.get(one["arm"]))
+    def _equal_seconds(self, *pair: Line) -> tuple[float, float] | None:
+        return self._of_equal_cost(*(self.seconds.get(line["arm"]) for line in pair))
 
-    def _steps_for(self, line: Line, cost_of_step: Callable[[Line], float | None]) -> float | None:
-        """The steps of ``line`` that cost as much as ``SHARE_OF_COST`` of the first arm's steps."""
-        base = self.first.lines.get(line["seed"] % 100, self.first.any_line)
-        ours, theirs = cost_of_step(line), cost_of_step(base)
-        return None if not ours or not theirs else SHARE_OF_COST * base["steps"] * theirs / ours
+    def _of_equal_cost(self, ours: float | None, theirs: float | None) -> tuple[float, float] | None:
+        """The steps of both lines, of these costs each, that together cost the same; the dearer one's are given."""
+        if not ours or not theirs:
+            return None
+        spent = SHARE_OF_STEPS * self.first.steps * max(ours, theirs)
+        return spent / ours, spent / theirs
 
 
-def _require_alike(lines: Sequence[Line]) -> None:
+def require_alike(lines: Sequence[Line]) -> None:
     """Check that all began with one student, measured on the same documents, and each arm with one recipe.
 
     Raises:
@@ -161,15 +164,18 @@ def at_step(line: Line, step: float) -> np.ndarray | None:
 
 
 def _difference(
-    first: Mapping[int, Line], arm: Mapping[int, Line], steps_of: Callable[[Line], float | None]
+    first: Mapping[int, Line],
+    arm: Mapping[int, Line],
+    steps_of: Callable[[Line, Line], tuple[float, float] | None],
 ) -> Difference | None:
-    """``arm`` less ``first`` on the seeds that both have, at the steps that ``steps_of`` gives for a line."""
+    """``arm`` less ``first`` on the seeds that both have, at the steps that ``steps_of`` gives for a pair of lines."""
     pairs: list[list[np.ndarray]] = []
     for seed in sorted(first.keys() & arm.keys()):
         lines = (arm[seed], first[seed])
-        steps = [steps_of(line) for line in lines]
-        sums = [None if step is None else at_step(line, step) for line, step in zip(lines, steps, strict=True)]
-        both = [one for one in sums if one is not None]
+        steps = steps_of(*lines)
+        if steps is None:
+            return None
+        both = [one for one in map(at_step, lines, steps) if one is not None]
         if len(both) < 2:
             return None
         pairs.append(both)

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compare import require_alike
 from records import Line, append, digest, line_of, rates_of, read_lines, seconds_of_step
 from tables import RATES, TABLES, StudyRun, StudyTables
 
@@ -178,6 +179,12 @@ def _run(run: StudyRun, given: argparse.Namespace) -> bool:
         print(f"{run.id}: failed: {why}", file=sys.stderr, flush=True)
         return False
     line: dict[str, Any] = line_of(path, run.table, run.arm, run.seed)
+    try:
+        require_alike([*(one for one in read_lines(given.record) if one["table"] == run.table), line])
+    except ValueError as error:
+        told = "A starting student that is made anew, or another arithmetic, is not the record's: give --record FILE."
+        print(f"{run.id}: not recorded: {error}. {told}", file=sys.stderr, flush=True)
+        return False
     append(given.record, line)
     if not is_start and not given.keep:
         for weights in (path / "student").glob("*.safetensors"):

@@ -123,6 +123,17 @@ def test_a_table_end_to_end(
     assert record.read_bytes().startswith(before)
     assert len(lines_of_one(record)) == 6
 
+    # A run that began with another student, as on another kind of processor, is no line of this table.
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    line = lines_of_one(record)[0]
+    changed = line | {"seed": 9, "kl_nats": line["kl_nats"] | {"0": [0.0] * len(line["positions"])}}
+    text = "".join(f"{row}\n" for row in record.read_text().splitlines() if json.loads(row)["table"] != "one")
+    elsewhere.write_text(text + json.dumps(changed) + "\n")
+    before = elsewhere.read_bytes()
+    assert run("one", "--arms", "random_20", "--seeds", "1", "--record", str(elsewhere)) == 1
+    assert "not recorded: seed 1: random_20 began with another student than dense." in capsys.readouterr().err
+    assert elsewhere.read_bytes() == before
+
     # Another table with one of the same runs takes its line over.
     content["tables"]["two"] = {"start": "made", "text": "study", "seeds": [2], "arms": ["dense"]}
     tables.write_text(yaml.safe_dump(content))
