@@ -128,12 +128,13 @@ def curve(name: str, table: Compared) -> Plot:
     shares = {1.0}
     with one_plot(height=300, width=480) as (figure, axes):
         for number, before in enumerate(CURVES):
-            arms = {int(arm.rpartition("_")[2]) / 100: arm for arm in table.arms if arm.startswith(f"{before}_")}
+            arms = {arm: one for arm, one in table.differences["equal steps"].items() if arm.startswith(f"{before}_")}
             if not arms:
                 continue  # none of them is run yet
-            shares |= arms.keys()
-            found = {share: table.differences["equal steps"][arm] for share, arm in sorted(arms.items())}
-            points = [(share, table.arms[arms[share]].kl(steps)) for share in found]
+            found = dict(sorted((int(arm.rpartition("_")[2]) / 100, one) for arm, one in arms.items()))
+            shares |= found.keys()
+            # As if all had the first arm's seeds, as in the frontier.
+            points = [(share, table.first.kl(steps) + one.value) for share, one in found.items()]
             axes.plot(
                 *zip(*points, (1.0, table.first.kl(steps)), strict=True), marker="o", color=SERIES[number], label=before
             )
@@ -144,7 +145,7 @@ def curve(name: str, table: Compared) -> Plot:
         axes.minorticks_off()
         axes.set_xlabel("positions selected")
         axes.legend(frameon=False)
-        unit(axes, f"KL to the teacher, nats a position; bars: 95% of the difference to {table.first.name}")
+        unit(axes, f"KL to the teacher, nats a position; bars: 95% interval of the difference to {table.first.name}")
     return _plot(name, "curve", figure)
 
 

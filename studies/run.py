@@ -163,13 +163,22 @@ def _takes_over(run: StudyRun, lines: Sequence[Line], given: argparse.Namespace)
     same = next((line for line in lines if (line["recipe"], line["seed"]) == own and line["table"] != run.table), None)
     if same is None:
         return False
-    append(given.record, {**same, "table": run.table, "arm": run.arm})
+    taken = {**same, "table": run.table, "arm": run.arm}
+    try:
+        require_alike([*_lines_beside(run, given), taken])
+    except ValueError:
+        return False  # it began with another student than this table's lines: this run is done anew
+    append(given.record, taken)
     print(f"{run.id}: the same as {same['table']}/{same['arm']}", file=sys.stderr)
     return True
 
 
 def _run(run: StudyRun, given: argparse.Namespace) -> bool:
-    """Do one run and add its line; False if it failed."""
+    """Do one run and add its line; False if it failed.
+
+    Raises:
+        InputError: it began with another student than the record's lines of its table.
+    """
     is_start = run.table == run.arm
     path = given.out / run.table if is_start else given.out / "runs" / run.id
     print(f"{run.id}: running", file=sys.stderr, flush=True)
@@ -180,17 +189,22 @@ def _run(run: StudyRun, given: argparse.Namespace) -> bool:
         return False
     line: dict[str, Any] = line_of(path, run.table, run.arm, run.seed)
     try:
-        require_alike([*(one for one in read_lines(given.record) if one["table"] == run.table), line])
+        require_alike([*_lines_beside(run, given), line])
     except ValueError as error:
-        told = "A starting student that is made anew, or another arithmetic, is not the record's: give --record FILE."
-        print(f"{run.id}: not recorded: {error}. {told}", file=sys.stderr, flush=True)
-        return False
+        raise InputError(
+            f"{run.id}: not recorded: {error}. The starting student, or this processor's arithmetic, is another. "
+            f"Begin a record of its own with --record FILE, its table of rates first; the run in {path} is kept."
+        ) from None
     append(given.record, line)
     if not is_start and not given.keep:
         for weights in (path / "student").glob("*.safetensors"):
             weights.unlink()
     print(f"{run.id}: KL {line['figures']['kl_nats']:.4f} nats", file=sys.stderr, flush=True)
     return True
+
+
+def _lines_beside(run: StudyRun, given: argparse.Namespace) -> list[Line]:
+    return [line for line in read_lines(given.record) if line["table"] == run.table]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import page
 import pytest
 import tasks
 import yaml
-from compare import Compared
+from compare import WAYS, Compared
 from page import compared, pictures_of, spent, tables_of, tasks_of
 from plots import CURVES, file_names, pictures, place
 from prepare import DOMAINS, LONGEST, SHARES, SHORTEST, TASK, prepare
@@ -130,8 +130,11 @@ def test_a_table_end_to_end(
     text = "".join(f"{row}\n" for row in record.read_text().splitlines() if json.loads(row)["table"] != "one")
     elsewhere.write_text(text + json.dumps(changed) + "\n")
     before = elsewhere.read_bytes()
-    assert run("one", "--arms", "random_20", "--seeds", "1", "--record", str(elsewhere)) == 1
+    assert run("one", "--arms", "random_20", "--seeds", "1", "--record", str(elsewhere)) == 2
     assert "not recorded: seed 1: random_20 began with another student than dense." in capsys.readouterr().err
+    elsewhere.write_bytes(before + json.dumps(line | {"table": "other"}).encode() + b"\n")
+    before = elsewhere.read_bytes()
+    assert run("one", "--arms", "dense", "--seeds", "1", "--record", str(elsewhere)) == 2, "nor is a line taken over"
     assert elsewhere.read_bytes() == before
 
     # Another table with one of the same runs takes its line over.
@@ -250,6 +253,10 @@ def test_tables_of_made_up_records_have_the_known_answers() -> None:
     assert value(by_arm["cheap"][3]) == pytest.approx(0.002 * 24, abs=0.003)
     # At the first arm's 16.8 steps, between 16 and 24; the cheap arm has taken 22.4 by then.
     assert value(by_arm["cheap"][4]) == pytest.approx(-0.018 * 22.4 + 0.02 * 16.8, abs=0.004)
+    # The same with the cheap arm first: the dearer one sets the cost.
+    turned = made_table(["cheap", "dense"], lines).differences[WAYS[1]]["dense"]
+    assert turned.value == pytest.approx(0.018 * 22.4 - 0.02 * 16.8, abs=0.004)
+    assert by_arm["better"][4] == "", "dense was not measured at 33.6 steps"
     assert [by_arm[arm][7] for arm in by_arm] == ["", "", "better", "worse", "as good", "noise: other seeds"]
     assert by_arm["better"][5] == "", "no seconds were measured"
     # Holm: the two true effects stay, and the noise floor is no hypothesis.
