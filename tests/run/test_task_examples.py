@@ -25,7 +25,7 @@ def test_the_two_examples_differ_in_who_answers() -> None:
 @pytest.mark.real_teacher
 def test_the_examples_run_with_the_real_models(tmp_path: Path) -> None:
     rows = [{"question": f"Ann has {i} eggs and buys {i % 7}. How many?", "answer": f"{i}+{i % 7}. #### {i + i % 7}"}
-            for i in range(20)]  # fmt: skip
+            for i in range(40)]  # fmt: skip
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = [f"data.path={data}", "data.tokens=null", "data.max_length=64", "data.held_out_fraction=0.2"]
