@@ -16,7 +16,7 @@ from records import Line
 # Two arms are compared at the cost of this share of the dearer one's steps: 14 of 20, which was measured, or 21 of 30,
 # just after a measured step. The cheaper one is read later on its way, where KL is nearly straight.
 SHARE_OF_STEPS = 0.7
-SAME_NATS = 0.01  # of a document: the last digits are a processor's, and bfloat16 moves a document by 0.1
+SAME_NATS = 0.01  # of a document: the last digits are a processor's, and bfloat16 moves a document by about 0.1
 WAYS = ("equal steps", "equal work", "equal seconds")
 Seconds = Mapping[str, float]
 
